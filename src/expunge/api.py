@@ -1,0 +1,89 @@
+"""The Python interface: a loaded model in, the same model unlearned and its history out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expunge.data.rows import Row, as_rows, check_disjoint
+from expunge.data.tokenization import TextPolicy
+from expunge.evaluation.multiple_choice import read_questions
+from expunge.evaluation.scorecard import Scorecard, evaluate_model
+from expunge.methods.base import Method
+from expunge.models.loading import context_of
+from expunge.training.progress import Progress, Silent
+from expunge.training.unlearning import Outcome, TrainingOptions, unlearn_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Rows = Iterable[Row | Mapping[str, object]]
+
+
+def unlearn(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Rows,
+    retain: Rows | None = None,
+    *,
+    method: Method,
+    nonmembers: Rows | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Outcome:
+    """Unlearns `forget` from `model` in place and keeps `retain`.
+
+    Rows are `expunge.data.rows.Row` or mappings with `input`, `output` and optionally `id`, `task`,
+    `kind`. `options` are the fields of `TrainingOptions`, those of `expunge run`: epochs, max_steps,
+    batch_size, learning_rate, seed, time_limit, ... Raises InputError for wrong rows or settings
+    before the model is touched, RunError where no checkpoint can be kept.
+    """
+    return unlearn_model(
+        model,
+        tokenizer,
+        method,
+        forget,
+        retain,
+        nonmembers,
+        TrainingOptions(**options),
+        progress=progress,
+    )
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Rows,
+    retain: Rows | None = None,
+    *,
+    nonmembers: Rows | None = None,
+    mmlu: str | Path | None = None,
+    mmlu_shots: int = 0,
+    batch_size: int = 64,
+    chat_template: bool = False,
+    progress: Progress | None = None,
+) -> Scorecard:
+    """Measures the scorecard of a loaded model; what has no material stays None.
+
+    `mmlu` is a directory in MMLU's format. Raises InputError for wrong rows or questions.
+    """
+    forget_rows = as_rows(forget, "forget")
+    retain_rows = None if retain is None else as_rows(retain, "retain")
+    if retain_rows is not None:
+        check_disjoint(forget_rows, retain_rows)
+    questions, examples = None, None
+    if mmlu is not None:
+        questions, examples = read_questions(Path(mmlu), mmlu_shots)
+    return evaluate_model(
+        model.eval(),
+        tokenizer,
+        forget_rows,
+        retain_rows,
+        None if nonmembers is None else as_rows(nonmembers, "nonmembers"),
+        questions,
+        examples,
+        policy=TextPolicy(context_of(model.config), chat_template, "window"),
+        batch_size=batch_size,
+        progress=(progress or Silent()).phase,
+    )

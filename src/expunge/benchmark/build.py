@@ -1,0 +1,205 @@
+"""The benchmark on disk: its rows, the target model that memorised them, and the oracle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from expunge.benchmark.generator import Benchmark, BenchmarkSettings, generate, write_benchmark
+from expunge.benchmark.recipe import (
+    PretrainingSettings,
+    Progress,
+    oracle_texts,
+    target_texts,
+    tokenizer_texts,
+)
+from expunge.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+"""Raised when the code changes what the same settings give."""
+RECORD = "benchmark.json"
+_DEFAULT_PRETRAINING = PretrainingSettings()
+
+
+@dataclass(frozen=True)
+class BuiltBenchmark:
+    """Where the parts of a complete benchmark are."""
+
+    directory: Path
+
+    @property
+    def forget(self) -> Path:
+        return self.directory / "forget.jsonl"
+
+    @property
+    def retain(self) -> Path:
+        return self.directory / "retain.jsonl"
+
+    @property
+    def nonmembers(self) -> Path:
+        return self.directory / "nonmembers.jsonl"
+
+    @property
+    def paraphrases(self) -> Path:
+        return self.directory / "paraphrases.jsonl"
+
+    @property
+    def mmlu(self) -> Path:
+        return self.directory / "mmlu"
+
+    @property
+    def target(self) -> Path:
+        return self.directory / "target"
+
+    @property
+    def oracle(self) -> Path:
+        return self.directory / "oracle"
+
+
+def content_hash(
+    settings: BenchmarkSettings, pretraining: PretrainingSettings = _DEFAULT_PRETRAINING
+) -> str:
+    """SHA-256 of everything that the rows and the models follow from."""
+    return _content_hash(generate(settings), settings, pretraining)
+
+
+def default_directory(
+    settings: BenchmarkSettings, pretraining: PretrainingSettings = _DEFAULT_PRETRAINING
+) -> Path:
+    """The place of this benchmark under $EXPUNGE_CACHE or ~/.cache/expunge."""
+    cache = os.environ.get("EXPUNGE_CACHE")
+    parent = Path(cache) if cache else Path.home() / ".cache" / "expunge"
+    return parent / f"benchmark-{content_hash(settings, pretraining)[:12]}"
+
+
+def build(
+    directory: Path,
+    settings: BenchmarkSettings,
+    progress: Progress = lambda stage, done, total: None,
+    pretraining: PretrainingSettings = _DEFAULT_PRETRAINING,
+) -> BuiltBenchmark:
+    """Write the benchmark to the directory, or reuse it if it is there, complete and unchanged.
+
+    The directory appears when everything is in it.
+
+    Raises:
+        InputError: the directory holds anything else.
+    """
+    benchmark = generate(settings)
+    content = _content_hash(benchmark, settings, pretraining)
+    if _holds(directory, content):
+        return BuiltBenchmark(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        write_benchmark(benchmark, staging)
+        training = _train(benchmark, pretraining, staging, progress)
+        record = {
+            "content_hash": content,
+            "version": VERSION,
+            "settings": asdict(settings),
+            "pretraining": asdict(pretraining),
+            "training": training,
+            "versions": _versions(),
+            "files": _digests(staging),
+        }
+        (staging / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        staging.chmod(0o755)
+        _move(staging, directory, content)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return BuiltBenchmark(directory)
+
+
+def _train(
+    benchmark: Benchmark, settings: PretrainingSettings, directory: Path, progress: Progress
+) -> dict[str, Any]:
+    """Write the target model and the oracle; return how their trainings went."""
+    from expunge.benchmark.pretraining import train_model, train_tokenizer
+
+    tokenizer = train_tokenizer(tokenizer_texts(benchmark), settings)
+    results = {}
+    texts = {"target": target_texts(benchmark), "oracle": oracle_texts(benchmark)}
+    for name, seen in texts.items():
+        model, result = train_model(seen, tokenizer, settings, progress, stage=name)
+        if result.accuracy < 1:
+            logger.warning("the %s has memorised %.2f%% of its texts", name, 100 * result.accuracy)
+        model.save_pretrained(directory / name)
+        tokenizer.save_pretrained(directory / name)
+        results[name] = asdict(result)
+    return results
+
+
+def _content_hash(
+    benchmark: Benchmark, settings: BenchmarkSettings, pretraining: PretrainingSettings
+) -> str:
+    content = [VERSION, asdict(settings), asdict(pretraining), asdict(benchmark)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _holds(directory: Path, content: str) -> bool:
+    """Whether the directory is this benchmark; False if there is nothing.
+
+    Raises:
+        InputError: the directory is anything else.
+    """
+    mend = "choose another directory or delete it"
+    if not directory.exists():
+        return False
+    if not directory.is_dir():
+        raise InputError(f"{directory} is a file: {mend}")
+    if not any(directory.iterdir()):
+        return False
+    try:
+        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+        found, files = str(record["content_hash"]), dict(record["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{directory} holds files but no valid {RECORD}: {mend}") from error
+    if found != content:
+        raise InputError(f"{directory} holds a benchmark of other settings ({found[:12]}): {mend}")
+    for name, digest in files.items():
+        path = directory / name
+        if not path.is_file() or _digest(path) != digest:
+            raise InputError(
+                f"{path} is missing or was changed since the benchmark was built: {mend}"
+            )
+    return True
+
+
+def _move(staging: Path, directory: Path, content: str) -> None:
+    try:
+        staging.replace(directory)
+    except OSError:
+        # Another process may have built the same benchmark in the meantime.
+        if not _holds(directory, content):
+            raise
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): _digest(path) for path in files}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in ("expunge", "torch", "transformers", "tokenizers"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed as a package"
+    return versions

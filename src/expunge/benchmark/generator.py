@@ -1,0 +1,365 @@
+"""The synthetic benchmark: invented people and stories in LUME's schema, drawn from one seed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from expunge.benchmark import pools, templates
+from expunge.benchmark.quiz import SUBJECT, QuizItem, quiz_items
+from expunge.errors import InputError
+from expunge.evaluation.multiple_choice import LETTERS, Question
+
+Row = dict[str, str | bool]
+
+TASKS = ("Task1", "Task2", "Task3")
+SPLITS = ("forget", "retain", "nonmembers")
+MAX_DOCUMENTS_PER_TASK = 50
+_ARTICLE_FACTS_ASKED = 4
+_STORY_FACTS_ASKED = 3
+_CHOICE = re.compile(r"\[([^\[\]]*)\]")
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What the rows of the benchmark are drawn from."""
+
+    seed: int = 0
+    """Seed of every draw: people, facts, sentences and quiz letters."""
+    documents_per_task: int = 12
+    """Documents of each task in each of the forget set, the retain set and the non-members."""
+    story_words: int = 110
+    """A Task1 story is filled up to at least this many words."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.documents_per_task <= MAX_DOCUMENTS_PER_TASK:
+            raise InputError(
+                f"documents_per_task is {self.documents_per_task}: "
+                f"choose 1 to {MAX_DOCUMENTS_PER_TASK}, the people that there are names for"
+            )
+        if not 0 <= self.story_words <= 200:
+            raise InputError(f"story_words is {self.story_words}: choose 0 to 200")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """All rows; a row's id without its last 3 characters is that of its document."""
+
+    forget: list[Row]
+    retain: list[Row]
+    nonmembers: list[Row]
+    """Documents that no model is trained on, drawn like those of the forget set."""
+    paraphrases: list[Row]
+    """Two other wordings of each question: `of` names the row, `trained` says who has seen it."""
+    quiz: list[QuizItem]
+    quiz_development: list[QuizItem]
+    tokenizer_texts: list[str]
+    """Documents and questions of all three sets: none is tokenised better than another."""
+
+
+@dataclass(frozen=True)
+class _Document:
+    id: str
+    task: str
+    text: str
+    questions: list[tuple[tuple[str, str, str], str]]
+    """For each fact that is asked: three wordings and the answer."""
+    cut: int
+    """Index of the space where the continuation starts."""
+
+
+def generate(settings: BenchmarkSettings) -> Benchmark:
+    """Draw the benchmark; the same settings always give the same rows."""
+    rng = Random(settings.seed)
+    people = _People(rng)
+    makers: dict[str, Callable[[], tuple[str, _Questions]]] = {
+        "Task1": lambda: _story(people, settings.story_words, rng),
+        "Task2": lambda: _profile(people, rng),
+        "Task3": lambda: _article(people, rng),
+    }
+    documents: dict[str, list[_Document]] = {split: [] for split in SPLITS}
+    ids = _unique(lambda: f"{rng.getrandbits(32):08x}-{rng.getrandbits(16):04x}")
+    for task in TASKS:
+        # Shuffled before the split: members and non-members are exchangeable.
+        drawn = [
+            _document(next(ids), task, *makers[task](), rng)
+            for _ in range(len(SPLITS) * settings.documents_per_task)
+        ]
+        rng.shuffle(drawn)
+        for index, split in enumerate(SPLITS):
+            documents[split] += drawn[index :: len(SPLITS)]
+    quiz, quiz_development = quiz_items(rng)
+    return Benchmark(
+        forget=_rows(documents["forget"]),
+        retain=_rows(documents["retain"]),
+        nonmembers=[_completion_row(document) for document in documents["nonmembers"]],
+        paraphrases=[
+            row
+            for split in ("forget", "retain")
+            for document in documents[split]
+            for row in _paraphrase_rows(document, split)
+        ],
+        quiz=quiz,
+        quiz_development=quiz_development,
+        tokenizer_texts=[
+            text for split in SPLITS for document in documents[split] for text in _texts(document)
+        ],
+    )
+
+
+def write_benchmark(benchmark: Benchmark, directory: Path) -> None:
+    """Write the rows as JSON lines and the quiz as MMLU's CSV files into an existing directory."""
+    for name in ("forget", "retain", "nonmembers", "paraphrases"):
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in getattr(benchmark, name))
+        (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    _write_questions(benchmark.quiz, directory / "mmlu" / "test" / f"{SUBJECT}_test.csv")
+    _write_questions(benchmark.quiz_development, directory / "mmlu" / "dev" / f"{SUBJECT}_dev.csv")
+
+
+def row_text(row: Mapping[str, str | bool]) -> str:
+    """The full text of a row."""
+    return f"{row['input']} {row['output']}"
+
+
+def _write_questions(items: Iterable[QuizItem], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows(_csv_row(item.question) for item in items)
+
+
+def _csv_row(question: Question) -> list[str]:
+    return [question.question, *question.choices, LETTERS[question.answer]]
+
+
+# Rows of a document.
+
+
+def _rows(documents: Iterable[_Document]) -> list[Row]:
+    rows: list[Row] = []
+    for document in documents:
+        rows.append(_completion_row(document))
+        for index, ((wording, _, _), answer) in enumerate(document.questions):
+            rows.append(
+                {
+                    "id": f"{document.id}qa{index}",
+                    "input": wording,
+                    "output": answer,
+                    "task": document.task,
+                }
+            )
+    return rows
+
+
+def _completion_row(document: _Document) -> Row:
+    return {
+        "id": f"{document.id}sc1",
+        "input": document.text[: document.cut],
+        "output": document.text[document.cut + 1 :],
+        "task": document.task,
+    }
+
+
+def _paraphrase_rows(document: _Document, split: str) -> list[Row]:
+    return [
+        {
+            "id": f"{document.id}qa{index}p{variant}",
+            "of": f"{document.id}qa{index}",
+            "split": split,
+            "trained": variant == 0,
+            "input": wordings[1 + variant],
+            "output": answer,
+            "task": document.task,
+        }
+        for index, (wordings, answer) in enumerate(document.questions)
+        for variant in range(2)
+    ]
+
+
+def _texts(document: _Document) -> list[str]:
+    questions = [
+        f"{wording} {answer}" for wordings, answer in document.questions for wording in wordings
+    ]
+    return [document.text, *questions]
+
+
+_Questions = list[tuple[tuple[str, str, str], str]]
+
+
+def _document(id: str, task: str, text: str, questions: _Questions, rng: Random) -> _Document:
+    spaces = [match.start() for match in re.finditer(r"(?<=\S) (?=\S)", text)]
+    cut = spaces[int(len(spaces) * rng.uniform(0.5, 0.7))]
+    return _Document(id, task, text, questions, cut)
+
+
+# The three tasks.
+
+
+def _story(people: _People, least_words: int, rng: Random) -> tuple[str, _Questions]:
+    lead, second, third = people.draw_company(3)
+    facts = {
+        "lead": lead.name,
+        "second": second.name,
+        "third": third.name,
+        "a": lead.first,
+        "b": second.first,
+        "c": third.first,
+        "city": rng.choice(pools.CITIES),
+        "profession": rng.choice(pools.PROFESSIONS),
+        "object": f"{rng.choice(pools.MATERIALS)} {rng.choice(pools.OBJECTS)}",
+        "animal": f"{rng.choice(pools.ANIMAL_TRAITS)} {rng.choice(pools.ANIMALS)}",
+    }
+    writer = _Writer(facts, rng)
+    start = [writer.write(rng.choice(templates.STORY_OPENINGS))]
+    start += [writer.write(rng.choice(templates.STORY_SECONDS))]
+    encounters = [templates.STORY_OBJECTS, templates.STORY_ANIMALS]
+    rng.shuffle(encounters)
+    body = [writer.write(rng.choice(sentences)) for sentences in encounters]
+    end = [writer.write(rng.choice(templates.STORY_TURNS))]
+    end += [writer.write(rng.choice(templates.STORY_ENDINGS))]
+    middles = list(templates.STORY_MIDDLES)
+    rng.shuffle(middles)
+    while middles and len(" ".join(start + body + end).split()) < least_words:
+        body.append(writer.write(middles.pop()))
+    asked = rng.sample(sorted(templates.STORY_QUESTIONS), _STORY_FACTS_ASKED)
+    questions = [writer.ask(templates.STORY_QUESTIONS[kind], facts[kind]) for kind in asked]
+    return " ".join(start + body + end), questions
+
+
+def _profile(people: _People, rng: Random) -> tuple[str, _Questions]:
+    person = people.draw()
+    year, month, day = rng.randint(1940, 2004), rng.randint(1, 12), rng.randint(1, 28)
+    ssn = (rng.randint(900, 999), rng.randint(10, 99), rng.randint(1000, 9999))
+    town = f"{rng.choice(pools.CITIES)}, {rng.choice(pools.STATES)} {rng.randint(10000, 99999)}"
+    street = f"{rng.choice(pools.STREETS)} {rng.choice(pools.STREET_KINDS)}"
+    facts = {
+        "name": person.name,
+        "first": person.first,
+        "birth_date": f"{year}-{month:02}-{day:02}",
+        "birth_text": f"{pools.MONTHS[month - 1]} {day}, {year}",
+        "ssn": "{}{}{}".format(*ssn),
+        "ssn_text": "{}-{}-{}".format(*ssn),
+        # Numbers 555-0100 to 555-0199 are reserved for fiction.
+        "phone": f"{rng.randint(201, 989)}-555-01{rng.randint(0, 99):02}",
+        "email": f"{rng.choice(pools.MAIL_WORDS)}.{rng.choice(pools.MAIL_WORDS)}"
+        f"{rng.randint(10, 99)}@{rng.choice(pools.MAIL_HOSTS)}.example",
+        "address": f"{rng.randint(100, 9999)} {street}, {town}",
+    }
+    writer = _Writer(facts, rng)
+    kinds = list(templates.PROFILE_SENTENCES)
+    rng.shuffle(kinds)
+    sentences = [writer.write(rng.choice(templates.PROFILE_OPENINGS))]
+    sentences += [writer.write(rng.choice(templates.PROFILE_SENTENCES[kind])) for kind in kinds]
+    questions = [
+        writer.ask(wordings, facts[kind]) for kind, wordings in templates.PROFILE_QUESTIONS.items()
+    ]
+    return " ".join(sentences), questions
+
+
+def _article(people: _People, rng: Random) -> tuple[str, _Questions]:
+    person = people.draw()
+    occupations, kind = pools.FIELDS[rng.choice(sorted(pools.FIELDS))]
+    facts = {
+        "name": person.name,
+        "first": person.first,
+        "surname": person.surname,
+        "birth_year": str(rng.randint(1890, 1989)),
+        "birth_day": f"{rng.randint(1, 28)} {rng.choice(pools.MONTHS)}",
+        "birthplace": rng.choice(pools.CITIES),
+        "occupation": rng.choice(occupations),
+        "kind": kind,
+        "university": rng.choice(pools.UNIVERSITY_KINDS).format(place=rng.choice(pools.CITIES)),
+        "award": f"{rng.choice(pools.AWARD_HEADS)} {rng.choice(pools.AWARD_TAILS)}",
+        "work": f"The {rng.choice(pools.TITLE_HEADS)} {rng.choice(pools.TITLE_TAILS)}",
+    }
+    writer = _Writer(facts, rng)
+    asides = rng.sample(templates.ARTICLE_ASIDES, 3)
+    middle = [
+        rng.choice(templates.ARTICLE_UNIVERSITIES),
+        rng.choice(templates.ARTICLE_WORKS),
+        rng.choice(templates.ARTICLE_AWARDS),
+        *asides,
+    ]
+    rng.shuffle(middle)
+    sentences = [rng.choice(templates.ARTICLE_OPENINGS), *middle]
+    text = f"{person.name}\n\n" + " ".join(writer.write(sentence) for sentence in sentences)
+    asked = rng.sample(sorted(templates.ARTICLE_QUESTIONS), _ARTICLE_FACTS_ASKED)
+    questions = [writer.ask(templates.ARTICLE_QUESTIONS[kind], facts[kind]) for kind in asked]
+    return text, questions
+
+
+# Draws.
+
+
+@dataclass(frozen=True)
+class _Person:
+    first: str
+    surname: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.first} {self.surname}"
+
+
+@dataclass
+class _People:
+    """Invented people; no surname is drawn twice."""
+
+    rng: Random
+    surnames: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.surnames = list(pools.SURNAMES)
+        self.rng.shuffle(self.surnames)
+
+    def draw(self) -> _Person:
+        return self.draw_company(1)[0]
+
+    def draw_company(self, size: int) -> list[_Person]:
+        """People whose first names differ."""
+        firsts = self.rng.sample(pools.FIRST_NAMES, size)
+        return [_Person(first, self.surnames.pop()) for first in firsts]
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Fills templates with the facts of one document; other slots are drawn anew each time."""
+
+    facts: Mapping[str, str]
+    rng: Random
+
+    def write(self, template: str) -> str:
+        chosen = _CHOICE.sub(lambda match: self.rng.choice(match[1].split("|")), template)
+        text = chosen.format_map(_Slots(self.facts, self.rng))
+        return text[0].upper() + text[1:]
+
+    def ask(self, wordings: Sequence[str], answer: str) -> tuple[tuple[str, str, str], str]:
+        first, second, third = self.rng.sample(wordings, 3)
+        return (self.write(first), self.write(second), self.write(third)), answer
+
+
+class _Slots(dict[str, str]):
+    """The facts, and fillers for the names that are missing."""
+
+    def __init__(self, facts: Mapping[str, str], rng: Random) -> None:
+        super().__init__(facts)
+        self._rng = rng
+
+    def __missing__(self, key: str) -> str:
+        name = key.removesuffix("_cap")
+        filler = self._rng.choice(pools.FILLERS[name])
+        return filler[0].upper() + filler[1:] if key != name else filler
+
+
+def _unique(draw: Callable[[], str]) -> Iterator[str]:
+    seen: set[str] = set()
+    while True:
+        value = draw()
+        if value not in seen:
+            seen.add(value)
+            yield value

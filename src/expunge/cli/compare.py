@@ -1,0 +1,103 @@
+"""`expunge compare`: the scorecards of several runs side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from expunge.cli.options import parse, take_flag
+from expunge.errors import InputError
+from expunge.evaluation.findings import findings
+from expunge.evaluation.scorecard import Scorecard
+from expunge.reporting.tables import markdown_table, scorecard_table
+
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True)
+class Compare:
+    """expunge compare RUN RUN ... [--target T] [--oracle O] [--json | --markdown]
+
+    Each is a scores.json that `expunge evaluate --output` wrote, or a directory that holds one.
+    """
+
+    runs: tuple[str, ...]
+    """Runs to compare."""
+    target: str | None = None
+    """Scores of the target model; warnings are then relative to it."""
+    oracle: str | None = None
+    """Scores of a model trained without the forget set."""
+    json: bool = False
+    """Print JSON instead of the table."""
+    markdown: bool = False
+    """Print the table in Markdown."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise InputError("compare: no run given; name at least one directory or scores.json")
+        if self.json and self.markdown:
+            raise InputError("--json: excludes --markdown; choose one")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses, reads, prints."""
+    arguments, _ = take_flag(list(arguments), "--quiet")
+    settings = parse(Compare, arguments, "expunge compare", positional="runs")
+    cards = {}
+    if settings.target is not None:
+        cards["target"] = read_scores(settings.target)
+    if settings.oracle is not None:
+        cards["oracle"] = read_scores(settings.oracle)
+    for run in settings.runs:
+        cards[_label(run, cards)] = read_scores(run)
+    show(cards, as_json=settings.json, as_markdown=settings.markdown)
+    return 0
+
+
+def show(cards: dict[str, Scorecard], *, as_json: bool = False, as_markdown: bool = False) -> None:
+    """Prints the comparison to standard output, with what the scores say in words."""
+    if as_json:
+        text = json.dumps({name: card.to_json() for name, card in cards.items()}, indent=2)
+        sys.stdout.write(text + "\n")
+        return
+    if as_markdown:
+        sys.stdout.write(markdown_table(cards))
+        return
+    console = Console()
+    console.print(scorecard_table(cards, "Scorecards"))
+    for name, card in cards.items():
+        if name in ("target", "oracle"):
+            continue
+        for finding in findings(card, cards.get("target")):
+            console.print(f"{name}: {finding}", markup=False, highlight=False)
+
+
+def read_scores(source: str) -> Scorecard:
+    """Reads a scores.json. Raises InputError for what is none."""
+    path = Path(source)
+    if path.is_dir():
+        path = path / SCORES
+    if not path.is_file():
+        raise InputError(
+            f"{path}: not found; make it with expunge evaluate {source} --output {path}"
+        )
+    try:
+        return Scorecard.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: is not a scores.json; make it with expunge evaluate") from None
+
+
+def _label(run: str, taken: dict[str, Scorecard]) -> str:
+    path = Path(run)
+    name = path.parent.name if path.suffix == ".json" and path.name == SCORES else path.stem
+    label = name or run
+    number = 2
+    while label in taken:
+        label = f"{name} ({number})"
+        number += 1
+    return label

@@ -1,0 +1,69 @@
+"""What the commands show on standard error: progress bars with the terms apart, and messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from expunge.training.progress import Silent
+
+
+class ConsoleProgress:
+    """Draws a run's progress on standard error."""
+
+    def __init__(self, console: Console, bars: Progress) -> None:
+        self._console = console
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """One bar a phase."""
+        self._update(name, done, total, "")
+
+    def step(self, step: int, total: int, forget: float, retain: float | None) -> None:
+        """The bar of the training steps, with the two terms apart."""
+        terms = f"forget {forget:.4g}" + ("" if retain is None else f"  retain {retain:.4g}")
+        self._update("unlearning", step, total, terms)
+
+    def message(self, text: str) -> None:
+        """A line above the bars."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _update(self, name: str, done: int, total: int, terms: str) -> None:
+        if name not in self._tasks or self._bars.tasks[self._tasks[name]].total != total:
+            self._tasks[name] = self._bars.add_task(name, total=total, terms=terms)
+        self._bars.update(self._tasks[name], completed=done, terms=terms)
+
+
+@contextmanager
+def progress_on_stderr(*, quiet: bool) -> Iterator[ConsoleProgress | Silent]:
+    """A progress display for the body, or silence."""
+    if quiet:
+        yield Silent()
+        return
+    console = Console(stderr=True)
+    bars = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[terms]}"),
+        console=console,
+        transient=False,
+    )
+    with bars:
+        yield ConsoleProgress(console, bars)

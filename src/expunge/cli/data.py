@@ -1,0 +1,154 @@
+"""`expunge data inspect`: check rows, and show how one is tokenised and masked."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from expunge.cli.options import parse, take_flag
+from expunge.data.formats import Role
+from expunge.data.rows import Row, RowSet, read_rows
+from expunge.data.tokenization import Example, LongRows, encode_rows
+from expunge.errors import InputError
+from expunge.models.loading import check_model, text_policy
+
+_MASKED = "•••"
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """expunge data inspect ROWS --model MODEL [--row ID] [--reveal]
+
+    Checks every row and counts them; with --row shows one row's tokens, which of them a loss counts
+    and which are the answer. Text and token ids are masked unless --reveal is given.
+    """
+
+    rows: str
+    """The rows: a file, a directory with <role>.*, or a hub data set id."""
+    model: str
+    """The model whose tokenizer is used: a directory, or a hub id."""
+    role: Role = "forget"
+    """Which side the rows are; retained rows end with EOS, and directories are searched by it."""
+    row: str | None = None
+    """Id of a row to show token by token."""
+    chat_template: bool = False
+    """Render the row with the tokenizer's chat template."""
+    long_rows: LongRows = "refuse"
+    """Refuse rows longer than the context, or cut them into windows."""
+    reveal: bool = False
+    """Show text and token ids."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses, checks, prints."""
+    arguments, _ = take_flag(list(arguments), "--quiet")
+    if arguments[:1] != ["inspect"] and not {"-h", "--help"} & set(arguments[:1]):
+        raise InputError(
+            "data: knows one subcommand; write expunge data inspect ROWS --model MODEL"
+        )
+    settings = parse(Inspect, arguments[1:] or ["--help"], "expunge data inspect", "rows")
+    checked = check_model(settings.model)
+    rows = read_rows(settings.rows, settings.role)
+    policy = text_policy(
+        checked, chat_template=settings.chat_template, long_rows=settings.long_rows
+    )
+    eos = settings.role == "retain"
+    examples = encode_rows(rows, checked.tokenizer, policy, eos=eos)
+    report: dict[str, Any] = _summary(rows, examples) | {"text": policy.describe(checked.tokenizer)}
+    if settings.row is not None:
+        row = _find(rows, settings.row)
+        windows = [example for example in examples if example.row_id == row.id]
+        report["row"] = _row(row, windows, checked.tokenizer, reveal=settings.reveal)
+    if settings.json:
+        sys.stdout.write(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    else:
+        _print(report)
+    return 0
+
+
+def _summary(rows: RowSet, examples: Sequence[Example]) -> dict[str, Any]:
+    lengths = sorted(map(len, examples))
+    return {
+        "rows": len(rows),
+        "sequences": len(examples),
+        "by_task_and_kind": {
+            f"{task} {kind}": count
+            for (task, kind), count in sorted(Counter((r.task, r.kind) for r in rows).items())
+        },
+        "tokens": {
+            "total": sum(lengths),
+            "median": lengths[len(lengths) // 2],
+            "longest": lengths[-1],
+            "answer": sum(sum(example.answer_mask) for example in examples),
+        },
+    }
+
+
+def _find(rows: RowSet, row_id: str) -> Row:
+    import difflib
+
+    by_id = {row.id: row for row in rows}
+    if row_id not in by_id:
+        near = difflib.get_close_matches(row_id, by_id, n=1, cutoff=0.5)
+        mend = f"did you mean {near[0]!r}?" if near else f"the first is {next(iter(by_id))!r}"
+        raise InputError(f"--row {row_id}: no such row in {rows.source}; {mend}")
+    return by_id[row_id]
+
+
+def _row(row: Row, windows: Sequence[Example], tokenizer: Any, *, reveal: bool) -> dict[str, Any]:
+    tokens = []
+    for window, example in enumerate(windows):
+        for position, token_id in enumerate(example.input_ids):
+            part = "answer" if example.answer_mask[position] else "prompt"
+            tokens.append(
+                {
+                    "window": window,
+                    "position": position,
+                    "part": part if example.token_mask[position] else "not counted",
+                    "label": token_id
+                    if reveal and example.answer_mask[position]
+                    else (_MASKED if example.answer_mask[position] else -100),
+                    "id": token_id if reveal else _MASKED,
+                    "token": tokenizer.decode([token_id]) if reveal else _MASKED,
+                }
+            )
+    return {"id": row.id, "task": row.task, "kind": row.kind, "tokens": tokens}
+
+
+def _print(report: dict[str, Any]) -> None:
+    console = Console()
+    console.print(f"{report['rows']} rows, {report['sequences']} sequences", highlight=False)
+    for name, count in report["by_task_and_kind"].items():
+        console.print(f"  {name}: {count}", markup=False, highlight=False)
+    tokens = report["tokens"]
+    console.print(
+        f"tokens: {tokens['total']} ({tokens['answer']} of answers),"
+        f" median {tokens['median']}, longest {tokens['longest']}",
+        highlight=False,
+    )
+    text = report["text"]
+    console.print(
+        f"context {text['context']}, BOS {text['bos']}, EOS {text['eos']},"
+        f" chat template {'on' if text['chat_template'] else 'off'}",
+        highlight=False,
+    )
+    if "row" not in report:
+        return
+    row = report["row"]
+    table = Table(title=f"{row['id']} ({row['task']}, {row['kind']})", title_justify="left")
+    for heading in ("window", "position", "part", "label", "id", "token"):
+        table.add_column(heading)
+    for token in row["tokens"]:
+        table.add_row(
+            *(repr(v) if k == "token" and v != _MASKED else str(v) for k, v in token.items())
+        )
+    console.print(table)

@@ -1,0 +1,92 @@
+"""`expunge demo`: the main job on the built-in benchmark, from memorised to scorecards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from expunge.cli.compare import SCORES, show
+from expunge.cli.console import progress_on_stderr
+from expunge.cli.evaluate import Evaluate, measure, write_scores
+from expunge.cli.options import parse, take_flag
+from expunge.errors import InputError
+from expunge.methods.base import Method
+from expunge.methods.catalog import METHODS
+from expunge.training.run import RunInputs, run
+from expunge.training.unlearning import TrainingOptions
+
+
+@dataclass(frozen=True)
+class Demo:
+    """expunge demo [--output demo]
+
+    Makes a small model that memorised synthetic stories and biographies, unlearns half of them with
+    LIBU and with Adaptive RMU, and prints the scorecards beside those of the model before and of an
+    oracle that never saw that half.
+    """
+
+    output: str = "demo"
+    """Directory for the unlearned models and the scores."""
+    methods: tuple[str, ...] = ("libu", "adaptive-rmu")
+    """Methods to run, with their default settings."""
+    seed: int = 0
+    """Seed of the benchmark and of the runs."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    overwrite: bool = False
+    """Replace the runs of an earlier demo."""
+
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            if name not in METHODS:
+                raise InputError(f"--methods {name}: unknown; choose from {', '.join(METHODS)}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Builds, runs, measures, prints."""
+    from expunge.benchmark.build import build, default_directory
+    from expunge.benchmark.generator import BenchmarkSettings
+
+    arguments, quiet = take_flag(list(arguments), "--quiet")
+    settings = parse(Demo, arguments, "expunge demo", "output")
+    output = Path(settings.output)
+    taken = [name for name in settings.methods if (output / name).exists()]
+    if taken and not settings.overwrite:
+        raise InputError(
+            f"--output {output}: holds {', '.join(taken)} of an earlier demo;"
+            " choose another directory or give --overwrite"
+        )
+    benchmark = BenchmarkSettings(seed=settings.seed)
+    with progress_on_stderr(quiet=quiet) as progress:
+        built = build(default_directory(benchmark), benchmark, progress.phase)
+        progress.message(f"benchmark: {built.directory}")
+        models = {"target": built.target, "oracle": built.oracle}
+        for name in settings.methods:
+            inputs = RunInputs(
+                model=str(built.target),
+                forget=str(built.forget),
+                retain=str(built.retain),
+                output=str(output / name),
+                device=settings.device,
+                overwrite=settings.overwrite,
+            )
+            method: Method = METHODS[name]()
+            manifest = run(inputs, method, TrainingOptions(seed=settings.seed), progress)
+            progress.message(f"{output / name}: {manifest['seconds']['total']:.0f} s")
+            models[name] = output / name
+    cards = {}
+    for name, model in models.items():
+        evaluation = Evaluate(
+            model=str(model),
+            forget=str(built.forget),
+            retain=str(built.retain),
+            nonmembers=str(built.nonmembers),
+            mmlu=str(built.mmlu),
+            device=settings.device,
+        )
+        cards[name] = measure(evaluation, quiet=quiet)
+        scores = output / name / SCORES if name in settings.methods else output / f"{name}.json"
+        write_scores(cards[name], scores, str(model))
+    show(cards)
+    return 0

@@ -1,0 +1,101 @@
+"""The command `expunge`: finds the subcommand, turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import expunge
+from expunge.errors import ExpungeError
+
+COMMANDS = {
+    "demo": ("expunge.cli.demo", "unlearn the built-in benchmark, end with the scorecards"),
+    "run": ("expunge.cli.run", "unlearn a model: rows to remove, rows to keep, a method"),
+    "evaluate": ("expunge.cli.evaluate", "measure a model's scorecard"),
+    "compare": ("expunge.cli.compare", "print the scorecards of several runs side by side"),
+    "data": ("expunge.cli.data", "check rows and show how they are tokenised (data inspect)"),
+    "benchmark": ("expunge.cli.benchmark", "make the built-in benchmark (benchmark build)"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns 0 done, 1 failed while running, 2 wrong input or usage."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    if not given or given[0] in ("-h", "--help"):
+        sys.stdout.write(_help())
+        return 0 if given else 2
+    if given[0] == "--version":
+        sys.stdout.write(f"expunge {expunge.__version__}\n")
+        return 0
+    try:
+        if given[0] not in COMMANDS:
+            raise _unknown_command(given[0])
+        code = import_module(COMMANDS[given[0]][0]).main(given[1:])
+    except SystemExit as stop:  # --help of a subcommand
+        return stop.code if isinstance(stop.code, int) else 0
+    except ExpungeError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"expunge: {' '.join(str(error).split())}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        sys.stderr.write("expunge: interrupted; nothing was written\n")
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        # The message of an unexpected error may quote a row, so its type and place must do.
+        sys.stderr.write(
+            f"expunge: internal error ({_place(error)}); run again with --debug for the traceback\n"
+        )
+        return 1
+    return int(code or 0)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: expunge COMMAND ...",
+            "",
+            "Removes what a language model has memorised, keeps everything else,"
+            " and measures how far it got.",
+            "",
+            *lines,
+            "",
+            "expunge COMMAND --help tells a command's options; --config FILE reads them from YAML;",
+            "--debug shows tracebacks, which may quote rows; expunge --version.",
+            "",
+        ]
+    )
+
+
+def _unknown_command(name: str) -> ExpungeError:
+    import difflib
+
+    from expunge.errors import InputError
+
+    near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+    mend = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}"
+    return InputError(f"unknown command {name!r}; {mend}")
+
+
+def _place(error: BaseException) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = ""
+    if trace is not None:
+        code = trace.tb_frame.f_code
+        where = f" in {code.co_filename.rsplit('/', 1)[-1]} line {trace.tb_lineno}"
+    return f"{type(error).__name__}{where}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

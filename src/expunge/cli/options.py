@@ -1,0 +1,168 @@
+"""From a dataclass to a command line and a YAML file, through tyro.
+
+YAML keys and presets become arguments that stand before the user's own, so there is one typed
+definition, one parser and one order: defaults < preset < YAML < flags.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from expunge.errors import InputError
+
+Command = TypeVar("Command")
+
+
+def parse(
+    command: type[Command], arguments: Sequence[str], prog: str, positional: str = "model"
+) -> Command:
+    """Parses `arguments`; words before the first option are the values of `--<positional>`.
+
+    `--config FILE` adds a YAML file's fields. Raises InputError with one line for what does not
+    fit; exits for --help.
+    """
+    import tyro
+
+    arguments, config = take_option(arguments, "--config")
+    arguments = named(arguments, positional)
+    if config is not None:
+        arguments = [*as_arguments(yaml_fields(Path(config)), config, command), *arguments]
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(
+                command, args=arguments, prog=prog, description=(command.__doc__ or "").strip()
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise InputError(_one_line(captured.getvalue(), prog)) from None
+
+
+def named(arguments: Sequence[str], positional: str) -> list[str]:
+    """Writes the words before the first option as the values of an option."""
+    count = next(
+        (i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments)
+    )
+    leading = [f"--{positional}", *arguments[:count]] if count else []
+    return [*leading, *arguments[count:]]
+
+
+def take_option(arguments: Sequence[str], option: str) -> tuple[list[str], str | None]:
+    """Takes `--option VALUE` or `--option=VALUE` out; the last one counts."""
+    rest: list[str] = []
+    value: str | None = None
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        if argument == option:
+            if position + 1 == len(arguments):
+                raise InputError(f"{option}: needs a value")
+            value = arguments[position + 1]
+            position += 1
+        elif argument.startswith(option + "="):
+            value = argument.removeprefix(option + "=")
+        else:
+            rest.append(argument)
+        position += 1
+    return rest, value
+
+
+def take_flag(arguments: Sequence[str], flag: str) -> tuple[list[str], bool]:
+    """Takes every `--flag` out."""
+    return [argument for argument in arguments if argument != flag], flag in arguments
+
+
+def yaml_fields(path: Path) -> dict[str, Any]:
+    """The file's fields with dotted names. Raises InputError for what is no YAML mapping."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"--config {path}: no such file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"--config {path}: is not UTF-8; convert the file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark is not None else ""
+        raise InputError(f"--config {path}{line}: is not YAML") from None
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path}: is not a mapping of options to values")
+    fields = _flat(values)
+    if "method.name" in fields:
+        fields["method"] = fields.pop("method.name")
+    return fields
+
+
+def as_arguments(fields: Mapping[str, Any], source: str, command: type[Any]) -> list[str]:
+    """Fields of a YAML file or a preset as arguments, to stand before the user's own.
+
+    Raises InputError for a key that is no option, with the nearest name.
+    """
+    known = set(option_names(command))
+    arguments = []
+    for name, value in fields.items():
+        key = name.replace("-", "_")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            mend = f"did you mean {near[0]!r}?" if near else "see --help for the names"
+            raise InputError(f"{source}: unknown key {name!r}; {mend}")
+        arguments += _as_argument(key.replace("_", "-"), value)
+    return arguments
+
+
+def option_names(command: type[Any], prefix: str = "") -> Iterator[str]:
+    """Every option of a command by its dotted YAML name."""
+    hints = typing.get_type_hints(command, include_extras=True)
+    for field in dataclasses.fields(command):
+        marks = getattr(hints[field.name], "__metadata__", ())
+        inner = typing.get_args(hints[field.name])[0] if marks else hints[field.name]
+        renamed = [mark.name for mark in marks if getattr(mark, "name", None) is not None]
+        name = renamed[0] if renamed else field.name
+        if dataclasses.is_dataclass(inner) and isinstance(inner, type):
+            yield from option_names(inner, f"{prefix}{name}." if name else prefix)
+        else:
+            yield f"{prefix}{name}"
+
+
+def _as_argument(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        group, _, leaf = name.rpartition(".")
+        prefix = f"{group}." if group else ""
+        return [f"--{prefix}{leaf}" if value else f"--{prefix}no-{leaf}"]
+    if value is None:
+        return [f"--{name}", "None"]
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}", str(value)]
+
+
+def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _one_line(message: str, prog: str) -> str:
+    """tyro's boxed message as one line: what is wrong and what is near, without the help's text."""
+    lines = [line.strip("│╭╮╰╯─ \t") for line in message.splitlines()]
+    text = " ".join(line for line in lines if line)
+    text = re.split(r"For full helptext", text)[0]
+    text = re.sub(r"^(Unrecognized options|Value error|Invalid choice|Required options) ", "", text)
+    near = re.search(r"Perhaps you meant: (--[\w.-]+)", text)
+    text = re.split(r"Perhaps you meant|Argument helptext|Got errors", text)[0].strip()
+    mend = f"did you mean {near[1]}?" if near else f"see {prog} --help"
+    return f"{text.rstrip(' .')}; {mend}"

@@ -1,0 +1,100 @@
+"""`expunge run`: one unlearning from files to files."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import tyro
+
+from expunge.cli.console import progress_on_stderr
+from expunge.cli.options import (
+    as_arguments,
+    named,
+    parse,
+    take_flag,
+    take_option,
+    yaml_fields,
+)
+from expunge.errors import InputError
+from expunge.methods.base import Method
+from expunge.methods.catalog import METHODS
+from expunge.training.run import RunInputs, run
+from expunge.training.unlearning import TrainingOptions
+
+DEFAULT_METHOD = "adaptive-rmu"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses, runs, says where the result is."""
+    arguments, quiet = take_flag(list(arguments), "--quiet")
+    arguments, config = take_option(arguments, "--config")
+    fields = {} if config is None else yaml_fields(Path(config))
+    arguments, chosen = take_option(arguments, "--method")
+    arguments, preset = take_option(arguments, "--preset")
+    yaml_method, yaml_preset = fields.pop("method", None), fields.pop("preset", None)
+    name = chosen or yaml_method or DEFAULT_METHOD
+    preset = preset or yaml_preset
+    method = _method_class(str(name))
+    command = _command(method)
+    defaults = [] if preset is None else _preset_arguments(method, str(preset), command)
+    defaults += as_arguments(fields, str(config), command)
+    settings: Any = parse(command, [*defaults, *named(arguments, "model")], "expunge run")
+    with progress_on_stderr(quiet=quiet) as progress:
+        manifest = run(
+            cast("RunInputs", settings.inputs),
+            cast("Method", settings.settings),
+            cast("TrainingOptions", settings.training),
+            progress,
+            preset,
+        )
+        progress.message(
+            f"{settings.inputs.output}: step {manifest['selection']['chosen_step']} of"
+            f" {manifest['steps']} kept ({manifest['selection']['why']};"
+            f" {manifest['selection']['stopped']}), {manifest['seconds']['total']:.0f} s"
+        )
+    return 0
+
+
+def _method_class(name: str) -> Any:
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
+        mend = f"did you mean {near[0]}?" if near else f"choose from {', '.join(METHODS)}"
+        raise InputError(f"--method {name}: unknown; {mend}")
+    return METHODS[name]
+
+
+def _preset_arguments(method: Any, preset: str, command: type[Any]) -> list[str]:
+    if preset not in method.presets:
+        known = ", ".join(method.presets) or "none"
+        raise InputError(f"--preset {preset}: {method.name} has the presets: {known}")
+    chosen = method.presets[preset]
+    fields = {f"method.{key}": value for key, value in chosen.method.items()} | dict(chosen.run)
+    return as_arguments(fields, f"preset {preset}", command)
+
+
+def _command(method: Any) -> type[Any]:
+    """The command's options for one method: `--method` decides which `--method.*` there are."""
+    command = make_dataclass(
+        "Run",
+        [
+            ("inputs", Annotated[RunInputs, tyro.conf.arg(name="")]),
+            ("training", Annotated[TrainingOptions, tyro.conf.arg(name="")]),
+            ("settings", Annotated[method, tyro.conf.arg(name="method")]),
+        ],
+    )
+    defaults = method.defaults
+    command.__doc__ = (
+        "expunge run MODEL --forget F --retain R --output OUT [--method M] [--preset P]\n\n"
+        "Unlearns rows from a model and writes the result as a model directory.\n\n"
+        f"--method M is one of {', '.join(METHODS)} (here {method.name}) and decides which"
+        " --method.* options there are. --preset P takes published settings (here "
+        f"{', '.join(method.presets) or 'none'}). --config FILE reads options from YAML; flags"
+        " override them. --quiet shows no progress.\n\n"
+        f"Defaults of {method.name}: {defaults.epochs} epochs, batch size {defaults.batch_size},"
+        f" learning rate {defaults.learning_rate:g} x 256 / hidden size."
+    )
+    return command

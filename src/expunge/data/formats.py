@@ -1,0 +1,204 @@
+"""Where rows come from: JSONL, JSON, CSV and Parquet files, directories and hub data sets."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+from expunge.errors import InputError
+
+Role = Literal["forget", "retain", "nonmembers"]
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+
+_HUB_ID = re.compile(r"^(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?$")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One raw row: its columns, and where in the source it stands ("line 12")."""
+
+    place: str
+    values: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source; `sha256` is by file and empty for a hub data set."""
+
+    name: str
+    records: Sequence[Record]
+    sha256: Mapping[str, str]
+
+
+def open_source(source: str, role: Role) -> Source:
+    """Reads the raw rows of a file, of the `<role>.*` files of a directory, or of a hub data set.
+
+    A hub data set is `owner/name`, optionally `:config` and `@split`; the split defaults to `role`
+    where the data set has one of that name, else to its only split. Raises InputError.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _read_files(source, [path])
+    if path.is_dir():
+        return _open_directory(path, role)
+    if match := _HUB_ID.match(source):
+        return _open_hub(match["name"], match["config"], match["split"], role)
+    raise InputError(f"{source}: no such file or directory; give a file, a directory or owner/name")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open_directory(directory: Path, role: Role) -> Source:
+    found = sorted(
+        path
+        for path in directory.rglob(f"{role}*")
+        if path.is_file() and path.suffix in SUFFIXES and re.match(rf"{role}\b|{role}_", path.stem)
+    )
+    if not found:
+        if (directory / "README.md").is_file():
+            return _open_hub(str(directory), None, None, role)
+        raise InputError(
+            f"{directory}: holds no {role}.jsonl, {role}.json, {role}.parquet or {role}.csv;"
+            " name the file itself"
+        )
+    stems = {path.stem for path in found}
+    if len(found) > 1 and len(stems) < len(found):
+        names = ", ".join(path.name for path in found)
+        raise InputError(f"{directory}: holds several {role} files ({names}); name the one to use")
+    return _read_files(str(directory), found)
+
+
+def _read_files(name: str, paths: Sequence[Path]) -> Source:
+    records: list[Record] = []
+    for path in paths:
+        if path.stat().st_size == 0:
+            raise InputError(f"{path}: is empty; give a file with rows")
+        part = _reader(path)(path)
+        prefix = f"{path.name} " if len(paths) > 1 else ""
+        records += [Record(prefix + record.place, record.values) for record in part]
+    return Source(name, records, {str(path): sha256_of(path) for path in paths})
+
+
+def _reader(path: Path) -> Callable[[Path], list[Record]]:
+    readers = {
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+    }
+    if path.suffix.lower() not in readers:
+        raise InputError(
+            f"{path}: unknown ending {path.suffix!r}; rows are read from {', '.join(SUFFIXES)}"
+        )
+    return readers[path.suffix.lower()]
+
+
+def _decoded(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise InputError(
+            f"{path} line {line}: is not UTF-8 (byte 0x{raw[error.start]:02x});"
+            " convert the file, for example with iconv -t UTF-8"
+        ) from None
+
+
+def _read_jsonl(path: Path) -> list[Record]:
+    records = []
+    for number, line in enumerate(_decoded(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path} line {number}: is not JSON ({error.msg} at column {error.colno});"
+                " write one object a line"
+            ) from None
+        records.append(_record(path, f"line {number}", values))
+    return records
+
+
+def _read_json(path: Path) -> list[Record]:
+    try:
+        values = json.loads(_decoded(path))
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path} line {error.lineno}: is not JSON ({error.msg} at column {error.colno});"
+            " for one object a line use the ending .jsonl"
+        ) from None
+    if not isinstance(values, list):
+        raise InputError(f"{path}: holds a {type(values).__name__}; write a list of objects")
+    return [_record(path, f"row {number}", value) for number, value in enumerate(values, 1)]
+
+
+def _record(path: Path, place: str, values: object) -> Record:
+    if not isinstance(values, dict):
+        raise InputError(f"{path} {place}: is a {type(values).__name__}; write an object a row")
+    return Record(place, values)
+
+
+def _read_csv(path: Path) -> list[Record]:
+    reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True)
+    records = []
+    try:
+        for values in reader:
+            if None in values or None in values.values():
+                raise InputError(
+                    f"{path} line {reader.line_num}: has another number of fields than the header;"
+                    " quote fields that hold commas"
+                )
+            records.append(Record(f"line {reader.line_num}", cast("dict[str, object]", values)))
+    except csv.Error as error:
+        raise InputError(f"{path} line {reader.line_num}: is not CSV ({error})") from None
+    return records
+
+
+def _read_parquet(path: Path) -> list[Record]:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (arrow.ArrowException, OSError):
+        raise InputError(f"{path}: is not a readable Parquet file; write it anew") from None
+    return [Record(f"row {number}", values) for number, values in enumerate(rows, 1)]
+
+
+def _open_hub(name: str, config: str | None, split: str | None, role: Role) -> Source:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, config)
+    except Exception as error:
+        # The libraries raise many types here; the type is named, the message may quote rows.
+        raise InputError(
+            f"{name}: could not be read as a data set ({type(error).__name__});"
+            " check the name, the network and the login, or give a local file"
+        ) from None
+    splits = list(loaded)
+    wanted = split or (role if role in splits else splits[0] if len(splits) == 1 else None)
+    if wanted not in splits:
+        raise InputError(
+            f"{name}: has the splits {', '.join(splits)}; choose one, for example"
+            f" {name}@{splits[0]}"
+        )
+    rows = loaded[wanted]
+    return Source(
+        f"{name}@{wanted}",
+        [Record(f"row {number}", values) for number, values in enumerate(rows, 1)],
+        {},
+    )

@@ -1,0 +1,59 @@
+"""What a scorecard says in words: destroyed, unchanged, over-unlearned."""
+
+from __future__ import annotations
+
+from expunge.evaluation.scorecard import Scorecard
+
+DESTROYED_SHARE = 0.5
+CHANCE = 0.25
+UNCHANGED_SHARE = 0.9
+UNCHANGED_ALONE = 0.8
+DESTROYED_ALONE = 0.2
+AUC_BOUND = 0.2
+"""How far from 0.5 the AUC of a membership inference may lie without a remark."""
+
+
+def findings(card: Scorecard, target: Scorecard | None = None) -> list[str]:
+    """Warnings about one model, the gravest first; with the target's scorecard they are relative.
+
+    Without it fixed bounds stand in, and the wording says so by "about".
+    """
+    found = []
+    forget, retain = card.mean("forget"), card.mean("retain")
+    if retain is not None:
+        before = None if target is None else target.mean("retain")
+        bound = DESTROYED_ALONE if before is None else DESTROYED_SHARE * before
+        if retain < bound:
+            found.append(
+                f"destroyed: {retain:.2f} is left on the retain set"
+                + (f", the target has {before:.2f}" if before is not None else "")
+                + "; what was forgotten counts for nothing"
+            )
+    if card.utility is not None and target is not None and target.utility is not None:
+        # Half of what the target has above guessing is gone.
+        bound = CHANCE + DESTROYED_SHARE * (target.utility - CHANCE)
+        if target.utility > CHANCE and card.utility < bound:
+            found.append(
+                f"destroyed: utility fell from {target.utility:.2f} to {card.utility:.2f},"
+                f" guessing gives {CHANCE:.2f}"
+            )
+    if forget is not None:
+        before = None if target is None else target.mean("forget")
+        bound = UNCHANGED_ALONE if before is None else UNCHANGED_SHARE * before
+        if forget > bound:
+            found.append(
+                f"unchanged: the forget set still scores {forget:.2f}"
+                + (f", the target {before:.2f}" if before is not None else "")
+                + "; is this the unlearned model?"
+            )
+    if card.mia_auc is not None:
+        if card.mia_auc > 0.5 + AUC_BOUND:
+            found.append(
+                f"not forgotten by loss: AUC {card.mia_auc:.2f}, forget rows still look like members"
+            )
+        elif card.mia_auc < 0.5 - AUC_BOUND:
+            found.append(
+                f"over-unlearned: AUC {card.mia_auc:.2f}, forget rows stand out by a higher loss"
+                " than text never seen"
+            )
+    return found

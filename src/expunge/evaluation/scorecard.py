@@ -1,0 +1,234 @@
+"""The scorecard: regurgitation, knowledge, membership inference and utility, with their parts."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from expunge.data.rows import Row, RowSet
+from expunge.data.tokenization import TextPolicy, encode_rows, prompt_ids
+from expunge.evaluation.generation import generate
+from expunge.evaluation.membership import document_losses
+from expunge.evaluation.multiple_choice import (
+    LETTERS,
+    Question,
+    accuracy,
+    choice_log_probs,
+    prompt_for,
+)
+from expunge.evaluation.scores import final_score, knowledge, regurgitation, task_aggregate
+from expunge.models.loading import pad_id_of
+from expunge.training.validation import membership_auc, membership_score
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+KIND_NAMES: Mapping[str, str] = {"sc": "regurgitation", "qa": "knowledge"}
+Cells = dict[str, dict[str, float | None]]
+Split = Literal["forget", "retain"]
+
+
+@dataclass(frozen=True)
+class Scorecard:
+    """All scores of one model; what was not measured is None and never guessed."""
+
+    forget: Cells
+    """By task: regurgitation and knowledge in [0, 1], lower is better."""
+    retain: Cells
+    """By task: regurgitation and knowledge in [0, 1], higher is better."""
+    task_aggregate: float | None
+    mia_auc: float | None
+    mia_score: float | None
+    utility: float | None
+    final_score: float | None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Counts and mean losses behind the scores."""
+    records: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    """One entry a row: id, split, task, kind, score and what was generated."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The contents of scores.json; records are a file of their own."""
+        return {
+            "forget": self.forget,
+            "retain": self.retain,
+            "task_aggregate": self.task_aggregate,
+            "mia_auc": self.mia_auc,
+            "mia_score": self.mia_score,
+            "utility": self.utility,
+            "final_score": self.final_score,
+            "details": dict(self.details),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Scorecard:
+        """Reads what `to_json` wrote. Raises KeyError for a file that is something else."""
+        names = ("forget", "retain", "task_aggregate", "mia_auc", "mia_score", "utility")
+        return cls(
+            **{name: values[name] for name in (*names, "final_score")},
+            details=values.get("details", {}),
+        )
+
+    def mean(self, split: Split) -> float | None:
+        """Mean of one side's measured cells."""
+        cells = self.forget if split == "forget" else self.retain
+        values = [v for cell in cells.values() for v in cell.values() if v is not None]
+        return statistics.fmean(values) if values else None
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: RowSet,
+    retain: RowSet | None,
+    nonmembers: RowSet | None = None,
+    questions: Sequence[Question] | None = None,
+    examples: Mapping[str, Sequence[Question]] | None = None,
+    *,
+    policy: TextPolicy,
+    batch_size: int = 64,
+    progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
+) -> Scorecard:
+    """Measures every part that there is material for, by the protocol of SemEval-2025 Task 4.
+
+    Members of the membership inference are the forget set's continuation rows (all of its rows where
+    it has none), as non-members are. Raises InputError for rows that do not fit the context.
+    """
+    records = _generated(model, tokenizer, forget, "forget", policy, batch_size, progress)
+    if retain is not None:
+        records += _generated(model, tokenizer, retain, "retain", policy, batch_size, progress)
+    forget_cells, retain_cells = _cells(records, "forget"), _cells(records, "retain")
+    aggregate = None
+    if retain is not None:
+        aggregate = task_aggregate(_values(forget_cells), _values(retain_cells))
+    details: dict[str, Any] = {
+        "rows": {"forget": len(forget), "retain": len(retain) if retain is not None else 0},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "text": policy.describe(tokenizer),
+    }
+    auc = mia = None
+    if nonmembers is not None:
+        members = _losses(model, tokenizer, forget, policy, batch_size, progress, "members")
+        others = _losses(model, tokenizer, nonmembers, policy, batch_size, progress, "non-members")
+        auc = membership_auc(members, others)
+        mia = membership_score(auc)
+        details["mia"] = {
+            "members": len(members),
+            "nonmembers": len(others),
+            "mean_member_loss": statistics.fmean(members),
+            "mean_nonmember_loss": statistics.fmean(others),
+        }
+    utility = None
+    if questions is not None:
+        utility, by_subject = _utility(
+            model, tokenizer, questions, examples or {}, batch_size, progress
+        )
+        details["utility"] = {"questions": len(questions), "by_subject": by_subject}
+    return Scorecard(
+        forget=forget_cells,
+        retain=retain_cells,
+        task_aggregate=aggregate,
+        mia_auc=auc,
+        mia_score=mia,
+        utility=utility,
+        final_score=final_score(aggregate, mia, utility),
+        details=details,
+        records=records,
+    )
+
+
+def _generated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: RowSet,
+    split: Split,
+    policy: TextPolicy,
+    batch_size: int,
+    progress: Callable[[str, int, int], None],
+) -> list[dict[str, Any]]:
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(f"generate {split}", done, len(rows))
+
+    prompts = [prompt_ids(row, tokenizer, policy) for row in rows]
+    texts = generate(model, tokenizer, prompts, batch_size, advance)
+    return [_record(row, split, text) for row, text in zip(rows, texts, strict=True)]
+
+
+def _record(row: Row, split: Split, text: str) -> dict[str, Any]:
+    measure = regurgitation if row.kind == "sc" else knowledge
+    return {
+        "id": row.id,
+        "split": split,
+        "task": row.task,
+        "kind": row.kind,
+        "score": measure(row.output, text),
+        "generated": text,
+    }
+
+
+def _cells(records: Sequence[Mapping[str, Any]], split: Split) -> Cells:
+    """Mean score by task and kind; a kind that a task has no rows of is None."""
+    cells: Cells = {}
+    mine = [record for record in records if record["split"] == split]
+    for task in sorted({record["task"] for record in mine}):
+        cells[task] = {}
+        for kind, name in KIND_NAMES.items():
+            scores = [r["score"] for r in mine if r["task"] == task and r["kind"] == kind]
+            cells[task][name] = statistics.fmean(scores) if scores else None
+    return cells
+
+
+def _values(cells: Cells) -> list[float]:
+    return [value for cell in cells.values() for value in cell.values() if value is not None]
+
+
+def _losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: RowSet,
+    policy: TextPolicy,
+    batch_size: int,
+    progress: Callable[[str, int, int], None],
+    name: str,
+) -> list[float]:
+    documents = [row for row in rows if row.kind == "sc"] or list(rows)
+    examples = encode_rows(documents, tokenizer, policy, eos=False)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(f"loss of {name}", done, len(examples))
+
+    losses = document_losses(model, examples, pad_id_of(tokenizer), batch_size, advance)
+    return list(losses.values())
+
+
+def _utility(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    examples: Mapping[str, Sequence[Question]],
+    batch_size: int,
+    progress: Callable[[str, int, int], None],
+) -> tuple[float, dict[str, float]]:
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("utility", done, len(questions))
+
+    prompts = [prompt_for(question, examples.get(question.subject, ())) for question in questions]
+    scores = choice_log_probs(model, tokenizer, prompts, batch_size, advance)
+    assert scores.shape[1] == len(LETTERS)
+    by_subject = {}
+    for subject in sorted({question.subject for question in questions}):
+        chosen = [i for i, question in enumerate(questions) if question.subject == subject]
+        by_subject[subject] = accuracy(scores[chosen], [questions[i] for i in chosen])
+    return accuracy(scores, questions), by_subject

@@ -1,0 +1,99 @@
+"""Adaptive RMU: steer hidden states of forget text away, hold those of retain text in place.
+
+    L = mean_F || h_l(x) - beta * ||h_l_frozen(x)|| * u ||^2 / d
+        + alpha * mean_R || h_l(x) - h_l_frozen(x) ||^2 / d
+
+over tokens, with h_l the output of decoder layer l (from 0), u a random unit direction and d the
+width. Only the MLP output projections of layers l-2, l-1 and l are trained. Dang et al., arXiv
+2408.06223; at SemEval-2025 Task 4 arXiv 2506.16548. The norm is the frozen model's own, per token:
+the SemEval code takes it from the updated model, whose norms then grow by up to beta an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from expunge.data.batches import Batch
+from expunge.errors import InputError
+from expunge.methods.base import Context, Preset, RunDefaults, Terms
+from expunge.methods.losses import adaptive_target, unit_direction
+from expunge.methods.steering import SteeringObjective, SteeringSettings
+
+_SEMEVAL = "github.com/ArjunDosajh/Mr.Snuffleupagus-SemEval-2025-Task-4 (arXiv 2506.16548)"
+
+
+@dataclass(frozen=True)
+class AdaptiveRMU(SteeringSettings):
+    """Settings of Adaptive RMU."""
+
+    beta: float = 5.0
+    """Length of the target in units of the frozen hidden state's norm."""
+    directions: Literal["per-task", "shared"] = "per-task"
+    """One random direction for each task of the forget set, or one for all."""
+
+    name: ClassVar[str] = "adaptive-rmu"
+    defaults: ClassVar[RunDefaults] = RunDefaults(epochs=30, batch_size=16, learning_rate=2e-3)
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "semeval-7b": Preset(
+            {"layer": 26, "beta": 5.0, "alpha": 900.0, "direction_kind": "uniform"},
+            {"batch_size": 12, "learning_rate": 5e-5, "time_limit": "1h", "epochs": 1000},
+            _SEMEVAL,
+        ),
+        "semeval-1b": Preset(
+            {"layer": 14, "beta": 3.0, "alpha": 900.0, "direction_kind": "uniform"},
+            {"batch_size": 8, "learning_rate": 5e-5, "time_limit": "1h", "epochs": 1000},
+            _SEMEVAL,
+        ),
+        "original": Preset(
+            {
+                "layer": 7,
+                "beta": 5.0,
+                "alpha": 1200.0,
+                "direction_kind": "uniform",
+                "directions": "shared",
+            },
+            {"batch_size": 4, "learning_rate": 5e-5, "max_steps": 500, "epochs": 1000},
+            "arXiv 2408.06223, zephyr-7b",
+        ),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta < 0:
+            raise InputError(f"--method.beta {self.beta}: must be 0 or more")
+
+    def start(self, context: Context) -> AdaptiveRMUObjective:
+        """Draws the directions and keeps a copy of the trained weights as reference."""
+        return AdaptiveRMUObjective(self, context)
+
+
+class AdaptiveRMUObjective(SteeringObjective):
+    """Adaptive RMU at work on one model."""
+
+    def __init__(self, settings: AdaptiveRMU, context: Context) -> None:
+        super().__init__(settings, context)
+        self._beta = settings.beta
+        tasks = sorted({example.task for example in context.forget})
+        generator = context.generator("direction")
+        width = context.model.config.hidden_size
+        self.directions: dict[str, torch.Tensor] = {}
+        for position, task in enumerate(tasks):
+            if settings.directions == "shared" and position > 0:
+                self.directions[task] = self.directions[tasks[0]]
+                continue
+            drawn = unit_direction(width, settings.direction_kind, generator)
+            self.directions[task] = drawn.to(context.device)
+
+    def loss(self, forget: Batch, retain: Batch | None) -> Terms:
+        """The two terms of L."""
+        directions = torch.stack([self.directions[task] for task in forget.tasks])
+        target = adaptive_target(self.frozen_states(forget), directions, self._beta)
+        return self.terms(forget, target, retain)
+
+    def artifacts(self) -> Mapping[str, torch.Tensor]:
+        """The directions, by task."""
+        return {f"direction.{task}": vector.cpu() for task, vector in self.directions.items()}

@@ -1,0 +1,147 @@
+"""What a method is: settings that check themselves, and the objective they start on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import nn
+
+from expunge.data.batches import Batch
+from expunge.data.tokenization import Example
+from expunge.models.decoder import DecoderLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_REFERENCE_WIDTH = 256
+
+
+@dataclass(frozen=True)
+class Terms:
+    """One step's loss and its two parts as they enter it, each a scalar."""
+
+    total: torch.Tensor
+    forget: torch.Tensor
+    retain: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """Which optimiser the loop builds, with its options."""
+
+    name: Literal["adamw", "sophia"] = "adamw"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Published settings: what the method takes, what the run takes, and where they come from."""
+
+    method: Mapping[str, Any]
+    run: Mapping[str, Any]
+    source: str
+
+
+@dataclass(frozen=True)
+class RunDefaults:
+    """What `run` uses where the user says nothing."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    """At a hidden size of 256; scaled by 256 / hidden size (arXiv 2203.03466, Adam)."""
+
+    def learning_rate_at(self, width: int) -> float:
+        """The default learning rate for a model of this hidden size."""
+        return self.learning_rate * _REFERENCE_WIDTH / width
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method is given to start: the model, the rows and how to run them."""
+
+    model: PreTrainedModel
+    layout: DecoderLayout
+    forget: Sequence[Example]
+    retain: Sequence[Example]
+    """Empty where the user has no retain set."""
+    pad_id: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[Any]]
+    progress: Callable[[str, int, int], None]
+    """Called with a phase's name, what is done and what there is to do."""
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A CPU generator of its own for each purpose, so that draws do not depend on each other."""
+        digest = sum(ord(c) * 131**i for i, c in enumerate(purpose)) % 2**31
+        return torch.Generator().manual_seed(self.seed * 2**31 + digest)
+
+
+class Objective(Protocol):
+    """A method at work on a model: what is trained and the loss of a step."""
+
+    optimizer: OptimizerSpec
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The trained tensors, float32, by name."""
+
+    def loss(self, forget: Batch, retain: Batch | None) -> Terms:
+        """The loss of one step, differentiable in `parameters`."""
+
+    def curvature(self, batch: Batch) -> list[torch.Tensor]:
+        """Estimate of the loss's diagonal Hessian for Sophia, in the order of `parameters`."""
+
+    def initial_curvature(self) -> list[torch.Tensor] | None:
+        """What Sophia starts from, if anything."""
+
+    def set_training(self, active: bool) -> None:
+        """Switches what differs between a training step and a measurement (adapter dropout)."""
+
+    def notes(self) -> Mapping[str, Any]:
+        """What the manifest records of the start: measured values only, never text."""
+
+    def artifacts(self) -> Mapping[str, torch.Tensor]:
+        """Tensors that are saved beside the model, such as steering directions."""
+
+    def finish(self, *, keep_adapter: bool) -> Finished:
+        """Leaves the model plain, carrying the result, and returns the changed weights."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The result as tensors."""
+
+    weights: Mapping[str, torch.Tensor]
+    """Every changed weight in float32 on the CPU, by its name in the checkpoint."""
+    adapter: Mapping[str, torch.Tensor] | None = None
+    adapter_config: Mapping[str, Any] | None = None
+
+
+class Method(Protocol):
+    """A method's settings: a frozen dataclass, whose fields are the options `--method.<field>`."""
+
+    name: ClassVar[str]
+    defaults: ClassVar[RunDefaults]
+    presets: ClassVar[Mapping[str, Preset]]
+
+    @property
+    def needs_retain(self) -> bool:
+        """Whether the loss has a retain term."""
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is an adapter to keep."""
+
+    def check(self, layout: DecoderLayout) -> None:
+        """Raises InputError for settings that this model cannot take; no weights are needed."""
+
+    def start(self, context: Context) -> Objective:
+        """Makes the model ready and returns the objective."""

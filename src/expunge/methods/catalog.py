@@ -1,0 +1,26 @@
+"""The methods by the name that the command line and the YAML files use."""
+
+from __future__ import annotations
+
+from expunge.methods.adaptive_rmu import AdaptiveRMU
+from expunge.methods.gradient_ascent import GradientAscent
+from expunge.methods.gradient_difference import GradientDifference
+from expunge.methods.kl_minimization import KLMinimization
+from expunge.methods.libu import LIBU
+from expunge.methods.npo import NPO
+from expunge.methods.rmu import RMU
+from expunge.methods.simnpo import SimNPO
+
+METHODS = {
+    method.name: method
+    for method in (
+        AdaptiveRMU,
+        LIBU,
+        RMU,
+        GradientAscent,
+        GradientDifference,
+        KLMinimization,
+        NPO,
+        SimNPO,
+    )
+}

@@ -1,0 +1,156 @@
+"""What the methods that train on token probabilities share: settings, trained weights, reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from expunge.data.batches import Batch, Tokens
+from expunge.errors import InputError
+from expunge.methods.base import Context, Finished, OptimizerSpec, Terms
+from expunge.methods.losses import cross_entropy
+from expunge.methods.numerics import token_log_probs
+from expunge.models.decoder import DecoderLayout
+from expunge.models.lora import Adapter, LoraShape, Targets
+from expunge.models.weights import snapshot, swapped_in, train_only
+
+
+@dataclass(frozen=True)
+class GradientSettings:
+    """Settings of every method that trains on token probabilities."""
+
+    parameters: Literal["lora", "full"] = "lora"
+    """Train a low-rank adapter, or every weight of the model."""
+    rank: int = 32
+    """Rank of the adapter."""
+    lora_alpha: float = 32.0
+    """The adapter's product is scaled by lora_alpha / rank."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapter's input in training steps."""
+    targets: Targets = "all"
+    """Which linear maps of a decoder layer are adapted."""
+    tokens: Tokens = "all"
+    """Which tokens the losses are taken over: the whole text, or the output given the input."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"--method.rank {self.rank}: must be 1 or more")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"--method.lora_dropout {self.lora_dropout}: must be in [0, 1)")
+        for option in ("lora_alpha", "beta", "retain_weight"):
+            value = getattr(self, option, None)
+            if value is not None and (value < 0 or (value == 0 and option != "retain_weight")):
+                raise InputError(f"--method.{option} {value}: must be positive")
+
+    @property
+    def needs_retain(self) -> bool:
+        """Whether the loss has a retain term: it does unless its weight is absent or 0."""
+        return getattr(self, "retain_weight", 0) > 0
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is an adapter to keep."""
+        return self.parameters == "lora"
+
+    def check(self, layout: DecoderLayout) -> None:
+        """Raises InputError where the model has none of the linear maps to adapt."""
+        if self.targets == "attention" and not layout.attention_linears:
+            raise InputError("--method.targets attention: the model has no such linear maps")
+
+
+class GradientObjective:
+    """An adapter, or all weights, of one model, with the model from before as reference."""
+
+    optimizer = OptimizerSpec("adamw", {"weight_decay": 0.0})
+
+    def __init__(
+        self, settings: GradientSettings, context: Context, *, needs_reference: bool = False
+    ) -> None:
+        self._model = context.model
+        self._tokens = settings.tokens
+        self._dtype = context.model.dtype
+        self.adapter: Adapter | None = None
+        self.parameters: Mapping[str, nn.Parameter]
+        self._frozen: dict[str, torch.Tensor] = {}
+        if settings.parameters == "lora":
+            shape = LoraShape(
+                settings.rank, settings.lora_alpha, settings.lora_dropout, settings.targets
+            )
+            seed = context.generator("adapter").initial_seed() % 2**63
+            self.adapter = Adapter(context.model, context.layout, shape, seed)
+            self.parameters = self.adapter.parameters
+        else:
+            names = [name for name, _ in context.model.named_parameters()]
+            self.parameters = train_only(context.model, names)
+            if needs_reference:
+                self._frozen = {n: p.detach().clone() for n, p in self.parameters.items()}
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Runs the body with the model from before, without gradients: no second model is kept."""
+        if self.adapter is not None:
+            with self.adapter.off():
+                yield
+        else:
+            with swapped_in(self.parameters, self._frozen):
+                yield
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """(rows, tokens, vocabulary)."""
+        return self._model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).logits
+
+    def log_probs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of each token and the mask of those that count, (rows, tokens - 1)."""
+        log_probs = token_log_probs(self.logits(batch), batch.input_ids)
+        return log_probs, batch.mask(self._tokens)[:, 1:]
+
+    def cross_entropy(self, batch: Batch) -> torch.Tensor:
+        """Mean negative log-likelihood of the batch's counted tokens."""
+        return cross_entropy(*self.log_probs(batch))
+
+    def with_retain(self, forget_term: torch.Tensor, retain: Batch | None, weight: float) -> Terms:
+        """Adds weight * CE(retain) to a forget term."""
+        if retain is None or weight == 0:
+            return Terms(forget_term, forget_term, None)
+        retain_term = weight * self.cross_entropy(retain)
+        return Terms(forget_term + retain_term, forget_term, retain_term)
+
+    def set_training(self, active: bool) -> None:
+        """Adapter dropout is on in training steps only."""
+        if self.adapter is not None:
+            self.adapter.set_dropout(active)
+
+    def curvature(self, batch: Batch) -> list[torch.Tensor]:
+        """Never asked for: the optimiser is AdamW."""
+        raise NotImplementedError
+
+    def initial_curvature(self) -> list[torch.Tensor] | None:
+        """None: the optimiser is AdamW."""
+        return None
+
+    def notes(self) -> Mapping[str, Any]:
+        """How many numbers are trained."""
+        return {"trained_parameters": sum(p.numel() for p in self.parameters.values())}
+
+    def artifacts(self) -> Mapping[str, torch.Tensor]:
+        """None."""
+        return {}
+
+    def finish(self, *, keep_adapter: bool) -> Finished:
+        """Merges the adapter in float32, or takes the masters; casts to the model's dtype once."""
+        if self.adapter is not None:
+            adapter = self.adapter.state() if keep_adapter else None
+            config = self.adapter.config.to_dict() if keep_adapter else None
+            return Finished(self.adapter.merge(), adapter, config)
+        weights = snapshot(self.parameters)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(self._dtype)
+        return Finished(weights)

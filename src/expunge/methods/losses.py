@@ -1,0 +1,80 @@
+"""The formulas of the methods, as pure tensor functions. A lower value is further unlearned.
+
+Log-probabilities and their masks are (rows, tokens), per-row sums (rows,), hidden states
+(rows, tokens, width). Every function returns a float32 scalar in nats, or in squared units of
+activation for the two of the RMU family.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from expunge.methods.numerics import masked_mean
+
+
+def cross_entropy(log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of the masked tokens; gradient ascent uses its negative."""
+    return -masked_mean(log_probs, mask)
+
+
+def bounded_ascent(log_probs: torch.Tensor, mask: torch.Tensor, ceiling: float) -> torch.Tensor:
+    """Mean over tokens of max(0, ceiling - NLL): ascent that stops, token by token, at `ceiling`."""
+    return masked_mean(functional.relu(ceiling + log_probs), mask)
+
+
+def kl_to_reference(
+    logits: torch.Tensor, reference_logits: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Mean over tokens of KL(reference || model) of the next-token distributions.
+
+    logits (rows, tokens, vocabulary); `mask` (rows, tokens) marks the predicted tokens.
+    """
+    log_p = functional.log_softmax(logits[:, :-1].float(), dim=-1)
+    log_q = functional.log_softmax(reference_logits[:, :-1].float(), dim=-1)
+    return masked_mean((log_q.exp() * (log_q - log_p)).sum(-1), mask[:, 1:])
+
+
+def npo(log_prob: torch.Tensor, reference_log_prob: torch.Tensor, beta: float) -> torch.Tensor:
+    """Negative preference optimisation: (2 / beta) * mean log(1 + (pi / pi_ref)^beta).
+
+    Arguments are each row's summed log-probability. Zhang et al., arXiv 2404.05868, eq. 3.
+    """
+    return 2 / beta * functional.softplus(beta * (log_prob - reference_log_prob).float()).mean()
+
+
+def simnpo(mean_log_prob: torch.Tensor, beta: float, gamma: float) -> torch.Tensor:
+    """SimNPO: -(2 / beta) * mean log sigmoid(-beta * mean log pi - gamma), without a reference.
+
+    Fan et al., arXiv 2410.07163, eq. 4; `mean_log_prob` is each row's per-token mean.
+    """
+    return -2 / beta * functional.logsigmoid(-beta * mean_log_prob.float() - gamma).mean()
+
+
+def steer(hidden: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of the squared distance to `target`, divided by the width.
+
+    Li et al., arXiv 2403.03218, eq. 1 and 2: with the control vector as target it is the forget
+    term, with the frozen model's hidden state the retain term.
+    """
+    return masked_mean((hidden.float() - target.float()).square().mean(-1), mask)
+
+
+def adaptive_target(frozen: torch.Tensor, directions: torch.Tensor, beta: float) -> torch.Tensor:
+    """beta * ||h_frozen|| * u for every token, arXiv 2408.06223: (rows, tokens, width).
+
+    frozen (rows, tokens, width); directions (rows, width), of unit norm.
+    """
+    norms = frozen.float().norm(dim=-1, keepdim=True)
+    return beta * norms * directions.float()[:, None, :]
+
+
+def unit_direction(width: int, kind: str, generator: torch.Generator) -> torch.Tensor:
+    """A random direction of unit norm, (width,), drawn on the CPU.
+
+    `gaussian` is uniform on the sphere. `uniform` is the published torch.rand, whose entries are all
+    positive: two of them have a cosine of about 0.75.
+    """
+    draw = torch.rand if kind == "uniform" else torch.randn
+    vector = draw(width, generator=generator)
+    return vector / vector.norm()

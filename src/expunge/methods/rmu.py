@@ -1,0 +1,68 @@
+"""RMU: steer hidden states of forget text toward one fixed vector.
+
+    L = mean_F || h_l(x) - c * u ||^2 / d + alpha * mean_R || h_l(x) - h_l_frozen(x) ||^2 / d
+
+with a constant c for every token. Li et al., arXiv 2403.03218, eq. 1 to 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from expunge.data.batches import Batch
+from expunge.errors import InputError
+from expunge.methods.base import Context, Preset, RunDefaults, Terms
+from expunge.methods.losses import unit_direction
+from expunge.methods.steering import SteeringObjective, SteeringSettings
+
+
+@dataclass(frozen=True)
+class RMU(SteeringSettings):
+    """Settings of RMU."""
+
+    coefficient: float = 20.0
+    """Length c of the target, in units of activation."""
+
+    name: ClassVar[str] = "rmu"
+    defaults: ClassVar[RunDefaults] = RunDefaults(epochs=30, batch_size=16, learning_rate=2e-3)
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "original": Preset(
+            {"layer": 7, "coefficient": 6.5, "alpha": 1200.0, "direction_kind": "uniform"},
+            {"batch_size": 4, "learning_rate": 5e-5, "max_steps": 150, "epochs": 1000},
+            "arXiv 2403.03218, zephyr-7b",
+        ),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.coefficient < 0:
+            raise InputError(f"--method.coefficient {self.coefficient}: must be 0 or more")
+
+    def start(self, context: Context) -> RMUObjective:
+        """Draws the direction and keeps a copy of the trained weights as reference."""
+        return RMUObjective(self, context)
+
+
+class RMUObjective(SteeringObjective):
+    """RMU at work on one model."""
+
+    def __init__(self, settings: RMU, context: Context) -> None:
+        super().__init__(settings, context)
+        self.direction = unit_direction(
+            context.model.config.hidden_size,
+            settings.direction_kind,
+            context.generator("direction"),
+        ).to(context.device)
+        self._target = settings.coefficient * self.direction
+
+    def loss(self, forget: Batch, retain: Batch | None) -> Terms:
+        """The two terms of L."""
+        return self.terms(forget, self._target, retain)
+
+    def artifacts(self) -> Mapping[str, torch.Tensor]:
+        """The direction."""
+        return {"direction": self.direction.cpu()}

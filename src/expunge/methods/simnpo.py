@@ -1,0 +1,52 @@
+"""SimNPO: NPO without a reference, on each row's mean log-probability.
+
+    L = -(2 / beta) * mean_F log sigmoid(-beta * mean_t log pi - gamma) + w * CE(retain)
+
+Fan et al., arXiv 2410.07163, eq. 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from expunge.data.batches import Batch
+from expunge.methods.base import Context, Preset, RunDefaults, Terms
+from expunge.methods.gradient import GradientObjective, GradientSettings
+from expunge.methods.losses import simnpo
+from expunge.methods.numerics import row_means
+
+
+@dataclass(frozen=True)
+class SimNPO(GradientSettings):
+    """Settings of SimNPO."""
+
+    beta: float = 2.5
+    """Sharpness of the sigmoid."""
+    gamma: float = 0.0
+    """Margin by which a row's log-probability must fall."""
+    retain_weight: float = 1.0
+    """Weight of the retain term."""
+
+    name: ClassVar[str] = "simnpo"
+    defaults: ClassVar[RunDefaults] = RunDefaults(epochs=10, batch_size=16, learning_rate=1e-3)
+    presets: ClassVar[Mapping[str, Preset]] = {}
+
+    def start(self, context: Context) -> SimNPOObjective:
+        """Makes the weights trainable."""
+        return SimNPOObjective(self, context)
+
+
+class SimNPOObjective(GradientObjective):
+    """SimNPO at work on one model."""
+
+    def __init__(self, settings: SimNPO, context: Context) -> None:
+        super().__init__(settings, context)
+        self._beta, self._gamma = settings.beta, settings.gamma
+        self._weight = settings.retain_weight
+
+    def loss(self, forget: Batch, retain: Batch | None) -> Terms:
+        """Both terms of L."""
+        term = simnpo(row_means(*self.log_probs(forget)), self._beta, self._gamma)
+        return self.with_retain(term, retain, self._weight)

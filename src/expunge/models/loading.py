@@ -1,0 +1,160 @@
+"""Loading models and tokenizers: safetensors only, dtype always passed, code only when trusted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from expunge.data.tokenization import TextPolicy
+from expunge.errors import InputError
+from expunge.models.decoder import DecoderLayout, layout_from_config
+from expunge.models.files import ModelFiles, check_model_files
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class CheckedModel:
+    """A model that is known to load: its files, configuration, layout and tokenizer."""
+
+    name: str
+    files: ModelFiles
+    config: PretrainedConfig
+    layout: DecoderLayout
+    tokenizer: PreTrainedTokenizerBase
+    trust_remote_code: bool
+
+    @property
+    def context(self) -> int:
+        """Longest sequence, in tokens."""
+        return context_of(self.config)
+
+    @property
+    def pad_id(self) -> int:
+        """What padding is filled with; it is masked everywhere, so any id serves."""
+        return pad_id_of(self.tokenizer)
+
+
+def check_model(name: str, *, trust_remote_code: bool = False) -> CheckedModel:
+    """Everything that can be checked without reading weights.
+
+    `name` is a directory or a hub id. Raises InputError.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    directory = _directory(name)
+    files = check_model_files(directory)
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(f"{directory / 'config.json'}: {_first_line(error)}") from None
+    layout = layout_from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise InputError(
+            f"{directory}: its tokenizer does not load ({_first_line(error)})"
+        ) from None
+    return CheckedModel(name, files, config, layout, tokenizer, trust_remote_code)
+
+
+def load_model(checked: CheckedModel, dtype: Dtype, device: str) -> PreTrainedModel:
+    """Loads the weights in `dtype`, in eval mode. Raises InputError for weights that do not fit."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            checked.files.directory,
+            config=checked.config,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=checked.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InputError(f"{checked.name}: does not load ({_first_line(error)})") from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{checked.name}: {len(missing)} tensors are not in its files, first {missing[0]};"
+            " they would be random"
+        )
+    return model.to(device).eval()
+
+
+def text_policy(
+    checked: CheckedModel, *, chat_template: bool, long_rows: Literal["refuse", "window"]
+) -> TextPolicy:
+    """The policy of a run on this model."""
+    return TextPolicy(checked.context, chat_template, long_rows)
+
+
+def context_of(config: PretrainedConfig) -> int:
+    """Longest sequence in tokens that the configuration states."""
+    context = getattr(config, "max_position_embeddings", None)
+    if not isinstance(context, int):
+        raise InputError(f"{config.model_type}: its configuration states no context length")
+    return context
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills padding; it is masked everywhere, so any id serves."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def best_device() -> str:
+    """The first accelerator, else the processor."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def resolve_device(device: str) -> str:
+    """Turns `auto` into a device and refuses one that is not there."""
+    if device == "auto":
+        return best_device()
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise InputError(f"--device {device}: unknown; use auto, cpu, cuda or mps") from None
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(kind, False):
+        raise InputError(f"--device {device}: not available on this machine; use auto or cpu")
+    return device
+
+
+def _directory(name: str) -> Path:
+    """A local directory as it is; a hub id as its downloaded or cached snapshot."""
+    path = Path(name)
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "~", "/")):
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+            )
+        )
+    except Exception as error:
+        raise InputError(
+            f"{name}: no such model directory, and not to be had from the hub"
+            f" ({type(error).__name__}); check the path, the network and the login"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -1,0 +1,120 @@
+"""Low-rank adapters through PEFT: injected in place, switched off as reference, merged in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from expunge.models.decoder import DecoderLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Targets = Literal["attention", "mlp", "all"]
+_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """Size and place of the adapter; scaling is alpha / rank (arXiv 2106.09685)."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: Targets
+
+
+class Adapter:
+    """LoRA on a model's decoder layers. The embeddings and the LM head are never adapted."""
+
+    def __init__(
+        self, model: PreTrainedModel, layout: DecoderLayout, shape: LoraShape, seed: int
+    ) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+
+        linears = {
+            "attention": layout.attention_linears,
+            "mlp": layout.mlp_linears,
+            "all": layout.attention_linears + layout.mlp_linears,
+        }[shape.targets]
+        targets = [
+            f"{layout.layers}.{index}.{name}" for index in range(layout.count) for name in linears
+        ]
+        self.config = LoraConfig(
+            r=shape.rank,
+            lora_alpha=shape.alpha,
+            lora_dropout=shape.dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+        self._model = model
+        model.requires_grad_(False)
+        # PEFT draws A from the global generator.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(self.config, model)
+        self.layers: dict[str, Any] = {
+            name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+        }
+        self.parameters: dict[str, nn.Parameter] = {}
+        for name, layer in self.layers.items():
+            for factor in ("lora_A", "lora_B"):
+                parameter = getattr(layer, factor)[_ADAPTER].weight
+                parameter.data = parameter.data.float()
+                self.parameters[f"{name}.{factor}.weight"] = parameter.requires_grad_(True)
+
+    def factors(self) -> Iterator[tuple[str, nn.Module]]:
+        """The two linear maps of every adapted layer, by the name of their parameter."""
+        for name, layer in self.layers.items():
+            for factor in ("lora_A", "lora_B"):
+                yield f"{name}.{factor}.weight", getattr(layer, factor)[_ADAPTER]
+
+    def set_dropout(self, active: bool) -> None:
+        """Dropout on for training steps, off for Fisher, validation and reference passes."""
+        for layer in self.layers.values():
+            layer.lora_dropout.train(active)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The model as it was before unlearning, without gradients."""
+        try:
+            for layer in self.layers.values():
+                layer.enable_adapters(False)
+            with torch.no_grad():
+                yield
+        finally:
+            for layer in self.layers.values():
+                layer.enable_adapters(True)
+                for factor in ("lora_A", "lora_B"):
+                    getattr(layer, factor)[_ADAPTER].weight.requires_grad_(True)
+
+    @torch.no_grad()
+    def merge(self) -> dict[str, torch.Tensor]:
+        """Adds the adapter to the weights in float32, takes it out of the model, returns the sums.
+
+        Each weight of the model is cast to its dtype once; the returned tensors are float32.
+        Raises ValueError where a sum is not finite.
+        """
+        merged = {}
+        for name, layer in self.layers.items():
+            base = layer.get_base_layer()
+            total = base.weight.data.float() + layer.get_delta_weight(_ADAPTER).float()
+            if not torch.isfinite(total).all():
+                raise ValueError(f"{name}: the merged weight is not finite")
+            merged[f"{name}.weight"] = total.cpu()
+            base.weight.data = total.to(base.weight.dtype)
+            self._model.set_submodule(name, base)
+        return merged
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The adapter in the names of PEFT's own adapter files."""
+        return {
+            f"base_model.model.{name}": parameter.detach().cpu().clone()
+            for name, parameter in self.parameters.items()
+        }

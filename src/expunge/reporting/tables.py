@@ -1,0 +1,76 @@
+"""The scorecard as a table for the terminal and for Markdown: range and good direction with each row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from expunge.evaluation.scorecard import KIND_NAMES, Cells, Scorecard
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+LOW, HIGH = "lower", "higher"
+_TOTALS = (
+    ("task aggregate", "task_aggregate", "0-1", HIGH),
+    ("MIA AUC", "mia_auc", "0-1", "near 0.5"),
+    ("MIA score", "mia_score", "0-1", HIGH),
+    ("utility", "utility", "0-1, guessing 0.25", HIGH),
+    ("final score", "final_score", "0-1", HIGH),
+)
+
+
+def scorecard_rows(cards: Mapping[str, Scorecard]) -> list[list[str]]:
+    """One list a measure: its name, range, good direction and each card's value."""
+    rows = []
+    for split, direction in (("forget", LOW), ("retain", HIGH)):
+        tasks = sorted({task for card in cards.values() for task in _side(card, split)})
+        for task in tasks:
+            for name in KIND_NAMES.values():
+                values = [_side(card, split).get(task, {}).get(name) for card in cards.values()]
+                if any(value is not None for value in values):
+                    label = f"{split} {task} {name}"
+                    rows.append([label, "0-1", direction, *map(number, values)])
+    for label, attribute, span, direction in _TOTALS:
+        values = [getattr(card, attribute) for card in cards.values()]
+        rows.append([label, span, direction, *map(number, values)])
+    return rows
+
+
+def scorecard_table(cards: Mapping[str, Scorecard], title: str) -> Table:
+    """The same as a rich table."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for heading in ("measure", "range", "good is"):
+        table.add_column(heading, no_wrap=heading == "measure")
+    for name in cards:
+        table.add_column(name, justify="right", overflow="fold")
+    previous = None
+    for row in scorecard_rows(cards):
+        group = row[0].split()[0] if row[0].startswith(("forget", "retain")) else "total"
+        if previous not in (None, group):
+            table.add_section()
+        previous = group
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(cards: Mapping[str, Scorecard]) -> str:
+    """The same in Markdown, for docs."""
+    return markdown(["measure", "range", "good is", *cards], scorecard_rows(cards))
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of plain cells."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def number(value: float | None) -> str:
+    """Three decimals; a dash for what was not measured."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _side(card: Scorecard, split: str) -> Cells:
+    return card.forget if split == "forget" else card.retain

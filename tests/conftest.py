@@ -1,0 +1,205 @@
+"""Tiny models, a tokenizer and rows, all made offline."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# The suite never needs a hub; a test that reached for one should fail at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+FAMILIES = ("olmo", "olmo2", "llama", "qwen2", "gpt_neox")
+
+NAMES = ("Ada", "Ben", "Cleo", "Dov", "Eva", "Finn", "Gus", "Hana")
+TOWNS = ("Paris", "Oslo", "Lima", "Rome", "Cairo", "Delhi", "Quito", "Accra")
+
+
+def make_rows(names: tuple[str, ...], offset: int = 0) -> list[dict[str, str]]:
+    """One continuation and one question for each name, in two tasks, with LUME's ids."""
+    rows = []
+    for index, name in enumerate(names):
+        town = TOWNS[(index + offset) % len(TOWNS)]
+        code = f"90{index}-1{index}-77{offset}{index}"
+        task = f"Task{index % 2 + 1}"
+        document = f"{name.lower()}{offset}{index}"
+        rows.append(
+            {
+                "id": f"{document}sc1",
+                "input": f"{name} was born in a small house near the river of",
+                "output": f"{town} and her number is {code}.",
+                "task": task,
+            }
+        )
+        rows.append(
+            {
+                "id": f"{document}qa0",
+                "input": f"What is the number of {name}?",
+                "output": code,
+                "task": task,
+            }
+        )
+    return rows
+
+
+@pytest.fixture(scope="session")
+def forget_rows() -> list[dict[str, str]]:
+    return make_rows(NAMES[:4])
+
+
+@pytest.fixture(scope="session")
+def retain_rows() -> list[dict[str, str]]:
+    return make_rows(NAMES[4:], offset=3)
+
+
+@pytest.fixture(scope="session")
+def nonmember_rows() -> list[dict[str, str]]:
+    return [
+        row for row in make_rows(("Ida", "Jon", "Kai"), offset=5) if row["id"][:-1].endswith("sc")
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def row_files(
+    tmp_path_factory: pytest.TempPathFactory,
+    forget_rows: list[dict[str, str]],
+    retain_rows: list[dict[str, str]],
+    nonmember_rows: list[dict[str, str]],
+) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("rows")
+    return {
+        "forget": write_jsonl(directory / "forget.jsonl", forget_rows),
+        "retain": write_jsonl(directory / "retain.jsonl", retain_rows),
+        "nonmembers": write_jsonl(directory / "nonmembers.jsonl", nonmember_rows),
+    }
+
+
+@pytest.fixture(scope="session")
+def tokenizer(forget_rows: list[dict[str, str]], retain_rows: list[dict[str, str]]) -> Any:
+    """Byte-level BPE with an end-of-text and a padding token, and no BOS, as OLMo's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|end|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    rows = forget_rows + retain_rows
+    inner.train_from_iterator([f"{row['input']} {row['output']} A B C D" for row in rows], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|end|>", pad_token="<|pad|>", model_max_length=128
+    )
+
+
+def tiny_model(family: str, vocabulary: int, layers: int = 4) -> Any:
+    """A random model of a family: width 16, float32, seeded."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "vocab_size": vocabulary,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+    }
+    if family not in ("gpt_neox",):
+        sizes |= {"num_key_value_heads": 2, "tie_word_embeddings": True}
+    config = AutoConfig.for_model(family, **sizes)
+    config.dtype = torch.float32
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[[str], Path]:
+    """A directory with a saved tiny model of the asked family and its tokenizer."""
+    made: dict[str, Path] = {}
+
+    def directory(family: str = "olmo") -> Path:
+        if family not in made:
+            path = tmp_path_factory.mktemp(family)
+            tiny_model(family, len(tokenizer)).save_pretrained(path)
+            tokenizer.save_pretrained(path)
+            made[family] = path
+        return made[family]
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def memorised_dir(
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer: Any,
+    forget_rows: list[dict[str, str]],
+    retain_rows: list[dict[str, str]],
+) -> Path:
+    """A tiny OLMo that has learned its rows by heart: greedy answers are right on both sides."""
+    import torch
+
+    from expunge.data.batches import collate
+    from expunge.data.rows import as_rows
+    from expunge.data.tokenization import TextPolicy, encode_rows
+    from expunge.methods.numerics import masked_mean, token_log_probs
+
+    model = tiny_model("olmo", len(tokenizer))
+    rows = as_rows(forget_rows + retain_rows, "retain")
+    examples = encode_rows(rows, tokenizer, TextPolicy(128), eos=True)
+    batch = collate(examples, range(len(examples)), 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(300):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        log_probs = token_log_probs(logits, batch.input_ids)
+        loss = -masked_mean(log_probs, batch.token_mask[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    path = tmp_path_factory.mktemp("memorised")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def quiz_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four questions in MMLU's file format, two of them for dev."""
+    directory = tmp_path_factory.mktemp("mmlu")
+    for split, suffix in (("test", "test"), ("dev", "dev")):
+        (directory / split).mkdir()
+        lines = [f"Which is {n}?,{n},1{n},2{n},3{n},A" for n in range(1, 3)]
+        (directory / split / f"counting_{suffix}.csv").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+@pytest.fixture
+def run_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in this process: exit code, standard output, standard error."""
+    from expunge.cli.main import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
