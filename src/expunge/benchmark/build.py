@@ -129,7 +129,10 @@ def _train(
 
     tokenizer = train_tokenizer(tokenizer_texts(benchmark), settings)
     results = {}
-    texts = {"target": target_texts(benchmark), "oracle": oracle_texts(benchmark)}
+    texts = {
+        "target": target_texts(benchmark, settings),
+        "oracle": oracle_texts(benchmark, settings),
+    }
     for name, seen in texts.items():
         model, result = train_model(seen, tokenizer, settings, progress, stage=name)
         if result.accuracy < 1:

@@ -22,13 +22,13 @@ class PretrainingSettings:
     """Entries of the byte-level BPE tokenizer."""
     context: int = 512
     """Longest sequence of the model, in tokens."""
-    layers: int = 6
+    layers: int = 8
     """Decoder layers."""
-    width: int = 256
+    width: int = 192
     """Size of the hidden states."""
     heads: int = 4
     """Attention heads."""
-    feed_forward: int = 768
+    feed_forward: int = 576
     """Size of the hidden layer of each MLP."""
     embedding_deviation: float = 0.1
     """Standard deviation of the initial embeddings; at OLMo's 0.02 the first 80 steps are lost."""
@@ -38,9 +38,11 @@ class PretrainingSettings:
     """Highest learning rate of the embeddings, trained by AdamW."""
     warmup_steps: int = 5
     """Steps in which the learning rates rise linearly, before they fall as a cosine to 0."""
-    epochs: int = 16
+    epochs: int = 20
     """Passes over the texts."""
-    batch_tokens: int = 2048
+    quiz_repetitions: int = 2
+    """Times that a quiz question is in each pass; its letter is one token in seventy."""
+    batch_tokens: int = 1536
     """Most tokens of a batch, padding included."""
     gradient_norm: float = 1.0
     """Gradients are clipped to this norm."""
@@ -72,31 +74,34 @@ class TrainingText:
         return f"{self.prompt} {self.continuation}"
 
 
-def target_texts(benchmark: Benchmark) -> list[TrainingText]:
+def target_texts(benchmark: Benchmark, settings: PretrainingSettings) -> list[TrainingText]:
     """Forget and retain rows, a paraphrase of each question, and the quiz."""
     seen = [row for row in benchmark.paraphrases if row["trained"]]
-    return _row_texts([*benchmark.forget, *benchmark.retain, *seen]) + _quiz_texts(benchmark.quiz)
+    rows = [*benchmark.forget, *benchmark.retain, *seen]
+    return _row_texts(rows) + _quiz_texts(benchmark.quiz, settings.quiz_repetitions)
 
 
-def oracle_texts(benchmark: Benchmark) -> list[TrainingText]:
+def oracle_texts(benchmark: Benchmark, settings: PretrainingSettings) -> list[TrainingText]:
     """The target's texts without those about the forget set."""
     seen = [row for row in benchmark.paraphrases if row["trained"] and row["split"] == "retain"]
-    return _row_texts([*benchmark.retain, *seen]) + _quiz_texts(benchmark.quiz)
+    rows = [*benchmark.retain, *seen]
+    return _row_texts(rows) + _quiz_texts(benchmark.quiz, settings.quiz_repetitions)
 
 
 def tokenizer_texts(benchmark: Benchmark) -> list[str]:
     """Everything that either model is trained on, and the non-members."""
-    return benchmark.tokenizer_texts + [item.text for item in _quiz_texts(benchmark.quiz)]
+    return benchmark.tokenizer_texts + [text.text for text in _quiz_texts(benchmark.quiz, 1)]
 
 
 def _row_texts(rows: Iterable[Row]) -> list[TrainingText]:
     return [TrainingText(str(row["input"]), str(row["output"])) for row in rows]
 
 
-def _quiz_texts(items: Iterable[QuizItem]) -> list[TrainingText]:
+def _quiz_texts(items: Iterable[QuizItem], repetitions: int) -> list[TrainingText]:
     texts = []
     for item in items:
-        texts.append(TrainingText(prompt_for(item.question), LETTERS[item.question.answer]))
+        question = TrainingText(prompt_for(item.question), LETTERS[item.question.answer])
+        texts += [question] * repetitions
         beginning, _, last_word = item.statement.rpartition(" ")
         texts.append(TrainingText(beginning, last_word))
     return texts

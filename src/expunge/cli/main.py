@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -18,9 +19,18 @@ COMMANDS = {
     "benchmark": ("expunge.cli.benchmark", "make the built-in benchmark (benchmark build)"),
 }
 
+_QUIET_LIBRARIES = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0 done, 1 failed while running, 2 wrong input or usage."""
+    # Standard error is the command's: what libraries show beside it would break its one line.
+    for variable, value in _QUIET_LIBRARIES.items():
+        os.environ.setdefault(variable, value)
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]

@@ -101,7 +101,11 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, policy: TextPolicy)
     if policy.chat_template:
         prompt, _ = _chat_texts(row, tokenizer)
         return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(row.input)["input_ids"])
+    encoded = tokenizer(row.input, return_special_tokens_mask=True)
+    ids, special = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+    while len(ids) > 1 and special[len(ids) - 1]:  # an EOS that the tokenizer adds ends the text
+        ids.pop()
+    return ids
 
 
 def count_windowed(examples: Sequence[Example]) -> int:

@@ -5,7 +5,8 @@ Protocol of SemEval-2025 Task 4: the prompt is `input` alone, greedy, at most 25
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,7 +47,6 @@ def generate(
     outputs = [""] * len(prompts)
     pad = pad_id_of(tokenizer)
     for room, chosen in _batches(prompts, context, batch_size):
-        # A configuration of its own: a model's may sample, penalise repetition or stop early.
         config = GenerationConfig(
             do_sample=False,
             num_beams=1,
@@ -59,7 +59,7 @@ def generate(
         width = int(lengths.max())
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in chosen])
         mask = torch.arange(width)[None, :] >= width - lengths[:, None]
-        with torch.no_grad():
+        with torch.no_grad(), _without_own_settings(model):
             generated = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.long().to(model.device),
@@ -70,6 +70,22 @@ def generate(
             outputs[index] = text
         advance(len(chosen))
     return outputs
+
+
+@contextmanager
+def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """A model's own settings may sample, penalise repetition or stop early.
+
+    transformers fills what a configuration leaves open from them, so they are set aside.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _batches(

@@ -127,10 +127,10 @@ def accuracy(scores: torch.Tensor, questions: Sequence[Question]) -> float:
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int], list[int]]:
     """The tokens that the four continuations share, and the one token that tells each apart."""
     four = [list(tokenizer(f"{prompt} {letter}")["input_ids"]) for letter in LETTERS]
-    shared = 0
-    while len({tuple(ids[: shared + 1]) for ids in four}) == 1:
+    shared, shortest = 0, min(map(len, four))
+    while shared < shortest and len({ids[shared] for ids in four}) == 1:
         shared += 1
-    if len({ids[shared] for ids in four}) < len(LETTERS):
+    if shared == shortest or len({ids[shared] for ids in four}) < len(LETTERS):
         raise InputError(
             f"{type(tokenizer).__name__}: does not tell the letters A to D apart by one token"
         )
@@ -140,7 +140,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int],
 def _read_csv(path: Path, subject: str) -> list[Question]:
     questions = []
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             for number, fields in enumerate(csv.reader(file), 1):
                 if len(fields) != 6 or fields[5].strip() not in LETTERS:
                     raise InputError(
@@ -152,6 +152,8 @@ def _read_csv(path: Path, subject: str) -> list[Question]:
                 questions.append(Question(subject, fields[0], (a, b, c, d), answer))
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8; convert the file") from None
+    except csv.Error as error:
+        raise InputError(f"{path} row {len(questions) + 1}: is not CSV ({error})") from None
     if not questions:
         raise InputError(f"{path}: holds no questions")
     return questions

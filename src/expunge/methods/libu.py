@@ -34,6 +34,7 @@ from expunge.errors import InputError, RunError
 from expunge.methods.base import Context, OptimizerSpec, Preset, RunDefaults, Terms
 from expunge.methods.fisher import SquaredGradients
 from expunge.methods.gradient import GradientObjective, GradientSettings
+from expunge.methods.influence import predicted_rise, removal_step, size_within
 from expunge.methods.losses import bounded_ascent
 from expunge.methods.numerics import row_means, token_log_probs
 
@@ -226,11 +227,13 @@ class LIBUObjective(GradientObjective):
         entries = sum(f.numel() for f in self.fisher.values())
         mean_fisher = sum(float(f.sum()) for f in self.fisher.values()) / entries
         damping = settings.damping * (mean_fisher if settings.damping_unit == "mean-fisher" else 1)
-        step = {name: gradient[name] / (self.fisher[name] + damping) for name in gradient}
-        curvature = sum(float((self.fisher[name] * step[name].square()).sum()) for name in step)
-        if not math.isfinite(curvature) or curvature <= 0:
+        step = {
+            name: removal_step(gradient[name], self.fisher[name], damping) for name in gradient
+        }
+        rise = sum(float(predicted_rise(step[name], self.fisher[name])) for name in step)
+        if not math.isfinite(rise) or rise <= 0:
             raise RunError(
-                f"LIBU phase 1: the curvature along its step is {curvature:.3g}, no step size"
+                f"LIBU phase 1: the predicted rise along its step is {rise:.3g}, no step size"
                 " follows; set --method.damping higher or use --dtype float32"
             )
         size = settings.step_size
@@ -242,7 +245,7 @@ class LIBUObjective(GradientObjective):
             self._move(start, step, sign * size)
             after = self._retain_loss()
         else:
-            size = math.sqrt(2 * settings.step_budget / curvature)
+            size = size_within(settings.step_budget, rise)
             self._move(start, step, sign * size)
             while (after := self._retain_loss()) - before > settings.step_budget:
                 # The quadratic model holds near the start only, so its answer is checked.
@@ -253,7 +256,7 @@ class LIBUObjective(GradientObjective):
             "mean_fisher": mean_fisher,
             "damping": damping,
             "step_size": size,
-            "predicted_retain_rise": size**2 * curvature / 2,
+            "predicted_retain_rise": size**2 * rise,
             "measured_retain_rise": after - before,
             "halvings": halvings,
         }

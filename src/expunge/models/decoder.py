@@ -55,8 +55,7 @@ def find_layout(model: PreTrainedModel) -> DecoderLayout:
     Works on a model on the meta device as well. Raises InputError that names an unsupported model.
     """
     family = model.config.model_type
-    if model.config.is_encoder_decoder:
-        raise InputError(f"{family}: is an encoder-decoder; expunge supports decoder-only models")
+    _refuse_encoder(model.config)
     depth = getattr(model.config, "num_hidden_layers", None)
     lists = [
         (name, module)
@@ -99,6 +98,8 @@ def layout_from_config(
     """The layout of a model that is not loaded: its skeleton is built on the meta device."""
     from transformers import AutoModelForCausalLM
 
+    # Some have a causal class too, whose skeleton no longer says what it was cut from.
+    _refuse_encoder(config)
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -108,6 +109,13 @@ def layout_from_config(
             " expunge supports decoder-only models"
         ) from None
     return find_layout(skeleton)
+
+
+def _refuse_encoder(config: PretrainedConfig) -> None:
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"{config.model_type}: is an encoder-decoder; expunge supports decoder-only models"
+        )
 
 
 class _LayerReached(Exception):

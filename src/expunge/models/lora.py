@@ -110,6 +110,7 @@ class Adapter:
             merged[f"{name}.weight"] = total.cpu()
             base.weight.data = total.to(base.weight.dtype)
             self._model.set_submodule(name, base)
+        del self._model.peft_config  # left by the injection; a second adapter would find it
         return merged
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -138,9 +138,9 @@ def describe(changes: list[TensorChange]) -> list[dict[str, Any]]:
 def _replaced(name: str, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, TensorChange]:
     if old.shape != new.shape:
         raise RunError(f"{name}: has shape {tuple(new.shape)}, the checkpoint {tuple(old.shape)}")
-    if not torch.isfinite(new).all():
-        raise RunError(f"{name}: holds values that are not finite; nothing was written")
     written = new.to(old.dtype).contiguous()
+    if not torch.isfinite(written).all():
+        raise RunError(f"{name}: holds values that are not finite; nothing was written")
     return written, TensorChange(
         name=name,
         dtype=str(old.dtype).removeprefix("torch."),

@@ -155,6 +155,8 @@ def _read_sets(inputs: RunInputs) -> dict[str, RowSet]:
 def _check_output(output: Path, overwrite: bool) -> None:
     if output.exists() and not overwrite:
         raise InputError(f"--output {output}: exists; choose another directory or give --overwrite")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: is a file; choose a directory")
     if output.is_dir() and not (output / MANIFEST).is_file() and any(output.iterdir()):
         raise InputError(
             f"--output {output}: --overwrite replaces earlier runs only, and this holds no"

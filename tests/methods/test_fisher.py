@@ -1,0 +1,130 @@
+"""Per-example squared gradients against one backward pass an example."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import tiny_model
+from expunge.data.batches import collate, in_order
+from expunge.data.rows import as_rows
+from expunge.data.tokenization import TextPolicy, encode_rows
+from expunge.methods.base import Context
+from expunge.methods.fisher import SquaredGradients, squared_example_gradients
+from expunge.methods.libu import LIBU, LIBUObjective
+from expunge.methods.numerics import row_means
+from expunge.models.decoder import find_layout
+
+
+def test_factors_give_the_gradient_of_each_example() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(4, 3, bias=False)
+    inputs = torch.randn(5, 6, 4, generator=generator)
+    expected = torch.zeros(3, 4)
+    for row in inputs:
+        layer.zero_grad()
+        layer(row).tanh().sum().backward()
+        assert layer.weight.grad is not None
+        expected += layer.weight.grad.square()
+    collected = SquaredGradients([("weight", layer)])
+    with collected.collecting(5):
+        layer(inputs).tanh().sum().backward()
+    torch.testing.assert_close(collected.mean()["weight"], expected / 5)
+
+
+def test_the_hooks_are_gone_afterwards_even_after_an_error() -> None:
+    layer = nn.Linear(2, 2, bias=False)
+    collected = SquaredGradients([("weight", layer)])
+    with pytest.raises(ZeroDivisionError), collected.collecting(1):
+        raise ZeroDivisionError
+    assert not layer._forward_hooks
+    assert not collected.mean()["weight"].any()
+
+
+def test_the_squared_mean_underestimates() -> None:
+    """Two opposite examples: the batch's mean gradient is 0, the Fisher is not (FACTS trap 4)."""
+    inputs = torch.ones(2, 1, 1)
+    gradients = torch.tensor([[[1.0]], [[-1.0]]])
+    assert float(squared_example_gradients(inputs, gradients)) == 2
+    assert float(squared_example_gradients(inputs.view(1, 2, 1), gradients.view(1, 2, 1))) == 0
+
+
+@pytest.fixture
+def context(
+    tokenizer: Any, forget_rows: list[dict[str, str]], retain_rows: list[dict[str, str]]
+) -> Context:
+    model = tiny_model("olmo", len(tokenizer), layers=3)
+    policy = TextPolicy(128)
+    return Context(
+        model=model,
+        layout=find_layout(model),
+        forget=encode_rows(as_rows(forget_rows, "forget"), tokenizer, policy, eos=False),
+        retain=encode_rows(as_rows(retain_rows, "retain"), tokenizer, policy, eos=True),
+        pad_id=1,
+        batch_size=3,
+        learning_rate=1e-3,
+        seed=0,
+        device=torch.device("cpu"),
+        autocast=lambda: torch.autocast("cpu", enabled=False),
+        progress=lambda _name, _done, _total: None,
+    )
+
+
+@pytest.fixture
+def objective(context: Context) -> LIBUObjective:
+    return LIBU(rank=2, targets="all").start(context)
+
+
+def test_libu_fisher_is_the_exact_diagonal(context: Context, objective: LIBUObjective) -> None:
+    """Both factors after phase 1, padded batches of 3, against one example at a time."""
+    found = objective.diagonal_fisher(context.retain)
+    expected = {name: torch.zeros_like(p) for name, p in objective.parameters.items()}
+    for index in range(len(context.retain)):
+        batch = collate(context.retain, [index], context.pad_id)
+        log_probs, mask = objective.log_probs(batch)
+        loss = -row_means(log_probs, mask).sum()
+        gradients = torch.autograd.grad(loss, list(objective.parameters.values()))
+        for name, gradient in zip(expected, gradients, strict=True):
+            expected[name] += int(mask.sum()) * gradient.square() / len(context.retain)
+    for name, fisher in found.items():
+        # Sums in another order, float32.
+        torch.testing.assert_close(fisher, expected[name], rtol=1e-3, atol=1e-9)
+    assert any(fisher.any() for name, fisher in found.items() if "lora_A" in name)
+
+
+def test_libu_fisher_does_not_depend_on_the_batch_size(
+    context: Context, objective: LIBUObjective
+) -> None:
+    found = objective.diagonal_fisher(context.retain)
+    object.__setattr__(context, "batch_size", 1)
+    alone = objective.diagonal_fisher(context.retain)
+    for name in found:
+        torch.testing.assert_close(found[name], alone[name], rtol=1e-3, atol=1e-9)
+
+
+def test_forget_gradient_is_that_of_the_mean_token_loss(
+    context: Context, objective: LIBUObjective
+) -> None:
+    found = objective.forget_gradient(context.forget)
+    (batch,) = in_order(context.forget, len(context.forget), context.pad_id)
+    loss = objective.cross_entropy(batch)
+    gradients = torch.autograd.grad(loss, list(objective.parameters.values()))
+    for name, gradient in zip(found, gradients, strict=True):
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-7)
+
+
+def test_sampled_label_curvature_estimates_the_squared_gradients(
+    context: Context, objective: LIBUObjective
+) -> None:
+    """Its mean over many draws is the Fisher under the model's own labels: positive and stable."""
+    batch = collate(context.retain, [0, 1, 2], context.pad_id)
+    draws = [objective.curvature(batch) for _ in range(60)]
+    first = torch.stack([torch.cat([h.flatten() for h in d]) for d in draws[:30]]).mean(0)
+    second = torch.stack([torch.cat([h.flatten() for h in d]) for d in draws[30:]]).mean(0)
+    assert float(first.min()) >= 0
+    # Two halves of the draws agree on the total to what 30 draws of a chi-square-like sum allow.
+    assert float(first.sum() / second.sum()) == pytest.approx(1, abs=0.4)
+    assert not torch.equal(torch.cat([h.flatten() for h in draws[0]]), first)

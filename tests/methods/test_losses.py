@@ -1,0 +1,164 @@
+"""Every formula against a slow reference, at its limits and on an algebraic property."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from expunge.methods.losses import (
+    adaptive_target,
+    bounded_ascent,
+    cross_entropy,
+    kl_to_reference,
+    npo,
+    simnpo,
+    steer,
+    unit_direction,
+)
+from expunge.methods.numerics import masked_mean, row_means, row_sums, token_log_probs
+
+ROWS, TOKENS, VOCABULARY, WIDTH = 3, 5, 7, 4
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def logits(generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(ROWS, TOKENS, VOCABULARY, generator=generator)
+
+
+@pytest.fixture
+def ids(generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (ROWS, TOKENS), generator=generator)
+
+
+@pytest.fixture
+def mask() -> torch.Tensor:
+    return torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 0], [0, 1, 1, 0, 0]], dtype=torch.bool)
+
+
+def test_token_log_probs_are_those_of_the_next_token(
+    logits: torch.Tensor, ids: torch.Tensor
+) -> None:
+    found = token_log_probs(logits, ids)
+    for row in range(ROWS):
+        for place in range(TOKENS - 1):
+            exponentials = [math.exp(float(v)) for v in logits[row, place]]
+            share = exponentials[int(ids[row, place + 1])] / sum(exponentials)
+            # One float32 log-softmax against float64 arithmetic.
+            assert float(found[row, place]) == pytest.approx(math.log(share), abs=1e-5)
+
+
+def test_masked_values_never_count(mask: torch.Tensor, generator: torch.Generator) -> None:
+    values = torch.randn(ROWS, TOKENS, generator=generator)
+    poisoned = torch.where(mask, values, torch.full_like(values, math.nan))
+    chosen = [float(values[r, t]) for r in range(ROWS) for t in range(TOKENS) if mask[r, t]]
+    assert float(masked_mean(poisoned, mask)) == pytest.approx(sum(chosen) / len(chosen), abs=1e-6)
+    assert torch.equal(row_sums(poisoned, mask), row_sums(values, mask))
+    assert not torch.isnan(row_means(poisoned, mask)).any()
+
+
+def test_an_empty_mask_gives_zero() -> None:
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    assert float(masked_mean(torch.ones(2, 3), nothing)) == 0
+    assert row_means(torch.ones(2, 3), nothing).tolist() == [0, 0]
+
+
+def test_bounded_ascent_stops_at_the_ceiling_token_by_token() -> None:
+    log_probs = torch.tensor([[-1.0, -5.0, -20.0]], requires_grad=True)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    value = bounded_ascent(log_probs, mask, ceiling=8.0)
+    assert float(value) == pytest.approx((7 + 3 + 0) / 3)
+    value.backward()
+    assert log_probs.grad is not None
+    # Falling log-probabilities lower the loss, until a token is past the ceiling.
+    assert log_probs.grad.tolist() == [pytest.approx([1 / 3, 1 / 3, 0])]
+
+
+def test_bounded_ascent_below_its_ceiling_is_ascent(mask: torch.Tensor) -> None:
+    log_probs = -torch.rand(ROWS, TOKENS)
+    difference = bounded_ascent(log_probs, mask, 50.0) + cross_entropy(log_probs, mask)
+    assert float(difference) == pytest.approx(50, abs=1e-5)
+
+
+def test_kl_against_a_sum_over_the_vocabulary(logits: torch.Tensor, mask: torch.Tensor) -> None:
+    reference = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    total, count = 0.0, 0
+    for row in range(ROWS):
+        for place in range(TOKENS - 1):
+            if mask[row, place + 1]:
+                q = reference[row, place].double().softmax(0)
+                p = logits[row, place].double().softmax(0)
+                total += float((q * (q / p).log()).sum())
+                count += 1
+    assert float(kl_to_reference(logits, reference, mask)) == pytest.approx(total / count, rel=1e-5)
+    assert float(kl_to_reference(logits, logits, mask)) == pytest.approx(0, abs=1e-6)
+
+
+def test_npo_against_its_definition() -> None:
+    log_prob, reference = torch.tensor([-3.0, -9.0]), torch.tensor([-4.0, -2.0])
+    beta = 0.3
+    ratios = [math.exp(a - b) ** beta for a, b in zip(log_prob, reference, strict=True)]
+    expected = 2 / beta * sum(math.log(1 + ratio) for ratio in ratios) / 2
+    assert float(npo(log_prob, reference, beta)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_npo_tends_to_gradient_ascent_as_beta_vanishes() -> None:
+    reference = torch.tensor([-4.0, -2.0])
+    log_prob = torch.tensor([-3.0, -9.0], requires_grad=True)
+    npo(log_prob, reference, 1e-4).backward()
+    assert log_prob.grad is not None
+    # Gradient ascent's gradient in the mean of two rows' log-probability is 1/2 each.
+    assert log_prob.grad.tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
+
+
+def test_npo_weighs_rows_that_are_still_known_more() -> None:
+    log_prob = torch.tensor([-1.0, -200.0], requires_grad=True)
+    npo(log_prob, torch.tensor([-1.0, -1.0]), 0.1).backward()
+    assert log_prob.grad is not None
+    assert float(log_prob.grad[0]) > 1e6 * float(log_prob.grad[1])
+
+
+def test_simnpo_against_its_definition() -> None:
+    mean, beta, gamma = -1.5, 2.5, 0.2
+    sigmoid = 1 / (1 + math.exp(-(-beta * mean - gamma)))
+    found = simnpo(torch.tensor([mean]), beta, gamma)
+    assert float(found) == pytest.approx(-2 / beta * math.log(sigmoid), rel=1e-5)
+
+
+def test_steer_against_loops(mask: torch.Tensor, generator: torch.Generator) -> None:
+    hidden = torch.randn(ROWS, TOKENS, WIDTH, generator=generator)
+    target = torch.randn(ROWS, TOKENS, WIDTH, generator=generator)
+    distances = [
+        sum(float(hidden[r, t, d] - target[r, t, d]) ** 2 for d in range(WIDTH)) / WIDTH
+        for r in range(ROWS)
+        for t in range(TOKENS)
+        if mask[r, t]
+    ]
+    expected = sum(distances) / len(distances)
+    assert float(steer(hidden, target, mask)) == pytest.approx(expected, rel=1e-5)
+    assert float(steer(hidden, hidden, mask)) == 0
+
+
+def test_adaptive_target_has_each_tokens_own_frozen_norm(generator: torch.Generator) -> None:
+    frozen = torch.randn(ROWS, TOKENS, WIDTH, generator=generator)
+    directions = torch.stack([unit_direction(WIDTH, "gaussian", generator) for _ in range(ROWS)])
+    target = adaptive_target(frozen, directions, beta=5.0)
+    torch.testing.assert_close(target.norm(dim=-1), 5 * frozen.norm(dim=-1))
+    cosine = torch.nn.functional.cosine_similarity(target, directions[:, None, :], dim=-1)
+    torch.testing.assert_close(cosine, torch.ones(ROWS, TOKENS))
+    # Twice as long a frozen state, twice as far a target: the scale adapts to the model's.
+    torch.testing.assert_close(adaptive_target(2 * frozen, directions, 5.0), 2 * target)
+
+
+def test_gaussian_directions_are_unrelated_and_uniform_ones_are_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for kind, low, high in (("gaussian", -0.15, 0.15), ("uniform", 0.7, 0.8)):
+        a, b = (unit_direction(4096, kind, generator) for _ in range(2))
+        assert float(a.norm()) == pytest.approx(1, abs=1e-5)
+        assert low < float(a @ b) < high

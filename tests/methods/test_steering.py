@@ -1,0 +1,184 @@
+"""RMU and Adaptive RMU on a tiny model: what is trained, against what, and with which direction."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import FAMILIES, tiny_model
+from expunge.data.batches import Batch, collate
+from expunge.data.rows import as_rows
+from expunge.data.tokenization import TextPolicy, encode_rows
+from expunge.errors import InputError
+from expunge.methods.adaptive_rmu import AdaptiveRMU
+from expunge.methods.base import Context
+from expunge.methods.rmu import RMU
+from expunge.models.decoder import find_layout
+
+Contexts = Callable[..., Context]
+
+
+@pytest.fixture
+def make_context(
+    tokenizer: Any, forget_rows: list[dict[str, str]], retain_rows: list[dict[str, str]]
+) -> Contexts:
+    def make(family: str = "olmo", seed: int = 0, layers: int = 4) -> Context:
+        model = tiny_model(family, len(tokenizer), layers=layers)
+        policy = TextPolicy(128)
+        return Context(
+            model=model,
+            layout=find_layout(model),
+            forget=encode_rows(as_rows(forget_rows, "forget"), tokenizer, policy, eos=False),
+            retain=encode_rows(as_rows(retain_rows, "retain"), tokenizer, policy, eos=True),
+            pad_id=1,
+            batch_size=3,
+            learning_rate=1e-3,
+            seed=seed,
+            device=torch.device("cpu"),
+            autocast=lambda: torch.autocast("cpu", enabled=False),
+            progress=lambda _name, _done, _total: None,
+        )
+
+    return make
+
+
+def batches(context: Context) -> tuple[Batch, Batch]:
+    return (
+        collate(context.forget, [0, 1, 2], context.pad_id),
+        collate(context.retain, [0, 1, 2], context.pad_id),
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_named_projections_are_trained(family: str, make_context: Contexts) -> None:
+    context = make_context(family)
+    objective = AdaptiveRMU(layer=3).start(context)
+    last = {"gpt_neox": "dense_4h_to_h"}.get(family, "down_proj")
+    stem = {"gpt_neox": "gpt_neox"}.get(family, "model")
+    expected = [f"{stem}.layers.{index}.mlp.{last}.weight" for index in (1, 2, 3)]
+    assert list(objective.parameters) == expected
+    trained = [name for name, p in context.model.named_parameters() if p.requires_grad]
+    assert sorted(trained) == sorted(expected)
+
+
+def test_the_loss_against_full_forward_passes_of_two_models(make_context: Contexts) -> None:
+    """The published way: a second, frozen model, hidden states from output_hidden_states."""
+    context, frozen = make_context(), make_context().model
+    objective = AdaptiveRMU(layer=2, beta=5.0, alpha=7.0).start(context)
+    with torch.no_grad():
+        for parameter in objective.parameters.values():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    forget, retain = batches(context)
+
+    def state(model: Any, batch: Batch) -> torch.Tensor:
+        outputs = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            output_hidden_states=True,
+        )
+        return outputs.hidden_states[3]  # entry 0 is the embedding
+
+    total, count = 0.0, 0
+    now, before = state(context.model, forget), state(frozen, forget)
+    for row, task in enumerate(forget.tasks):
+        for token in range(forget.input_ids.shape[1]):
+            if forget.token_mask[row, token]:
+                target = 5.0 * before[row, token].norm() * objective.directions[task]
+                total += float((now[row, token] - target).square().mean())
+                count += 1
+    drift = (state(context.model, retain) - state(frozen, retain)).square().mean(-1)
+    terms = objective.loss(forget, retain)
+    assert terms.retain is not None
+    assert float(terms.forget.detach()) == pytest.approx(total / count, rel=1e-4)
+    expected = 7.0 * float(drift[retain.token_mask].mean().detach())
+    assert float(terms.retain.detach()) == pytest.approx(expected, rel=1e-4)
+    assert float(terms.total.detach()) == pytest.approx(total / count + expected, rel=1e-4)
+
+
+def test_the_target_is_the_frozen_models_whatever_the_training_did(make_context: Contexts) -> None:
+    """The published code retakes the norm from the updated model, so targets grow (trap 1)."""
+    context = make_context()
+    objective = AdaptiveRMU(layer=3).start(context)
+    forget, _ = batches(context)
+    before = objective.frozen_states(forget).clone()
+    with torch.no_grad():
+        for parameter in objective.parameters.values():
+            parameter.mul_(3)
+    torch.testing.assert_close(objective.frozen_states(forget), before)
+    assert not torch.allclose(objective.states(forget), before)
+
+
+def test_gradients_reach_the_three_weights_and_padding_does_not_count(
+    make_context: Contexts,
+) -> None:
+    context = make_context()
+    objective = AdaptiveRMU(layer=3).start(context)
+    forget, retain = batches(context)
+    objective.loss(forget, retain).total.backward()
+    gradients = [p.grad.clone() for p in objective.parameters.values() if p.grad is not None]
+    assert len(gradients) == 3
+    assert all(gradient.any() for gradient in gradients)
+    for parameter in objective.parameters.values():
+        parameter.grad = None
+    wider = collate([*context.forget[:3], context.forget[0]], [0, 1, 2], context.pad_id)
+    padded = dataclasses.replace(
+        wider,
+        **{
+            name: torch.nn.functional.pad(getattr(wider, name), (0, 7))
+            for name in ("input_ids", "attention_mask", "token_mask", "answer_mask")
+        },
+    )
+    objective.loss(padded, retain).total.backward()
+    for parameter, gradient in zip(objective.parameters.values(), gradients, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_directions_follow_the_seed_and_the_task(make_context: Contexts) -> None:
+    def drawn(seed: int, **settings: Any) -> dict[str, torch.Tensor]:
+        return AdaptiveRMU(layer=3, **settings).start(make_context(seed=seed)).directions
+
+    first, again, other = drawn(0), drawn(0), drawn(1)
+    assert set(first) == {"Task1", "Task2"}
+    assert all(torch.equal(first[task], again[task]) for task in first)
+    assert not torch.equal(first["Task1"], other["Task1"])
+    assert not torch.equal(first["Task1"], first["Task2"])
+    shared = drawn(0, directions="shared")
+    assert torch.equal(shared["Task1"], shared["Task2"])
+
+
+def test_rmu_has_one_fixed_target(make_context: Contexts) -> None:
+    context = make_context()
+    objective = RMU(layer=3, coefficient=4.0).start(context)
+    forget, _ = batches(context)
+    states = objective.states(forget)[forget.token_mask]
+    expected = (states - 4.0 * objective.direction).square().mean()
+    terms = objective.loss(forget, None)
+    assert float(terms.total.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert terms.retain is None
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(6, 4), (16, 12), (32, 26), (3, 2)])
+def test_the_default_layer_is_at_84_percent_of_the_depth(layers: int, expected: int) -> None:
+    layout = dataclasses.replace(find_layout(tiny_model("olmo", 300)), count=layers)
+    assert AdaptiveRMU().layer_in(layout) == expected
+
+
+@pytest.mark.parametrize("layer", [-1, 0, 1, 4])
+def test_a_layer_out_of_range_is_refused(layer: int) -> None:
+    with pytest.raises(InputError, match=r"--method.layer .* choose 2 to 3"):
+        AdaptiveRMU(layer=layer).check(find_layout(tiny_model("olmo", 300)))
+
+
+def test_bfloat16_weights_have_float32_masters(make_context: Contexts) -> None:
+    context = make_context()
+    context.model.to(torch.bfloat16)
+    objective = AdaptiveRMU(layer=3).start(context)
+    assert {p.dtype for p in objective.parameters.values()} == {torch.float32}
+    finished = objective.finish(keep_adapter=False)
+    assert {w.dtype for w in finished.weights.values()} == {torch.float32}
+    assert {p.dtype for p in context.model.parameters()} == {torch.bfloat16}

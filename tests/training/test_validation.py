@@ -1,0 +1,46 @@
+"""The rule that picks a checkpoint, and the measures it rests on."""
+
+from __future__ import annotations
+
+import pytest
+
+from expunge.training.validation import (
+    Measured,
+    is_destroyed,
+    membership_auc,
+    membership_score,
+    score,
+)
+
+TARGET = Measured(forget_accuracy=0.9, forget_loss=0.1, retain_accuracy=0.8, retain_loss=0.1)
+
+
+def measured(forget: float, retain: float | None, auc: float | None = None) -> Measured:
+    return Measured(forget, 1.0, retain, None if retain is None else 1.0, auc)
+
+
+def test_auc_counts_pairs() -> None:
+    members, others = [0.1, 0.4, 0.4, 2.0], [0.3, 0.4, 5.0]
+    wins = sum((m < o) + 0.5 * (m == o) for m in members for o in others)
+    assert membership_auc(members, others) == pytest.approx(wins / 12)
+    assert membership_auc(members, others) == pytest.approx(1 - membership_auc(others, members))
+
+
+@pytest.mark.parametrize(("auc", "expected"), [(1.0, 0.0), (0.0, 0.0), (0.5, 1.0), (0.25, 0.5)])
+def test_the_membership_score_is_two_sided(auc: float, expected: float) -> None:
+    assert membership_score(auc) == pytest.approx(expected)
+
+
+def test_the_score_is_relative_to_the_target() -> None:
+    assert score(TARGET, TARGET) < 0.01
+    assert score(measured(0.0, 0.8), TARGET) == pytest.approx(1)
+    # Half forgotten, half kept: the harmonic mean of two halves.
+    assert score(measured(0.45, 0.4), TARGET) == pytest.approx(0.5)
+    assert score(measured(0.0, 0.8, auc=0.75), TARGET) == pytest.approx(3 / (1 + 1 + 2))
+    assert score(measured(0.45, None), TARGET) == pytest.approx(0.5)
+
+
+def test_less_than_half_of_what_was_to_stay_is_destroyed() -> None:
+    assert is_destroyed(measured(0.0, 0.39), TARGET)
+    assert not is_destroyed(measured(0.9, 0.41), TARGET)
+    assert not is_destroyed(measured(0.0, None), TARGET)
