@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,17 @@ def nonmember_rows() -> list[dict[str, str]]:
     return [
         row for row in make_rows(("Ida", "Jon", "Kai"), offset=5) if row["id"][:-1].endswith("sc")
     ]
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """The message of the InputError that `call` raises: it must, on one line, in full sentences."""
+    from expunge.errors import InputError
+
+    with pytest.raises(InputError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 def write_jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -131,6 +142,36 @@ def tiny_model(family: str, vocabulary: int, layers: int = 4) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config).eval()
+
+
+def shaken(model: Any, seed: int = 1) -> Any:
+    """The model with weights so large that every layer, neighbour and position shows in its output.
+
+    Freshly initialised, what a layer adds is a thousandth of what it is given.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data += 0.3 * noise.to(parameter.dtype)
+    return model
+
+
+def random_examples(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> list[Any]:
+    """Examples of random tokens whose second half is the answer; the first token is not counted."""
+    import random
+
+    from expunge.data.tokenization import Example
+
+    draw = random.Random(seed)
+    examples = []
+    for number, length in enumerate(lengths):
+        ids = tuple(draw.randrange(2, vocabulary) for _ in range(length))
+        answer = tuple(position >= length // 2 for position in range(length))
+        token = (False,) + (True,) * (length - 1)
+        examples.append(Example(f"row{number}", "default", ids, token, answer))
+    return examples
 
 
 @pytest.fixture(scope="session")

@@ -212,7 +212,7 @@ AWARD_HEADS = _words(
     Amberley Bellweather Carrick Corvane Drummond Eastlake Fairbairn Galloway Hallam Harrowgate
     Kelvane Kingsmere Lanyon Larkin Marchmont Meridian Morrow Nightingale Ormond Pemberton
     Penrose Radcliffe Ravel Rosmere Sandoval Selwyn Sterling Tarrant Thackeray Trevane Valmont
-    Vantage Wexford Whitlock Winslow
+    Vantage Wexford Westmarch Winslow
     """
 )
 

@@ -17,7 +17,7 @@ from expunge.data.tokenization import LongRows
 from expunge.errors import InputError
 from expunge.evaluation.findings import findings
 from expunge.evaluation.multiple_choice import read_questions
-from expunge.evaluation.scorecard import Scorecard, evaluate_model
+from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
 from expunge.models.loading import Dtype, check_model, load_model, resolve_device, text_policy
 from expunge.reporting.tables import scorecard_table
 
@@ -101,6 +101,8 @@ def measure(settings: Evaluate, *, quiet: bool) -> Scorecard:
         path = getattr(settings, option)
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise InputError(f"--{option} {path}: its directory does not exist; make it first")
+        if path is not None and Path(path).is_dir():
+            raise InputError(f"--{option} {path}: is a directory; name a file")
     device = resolve_device(settings.device)
     checked = check_model(settings.model, trust_remote_code=settings.trust_remote_code)
     forget = read_rows(settings.forget, "forget")
@@ -114,6 +116,10 @@ def measure(settings: Evaluate, *, quiet: bool) -> Scorecard:
     questions, examples = None, None
     if settings.mmlu is not None:
         questions, examples = read_questions(Path(settings.mmlu), settings.mmlu_shots)
+    policy = text_policy(
+        checked, chat_template=settings.chat_template, long_rows=settings.long_rows
+    )
+    check_material(checked.tokenizer, forget, retain, nonmembers, questions, examples, policy)
     model = load_model(checked, settings.dtype, device)
     with progress_on_stderr(quiet=quiet) as progress:
         return evaluate_model(
@@ -124,9 +130,7 @@ def measure(settings: Evaluate, *, quiet: bool) -> Scorecard:
             nonmembers,
             questions,
             examples,
-            policy=text_policy(
-                checked, chat_template=settings.chat_template, long_rows=settings.long_rows
-            ),
+            policy=policy,
             batch_size=settings.batch_size,
             progress=progress.phase,
         )

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 from expunge.errors import InputError
 
@@ -152,18 +152,29 @@ def _record(path: Path, place: str, values: object) -> Record:
 
 
 def _read_csv(path: Path) -> list[Record]:
-    reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
     records = []
+    line = 1  # a record's first; its quoted fields may hold more
     try:
-        for values in reader:
-            if None in values or None in values.values():
+        header = next(reader, [])
+        if not {"input", "output", "text"} & set(header):
+            # What stands there is a row then, so it is not shown.
+            raise InputError(
+                f"{path} line 1: is not a header that names the columns 'input' and 'output',"
+                " or 'text'; add one"
+            )
+        line = reader.line_num + 1
+        for fields in reader:
+            if len(fields) not in (0, len(header)):
                 raise InputError(
-                    f"{path} line {reader.line_num}: has another number of fields than the header;"
+                    f"{path} line {line}: has {len(fields)} fields, the header {len(header)};"
                     " quote fields that hold commas"
                 )
-            records.append(Record(f"line {reader.line_num}", cast("dict[str, object]", values)))
+            if fields:
+                records.append(Record(f"line {line}", dict(zip(header, fields, strict=True))))
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path} line {reader.line_num}: is not CSV ({error})") from None
+        raise InputError(f"{path} line {line}: is not CSV ({error})") from None
     return records
 
 
@@ -181,14 +192,18 @@ def _read_parquet(path: Path) -> list[Record]:
 def _open_hub(name: str, config: str | None, split: str | None, role: Role) -> Source:
     import datasets
 
-    try:
-        loaded = datasets.load_dataset(name, config)
-    except Exception as error:
+    def unreadable(error: Exception) -> InputError:
         # The libraries raise many types here; the type is named, the message may quote rows.
-        raise InputError(
+        return InputError(
             f"{name}: could not be read as a data set ({type(error).__name__});"
             " check the name, the network and the login, or give a local file"
-        ) from None
+        )
+
+    try:
+        # Streamed, because a loaded data set leaves a copy of its rows in the user's cache.
+        loaded = datasets.load_dataset(name, config, streaming=True)
+    except Exception as error:
+        raise unreadable(error) from None
     splits = list(loaded)
     wanted = split or (role if role in splits else splits[0] if len(splits) == 1 else None)
     if wanted not in splits:
@@ -196,9 +211,8 @@ def _open_hub(name: str, config: str | None, split: str | None, role: Role) -> S
             f"{name}: has the splits {', '.join(splits)}; choose one, for example"
             f" {name}@{splits[0]}"
         )
-    rows = loaded[wanted]
-    return Source(
-        f"{name}@{wanted}",
-        [Record(f"row {number}", values) for number, values in enumerate(rows, 1)],
-        {},
-    )
+    try:
+        records = [Record(f"row {n}", values) for n, values in enumerate(loaded[wanted], 1)]
+    except Exception as error:
+        raise unreadable(error) from None
+    return Source(f"{name}@{wanted}", records, {})

@@ -76,6 +76,17 @@ def read_questions(
     return questions, examples
 
 
+def check_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], context: int) -> None:
+    """Raises InputError for a prompt beyond the context and for letters that are no tokens."""
+    for number, ids in enumerate(tokenizer(list(prompts))["input_ids"], 1):
+        if len(ids) > context:
+            raise InputError(
+                f"question {number}: its prompt has {len(ids)} tokens, the context has {context};"
+                " use fewer --mmlu-shots"
+            )
+    _encode(tokenizer, prompts[0])
+
+
 def choice_log_probs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -88,14 +99,8 @@ def choice_log_probs(
     Prompts are padded on the right and each is read at its own last token, so neither the batch size
     nor a row's neighbours change a score. Raises InputError for prompts beyond the context.
     """
+    check_prompts(tokenizer, prompts, context_of(model.config))
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
-    context = context_of(model.config)
-    for number, (prefix, _) in enumerate(encoded, 1):
-        if len(prefix) > context:
-            raise InputError(
-                f"question {number}: its prompt has {len(prefix)} tokens, the context has {context};"
-                " use fewer --mmlu-shots"
-            )
     scores = torch.zeros(len(prompts), len(LETTERS))
     order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index][0]))
     pad = pad_id_of(tokenizer)

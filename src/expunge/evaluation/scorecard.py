@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from expunge.data.rows import Row, RowSet
 from expunge.data.tokenization import TextPolicy, encode_rows, prompt_ids
+from expunge.errors import InputError
 from expunge.evaluation.generation import generate
 from expunge.evaluation.membership import document_losses
 from expunge.evaluation.multiple_choice import (
     LETTERS,
     Question,
     accuracy,
+    check_prompts,
     choice_log_probs,
     prompt_for,
 )
@@ -138,6 +140,31 @@ def evaluate_model(
     )
 
 
+def check_material(
+    tokenizer: PreTrainedTokenizerBase,
+    forget: RowSet,
+    retain: RowSet | None,
+    nonmembers: RowSet | None,
+    questions: Sequence[Question] | None,
+    examples: Mapping[str, Sequence[Question]] | None,
+    policy: TextPolicy,
+) -> None:
+    """Raises InputError for rows and questions that do not fit the model; no weights are needed."""
+    for rows in (forget, retain or ()):
+        for row in rows:
+            length = len(prompt_ids(row, tokenizer, policy))
+            if length >= policy.context:
+                raise InputError(
+                    f"row {row.id!r}: its prompt has {length} tokens and fills the context of"
+                    f" {policy.context}; shorten it"
+                )
+    if nonmembers is not None:
+        for rows in (forget, nonmembers):
+            encode_rows(_documents(rows), tokenizer, policy, eos=False)
+    if questions:
+        check_prompts(tokenizer, _prompts(questions, examples), policy.context)
+
+
 def _generated(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -187,6 +214,18 @@ def _values(cells: Cells) -> list[float]:
     return [value for cell in cells.values() for value in cell.values() if value is not None]
 
 
+def _documents(rows: RowSet) -> list[Row]:
+    return [row for row in rows if row.kind == "sc"] or list(rows)
+
+
+def _prompts(
+    questions: Sequence[Question], examples: Mapping[str, Sequence[Question]] | None
+) -> list[str]:
+    return [
+        prompt_for(question, (examples or {}).get(question.subject, ())) for question in questions
+    ]
+
+
 def _losses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -196,8 +235,7 @@ def _losses(
     progress: Callable[[str, int, int], None],
     name: str,
 ) -> list[float]:
-    documents = [row for row in rows if row.kind == "sc"] or list(rows)
-    examples = encode_rows(documents, tokenizer, policy, eos=False)
+    examples = encode_rows(_documents(rows), tokenizer, policy, eos=False)
     done = 0
 
     def advance(count: int) -> None:
@@ -224,7 +262,7 @@ def _utility(
         done += count
         progress("utility", done, len(questions))
 
-    prompts = [prompt_for(question, examples.get(question.subject, ())) for question in questions]
+    prompts = _prompts(questions, examples)
     scores = choice_log_probs(model, tokenizer, prompts, batch_size, advance)
     assert scores.shape[1] == len(LETTERS)
     by_subject = {}

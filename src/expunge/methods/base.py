@@ -17,6 +17,7 @@ from expunge.models.decoder import DecoderLayout
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Schedule = Literal["constant", "cosine"]
 _REFERENCE_WIDTH = 256
 
 
@@ -54,6 +55,7 @@ class RunDefaults:
     batch_size: int
     learning_rate: float
     """At a hidden size of 256; scaled by 256 / hidden size (arXiv 2203.03466, Adam)."""
+    schedule: Schedule = "constant"
 
     def learning_rate_at(self, width: int) -> float:
         """The default learning rate for a model of this hidden size."""

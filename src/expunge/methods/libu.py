@@ -85,7 +85,9 @@ class LIBU(GradientSettings):
     """Steps between two estimates of the curvature."""
 
     name: ClassVar[str] = "libu"
-    defaults: ClassVar[RunDefaults] = RunDefaults(epochs=12, batch_size=16, learning_rate=1e-3)
+    defaults: ClassVar[RunDefaults] = RunDefaults(
+        epochs=12, batch_size=16, learning_rate=1e-3, schedule="cosine"
+    )
     presets: ClassVar[Mapping[str, Preset]] = {
         "setup-2": Preset(
             _PUBLISHED,

@@ -82,11 +82,14 @@ def check_model_files(directory: Path) -> ModelFiles:
 
 
 def _shards(directory: Path) -> tuple[Path, ...]:
+    # Where both are there, from_pretrained takes the single file.
+    if (directory / SINGLE).is_file():
+        return (directory / SINGLE,)
     if (directory / INDEX).is_file():
         try:
             index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
             names = sorted(set(index["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{directory / INDEX}: is not a safetensors index") from None
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
@@ -94,8 +97,6 @@ def _shards(directory: Path) -> tuple[Path, ...]:
                 f"{directory}: {len(missing)} of {len(names)} shards are missing, first {missing[0]}"
             )
         return tuple(directory / name for name in names)
-    if (directory / SINGLE).is_file():
-        return (directory / SINGLE,)
     if any(next(directory.glob(pattern), None) for pattern in _PICKLES):
         raise InputError(
             f"{directory}: holds pickled weights only, which can run code when read;"

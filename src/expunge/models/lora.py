@@ -51,6 +51,7 @@ class Adapter:
             lora_alpha=shape.alpha,
             lora_dropout=shape.dropout,
             target_modules=targets,
+            fan_in_fan_out=type(model.get_submodule(targets[0])).__name__ == "Conv1D",
             task_type="CAUSAL_LM",
         )
         self._model = model

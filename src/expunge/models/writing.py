@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from expunge.errors import InputError, RunError
-from expunge.models.files import INDEX, ModelFiles
+from expunge.models.files import INDEX, SINGLE, ModelFiles
 from expunge.models.loading import CheckedModel
 
 _MARGIN = 64 * 2**20
@@ -89,7 +89,7 @@ def write_checkpoint(
                 else:
                     tensors[stored] = tensor
         save_file(tensors, directory / shard.name, metadata=metadata)
-    if (files.directory / INDEX).is_file():
+    if all(shard.name != SINGLE for shard in files.shards):
         shutil.copyfile(files.directory / INDEX, directory / INDEX)
     for companion in files.companions():
         shutil.copyfile(companion, directory / companion.name)
@@ -106,9 +106,11 @@ def verify_checkpoint(
     """
     from transformers import AutoModelForCausalLM
 
-    first = next(iter(checked.files.shards))
-    with safe_open(first, framework="pt") as opened:
-        dtype = opened.get_tensor(next(iter(opened.keys()))).dtype
+    stored = {
+        name: _stored_dtype(checked.files, where)
+        for name, where in checkpoint_names(checked.files, list(weights)).items()
+    }
+    dtype = _stored_dtype(checked.files, next(iter(checked.files.shard_of)))
     options: dict[str, Any] = {
         "dtype": dtype,
         "use_safetensors": True,
@@ -120,7 +122,7 @@ def verify_checkpoint(
     tied = _storages(before)
     for name, weight in weights.items():
         for alias in tied[expected[name].data_ptr()]:
-            expected[alias] = weight.to(dtype)
+            expected[alias] = weight.to(stored[name]).to(dtype)
     for name, tensor in reloaded.state_dict().items():
         if not torch.equal(tensor, expected[name]):
             raise RunError(f"{directory}: tensor {name} reloads with other values than written")
@@ -149,6 +151,11 @@ def _replaced(name: str, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Te
         rounding_norm=float((written.float() - new.float()).norm()),
         changed_share=float((written != old).float().mean()),
     )
+
+
+def _stored_dtype(files: ModelFiles, name: str) -> torch.dtype:
+    with safe_open(files.shard_of[name], framework="pt") as opened:
+        return opened.get_tensor(name).dtype
 
 
 def _storages(model: torch.nn.Module) -> dict[int, list[str]]:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from expunge.data.batches import endless
 from expunge.errors import RunError
-from expunge.methods.base import Context, Objective
+from expunge.methods.base import Context, Objective, Schedule
 from expunge.models.weights import restore, snapshot
 from expunge.training.progress import Progress
 from expunge.training.sophia import Sophia
@@ -30,7 +30,7 @@ class LoopOptions:
     steps: int
     steps_per_epoch: int
     learning_rate: float
-    schedule: Literal["constant", "cosine"]
+    schedule: Schedule
     max_grad_norm: float
     validate_every: int
     select: Select

@@ -23,7 +23,7 @@ from expunge.data.tokenization import (
     encode_rows,
 )
 from expunge.errors import InputError
-from expunge.methods.base import Context, Finished, Method
+from expunge.methods.base import Context, Finished, Method, Schedule
 from expunge.models.decoder import DecoderLayout, find_layout
 from expunge.models.loading import context_of, pad_id_of
 from expunge.training.loop import History, LoopOptions, Select, train
@@ -50,8 +50,8 @@ class TrainingOptions:
     """Rows a step and side."""
     learning_rate: float | None = None
     """Learning rate; the default is the method's at width 256, scaled by 256 / width."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Course of the learning rate over the run."""
+    schedule: Schedule | None = None
+    """Course of the learning rate over the run: constant, or a cosine down to 0."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     seed: int = 0
@@ -59,8 +59,8 @@ class TrainingOptions:
     time_limit: str | None = None
     """Stop in time for this limit, for example 90s, 20m or 1h; the best checkpoint is kept."""
     validation_fraction: float = 0.05
-    """Share of the retain rows that is kept out of training to measure candidates on; 0 measures
-    them on retain rows that are trained on. Forget rows are always all unlearned."""
+    """Share of the retain rows that is kept out of training; candidates are measured on these and on
+    rows that are trained on. Forget rows are always all unlearned."""
     validate_every: int | None = None
     """Steps between two measured candidates; null: one epoch, but at least ten times a run."""
     select: Select = "best"
@@ -179,7 +179,7 @@ def unlearn_model(
     generator = torch.Generator().manual_seed(options.seed)
     validation = ValidationSet(
         _sample(forget_examples, generator),
-        _sample(kept_out or trained_on, generator),
+        _validation_retain(kept_out, trained_on, generator),
         _sample(nonmember_examples, generator),
     )
     device = next(model.parameters()).device
@@ -208,7 +208,7 @@ def unlearn_model(
         steps=used["steps"],
         steps_per_epoch=used["steps_per_epoch"],
         learning_rate=used["learning_rate"],
-        schedule=options.schedule,
+        schedule=used["schedule"],
         max_grad_norm=options.max_grad_norm,
         validate_every=used["validate_every"],
         select=options.select,
@@ -264,7 +264,7 @@ def resolved(
         "steps_per_epoch": per_epoch,
         "batch_size": batch_size,
         "learning_rate": options.learning_rate or defaults.learning_rate_at(width),
-        "schedule": options.schedule,
+        "schedule": options.schedule or defaults.schedule,
         "max_grad_norm": options.max_grad_norm,
         "seed": options.seed,
         "time_limit": options.time_limit,
@@ -288,6 +288,14 @@ def _split(
         [example for example in examples if example.row_id in chosen],
         [example for example in examples if example.row_id not in chosen],
     )
+
+
+def _validation_retain(
+    kept_out: Sequence[Example], trained_on: Sequence[Example], generator: torch.Generator
+) -> list[Example]:
+    """Kept-out rows first, at most half; the rest are trained on, which most of the set is."""
+    unseen = _sample(kept_out, generator)[: _VALIDATION_ROWS // 2]
+    return unseen + _sample(trained_on, generator)[: _VALIDATION_ROWS - len(unseen)]
 
 
 def _sample(examples: Sequence[Example], generator: torch.Generator) -> list[Example]:

@@ -1,0 +1,232 @@
+"""Masks of prompt and answer against slow references, special tokens, long rows and templates."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from conftest import refusal
+from expunge.data.rows import Row, as_rows
+from expunge.data.tokenization import (
+    Example,
+    TextPolicy,
+    count_windowed,
+    encode_rows,
+    prompt_ids,
+)
+
+CANARY = "canary"
+WIDE = TextPolicy(1000)
+
+
+def words_tokenizer(size: int = 100) -> Any:
+    """One token a word: w0, w1, ...; zero-width spaces are dropped, as many normalisers do."""
+    inner = Tokenizer(
+        models.WordLevel({f"w{n}": n for n in range(size)} | {"<unk>": size}, "<unk>")
+    )
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.normalizer = normalizers.Replace("\u200b", "")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+
+
+def with_ends(tokenizer: Any, template: str) -> Any:
+    """The tokenizer with a BOS, or an EOS, that it adds itself, as Llama's does."""
+    changed = copy.deepcopy(tokenizer)
+    changed.add_special_tokens({"bos_token": AddedToken("<s>", special=True)})
+    changed.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template,
+        special_tokens=[("<s>", changed.bos_token_id), ("<|end|>", changed.eos_token_id)],
+    )
+    return changed
+
+
+def one(row: Row, tokenizer: Any, policy: TextPolicy = WIDE, *, eos: bool = False) -> Example:
+    (example,) = encode_rows([row], tokenizer, policy, eos=eos)
+    return example
+
+
+def test_masks_agree_with_decoding_token_by_token(
+    tokenizer: Any, forget_rows: list[dict[str, str]], retain_rows: list[dict[str, str]]
+) -> None:
+    rows = as_rows(forget_rows + retain_rows, "forget")
+    for row, example in zip(rows, encode_rows(rows, tokenizer, WIDE, eos=False), strict=True):
+        expected, text = [], ""
+        for token in example.input_ids:
+            text += tokenizer.decode([token])
+            expected.append(len(text) > len(row.input))
+        assert text == row.text
+        assert list(example.answer_mask) == expected
+        assert all(example.token_mask)
+        assert (example.row_id, example.task) == (row.id, row.task)
+
+
+@pytest.mark.parametrize("output", ["naïve", "東京 😀", "\n\tx ", "<|pad|>", "…"])
+def test_answers_of_any_script_are_marked_whole(tokenizer: Any, output: str) -> None:
+    row = Row("a", "Über 😀", output)
+    example = one(row, tokenizer)
+    marked = [i for i, flag in zip(example.input_ids, example.answer_mask, strict=True) if flag]
+    assert tokenizer.decode(marked) == " " + output
+    assert list(example.answer_mask) == sorted(example.answer_mask)
+
+
+def border_tokenizer() -> Any:
+    """BPE that merges across spaces: "a b" becomes one token."""
+    merges = [("a", " "), ("a ", "b")]
+    vocabulary = {token: n for n, token in enumerate(["x", "a", "b", " ", "a ", "a b"])}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, merges)))
+
+
+def test_a_token_across_the_border_counts_as_answer() -> None:
+    tokenizer = border_tokenizer()
+    row = Row("a", "xxa", "bx")
+    example = one(row, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(example.input_ids) == ["x", "x", "a b", "x"]
+    assert example.answer_mask == (False, False, True, True)
+    # Counting the tokens of the prompt alone, as is often done, would lose the border's token.
+    counted = len(tokenizer(row.input)["input_ids"])
+    assert (False,) * counted + (True,) * (len(example) - counted) != example.answer_mask
+
+
+def test_only_retained_text_ends_with_an_eos_that_counts(tokenizer: Any) -> None:
+    row = Row("a", "Ada lives in", "Paris.")
+    kept, gone = one(row, tokenizer, eos=True), one(row, tokenizer, eos=False)
+    assert kept.input_ids == (*gone.input_ids, tokenizer.eos_token_id)
+    assert kept.answer_mask == (*gone.answer_mask, True)
+    assert kept.token_mask == (*gone.token_mask, True)
+    assert tokenizer.eos_token_id not in gone.input_ids
+    assert WIDE.describe(tokenizer)["eos"] == "appended to retained rows only"
+    assert WIDE.describe(tokenizer)["bos"] == "none"
+
+
+def test_a_tokenizer_without_eos_gives_none() -> None:
+    example = one(Row("a", "w1", "w2"), words_tokenizer(), eos=True)
+    assert example.input_ids == (1, 2)
+    assert WIDE.describe(words_tokenizer())["eos"] == "none"
+
+
+def test_a_bos_that_the_tokenizer_adds_counts_nowhere(tokenizer: Any) -> None:
+    row = Row("a", "Ada lives in", "Paris.")
+    plain, changed = one(row, tokenizer), with_ends(tokenizer, "<s> $A")
+    example = one(row, changed)
+    assert example.input_ids == (changed.bos_token_id, *plain.input_ids)
+    assert example.token_mask == (False, *plain.token_mask)
+    assert example.answer_mask == (False, *plain.answer_mask)
+    assert prompt_ids(row, changed, WIDE)[0] == changed.bos_token_id
+    assert WIDE.describe(changed)["bos"] == "added by the tokenizer"
+
+
+def test_an_eos_that_the_tokenizer_adds_is_not_doubled_and_ends_no_prompt(tokenizer: Any) -> None:
+    row = Row("a", "Ada lives in", "Paris.")
+    changed = with_ends(tokenizer, "<s> $A <|end|>")
+    kept, gone = one(row, changed, eos=True), one(row, changed, eos=False)
+    assert kept.input_ids == gone.input_ids
+    assert kept.input_ids.count(changed.eos_token_id) == 1
+    assert (kept.answer_mask[-1], kept.token_mask[-1]) == (True, True)
+    assert (gone.answer_mask[-1], gone.token_mask[-1]) == (False, False)
+    prompt = prompt_ids(row, changed, WIDE)
+    assert prompt == [changed.bos_token_id, *prompt_ids(row, tokenizer, WIDE)]
+
+
+def test_outputs_that_become_no_token_are_refused() -> None:
+    rows = [Row("good", "w1", "w2"), Row("bad", "w1", "\u200b"), Row("too", "w1", "\u200b\u200b")]
+    message = refusal(lambda: encode_rows(rows, words_tokenizer(), WIDE, eos=True))
+    assert message.startswith("row 'bad': its output tokenises to nothing (2 such rows)")
+
+
+def test_a_tokenizer_without_offsets_is_refused() -> None:
+    slow: Any = SimpleNamespace(is_fast=False)
+    message = refusal(lambda: encode_rows([Row("a", "x", "y")], slow, WIDE, eos=False))
+    assert "gives no character offsets; use a tokenizer with a tokenizer.json" in message
+
+
+def long_row(name: str, prompt: int, answer: int) -> Row:
+    words = [f"w{n}" for n in range(prompt + answer)]
+    return Row(name, " ".join(words[:prompt]), " ".join(words[prompt:]))
+
+
+def test_rows_beyond_the_context_are_refused_with_counts() -> None:
+    rows = [long_row("ok", 4, 4), long_row("bad", 5, 4), long_row("worst", 6, 6)]
+    message = refusal(lambda: encode_rows(rows, words_tokenizer(), TextPolicy(8), eos=False))
+    assert message == (
+        "row 'worst': has 12 tokens, the context has 8 (2 such rows);"
+        " shorten them or choose --long-rows window"
+    )
+
+
+WORDS = words_tokenizer()
+
+
+@given(prompt=st.integers(1, 60), answer=st.integers(1, 40), context=st.integers(4, 30))
+def test_windows_fit_and_count_each_token_exactly_once(
+    prompt: int, answer: int, context: int
+) -> None:
+    row = long_row("a", prompt, answer)
+    windows = encode_rows([row], WORDS, TextPolicy(context, long_rows="window"), eos=False)
+    counted: Counter[int] = Counter()
+    answered: Counter[int] = Counter()
+    for number, window in enumerate(windows):
+        assert len(window) <= context
+        # Token ids are positions here, so a window must be a run of them.
+        assert list(window.input_ids) == list(range(window.input_ids[0], window.input_ids[-1] + 1))
+        marks = list(zip(window.input_ids, window.token_mask, window.answer_mask, strict=True))
+        assert any(token for _, token, _ in marks)
+        if number:  # a counted token is predicted from a quarter of the context at least
+            assert not any(token for _, token, _ in marks[: context // 4])
+        # A window's first token is predicted from nothing, so no loss counts it.
+        counted.update(i for i, token, _ in marks[1:] if token)
+        answered.update(i for i, _, flag in marks[1:] if flag)
+    total = prompt + answer
+    assert counted == Counter(range(1, total))
+    assert answered == Counter(range(prompt, total))
+    assert count_windowed(windows) == (total > context)
+
+
+CHATML = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def chat(tokenizer: Any, template: str) -> Any:
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    return changed
+
+
+def test_a_chat_template_is_prompt_until_the_answer_starts(tokenizer: Any) -> None:
+    row = Row("a", "Who lives in Paris?", "Ada")
+    changed = chat(with_ends(tokenizer, "<s> $A"), CHATML)
+    policy = TextPolicy(1000, chat_template=True)
+    example = one(row, changed, policy)
+    marked = [i for i, flag in zip(example.input_ids, example.answer_mask, strict=True) if flag]
+    assert changed.decode(marked) == "Ada</>\n"
+    # What is special the template writes; the tokenizer adds nothing of its own.
+    assert changed.bos_token_id not in example.input_ids
+    prompt = prompt_ids(row, changed, policy)
+    assert changed.decode(prompt) == "<user>Who lives in Paris?</>\n<assistant>"
+    kept = one(row, changed, policy, eos=True)
+    assert kept.input_ids[-1] == changed.eos_token_id
+
+
+def test_a_template_that_is_missing_or_rewrites_the_prompt_is_refused(tokenizer: Any) -> None:
+    policy = TextPolicy(1000, chat_template=True)
+    row = Row("a", CANARY, CANARY)
+    message = refusal(lambda: encode_rows([row], tokenizer, policy, eos=True))
+    assert message.startswith("--chat-template: the tokenizer has no chat template")
+    rewriting = chat(tokenizer, "{{ messages | length }}" + CHATML)
+    message = refusal(lambda: encode_rows([row], rewriting, policy, eos=True))
+    assert message.startswith("row 'a': the chat template renders the prompt differently")
+    assert CANARY not in message
+
+
+def test_a_repr_shows_no_text_and_no_token(tokenizer: Any) -> None:
+    example = one(Row("a", CANARY, CANARY), tokenizer)
+    assert repr(example) == f"Example(row_id='a', tokens={len(example)})"

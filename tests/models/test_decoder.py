@@ -1,0 +1,182 @@
+"""The decoder's layers in every family, and hidden states that stop at their layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from conftest import FAMILIES, random_examples, refusal, shaken, tiny_model
+from expunge.data.batches import Batch, collate
+from expunge.models.decoder import (
+    DecoderLayout,
+    find_layout,
+    forward_hook,
+    hidden_states,
+    layout_from_config,
+)
+
+LLAMA_LIKE = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+LAYOUTS = {
+    **{
+        family: DecoderLayout("model.layers", 4, "mlp.down_proj", *LLAMA_LIKE)
+        for family in ("olmo", "olmo2", "llama", "qwen2")
+    },
+    "gpt_neox": DecoderLayout(
+        "gpt_neox.layers",
+        4,
+        "mlp.dense_4h_to_h",
+        ("attention.query_key_value", "attention.dense"),
+        ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    ),
+    "gpt2": DecoderLayout(
+        "transformer.h",
+        4,
+        "mlp.c_proj",
+        ("attn.c_attn", "attn.c_proj"),
+        ("mlp.c_fc", "mlp.c_proj"),
+    ),
+    "phi": DecoderLayout(
+        "model.layers",
+        4,
+        "mlp.fc2",
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense"),
+        ("mlp.fc1", "mlp.fc2"),
+    ),
+}
+FINAL_NORMS = {"gpt_neox": "gpt_neox.final_layer_norm", "gpt2": "transformer.ln_f"}
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_the_layers_and_projections_of_a_family_are_found(family: str) -> None:
+    model = tiny_model(family, 300)
+    layout = find_layout(model)
+    for part in ("layers", "count", "mlp_output"):
+        assert getattr(layout, part) == getattr(LAYOUTS[family], part)
+    assert set(layout.attention_linears) == set(LAYOUTS[family].attention_linears)
+    assert set(layout.mlp_linears) == set(LAYOUTS[family].mlp_linears)
+    assert layout.layer(model, 3) is model.get_submodule(f"{layout.layers}.3")
+    assert model.get_parameter(layout.mlp_output_weight(1)).ndim == 2
+    assert layout_from_config(model.config) == layout
+
+
+def test_every_fixture_family_is_covered() -> None:
+    assert set(FAMILIES) < set(LAYOUTS)
+
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "t5": ({"d_model": 16, "num_layers": 2}, "is an encoder-decoder"),
+    "bart": ({"d_model": 16, "encoder_layers": 2, "decoder_layers": 2}, "is an encoder-decoder"),
+    "mixtral": (SIZES | {"num_local_experts": 2}, "mixture of experts"),
+    "mamba": ({"hidden_size": 16, "num_hidden_layers": 2}, "0 lists of 2 decoder layers"),
+    "vit": ({"hidden_size": 16, "num_attention_heads": 2}, "no causal language model"),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_other_architectures_are_refused_by_name(family: str) -> None:
+    sizes, reason = REFUSED[family]
+    message = refusal(lambda: layout_from_config(AutoConfig.for_model(family, **sizes)))
+    assert message.startswith(f"{family}: ")
+    assert reason in message
+
+
+def test_layers_that_differ_in_their_mlp_are_refused() -> None:
+    """Dense first layers with experts above, as some mixtures have them."""
+    model = tiny_model("llama", 300)
+    model.model.layers[2].mlp = torch.nn.Identity()
+    assert "mixture of experts" in refusal(lambda: find_layout(model))
+
+
+def test_a_layer_out_of_range_names_the_option_and_the_range() -> None:
+    layout = LAYOUTS["llama"]
+    for inside in (2, 3):
+        layout.check_layer(inside, 2, "--method.layer")
+    for outside in (-1, 1, 4):
+        message = refusal(lambda layer=outside: layout.check_layer(layer, 2, "--method.layer"))  # type: ignore[misc]
+        assert message == (
+            f"--method.layer {outside}: the model has the layers 0 to 3; choose 2 to 3"
+        )
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return collate(random_examples([9, 4, 7], 300), [0, 1, 2], pad_id=1)
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_hidden_states_are_those_of_the_full_model(family: str, batch: Batch) -> None:
+    model = shaken(tiny_model(family, 300))
+    layout = find_layout(model)
+    with torch.no_grad():
+        full = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            output_hidden_states=True,
+        ).hidden_states
+        real = batch.attention_mask.bool()
+        for layer in range(layout.count):
+            states = hidden_states(model, layout, layer, batch)
+            if layer == layout.count - 1:  # transformers gives the last one after the final norm
+                states = model.get_submodule(FINAL_NORMS.get(family, "model.norm"))(states)
+            # The same operations on the same shapes, so nothing may differ.
+            assert torch.equal(states[real], full[layer + 1][real])
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_nothing_runs_above_the_layer(family: str, batch: Batch) -> None:
+    model = tiny_model(family, 300)
+    layout = find_layout(model)
+    ran: list[int] = []
+    hooks = [
+        layout.layer(model, index).register_forward_hook(lambda *_, index=index: ran.append(index))
+        for index in range(layout.count)
+    ]
+    head = model.get_output_embeddings().register_forward_hook(lambda *_: ran.append(99))
+    for layer in range(layout.count):
+        ran.clear()
+        hidden_states(model, layout, layer, batch)
+        assert ran == list(range(layer + 1))
+    for hook in [*hooks, head]:
+        hook.remove()
+
+
+def test_hidden_states_carry_gradients_and_leave_no_hook(batch: Batch) -> None:
+    model = tiny_model("llama", 300)
+    layout = find_layout(model)
+    hidden_states(model, layout, 1, batch).square().sum().backward()
+    assert model.get_parameter(layout.mlp_output_weight(1)).grad is not None
+    assert model.get_parameter(layout.mlp_output_weight(2)).grad is None
+    assert not layout.layer(model, 1)._forward_hooks
+
+
+def test_a_tuple_from_a_layer_is_unpacked(batch: Batch) -> None:
+    model = tiny_model("llama", 300)
+    layout = find_layout(model)
+    plain = hidden_states(model, layout, 2, batch)
+    with forward_hook(layout.layer(model, 2), lambda _m, _i, output: (output, None)):
+        assert torch.equal(hidden_states(model, layout, 2, batch), plain)
+
+
+def test_a_hook_is_removed_after_an_error() -> None:
+    module = torch.nn.Linear(2, 2)
+
+    def fail(*_: object) -> None:
+        raise ValueError
+
+    with pytest.raises(ValueError), forward_hook(module, fail):  # noqa: PT011
+        module(torch.zeros(1, 2))
+    assert not module._forward_hooks
