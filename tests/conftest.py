@@ -209,7 +209,7 @@ def memorised_dir(
     rows = as_rows(forget_rows + retain_rows, "retain")
     examples = encode_rows(rows, tokenizer, TextPolicy(128), eos=True)
     batch = collate(examples, range(len(examples)), 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2, weight_decay=0.0)
     for _ in range(300):
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         log_probs = token_log_probs(logits, batch.input_ids)

@@ -49,7 +49,11 @@ LAYOUTS = {
         ("mlp.fc1", "mlp.fc2"),
     ),
 }
-FINAL_NORMS = {"gpt_neox": "gpt_neox.final_layer_norm", "gpt2": "transformer.ln_f"}
+FINAL_NORMS = {
+    "gpt_neox": "gpt_neox.final_layer_norm",
+    "gpt2": "transformer.ln_f",
+    "phi": "model.final_layernorm",
+}
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
@@ -167,7 +171,8 @@ def test_a_tuple_from_a_layer_is_unpacked(batch: Batch) -> None:
     model = tiny_model("llama", 300)
     layout = find_layout(model)
     plain = hidden_states(model, layout, 2, batch)
-    with forward_hook(layout.layer(model, 2), lambda _m, _i, output: (output, None)):
+    as_tuple: Any = lambda _module, _inputs, output: (output, None)  # noqa: E731
+    with forward_hook(layout.layer(model, 2), as_tuple):
         assert torch.equal(hidden_states(model, layout, 2, batch), plain)
 
 

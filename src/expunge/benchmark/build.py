@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 """Raised when the code changes what the same settings give."""
 RECORD = "benchmark.json"
-_DEFAULT_PRETRAINING = PretrainingSettings()
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,15 @@ class BuiltBenchmark:
 
 
 def content_hash(
-    settings: BenchmarkSettings, pretraining: PretrainingSettings = _DEFAULT_PRETRAINING
+    settings: BenchmarkSettings, pretraining: PretrainingSettings | None = None
 ) -> str:
     """SHA-256 of everything that the rows and the models follow from."""
+    pretraining = pretraining or PretrainingSettings(seed=settings.seed)
     return _content_hash(generate(settings), settings, pretraining)
 
 
 def default_directory(
-    settings: BenchmarkSettings, pretraining: PretrainingSettings = _DEFAULT_PRETRAINING
+    settings: BenchmarkSettings, pretraining: PretrainingSettings | None = None
 ) -> Path:
     """The place of this benchmark under $EXPUNGE_CACHE or ~/.cache/expunge."""
     cache = os.environ.get("EXPUNGE_CACHE")
@@ -86,15 +86,17 @@ def build(
     directory: Path,
     settings: BenchmarkSettings,
     progress: Progress = lambda stage, done, total: None,
-    pretraining: PretrainingSettings = _DEFAULT_PRETRAINING,
+    pretraining: PretrainingSettings | None = None,
 ) -> BuiltBenchmark:
     """Write the benchmark to the directory, or reuse it if it is there, complete and unchanged.
 
-    The directory appears when everything is in it.
+    The directory appears when everything is in it. The models are seeded as the rows are unless
+    `pretraining` says otherwise.
 
     Raises:
         InputError: the directory holds anything else.
     """
+    pretraining = pretraining or PretrainingSettings(seed=settings.seed)
     benchmark = generate(settings)
     content = _content_hash(benchmark, settings, pretraining)
     if _holds(directory, content):

@@ -69,6 +69,7 @@ class Adapter:
                 parameter = getattr(layer, factor)[_ADAPTER].weight
                 parameter.data = parameter.data.float()
                 self.parameters[f"{name}.{factor}.weight"] = parameter.requires_grad_(True)
+        self.set_dropout(False)  # new modules are born in training mode
 
     def factors(self) -> Iterator[tuple[str, nn.Module]]:
         """The two linear maps of every adapted layer, by the name of their parameter."""

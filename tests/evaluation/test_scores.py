@@ -1,0 +1,114 @@
+"""The formulas of SemEval-2025 Task 4 against slow references."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
+
+from expunge.evaluation.scores import final_score, knowledge, regurgitation, task_aggregate
+from expunge.training.validation import membership_auc, membership_score
+
+
+def lcs(first: list[str], second: list[str]) -> int:
+    table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
+    for i, a in enumerate(first):
+        for j, b in enumerate(second):
+            table[i + 1][j + 1] = (
+                table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+            )
+    return table[-1][-1]
+
+
+def rouge_l_recall(reference: str, text: str) -> float:
+    """Lin 2004 with the task's stemmer: words of more than three letters are stemmed."""
+    stem = PorterStemmer().stem
+
+    def words(value: str) -> list[str]:
+        found = re.findall(r"[a-z0-9]+", value.lower())
+        return [stem(word) if len(word) > 3 else word for word in found]
+
+    wanted = words(reference)
+    return lcs(wanted, words(text)) / len(wanted) if wanted else 0.0
+
+
+VOCABULARY = ["running", "runs", "ran", "the", "The", "cities", "city,", "900-11", "Ada's", "a"]
+WORDS = st.lists(st.sampled_from(VOCABULARY), max_size=9).map(" ".join)
+
+
+@given(reference=WORDS, text=WORDS)
+def test_regurgitation_is_rouge_l_recall_with_stemmer(reference: str, text: str) -> None:
+    assert regurgitation(reference, text) == pytest.approx(rouge_l_recall(reference, text))
+
+
+@pytest.mark.parametrize(
+    ("reference", "text", "expected"),
+    [
+        ("she lives in Paris now", "she lives in Paris now and more and more", 1.0),  # recall
+        ("she lives in Paris now", "now in lives she", 0.2),  # order counts
+        ("cities", "city", 1.0),
+        ("one two", "", 0.0),
+    ],
+)
+def test_regurgitation_on_examples(reference: str, text: str, expected: float) -> None:
+    assert regurgitation(reference, text) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("Paris", 1.0), (" PARIS\n", 1.0), ("Paris.", 0.0), ("In Paris", 0.0), ("", 0.0)],
+)
+def test_knowledge_is_exact_after_strip_and_lower(answer: str, expected: float) -> None:
+    assert knowledge(" paris ", answer) == expected
+
+
+SHARES = st.lists(st.floats(0.01, 0.99), min_size=1, max_size=6)
+
+
+@given(forget=SHARES, retain=SHARES)
+def test_the_aggregate_is_the_harmonic_mean_of_what_is_gone_and_what_stayed(
+    forget: list[float], retain: list[float]
+) -> None:
+    parts = [1 - value for value in forget] + retain
+    expected = len(parts) / sum(1 / part for part in parts)
+    assert task_aggregate(forget, retain) == pytest.approx(expected)
+    assert min(parts) - 1e-12 <= expected <= max(parts) + 1e-12
+
+
+@pytest.mark.parametrize(("forget", "retain"), [([1.0, 0.0], [1.0]), ([0.0], [0.9, 0.0])])
+def test_the_aggregate_is_0_if_any_part_is(forget: list[float], retain: list[float]) -> None:
+    assert task_aggregate(forget, retain) == 0
+
+
+def test_the_aggregate_of_a_perfect_model_is_1() -> None:
+    assert task_aggregate([0.0, 0.0], [1.0]) == 1
+
+
+def test_a_final_score_needs_all_three() -> None:
+    assert final_score(0.3, 0.6, 0.9) == pytest.approx(0.6)
+    assert final_score(None, 0.6, 0.9) is None
+    assert final_score(0.3, None, 0.9) is None
+    assert final_score(0.3, 0.6, None) is None
+    assert final_score(0.0, 0.0, 0.0) == 0  # 0 is a measurement
+
+
+LOSSES = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=12)
+
+
+@given(members=LOSSES, others=LOSSES)
+def test_the_auc_counts_pairs_in_which_the_member_has_the_lower_loss(
+    members: list[float], others: list[float]
+) -> None:
+    pairs = [(a < b) + 0.5 * (a == b) for a in members for b in others]
+    auc = membership_auc(members, others)
+    assert auc == pytest.approx(sum(pairs) / len(pairs))
+    assert membership_score(auc) == pytest.approx(1 - 2 * abs(auc - 0.5))
+
+
+@pytest.mark.parametrize(("auc", "expected"), [(0.5, 1.0), (1.0, 0.0), (0.0, 0.0), (0.75, 0.5)])
+def test_both_ends_of_the_auc_score_0(auc: float, expected: float) -> None:
+    assert math.isclose(membership_score(auc), expected)
