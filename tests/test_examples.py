@@ -23,9 +23,7 @@ def test_the_python_example_runs(
 ) -> None:
     script = ROOT / "examples" / "unlearn_in_python.py"
     rows = row_files["forget"].parent
-    monkeypatch.setattr(
-        sys, "argv", [str(script), str(memorised_dir), str(rows), "--epochs", "3"]
-    )
+    monkeypatch.setattr(sys, "argv", [str(script), str(memorised_dir), str(rows), "--epochs", "3"])
     runpy.run_path(str(script), run_name="__main__")
     assert "task aggregate:" in capsys.readouterr().out
 

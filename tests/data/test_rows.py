@@ -122,6 +122,7 @@ def test_rows_on_both_sides_are_listed_by_id() -> None:
     same_text = as_rows([row(id="r", output=f"  {CANARY}\n3")], "retain")
     message = refusal(lambda: check_disjoint(forget, same_text))
     assert "1 rows are in retain rows as well (ids f3); remove them from one side" in message
+    assert "(ids r)" in refusal(lambda: check_disjoint(same_text, forget))
     same_id = as_rows([row(id="f2", output="other"), row(id="x", output="another")], "retain")
     assert "(ids f2)" in refusal(lambda: check_disjoint(forget, same_id))
     many = as_rows([*forget, row(id="more", output="x")], "retain")

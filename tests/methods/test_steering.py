@@ -71,7 +71,9 @@ def test_the_loss_against_full_forward_passes_of_two_models(make_context: Contex
     objective = AdaptiveRMU(layer=2, beta=5.0, alpha=7.0).start(context)
     with torch.no_grad():
         for parameter in objective.parameters.values():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+            parameter += 0.1 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(3)
+            )
     forget, retain = batches(context)
 
     def state(model: Any, batch: Batch) -> torch.Tensor:

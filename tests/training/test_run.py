@@ -175,9 +175,7 @@ def test_without_retain_set_a_method_without_retain_term_runs_and_warns(
     assert "--retain" in err
 
 
-def test_a_preset_and_a_yaml_file_and_flags_in_that_order(
-    start: Run, tmp_path: Path
-) -> None:
+def test_a_preset_and_a_yaml_file_and_flags_in_that_order(start: Run, tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("method: {name: adaptive-rmu, layer: 2, alpha: 3}\nmax-steps: 2\n")
     options = ("--config", config, "--preset", "semeval-7b", "--method.alpha", 4)

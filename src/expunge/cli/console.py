@@ -42,6 +42,8 @@ class ConsoleProgress:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _update(self, name: str, done: int, total: int, terms: str) -> None:
+        # Started here, because even a display without bars ends with an empty line.
+        self._bars.start()
         if name not in self._tasks or self._bars.tasks[self._tasks[name]].total != total:
             self._tasks[name] = self._bars.add_task(name, total=total, terms=terms)
         self._bars.update(self._tasks[name], completed=done, terms=terms)
@@ -65,5 +67,8 @@ def progress_on_stderr(*, quiet: bool) -> Iterator[ConsoleProgress | Silent]:
         console=console,
         transient=False,
     )
-    with bars:
+    try:
         yield ConsoleProgress(console, bars)
+    finally:
+        if bars.tasks:
+            bars.stop()

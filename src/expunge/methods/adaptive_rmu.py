@@ -36,16 +36,30 @@ class AdaptiveRMU(SteeringSettings):
     """One random direction for each task of the forget set, or one for all."""
 
     name: ClassVar[str] = "adaptive-rmu"
-    defaults: ClassVar[RunDefaults] = RunDefaults(epochs=30, batch_size=16, learning_rate=2e-3)
+    defaults: ClassVar[RunDefaults] = RunDefaults(
+        epochs=20, batch_size=16, learning_rate=1.2e-2, schedule="cosine"
+    )
     presets: ClassVar[Mapping[str, Preset]] = {
         "semeval-7b": Preset(
             {"layer": 26, "beta": 5.0, "alpha": 900.0, "direction_kind": "uniform"},
-            {"batch_size": 12, "learning_rate": 5e-5, "time_limit": "1h", "epochs": 1000},
+            {
+                "batch_size": 12,
+                "learning_rate": 5e-5,
+                "time_limit": "1h",
+                "epochs": 1000,
+                "schedule": "constant",
+            },
             _SEMEVAL,
         ),
         "semeval-1b": Preset(
             {"layer": 14, "beta": 3.0, "alpha": 900.0, "direction_kind": "uniform"},
-            {"batch_size": 8, "learning_rate": 5e-5, "time_limit": "1h", "epochs": 1000},
+            {
+                "batch_size": 8,
+                "learning_rate": 5e-5,
+                "time_limit": "1h",
+                "epochs": 1000,
+                "schedule": "constant",
+            },
             _SEMEVAL,
         ),
         "original": Preset(
@@ -56,7 +70,13 @@ class AdaptiveRMU(SteeringSettings):
                 "direction_kind": "uniform",
                 "directions": "shared",
             },
-            {"batch_size": 4, "learning_rate": 5e-5, "max_steps": 500, "epochs": 1000},
+            {
+                "batch_size": 4,
+                "learning_rate": 5e-5,
+                "max_steps": 500,
+                "epochs": 1000,
+                "schedule": "constant",
+            },
             "arXiv 2408.06223, zephyr-7b",
         ),
     }

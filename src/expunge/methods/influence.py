@@ -12,9 +12,7 @@ import math
 import torch
 
 
-def removal_step(
-    gradient: torch.Tensor, curvature: torch.Tensor, damping: float
-) -> torch.Tensor:
+def removal_step(gradient: torch.Tensor, curvature: torch.Tensor, damping: float) -> torch.Tensor:
     """gradient / (curvature + damping): adding it to the weights removes what `gradient` taught.
 
     `gradient` is that of the forget loss, `curvature` the diagonal Fisher or Hessian of the rest.

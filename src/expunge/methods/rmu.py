@@ -28,11 +28,19 @@ class RMU(SteeringSettings):
     """Length c of the target, in units of activation."""
 
     name: ClassVar[str] = "rmu"
-    defaults: ClassVar[RunDefaults] = RunDefaults(epochs=30, batch_size=16, learning_rate=2e-3)
+    defaults: ClassVar[RunDefaults] = RunDefaults(
+        epochs=20, batch_size=16, learning_rate=1.2e-2, schedule="cosine"
+    )
     presets: ClassVar[Mapping[str, Preset]] = {
         "original": Preset(
             {"layer": 7, "coefficient": 6.5, "alpha": 1200.0, "direction_kind": "uniform"},
-            {"batch_size": 4, "learning_rate": 5e-5, "max_steps": 150, "epochs": 1000},
+            {
+                "batch_size": 4,
+                "learning_rate": 5e-5,
+                "max_steps": 150,
+                "epochs": 1000,
+                "schedule": "constant",
+            },
             "arXiv 2403.03218, zephyr-7b",
         ),
     }

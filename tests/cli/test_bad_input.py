@@ -1,0 +1,287 @@
+"""Wrong input: exit code 2, one line that names the fault and the mend, nothing read or written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from conftest import write_jsonl
+from expunge.errors import InputError, RunError
+
+Cli = Callable[..., tuple[int, str, str]]
+CANARY = "canary-4711"
+
+
+@pytest.fixture
+def places(
+    model_dir: Callable[[str], Path],
+    row_files: dict[str, Path],
+    quiz_dir: Path,
+    tmp_path: Path,
+) -> dict[str, Path]:
+    """Everything that the cases below name in braces."""
+    found = {"model": model_dir("olmo"), "quiz": quiz_dir, **row_files}
+    for name in ("pickled", "truncated", "mute"):
+        found[name] = Path(shutil.copytree(found["model"], tmp_path / name))
+    (found["pickled"] / "model.safetensors").unlink()
+    torch.save({}, found["pickled"] / "pytorch_model.bin")
+    with (found["truncated"] / "model.safetensors").open("r+b") as file:
+        file.truncate(9000)
+    (found["mute"] / "tokenizer.json").unlink()
+    rows = {"empty": [], "long": [{"id": "wide", "input": f"{CANARY} " * 99, "output": "x"}]}
+    for name, content in rows.items():
+        found[name] = write_jsonl(tmp_path / f"{name}.jsonl", content)
+    texts = {
+        "secret": f"id,input,output\n1,{CANARY},\n",
+        "unknown_key": "epoch: 3\n",
+        "unknown_setting": "method:\n  name: libu\n  rnk: 4\n",
+        "wrong_type": "epochs: two\n",
+        "broken": "epochs: [3\n",
+        "evaluate_key": "forgot: x\n",
+        "inspect_key": "modl: x\n",
+        "compare_key": "orakle: x\n",
+        "list": "[1, 2]",
+    }
+    for name, text in texts.items():
+        suffix = {"secret": "csv", "list": "json"}.get(name, "yaml")
+        found[name] = tmp_path / f"{name}.{suffix}"
+        found[name].write_text(text)
+    found["taken"] = tmp_path / "taken"
+    found["taken"].mkdir()
+    (found["taken"] / "thesis.txt").write_text("mine")
+    return found | {"new": tmp_path / "out", "nowhere": tmp_path / "no" / "where"}
+
+
+RUN = "run {model} --forget {forget} --retain {retain} --output {new} "
+RUN_ON = "run {%s} --forget {forget} --retain {retain} --output {new}"
+EVALUATE = "evaluate {model} --forget {forget} "
+EVALUATE_ON = "evaluate {%s} --forget {forget}"
+INSPECT = "data inspect {forget} --model {model} "
+INSPECT_ON = "data inspect {forget} --model {%s}"
+
+MODELS = {
+    "nowhere": ("{nowhere}: no such model directory", "give the folder"),
+    "pickled": ("{pickled}: holds pickled weights only", "convert them"),
+    "truncated": ("{truncated}/model.safetensors: is not a whole safetensors file",),
+    "mute": ("{mute}: has no tokenizer", "tokenizer.save_pretrained"),
+}
+CASES: dict[str, tuple[str, tuple[str, ...]]] = {
+    **{
+        f"{command.split()[0]} on {model}": (command % model, words)
+        for command in (RUN_ON, EVALUATE_ON, INSPECT_ON)
+        for model, words in MODELS.items()
+    },
+    "run same rows": (RUN + "--retain {forget}", ("{forget}", "give two different sets")),
+    "run empty": (RUN + "--forget {empty}", ("{empty}: is empty", "give a file with rows")),
+    "run faulty row": (RUN + "--retain {secret}", ("{secret} line 2: column 'output' is empty",)),
+    "run long row": (RUN + "--retain {long}", ("row 'wide'", "128", "--long-rows window")),
+    "run layer": (RUN + "--method.layer 9", ("--method.layer 9", "choose 2 to 3")),
+    "run option": (RUN + "--epoch 3", ("--epoch", "did you mean --epochs?")),
+    "run setting": (RUN + "--method.layr 3", ("--method.layr", "did you mean --method.layer?")),
+    "run key": (RUN + "--config {unknown_key}", ("{unknown_key}", "'epoch'", "'epochs'")),
+    "run method key": (RUN + "--config {unknown_setting}", ("'method.rnk'", "'method.rank'")),
+    "run broken yaml": (RUN + "--config {broken}", ("{broken} line 2: is not YAML",)),
+    "run no yaml": (RUN + "--config {nowhere}", ("--config {nowhere}: no such file",)),
+    "run yaml list": (RUN + "--config {list}", ("{list}: is not a mapping",)),
+    "run method": (RUN + "--method libo", ("--method libo: unknown; did you mean libu?",)),
+    "run preset": (RUN + "--preset best", ("--preset best", "semeval-7b, semeval-1b, original")),
+    "run type": (RUN + "--epochs two", ("--epochs", "'two'", "expunge run --help")),
+    "run yaml type": (RUN + "--config {wrong_type}", ("--epochs", "'two'")),
+    "run range": (RUN + "--epochs 0", ("--epochs 0: must be 1 or more",)),
+    "run choice": (RUN + "--schedule linear", ("--schedule", "'constant'", "'cosine'")),
+    "run device": (RUN + "--device gpu", ("--device gpu: unknown; use auto, cpu",)),
+    "run time": (RUN + "--time-limit soon", ("--time-limit soon", "90s, 20m or 1h")),
+    "run required": ("run {model} --retain {retain} --output {new}", ("--forget", "--help")),
+    "run taken": (RUN + "--output {taken}", ("--output {taken}: exists", "--overwrite")),
+    "run overwrite": (
+        RUN + "--output {taken} --overwrite",
+        ("replaces earlier runs only", "holds no expunge.json", "choose another directory"),
+    ),
+    "run overwrite file": (
+        RUN + "--output {list} --overwrite",
+        ("--output {list}: is a file; choose a directory",),
+    ),
+    "run adapter": (RUN + "--keep-adapter", ("--keep-adapter", "leave the option out")),
+    "run chat": (RUN + "--chat-template", ("--chat-template", "leave the option out")),
+    "run no retain": (
+        "run {model} --forget {forget} --output {new} --method libu",
+        ("--method libu: needs a retain set", "give --retain"),
+    ),
+    "evaluate same rows": (EVALUATE + "--retain {forget}", ("give two different sets",)),
+    "evaluate empty": (EVALUATE + "--nonmembers {empty}", ("{empty}: is empty",)),
+    "evaluate long row": (EVALUATE + "--retain {long}", ("row 'wide'", "shorten it")),
+    "evaluate chat": (EVALUATE + "--chat-template", ("--chat-template", "leave the option out")),
+    "evaluate option": (EVALUATE + "--retan {retain}", ("--retan", "did you mean --retain?")),
+    "evaluate key": (EVALUATE + "--config {evaluate_key}", ("'forgot'", "'forget'")),
+    "evaluate type": (EVALUATE + "--batch-size many", ("--batch-size", "'many'")),
+    "evaluate range": (EVALUATE + "--batch-size 0", ("--batch-size 0: must be 1 or more",)),
+    "evaluate shots": (EVALUATE + "--mmlu-shots 5", ("--mmlu-shots: needs --mmlu",)),
+    "evaluate many shots": (
+        EVALUATE + "--mmlu {quiz} --mmlu-shots 5",
+        ("counting_dev.csv: has 2 questions, --mmlu-shots asks 5",),
+    ),
+    "evaluate quiz": (EVALUATE + "--mmlu {taken}", ("{taken}: holds no test/",)),
+    "evaluate reveal": (EVALUATE + "--reveal", ("--reveal", "give --records FILE")),
+    "evaluate output": (EVALUATE + "--output {nowhere}", ("--output {nowhere}", "make it first")),
+    "evaluate folder": (EVALUATE + "--output {taken}", ("--output {taken}", "name a file")),
+    "evaluate records": (EVALUATE + "--records {nowhere}", ("--records {nowhere}",)),
+    "inspect empty": ("data inspect {empty} --model {model}", ("{empty}: is empty",)),
+    "inspect row": (INSPECT + "--row ada00sc", ("--row ada00sc", "did you mean 'ada00sc1'?")),
+    "inspect option": (INSPECT + "--reveel", ("--reveel", "did you mean --reveal?")),
+    "inspect key": (INSPECT + "--config {inspect_key}", ("'modl'", "'model'")),
+    "inspect role": (INSPECT + "--role keep", ("--role", "'retain'")),
+    "data what": ("data inspekt", ("data inspect ROWS --model MODEL",)),
+    "compare nothing": ("compare", ("--runs", "expunge compare --help")),
+    "compare nowhere": ("compare {nowhere}", ("{nowhere}: not found", "expunge evaluate")),
+    "compare run": ("compare {taken}", ("{taken}/scores.json: not found", "expunge evaluate")),
+    "compare other": ("compare {list}", ("{list}: is not a scores.json", "expunge evaluate")),
+    "compare both": ("compare {list} --json --markdown", ("--json: excludes --markdown",)),
+    "compare option": ("compare {list} --markdwn", ("did you mean --markdown?",)),
+    "compare key": ("compare {list} --config {compare_key}", ("'orakle'", "'oracle'")),
+    "command": ("evalute {model}", ("unknown command 'evalute'; did you mean evaluate?",)),
+}
+
+
+def snapshot(directory: Path) -> dict[str, str]:
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory"
+        for path in directory.rglob("*")
+    }
+
+
+@pytest.fixture
+def refused(
+    run_cli: Cli, places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """Runs a command that must be refused in every way that a user can see; gives its line."""
+    from transformers import AutoModelForCausalLM
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", forbidden)
+
+    def call(command: str) -> str:
+        before = snapshot(tmp_path)
+        code, out, err = run_cli(*(word.format(**places) for word in command.split()))
+        assert code == 2, err
+        assert out == ""
+        assert err.startswith("expunge: ")
+        assert err.count("\n") == 1
+        assert err.endswith("\n")
+        assert "Traceback" not in err
+        assert "internal error" not in err
+        assert CANARY not in err
+        assert snapshot(tmp_path) == before
+        return err
+
+    return call
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_input_is_refused_in_one_line(
+    case: str, refused: Callable[[str], str], places: dict[str, Path]
+) -> None:
+    command, words = CASES[case]
+    line = refused(command)
+    for word in words:
+        assert word.format(**places) in line
+
+
+def test_a_full_disk_is_told_before_the_model_is_loaded(
+    refused: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, places: dict[str, Path]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    line = refused(RUN)
+    assert f"--output {places['new']}: its disk has 0 MiB free" in line
+    assert "choose another disk" in line
+
+
+def test_debug_raises_what_happened(run_cli: Cli, places: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="no such model directory"):
+        run_cli("evaluate", places["nowhere"], "--forget", places["forget"], "--debug")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError(CANARY), 1, "expunge: internal error (ValueError in test_bad_input.py line"),
+        (RunError("no\ncandidate"), 1, "expunge: no candidate\n"),
+        (KeyboardInterrupt(CANARY), 130, "expunge: interrupted; nothing was written\n"),
+    ],
+)
+def test_a_failure_shows_its_place_and_never_its_text(
+    error: BaseException,
+    code: int,
+    line: str,
+    run_cli: Cli,
+    places: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("expunge.cli.data.read_rows", fail)
+    command = ("data", "inspect", places["forget"], "--model", places["model"])
+    returned, out, err = run_cli(*command)
+    assert (returned, out) == (code, "")
+    assert err.startswith(line)
+    assert err.count("\n") == 1
+    assert CANARY not in err
+    with pytest.raises(type(error)):
+        run_cli(*command, "--debug")
+
+
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        ("", "evaluate"),
+        ("run", "--method.layer"),
+        ("run --method libu", "--method.rank"),
+        ("evaluate", "--mmlu-shots"),
+        ("compare", "--markdown"),
+        ("data", "--reveal"),
+        ("data inspect", "--reveal"),
+        ("demo", "--methods"),
+        ("benchmark", "--seed"),
+        ("benchmark build", "--seed"),
+    ],
+)
+def test_help_ends_with_0(command: str, word: str, run_cli: Cli) -> None:
+    code, out, err = run_cli(*command.split(), "--help")
+    assert (code, err) == (0, "")
+    assert word in out
+
+
+def test_no_command_is_answered_with_the_help_and_2(run_cli: Cli) -> None:
+    code, out, err = run_cli()
+    assert (code, err) == (2, "")
+    assert out.startswith("usage: expunge COMMAND")
+    assert run_cli("--version")[1].startswith("expunge 0.")
+
+
+def test_a_process_of_its_own_adds_no_line_of_a_library(places: dict[str, Path]) -> None:
+    """Here nothing of the test suite's settings keeps the libraries quiet."""
+    quiet = ("TRANSFORMERS", "HF_", "TOKENIZERS")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(quiet)}
+    done = subprocess.run(
+        [sys.executable, "-m", "expunge", "evaluate", places["model"], "--forget", places["long"]],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("expunge: row 'wide': its prompt has")
+    assert done.stderr.count("\n") == 1
+    assert json.loads((places["model"] / "config.json").read_text())  # and it was left alone
