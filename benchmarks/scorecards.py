@@ -96,18 +96,19 @@ def _measured(name: str, target: Path, directory: Path, output: Path) -> list[st
 
 def _scores(model: Path, directory: Path, file: Path) -> Scorecard:
     if not file.is_file():
-        optional = {
-            "nonmembers": directory / "nonmembers.jsonl",
-            "mmlu": directory / "mmlu",
-        }
         settings = Evaluate(
             model=str(model),
             forget=str(directory / "forget.jsonl"),
             retain=str(directory / "retain.jsonl"),
-            **{key: str(path) for key, path in optional.items() if path.exists()},
+            nonmembers=_where(directory / "nonmembers.jsonl"),
+            mmlu=_where(directory / "mmlu"),
         )
         write_scores(measure(settings, quiet=False), file, str(model))
     return read_scores(str(file))
+
+
+def _where(path: Path) -> str | None:
+    return str(path) if path.exists() else None
 
 
 def _line(name: str, card: Scorecard, seconds: float | None) -> list[str]:

@@ -112,3 +112,11 @@ def test_the_auc_counts_pairs_in_which_the_member_has_the_lower_loss(
 @pytest.mark.parametrize(("auc", "expected"), [(0.5, 1.0), (1.0, 0.0), (0.0, 0.0), (0.75, 0.5)])
 def test_both_ends_of_the_auc_score_0(auc: float, expected: float) -> None:
     assert math.isclose(membership_score(auc), expected)
+
+
+def test_a_script_that_rouge_does_not_know_is_scored_by_its_own_characters() -> None:
+    """The protocol's tokenizer drops them all: a verbatim copy would score 0."""
+    assert regurgitation("Москва, 1905", "Москва, 1905") == 1  # digits: the protocol's tokens
+    assert regurgitation("Москва", "Москва") == 1
+    assert regurgitation("東京都", "京都") == pytest.approx(2 / 3)
+    assert regurgitation("東京都", "Tokyo") == 0

@@ -35,7 +35,7 @@ def _trained(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     return weights.detach()
 
 

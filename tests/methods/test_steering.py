@@ -71,9 +71,8 @@ def test_the_loss_against_full_forward_passes_of_two_models(make_context: Contex
     objective = AdaptiveRMU(layer=2, beta=5.0, alpha=7.0).start(context)
     with torch.no_grad():
         for parameter in objective.parameters.values():
-            parameter += 0.1 * torch.randn(
-                parameter.shape, generator=torch.Generator().manual_seed(3)
-            )
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+            parameter.add_(noise, alpha=0.1)
     forget, retain = batches(context)
 
     def state(model: Any, batch: Batch) -> torch.Tensor:
@@ -127,12 +126,13 @@ def test_gradients_reach_the_three_weights_and_padding_does_not_count(
     for parameter in objective.parameters.values():
         parameter.grad = None
     wider = collate([*context.forget[:3], context.forget[0]], [0, 1, 2], context.pad_id)
+    pad = torch.nn.functional.pad
     padded = dataclasses.replace(
         wider,
-        **{
-            name: torch.nn.functional.pad(getattr(wider, name), (0, 7))
-            for name in ("input_ids", "attention_mask", "token_mask", "answer_mask")
-        },
+        input_ids=pad(wider.input_ids, (0, 7)),
+        attention_mask=pad(wider.attention_mask, (0, 7)),
+        token_mask=pad(wider.token_mask, (0, 7)),
+        answer_mask=pad(wider.answer_mask, (0, 7)),
     )
     objective.loss(padded, retain).total.backward()
     for parameter, gradient in zip(objective.parameters.values(), gradients, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from expunge.methods.catalog import METHODS
-from expunge.training import loop
 
 Cli = Callable[..., tuple[int, str, str]]
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def start(
-    memorised_dir: Path, row_files: dict[str, Path], run_cli: Cli, tmp_path: Path
-) -> Iterator[Run]:
+def start(memorised_dir: Path, row_files: dict[str, Path], run_cli: Cli, tmp_path: Path) -> Run:
     """Runs a method for two epochs into tmp_path/out; later options override."""
 
     def call(*options: object) -> tuple[int, str, str]:
@@ -242,7 +239,7 @@ def test_a_time_limit_stops_in_time_and_keeps_the_best(
         clock[0] += 1.0
         return clock[0]
 
-    monkeypatch.setattr(loop.time, "monotonic", tick)
+    monkeypatch.setattr("expunge.training.loop.time.monotonic", tick)
     assert start("--epochs", 1000, "--validate-every", 1, "--time-limit", "60s")[0] == 0
     record = manifest(tmp_path / "out")
     assert record["selection"]["stopped"] == "time limit"
@@ -279,9 +276,10 @@ def test_an_interruption_leaves_nothing_and_keeps_what_was_there(
 def test_a_checkpoint_that_reloads_differently_fails_the_run(
     start: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from expunge.models import writing
     from expunge.training import run
 
-    original = run.write_checkpoint
+    original = writing.write_checkpoint
 
     def lossy(files: Any, weights: Any, directory: Path) -> Any:
         return original(files, {name: 0.999 * w for name, w in weights.items()}, directory)

@@ -81,10 +81,10 @@ def as_rows(rows: Iterable[Row | Mapping[str, object]], role: Role) -> RowSet:
 
 
 def check_disjoint(first: RowSet, second: RowSet) -> None:
-    """Raises InputError that lists the ids of rows whose id or text is on both sides."""
+    """Raises InputError that lists the ids of rows whose text, or id, is on both sides."""
     ids = {row.id for row in second}
     texts = {_normalised(row) for row in second}
-    shared = [row.id for row in first if row.id in ids or _normalised(row) in texts]
+    shared = [row.id for row in first if _normalised(row) in texts]
     if len(shared) == len(first) == len(second):
         raise InputError(
             f"{first.source} and {second.source}: hold the same rows; give two different sets"
@@ -93,6 +93,12 @@ def check_disjoint(first: RowSet, second: RowSet) -> None:
         raise InputError(
             f"{first.source}: {len(shared)} rows are in {second.source} as well"
             f" (ids {_listed(shared)}); remove them from one side"
+        )
+    named = [row.id for row in first if row.id in ids]
+    if named:
+        raise InputError(
+            f"{first.source}: {len(named)} ids stand for other rows in {second.source}"
+            f" (ids {_listed(named)}); give every row an id of its own, or leave the column out"
         )
 
 

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterable
 
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 
-_SCORER = RougeScorer(["rougeL"], use_stemmer=True)
+
+class _Characters(Tokenizer):
+    """Every letter or digit of any script is a token."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"\w", text.lower())
+
+
+_TOKENIZER = DefaultTokenizer(use_stemmer=True)
+_SCORER = RougeScorer(["rougeL"], tokenizer=_TOKENIZER)
+_ANY_SCRIPT = RougeScorer(["rougeL"], tokenizer=_Characters())
 
 
 def regurgitation(reference: str, continuation: str) -> float:
-    """ROUGE-L recall with stemmer, in [0, 1]: the share of the reference that came back in order."""
-    return float(_SCORER.score(reference, continuation)["rougeL"].recall)
+    """ROUGE-L recall with stemmer, in [0, 1]: the share of the reference that came back in order.
+
+    The protocol's tokenizer knows a-z and 0-9 only. A reference without any of them would always
+    score 0, which reads as forgotten, so it is scored by the characters of its own script.
+    """
+    scorer = _SCORER if _TOKENIZER.tokenize(reference) else _ANY_SCRIPT
+    return float(scorer.score(reference, continuation)["rougeL"].recall)
 
 
 def knowledge(reference: str, answer: str) -> float:
