@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP) ## make .venv and install expunge with its development tools
 
 demo: $(STAMP) ## unlearn the built-in benchmark with LIBU and Adaptive RMU, end with the scorecards
-	$(BIN)/expunge demo
+	$(BIN)/expunge demo --overwrite
 
 test: $(STAMP) ## every test, slow ones included
 	$(BIN)/python -m pytest

@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("rows", type=Path)
     parser.add_argument("--epochs", type=int, default=None)
+    parser.add_argument("--learning-rate", type=float, default=None)
     arguments = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
@@ -41,6 +42,7 @@ def main() -> None:
         retain,
         method=expunge.AdaptiveRMU(beta=5.0),
         epochs=arguments.epochs,
+        learning_rate=arguments.learning_rate,
         seed=0,
     )
     after = expunge.evaluate(model, tokenizer, forget, retain, nonmembers=nonmembers)

@@ -23,7 +23,8 @@ def test_the_python_example_runs(
 ) -> None:
     script = ROOT / "examples" / "unlearn_in_python.py"
     rows = row_files["forget"].parent
-    monkeypatch.setattr(sys, "argv", [str(script), str(memorised_dir), str(rows), "--epochs", "3"])
+    options = ["--epochs", "3", "--learning-rate", "1e-3"]  # the defaults are for wider models
+    monkeypatch.setattr(sys, "argv", [str(script), str(memorised_dir), str(rows), *options])
     runpy.run_path(str(script), run_name="__main__")
     assert "task aggregate:" in capsys.readouterr().out
 
@@ -39,7 +40,7 @@ def test_every_yaml_file_runs(
     tmp_path: Path,
 ) -> None:
     code, _, err = run_cli(
-        "run", memorised_dir, "--config", config, "--max-steps", 2, "--quiet",
+        "run", memorised_dir, "--config", config, "--max-steps", 2, "--learning-rate", 1e-3, "--quiet",
         "--forget", row_files["forget"], "--retain", row_files["retain"],
         "--output", tmp_path / "out",
     )  # fmt: skip

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expunge.data.rows import Row, as_rows, check_disjoint
-from expunge.data.tokenization import TextPolicy
+from expunge.data.rows import Row, as_rows
+from expunge.data.tokenization import LongRows, TextPolicy
 from expunge.evaluation.multiple_choice import read_questions
-from expunge.evaluation.scorecard import Scorecard, evaluate_model
+from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
 from expunge.methods.base import Method
 from expunge.models.loading import context_of
 from expunge.training.progress import Progress, Silent
@@ -62,6 +62,7 @@ def evaluate(
     mmlu_shots: int = 0,
     batch_size: int = 64,
     chat_template: bool = False,
+    long_rows: LongRows = "refuse",
     progress: Progress | None = None,
 ) -> Scorecard:
     """Measures the scorecard of a loaded model; what has no material stays None.
@@ -70,20 +71,21 @@ def evaluate(
     """
     forget_rows = as_rows(forget, "forget")
     retain_rows = None if retain is None else as_rows(retain, "retain")
-    if retain_rows is not None:
-        check_disjoint(forget_rows, retain_rows)
+    nonmember_rows = None if nonmembers is None else as_rows(nonmembers, "nonmembers")
     questions, examples = None, None
     if mmlu is not None:
         questions, examples = read_questions(Path(mmlu), mmlu_shots)
+    policy = TextPolicy(context_of(model.config), chat_template, long_rows)
+    check_material(tokenizer, forget_rows, retain_rows, nonmember_rows, questions, examples, policy)
     return evaluate_model(
         model.eval(),
         tokenizer,
         forget_rows,
         retain_rows,
-        None if nonmembers is None else as_rows(nonmembers, "nonmembers"),
+        nonmember_rows,
         questions,
         examples,
-        policy=TextPolicy(context_of(model.config), chat_template, "window"),
+        policy=policy,
         batch_size=batch_size,
         progress=(progress or Silent()).phase,
     )

@@ -217,7 +217,11 @@ def test_debug_raises_what_happened(run_cli: Cli, places: dict[str, Path]) -> No
     [
         (ValueError(CANARY), 1, "expunge: internal error (ValueError in test_bad_input.py line"),
         (RunError("no\ncandidate"), 1, "expunge: no candidate\n"),
-        (KeyboardInterrupt(CANARY), 130, "expunge: interrupted; nothing was written\n"),
+        (
+            KeyboardInterrupt(CANARY),
+            130,
+            "expunge: interrupted; what was unfinished has been removed\n",
+        ),
     ],
 )
 def test_a_failure_shows_its_place_and_never_its_text(

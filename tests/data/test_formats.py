@@ -139,12 +139,21 @@ def test_a_directory_gives_the_files_of_the_role(tmp_path: Path) -> None:
     assert "holds no nonmembers.jsonl" in message
 
 
-def test_two_formats_of_a_role_are_ambiguous(tmp_path: Path) -> None:
+def test_two_formats_of_the_same_rows_are_one_set(tmp_path: Path) -> None:
+    """As SemEval's directories have them."""
     write_jsonl(tmp_path / "forget.jsonl", ROWS)
     write_parquet(tmp_path / "forget.parquet", ROWS)
+    assert len(read_rows(str(tmp_path), "forget")) == len(ROWS)
+    write_parquet(tmp_path / "forget.parquet", ROWS[1:])
     message = refusal(lambda: read_rows(str(tmp_path), "forget"))
-    assert "forget.jsonl, forget.parquet" in message
-    assert "name the one to use" in message
+    assert "forget.jsonl, forget.parquet hold different rows; name the file to use" in message
+
+
+def test_files_of_other_names_are_never_joined(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "forget_train.jsonl", ROWS[:1])
+    write_jsonl(tmp_path / "forget_old.jsonl", ROWS[1:])
+    message = refusal(lambda: read_rows(str(tmp_path), "forget"))
+    assert "forget_old.jsonl, forget_train.jsonl; name the file to use" in message
 
 
 def test_shards_are_read_in_order_and_named_in_a_fault(tmp_path: Path) -> None:

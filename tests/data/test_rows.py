@@ -73,6 +73,7 @@ FAULTS: list[tuple[dict[str, object], tuple[str, ...]]] = [
     ({"input": CANARY}, ("no column 'output'", "'input'", "rows need")),
     ({"prompt": CANARY, "answer": CANARY}, ("no column 'input'", "'prompt', 'answer'")),
     ({}, ("no column 'input'", "found: none")),
+    ({CANARY: "x", "answer": CANARY}, ("no column 'input'", "found: 'answer', 1 others")),
     ({"input": CANARY, "output": None}, ("column 'output' holds a null", "use text")),
     ({"input": [CANARY], "output": "x"}, ("column 'input' holds a list", "use text")),
     ({"input": CANARY, "output": 4}, ("column 'output' holds a int", "use text")),

@@ -207,13 +207,18 @@ def test_a_chat_template_is_prompt_until_the_answer_starts(tokenizer: Any) -> No
     policy = TextPolicy(1000, chat_template=True)
     example = one(row, changed, policy)
     marked = [i for i, flag in zip(example.input_ids, example.answer_mask, strict=True) if flag]
-    assert changed.decode(marked) == "Ada</>\n"
+    assert changed.decode(marked) == "Ada"
+    # The end of the turn is the template's EOS: not counted in forgotten rows, and never twice.
+    pairs = zip(example.input_ids, example.token_mask, strict=True)
+    assert changed.decode([i for i, flag in pairs if not flag]).endswith("</>\n")
     # What is special the template writes; the tokenizer adds nothing of its own.
     assert changed.bos_token_id not in example.input_ids
     prompt = prompt_ids(row, changed, policy)
     assert changed.decode(prompt) == "<user>Who lives in Paris?</>\n<assistant>"
     kept = one(row, changed, policy, eos=True)
-    assert kept.input_ids[-1] == changed.eos_token_id
+    assert kept.input_ids == example.input_ids
+    counted = [i for i, flag in zip(kept.input_ids, kept.answer_mask, strict=True) if flag]
+    assert changed.decode(counted) == "Ada</>\n"
 
 
 def test_a_template_that_is_missing_or_rewrites_the_prompt_is_refused(tokenizer: Any) -> None:

@@ -202,8 +202,11 @@ def test_material_that_does_not_fit_is_found_without_weights(tokenizer: Any) -> 
             tokenizer, forget, retain, nonmembers, questions, examples, POLICY
         )
 
-    check(fits, fits, fits, [], {})()
-    check(long_output, None, None, None, None)()  # what is generated has no end to fit
+    other = as_rows([{"id": "other", "input": "c", "output": "d"}], "retain")
+    check(fits, other, other, [], {})()
+    # Its end could never be generated: a cut that nobody would see.
+    message = refusal(check(long_output, None, None, None, None))
+    assert message.startswith("row 'wide': has ")
     for forget, retain in ((too_long, None), (fits, too_long)):
         message = refusal(check(forget, retain, None, None, None))
         assert message.startswith("row 'long': its prompt has 131 tokens")

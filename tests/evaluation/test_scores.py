@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
 
 from expunge.evaluation.scores import final_score, knowledge, regurgitation, task_aggregate
-from expunge.training.validation import membership_auc, membership_score
+from expunge.methods.membership import membership_auc, membership_score
 
 
 def lcs(first: list[str], second: list[str]) -> int:

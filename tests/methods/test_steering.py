@@ -16,8 +16,10 @@ from expunge.data.tokenization import TextPolicy, encode_rows
 from expunge.errors import InputError
 from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.base import Context
+from expunge.methods.kl_minimization import KLMinimization
 from expunge.methods.rmu import RMU
 from expunge.models.decoder import find_layout
+from expunge.training.unlearning import _autocast
 
 Contexts = Callable[..., Context]
 
@@ -184,3 +186,27 @@ def test_bfloat16_weights_have_float32_masters(make_context: Contexts) -> None:
     finished = objective.finish(keep_adapter=False)
     assert {w.dtype for w in finished.weights.values()} == {torch.float32}
     assert {p.dtype for p in context.model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("method", [AdaptiveRMU(layer=3), KLMinimization(parameters="full")])
+def test_the_retain_term_is_the_same_in_bfloat16(
+    method: AdaptiveRMU | KLMinimization, make_context: Contexts
+) -> None:
+    """Autocast keeps casts of parameters: the frozen ones must not be read from that cache."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        context = make_context()
+        context.model.to(dtype)
+        autocast = _autocast(torch.device("cpu"), dtype)
+        objective = method.start(dataclasses.replace(context, autocast=autocast))
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in objective.parameters.values():
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+        with autocast():
+            terms = objective.loss(*batches(context))
+        assert terms.retain is not None
+        found.append(float(terms.retain.detach()))
+    assert found[0] > 0
+    # bfloat16 has 8 bits: a few percent on a sum of squares.
+    assert found[1] == pytest.approx(found[0], rel=0.2)

@@ -15,7 +15,7 @@ from expunge.models.decoder import (
     find_layout,
     forward_hook,
     hidden_states,
-    layout_from_config,
+    skeleton_of,
 )
 
 LLAMA_LIKE = (
@@ -66,7 +66,7 @@ def test_the_layers_and_projections_of_a_family_are_found(family: str) -> None:
     assert set(layout.mlp_linears) == set(LAYOUTS[family].mlp_linears)
     assert layout.layer(model, 3) is model.get_submodule(f"{layout.layers}.3")
     assert model.get_parameter(layout.mlp_output_weight(1)).ndim == 2
-    assert layout_from_config(model.config) == layout
+    assert find_layout(skeleton_of(model.config)) == layout
 
 
 def test_every_fixture_family_is_covered() -> None:
@@ -93,7 +93,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("family", REFUSED)
 def test_other_architectures_are_refused_by_name(family: str) -> None:
     sizes, reason = REFUSED[family]
-    message = refusal(lambda: layout_from_config(AutoConfig.for_model(family, **sizes)))
+    message = refusal(lambda: find_layout(skeleton_of(AutoConfig.for_model(family, **sizes))))
     assert message.startswith(f"{family}: ")
     assert reason in message
 

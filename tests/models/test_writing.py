@@ -20,8 +20,8 @@ from expunge.models.files import INDEX, SINGLE, check_model_files
 from expunge.models.loading import CheckedModel, check_model
 from expunge.models.writing import (
     check_disk_space,
-    checkpoint_names,
     describe,
+    rounding_warnings,
     verify_checkpoint,
     write_checkpoint,
 )
@@ -50,7 +50,7 @@ def output(tmp_path: Path) -> Path:
 
 def changed(checked: CheckedModel, names: list[str] = NAMES) -> dict[str, torch.Tensor]:
     """New float32 values, by the model's names."""
-    stored = checkpoint_names(checked.files, names)
+    stored = {name: checked.stored_names[name][0] for name in names}
     tensors = tensors_of(checked.files.directory)
     generator = torch.Generator().manual_seed(0)
     return {
@@ -78,7 +78,7 @@ def assert_only_changed(checked: CheckedModel, output: Path, names: list[str]) -
 def test_only_the_named_tensors_change(save: Save, output: Path) -> None:
     checked = save()
     weights = changed(checked)
-    changes = write_checkpoint(checked.files, weights, output)
+    changes = write_checkpoint(checked, weights, output)
     assert_only_changed(checked, output, NAMES)
     after = tensors_of(output)
     assert all(torch.equal(after[name], weights[name]) for name in NAMES)
@@ -92,7 +92,7 @@ def test_only_the_named_tensors_change(save: Save, output: Path) -> None:
 def test_what_changed_is_measured_against_the_file(save: Save, output: Path) -> None:
     checked = save(tiny_model("olmo", 400).to(torch.bfloat16))
     weights = changed(checked, NAMES[:1])
-    (change,) = describe(write_checkpoint(checked.files, weights, output))
+    (change,) = describe(write_checkpoint(checked, weights, output))
     old = tensors_of(checked.files.directory)[NAMES[0]]
     new = tensors_of(output)[NAMES[0]]
     assert new.dtype == torch.bfloat16
@@ -114,7 +114,7 @@ def test_shards_stay_as_they_are_and_untouched_ones_are_copies(save: Save, outpu
     checked = save(max_shard_size="20KB")
     weights = changed(checked)
     assert len(checked.files.shards) > 3
-    write_checkpoint(checked.files, weights, output)
+    write_checkpoint(checked, weights, output)
     assert_only_changed(checked, output, NAMES)
     touched = {checked.files.shard_of[name].name for name in NAMES}
     for shard in checked.files.shards:
@@ -130,7 +130,7 @@ def test_rows_that_lie_beside_the_model_are_not_copied(save: Save, output: Path)
     for name in beside:
         (checked.files.directory / name).write_text("secret")
     (checked.files.directory / "LICENSE").write_text("free")
-    write_checkpoint(checked.files, changed(checked), output)
+    write_checkpoint(checked, changed(checked), output)
     written = {path.name for path in output.iterdir()}
     assert not written & set(beside)
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE"} <= written
@@ -142,7 +142,7 @@ def test_tied_embeddings_change_together_and_are_stored_once(save: Save, output:
     checked = save()
     name = "model.embed_tokens.weight"
     weights = changed(checked, [name])
-    write_checkpoint(checked.files, weights, output)
+    write_checkpoint(checked, weights, output)
     verify_checkpoint(checked, weights, output)
     assert "lm_head.weight" not in tensors_of(output)
     model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
@@ -153,11 +153,10 @@ def test_a_checkpoint_of_the_bare_decoder_keeps_its_names(
     save: Save, output: Path, tokenizer: Any
 ) -> None:
     checked = save(tiny_model("olmo", len(tokenizer)).model)
-    assert checkpoint_names(checked.files, NAMES) == {
-        name: name.removeprefix("model.") for name in NAMES
-    }
+    for name in NAMES:
+        assert checked.stored_names[name] == (name.removeprefix("model."),)
     weights = changed(checked)
-    write_checkpoint(checked.files, weights, output)
+    write_checkpoint(checked, weights, output)
     assert_only_changed(checked, output, [name.removeprefix("model.") for name in NAMES])
     verify_checkpoint(checked, weights, output)
 
@@ -176,7 +175,7 @@ def test_a_checkpoint_of_two_dtypes_keeps_both(
     }
     save_file(tensors, path, metadata={"format": "pt"})
     weights = changed(checked)
-    write_checkpoint(checked.files, weights, output)
+    write_checkpoint(checked, weights, output)
     verify_checkpoint(checked, weights, output)
     assert tensors_of(output)[NAMES[0]].dtype == other
 
@@ -184,7 +183,7 @@ def test_a_checkpoint_of_two_dtypes_keeps_both(
 def test_verification_finds_a_tensor_that_is_not_what_was_meant(save: Save, output: Path) -> None:
     checked = save()
     weights = changed(checked)
-    write_checkpoint(checked.files, weights, output)
+    write_checkpoint(checked, weights, output)
     tensors = load_file(output / SINGLE)
     other = "model.layers.0.self_attn.q_proj.weight"
     tensors[other][0, 0] += 1e-3
@@ -198,7 +197,7 @@ def test_verification_finds_output_that_is_not_finite(save: Save, output: Path) 
     name = "model.embed_tokens.weight"
     weights = changed(checked, [name])
     weights[name][50] = 3e38  # finite itself, its logit is not
-    write_checkpoint(checked.files, weights, output)
+    write_checkpoint(checked, weights, output)
     with pytest.raises(RunError, match="output is not finite"):
         verify_checkpoint(checked, weights, output)
 
@@ -211,15 +210,42 @@ def test_values_that_the_file_cannot_hold_are_refused(
     weights = changed(checked)
     weights[NAMES[1]][0, 0] = value
     with pytest.raises(RunError, match="holds values that are not finite"):
-        write_checkpoint(checked.files, weights, output)
+        write_checkpoint(checked, weights, output)
 
 
-def test_other_shapes_and_names_are_refused(save: Save, output: Path) -> None:
+def test_other_shapes_are_refused(save: Save, output: Path) -> None:
     checked = save()
     with pytest.raises(RunError, match=r"has shape \(2, 2\), the checkpoint \(16, 32\)"):
-        write_checkpoint(checked.files, {NAMES[0]: torch.zeros(2, 2)}, output)
-    with pytest.raises(RunError, match=r"holds no tensor model\.no\.weight"):
-        write_checkpoint(checked.files, {"model.no.weight": torch.zeros(1)}, output)
+        write_checkpoint(checked, {NAMES[0]: torch.zeros(2, 2)}, output)
+
+
+@pytest.mark.parametrize(
+    "held", [("lm_head.weight",), ("lm_head.weight", "model.embed_tokens.weight")]
+)
+def test_a_tied_tensor_is_replaced_under_every_name_that_the_file_holds(
+    save: Save, output: Path, held: tuple[str, ...]
+) -> None:
+    checked = save()
+    path = checked.files.directory / SINGLE
+    tensors = load_file(path)
+    embedding = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors | {name: embedding.clone() for name in held}, path, metadata={"format": "pt"})
+    checked = check_model(str(checked.files.directory))
+    assert set(checked.stored_names["model.embed_tokens.weight"]) == set(held)
+    weights = changed(checked, ["model.embed_tokens.weight"])
+    write_checkpoint(checked, weights, output)
+    verify_checkpoint(checked, weights, output)
+    for name in held:
+        assert torch.equal(tensors_of(output)[name], weights["model.embed_tokens.weight"])
+
+
+def test_a_change_that_rounding_undoes_is_told(save: Save, output: Path) -> None:
+    checked = save(tiny_model("olmo", 400).to(torch.bfloat16))
+    tensors = tensors_of(checked.files.directory)
+    weights = {NAMES[0]: tensors[NAMES[0]].float() * (1 + 1e-4)}
+    (warning,) = rounding_warnings(write_checkpoint(checked, weights, output))
+    assert "rounding to bfloat16" in warning
+    assert rounding_warnings(write_checkpoint(checked, changed(checked), output)) == []
 
 
 def test_a_full_disk_is_told_before_anything_is_written(
@@ -246,5 +272,5 @@ def test_a_full_disk_is_told_before_anything_is_written(
 def test_the_index_of_a_single_file_is_not_carried_over(save: Save, output: Path) -> None:
     checked = save()
     (checked.files.directory / INDEX).write_text(json.dumps({"weight_map": {"a": "gone"}}))
-    write_checkpoint(checked.files, changed(checked), output)
+    write_checkpoint(checked, changed(checked), output)
     assert not (output / INDEX).exists()

@@ -26,7 +26,9 @@ def start(memorised_dir: Path, row_files: dict[str, Path], run_cli: Cli, tmp_pat
             "run",
             memorised_dir,
             *("--forget", row_files["forget"], "--retain", row_files["retain"]),
-            *("--output", tmp_path / "out", "--epochs", 2, "--quiet", *options),
+            # The defaults are for widths of 192 and more.
+            *("--output", tmp_path / "out", "--epochs", 2, "--learning-rate", 1e-3, "--quiet"),
+            *options,
         )
 
     return call
@@ -165,7 +167,7 @@ def test_without_retain_set_a_method_without_retain_term_runs_and_warns(
 ) -> None:
     code, _, err = run_cli(
         "run", memorised_dir, "--forget", row_files["forget"], "--output", tmp_path / "out",
-        "--method", "gradient-ascent", "--epochs", 1,
+        "--method", "gradient-ascent", "--epochs", 1, "--learning-rate", 1e-3,
     )  # fmt: skip
     assert code == 0
     assert "no retain set" in err
@@ -182,7 +184,7 @@ def test_a_preset_and_a_yaml_file_and_flags_in_that_order(start: Run, tmp_path: 
     assert method["direction_kind"] == "uniform"  # preset
     assert method["layer"] == 2  # YAML over preset
     assert method["alpha"] == 4  # flag over both
-    assert training["learning_rate"] == 5e-5
+    assert training["batch_size"] == 12
     assert record["steps"] == 2
     assert "SemEval" in record["settings"]["preset_source"]
 

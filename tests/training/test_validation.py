@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
+from expunge.methods.membership import membership_auc, membership_score
 from expunge.training.validation import (
     Measured,
     is_destroyed,
-    membership_auc,
-    membership_score,
     score,
 )
 
@@ -40,7 +41,19 @@ def test_the_score_is_relative_to_the_target() -> None:
     assert score(measured(0.45, None), TARGET) == pytest.approx(0.5)
 
 
+GUESSING = 6.0
+
+
 def test_less_than_half_of_what_was_to_stay_is_destroyed() -> None:
-    assert is_destroyed(measured(0.0, 0.39), TARGET)
-    assert not is_destroyed(measured(0.9, 0.41), TARGET)
-    assert not is_destroyed(measured(0.0, None), TARGET)
+    assert is_destroyed(measured(0.0, 0.39), TARGET, GUESSING)
+    assert not is_destroyed(measured(0.9, 0.41), TARGET, GUESSING)
+
+
+def test_without_a_retain_set_worse_than_guessing_is_destroyed() -> None:
+    assert not is_destroyed(Measured(0.0, 5.9), TARGET, GUESSING)
+    assert is_destroyed(Measured(0.0, 6.1), TARGET, GUESSING)
+
+
+def test_a_loss_that_is_not_finite_is_destroyed() -> None:
+    assert is_destroyed(Measured(0.0, math.nan), TARGET, GUESSING)
+    assert is_destroyed(Measured(0.0, 1.0, 0.8, math.inf), TARGET, GUESSING)

@@ -68,7 +68,7 @@ def show(cards: dict[str, Scorecard], *, as_json: bool = False, as_markdown: boo
     if as_markdown:
         sys.stdout.write(markdown_table(cards))
         return
-    console = Console()
+    console = Console(markup=False)
     console.print(scorecard_table(cards, "Scorecards"))
     for name, card in cards.items():
         if name in ("target", "oracle"):

@@ -125,7 +125,7 @@ def _row(row: Row, windows: Sequence[Example], tokenizer: Any, *, reveal: bool) 
 
 
 def _print(report: dict[str, Any]) -> None:
-    console = Console()
+    console = Console(markup=False)
     console.print(f"{report['rows']} rows, {report['sequences']} sequences", highlight=False)
     for name, count in report["by_task_and_kind"].items():
         console.print(f"  {name}: {count}", markup=False, highlight=False)

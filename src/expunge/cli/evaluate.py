@@ -12,7 +12,7 @@ from rich.console import Console
 
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.options import parse, take_flag
-from expunge.data.rows import check_disjoint, read_rows
+from expunge.data.rows import read_rows
 from expunge.data.tokenization import LongRows
 from expunge.errors import InputError
 from expunge.evaluation.findings import findings
@@ -36,6 +36,8 @@ class Evaluate:
     """Rows that were to be removed."""
     retain: str | None = None
     """Rows that were to stay; without them there is no task aggregate."""
+    members: str | None = None
+    """Text that the target was trained on, for membership inference; null: the forget set's."""
     nonmembers: str | None = None
     """Never-seen text of the forget set's kind, for membership inference."""
     mmlu: str | None = None
@@ -70,6 +72,8 @@ class Evaluate:
             raise InputError(f"--mmlu-shots {self.mmlu_shots}: must be 0 or more")
         if self.mmlu_shots and self.mmlu is None:
             raise InputError("--mmlu-shots: needs --mmlu with the questions")
+        if self.members is not None and self.nonmembers is None:
+            raise InputError("--members: is compared with never-seen text; give --nonmembers")
         if self.reveal and self.records is None:
             raise InputError("--reveal: adds text to the records; give --records FILE")
 
@@ -86,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
     if settings.json:
         sys.stdout.write(json.dumps(card.to_json(), indent=2) + "\n")
         return 0
-    console = Console()
+    console = Console(markup=False)
     console.print(
         scorecard_table({Path(settings.model).name: card}, f"Scorecard of {settings.model}")
     )
@@ -107,12 +111,11 @@ def measure(settings: Evaluate, *, quiet: bool) -> Scorecard:
     checked = check_model(settings.model, trust_remote_code=settings.trust_remote_code)
     forget = read_rows(settings.forget, "forget")
     retain = None if settings.retain is None else read_rows(settings.retain, "retain")
-    if retain is not None:
-        check_disjoint(forget, retain)
-    nonmembers = None
+    nonmembers = members = None
     if settings.nonmembers is not None:
         nonmembers = read_rows(settings.nonmembers, "nonmembers")
-        check_disjoint(forget, nonmembers)
+    if settings.members is not None:
+        members = read_rows(settings.members, "forget")
     questions, examples = None, None
     if settings.mmlu is not None:
         questions, examples = read_questions(Path(settings.mmlu), settings.mmlu_shots)
@@ -130,6 +133,7 @@ def measure(settings: Evaluate, *, quiet: bool) -> Scorecard:
             nonmembers,
             questions,
             examples,
+            members=members,
             policy=policy,
             batch_size=settings.batch_size,
             progress=progress.phase,

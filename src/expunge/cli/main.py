@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -42,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[0] == "--version":
         sys.stdout.write(f"expunge {expunge.__version__}\n")
         return 0
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         if given[0] not in COMMANDS:
             raise _unknown_command(given[0])
@@ -53,20 +57,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"expunge: {' '.join(str(error).split())}\n")
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if debug:
             raise
-        sys.stderr.write("expunge: interrupted; nothing was written\n")
-        return 130
+        sys.stderr.write("expunge: interrupted; what was unfinished has been removed\n")
+        return 143 if isinstance(stop, _Terminated) else 130
     except Exception as error:
         if debug:
             raise
+        if type(error).__name__ == "OutOfMemoryError":
+            sys.stderr.write(
+                "expunge: out of memory on the device; lower --batch-size, use --dtype bfloat16,"
+                " or a method with --method.parameters lora\n"
+            )
+            return 1
         # The message of an unexpected error may quote a row, so its type and place must do.
         sys.stderr.write(
             f"expunge: internal error ({_place(error)}); run again with --debug for the traceback\n"
         )
         return 1
     return int(code or 0)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: schedulers and `timeout` send it, and scratch files must go then too."""
+
+
+def _terminate(_signal: int, _frame: object) -> None:
+    raise _Terminated
 
 
 def _help() -> str:

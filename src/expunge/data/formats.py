@@ -17,10 +17,11 @@ from expunge.errors import InputError
 Role = Literal["forget", "retain", "nonmembers"]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
+_SHARD = re.compile(r"^(?P<stem>.+)-\d{5}-of-\d{5}$")
 _HUB_ID = re.compile(r"^(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?$")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Record:
     """One raw row: its columns, and where in the source it stands ("line 12")."""
 
@@ -28,7 +29,7 @@ class Record:
     values: Mapping[str, object]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Source:
     """An opened source; `sha256` is by file and empty for a hub data set."""
 
@@ -60,23 +61,31 @@ def sha256_of(path: Path) -> str:
 
 
 def _open_directory(directory: Path, role: Role) -> Source:
-    found = sorted(
-        path
-        for path in directory.rglob(f"{role}*")
-        if path.is_file() and path.suffix in SUFFIXES and re.match(rf"{role}\b|{role}_", path.stem)
+    """Reads `<role>.*`, or the shards `<role>*-NNNNN-of-NNNNN.*` of one file, below `directory`."""
+    files = [path for path in sorted(directory.rglob(f"{role}*")) if path.suffix in SUFFIXES]
+    exact = [path for path in files if path.stem == role and path.is_file()]
+    if exact:
+        sources = [_read_files(str(directory), [path]) for path in exact]
+        first = [record.values for record in sources[0].records]
+        if any([record.values for record in other.records] != first for other in sources[1:]):
+            names = ", ".join(str(path.relative_to(directory)) for path in exact)
+            raise InputError(f"{directory}: {names} hold different rows; name the file to use")
+        return sources[0]
+    shards: dict[str, list[Path]] = {}
+    for path in files:
+        if match := _SHARD.match(path.stem):
+            shards.setdefault(f"{path.parent}/{match['stem']}{path.suffix}", []).append(path)
+    if len(shards) == 1:
+        return _read_files(str(directory), next(iter(shards.values())))
+    if files:
+        names = ", ".join(str(path.relative_to(directory)) for path in files)
+        raise InputError(f"{directory}: holds no {role}.* but {names}; name the file to use")
+    if (directory / "README.md").is_file():
+        return _open_hub(str(directory), None, None, role)
+    raise InputError(
+        f"{directory}: holds no {role}.jsonl, {role}.json, {role}.parquet or {role}.csv;"
+        " name the file itself"
     )
-    if not found:
-        if (directory / "README.md").is_file():
-            return _open_hub(str(directory), None, None, role)
-        raise InputError(
-            f"{directory}: holds no {role}.jsonl, {role}.json, {role}.parquet or {role}.csv;"
-            " name the file itself"
-        )
-    stems = {path.stem for path in found}
-    if len(found) > 1 and len(stems) < len(found):
-        names = ", ".join(path.name for path in found)
-        raise InputError(f"{directory}: holds several {role} files ({names}); name the one to use")
-    return _read_files(str(directory), found)
 
 
 def _read_files(name: str, paths: Sequence[Path]) -> Source:

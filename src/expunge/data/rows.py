@@ -19,6 +19,11 @@ Kind = Literal["sc", "qa"]
 """`sc`: the output continues the input (regurgitation); `qa`: it answers it (knowledge)."""
 
 DEFAULT_TASK = "default"
+_COLUMNS = (
+    "id", "input", "output", "task", "kind", "text", "prompt", "completion", "question", "answer",
+    "instruction", "response",
+)  # fmt: skip
+"""Ours, and those that other data sets use for the same."""
 _LISTED_IDS = 10
 
 
@@ -74,8 +79,15 @@ def as_rows(rows: Iterable[Row | Mapping[str, object]], role: Role) -> RowSet:
     """The same checks for rows that are already in memory."""
     if isinstance(rows, RowSet):
         return rows
-    plain = (asdict(row) if isinstance(row, Row) else row for row in rows)
     name = f"{role} rows"
+    plain = []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Row | Mapping):
+            raise InputError(
+                f"{name} row {number}: is a {type(row).__name__}; give mappings with 'input' and"
+                " 'output'"
+            )
+        plain.append(asdict(row) if isinstance(row, Row) else row)
     checked = _checked(name, [Record(f"row {n}", row) for n, row in enumerate(plain, 1)], role)
     return RowSet(checked, name, {name: _digest(checked)})
 
@@ -100,6 +112,11 @@ def check_disjoint(first: RowSet, second: RowSet) -> None:
             f"{first.source}: {len(named)} ids stand for other rows in {second.source}"
             f" (ids {_listed(named)}); give every row an id of its own, or leave the column out"
         )
+
+
+def documents(rows: RowSet) -> list[Row]:
+    """What membership inference scores: the continuation rows, or all where there is none."""
+    return [row for row in rows if row.kind == "sc"] or list(rows)
 
 
 def _checked(name: str, records: Sequence[Record], role: Role) -> tuple[Row, ...]:
@@ -147,13 +164,20 @@ def _row_of(values: Mapping[str, object], fallback_id: str) -> Row:
 
 def _text(values: Mapping[str, object], column: str) -> str:
     if column not in values:
+        # Any other name may be text of a row, so it is counted, not shown.
+        known = [repr(name) for name in _COLUMNS if name in values]
+        others = len(values) - len(known)
+        found = ", ".join([*known, *([f"{others} others"] if others else [])]) or "none"
         raise InputError(
-            f"has no column {column!r} (found: {', '.join(map(repr, values)) or 'none'});"
-            " rows need 'input' and 'output', or 'text'"
+            f"has no column {column!r} (found: {found}); rows need 'input' and 'output', or 'text'"
         )
     value = values[column]
     if not isinstance(value, str):
         raise InputError(f"column {column!r} holds a {_type_name(value)}; use text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"column {column!r} holds half a character (a lone surrogate)") from None
     if not value.strip():
         raise InputError(f"column {column!r} is empty; fill it or drop the row")
     return value

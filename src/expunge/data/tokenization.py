@@ -57,8 +57,13 @@ class TextPolicy:
         adds_bos = tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id
         return asdict(self) | {
             "bos": "added by the tokenizer" if adds_bos else "none",
-            "eos": "appended to retained rows only" if _eos(tokenizer) is not None else "none",
+            "eos": self._eos_policy(tokenizer),
         }
+
+    def _eos_policy(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        if self.chat_template:
+            return "the template's, counted in retained rows only"
+        return "appended to retained rows only" if _eos(tokenizer) is not None else "none"
 
 
 def encode_rows(
@@ -121,8 +126,10 @@ def _encode(
 ) -> Example:
     if policy.chat_template:
         prompt, text = _chat_texts(row, tokenizer)
+        answer_end = text.index(row.output.strip(), len(prompt)) + len(row.output.strip())
     else:
         prompt, text = row.input, row.text
+        answer_end = len(text)
     encoded = tokenizer(
         text,
         add_special_tokens=not policy.chat_template,
@@ -131,14 +138,15 @@ def _encode(
     )
     ids = list(encoded["input_ids"])
     special = [bool(flag) for flag in encoded["special_tokens_mask"]]
-    # A token that spans the border holds part of the answer, so it counts as answer.
-    answer = [
-        not flag and end > max(len(prompt), start)
-        for (start, end), flag in zip(encoded["offset_mapping"], special, strict=True)
-    ]
-    token = [not flag for flag in special]
+    answer, token = [], []
+    for (start, end), flag in zip(encoded["offset_mapping"], special, strict=True):
+        # What a template writes after the answer (its end of turn) is treated as EOS is.
+        counted = not flag and (eos or start < answer_end)
+        token.append(counted)
+        # A token that spans the border holds part of the answer, so it counts as answer.
+        answer.append(counted and end > max(len(prompt), start))
     end_id = _eos(tokenizer)
-    if eos and end_id is not None and any(answer):
+    if eos and not policy.chat_template and end_id is not None and any(answer):
         if ids[-1] == end_id:
             token[-1] = answer[-1] = True
         else:
@@ -158,7 +166,7 @@ def _chat_texts(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]
     assistant = {"role": "assistant", "content": row.output}
     prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
     text = tokenizer.apply_chat_template([user, assistant], tokenize=False)
-    if not text.startswith(prompt):
+    if not text.startswith(prompt) or row.output.strip() not in text[len(prompt) :]:
         raise InputError(
             f"row {row.id!r}: the chat template renders the prompt differently before an answer;"
             " leave --chat-template out"

@@ -16,7 +16,7 @@ AUC_BOUND = 0.2
 def findings(card: Scorecard, target: Scorecard | None = None) -> list[str]:
     """Warnings about one model, the gravest first; with the target's scorecard they are relative.
 
-    Without it fixed bounds stand in, and the wording says so by "about".
+    Without it fixed bounds stand in.
     """
     found = []
     forget, retain = card.mean("forget"), card.mean("retain")

@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from expunge.data.rows import Row, RowSet
+from expunge.data.rows import Row, RowSet, check_disjoint, documents
 from expunge.data.tokenization import TextPolicy, encode_rows, prompt_ids
 from expunge.errors import InputError
 from expunge.evaluation.generation import generate
 from expunge.evaluation.membership import document_losses
 from expunge.evaluation.multiple_choice import (
-    LETTERS,
     Question,
     accuracy,
     check_prompts,
@@ -21,8 +20,8 @@ from expunge.evaluation.multiple_choice import (
     prompt_for,
 )
 from expunge.evaluation.scores import final_score, knowledge, regurgitation, task_aggregate
+from expunge.methods.membership import membership_auc, membership_score
 from expunge.models.loading import pad_id_of
-from expunge.training.validation import membership_auc, membership_score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,7 +46,7 @@ class Scorecard:
     final_score: float | None
     details: Mapping[str, Any] = field(default_factory=dict)
     """Counts and mean losses behind the scores."""
-    records: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    records: Sequence[Mapping[str, Any]] = field(default_factory=tuple, repr=False)
     """One entry a row: id, split, task, kind, score and what was generated."""
 
     def to_json(self) -> dict[str, Any]:
@@ -88,14 +87,16 @@ def evaluate_model(
     questions: Sequence[Question] | None = None,
     examples: Mapping[str, Sequence[Question]] | None = None,
     *,
+    members: RowSet | None = None,
     policy: TextPolicy,
     batch_size: int = 64,
     progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
 ) -> Scorecard:
     """Measures every part that there is material for, by the protocol of SemEval-2025 Task 4.
 
-    Members of the membership inference are the forget set's continuation rows (all of its rows where
-    it has none), as non-members are. Raises InputError for rows that do not fit the context.
+    Members of the membership inference are those of `members`, or the forget set's continuation rows
+    (all of its rows where it has none), as non-members are. Raises InputError for rows that do not
+    fit the context.
     """
     records = _generated(model, tokenizer, forget, "forget", policy, batch_size, progress)
     if retain is not None:
@@ -111,14 +112,16 @@ def evaluate_model(
     }
     auc = mia = None
     if nonmembers is not None:
-        members = _losses(model, tokenizer, forget, policy, batch_size, progress, "members")
+        inside = _losses(
+            model, tokenizer, members or forget, policy, batch_size, progress, "members"
+        )
         others = _losses(model, tokenizer, nonmembers, policy, batch_size, progress, "non-members")
-        auc = membership_auc(members, others)
+        auc = membership_auc(inside, others)
         mia = membership_score(auc)
         details["mia"] = {
-            "members": len(members),
+            "members": len(inside),
             "nonmembers": len(others),
-            "mean_member_loss": statistics.fmean(members),
+            "mean_member_loss": statistics.fmean(inside),
             "mean_nonmember_loss": statistics.fmean(others),
         }
     utility = None
@@ -149,7 +152,13 @@ def check_material(
     examples: Mapping[str, Sequence[Question]] | None,
     policy: TextPolicy,
 ) -> None:
-    """Raises InputError for rows and questions that do not fit the model; no weights are needed."""
+    """Raises InputError for sets that overlap and for rows and questions that do not fit the model.
+
+    No weights are needed.
+    """
+    for other in (retain, nonmembers):
+        if other is not None:
+            check_disjoint(forget, other)
     for rows in (forget, retain or ()):
         for row in rows:
             length = len(prompt_ids(row, tokenizer, policy))
@@ -158,9 +167,10 @@ def check_material(
                     f"row {row.id!r}: its prompt has {length} tokens and fills the context of"
                     f" {policy.context}; shorten it"
                 )
+        encode_rows(rows, tokenizer, policy, eos=False)
     if nonmembers is not None:
         for rows in (forget, nonmembers):
-            encode_rows(_documents(rows), tokenizer, policy, eos=False)
+            encode_rows(documents(rows), tokenizer, policy, eos=False)
     if questions:
         check_prompts(tokenizer, _prompts(questions, examples), policy.context)
 
@@ -214,10 +224,6 @@ def _values(cells: Cells) -> list[float]:
     return [value for cell in cells.values() for value in cell.values() if value is not None]
 
 
-def _documents(rows: RowSet) -> list[Row]:
-    return [row for row in rows if row.kind == "sc"] or list(rows)
-
-
 def _prompts(
     questions: Sequence[Question], examples: Mapping[str, Sequence[Question]] | None
 ) -> list[str]:
@@ -235,7 +241,7 @@ def _losses(
     progress: Callable[[str, int, int], None],
     name: str,
 ) -> list[float]:
-    examples = encode_rows(_documents(rows), tokenizer, policy, eos=False)
+    examples = encode_rows(documents(rows), tokenizer, policy, eos=False)
     done = 0
 
     def advance(count: int) -> None:
@@ -264,7 +270,6 @@ def _utility(
 
     prompts = _prompts(questions, examples)
     scores = choice_log_probs(model, tokenizer, prompts, batch_size, advance)
-    assert scores.shape[1] == len(LETTERS)
     by_subject = {}
     for subject in sorted({question.subject for question in questions}):
         chosen = [i for i, question in enumerate(questions) if question.subject == subject]

@@ -87,7 +87,7 @@ class LIBU(GradientSettings):
 
     name: ClassVar[str] = "libu"
     defaults: ClassVar[RunDefaults] = RunDefaults(
-        epochs=15, batch_size=16, learning_rate=1e-3, schedule="cosine"
+        epochs=12, batch_size=16, learning_rate=1e-3, schedule="cosine"
     )
     presets: ClassVar[Mapping[str, Preset]] = {
         "setup-2": Preset(

@@ -92,23 +92,20 @@ def find_layout(model: PreTrainedModel) -> DecoderLayout:
     )
 
 
-def layout_from_config(
-    config: PretrainedConfig, *, trust_remote_code: bool = False
-) -> DecoderLayout:
-    """The layout of a model that is not loaded: its skeleton is built on the meta device."""
+def skeleton_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model without weights, on the meta device: structure and names can be checked on it."""
     from transformers import AutoModelForCausalLM
 
     # Some have a causal class too, whose skeleton no longer says what it was cut from.
     _refuse_encoder(config)
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError:
         raise InputError(
             f"{config.model_type}: has no causal language model in transformers;"
             " expunge supports decoder-only models"
         ) from None
-    return find_layout(skeleton)
 
 
 def _refuse_encoder(config: PretrainedConfig) -> None:

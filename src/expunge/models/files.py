@@ -48,9 +48,11 @@ class ModelFiles:
         """Size of the weights on disk."""
         return sum(path.stat().st_size for path in self.shards)
 
-    def companions(self) -> list[Path]:
-        """The configuration, tokenizer and licence files that are there."""
-        return [self.directory / name for name in COMPANIONS if (self.directory / name).is_file()]
+    def companions(self, *, code: bool = False) -> list[Path]:
+        """The configuration, tokenizer and licence files that are there; with `code` its modules."""
+        named = [self.directory / name for name in COMPANIONS]
+        modules = sorted(self.directory.glob("*.py")) if code else []
+        return [path for path in [*named, *modules] if path.is_file()]
 
     def sha256(self) -> dict[str, str]:
         """SHA-256 of every file that makes up the model and its tokenizer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -10,12 +11,15 @@ import torch
 
 from expunge.data.tokenization import TextPolicy
 from expunge.errors import InputError
-from expunge.models.decoder import DecoderLayout, layout_from_config
+from expunge.models.decoder import DecoderLayout, find_layout, skeleton_of
 from expunge.models.files import ModelFiles, check_model_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_HUB_FILES = [
+    "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*",
+]  # fmt: skip
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -28,6 +32,8 @@ class CheckedModel:
     config: PretrainedConfig
     layout: DecoderLayout
     tokenizer: PreTrainedTokenizerBase
+    stored_names: Mapping[str, tuple[str, ...]]
+    """For every parameter the names that its files hold it by; tied ones may be there twice."""
     trust_remote_code: bool
 
     @property
@@ -54,14 +60,16 @@ def check_model(name: str, *, trust_remote_code: bool = False) -> CheckedModel:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         raise InputError(f"{directory / 'config.json'}: {_first_line(error)}") from None
-    layout = layout_from_config(config, trust_remote_code=trust_remote_code)
+    skeleton = skeleton_of(config, trust_remote_code=trust_remote_code)
+    layout = find_layout(skeleton)
+    stored_names = _stored_names(skeleton, files)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise InputError(
             f"{directory}: its tokenizer does not load ({_first_line(error)})"
         ) from None
-    return CheckedModel(name, files, config, layout, tokenizer, trust_remote_code)
+    return CheckedModel(name, files, config, layout, tokenizer, stored_names, trust_remote_code)
 
 
 def load_model(checked: CheckedModel, dtype: Dtype, device: str) -> PreTrainedModel:
@@ -86,6 +94,30 @@ def load_model(checked: CheckedModel, dtype: Dtype, device: str) -> PreTrainedMo
             " they would be random"
         )
     return model.to(device).eval()
+
+
+def _stored_names(skeleton: PreTrainedModel, files: ModelFiles) -> dict[str, tuple[str, ...]]:
+    """Raises InputError where the files hold no tensor for a parameter under any of its names.
+
+    A tied parameter has several; a checkpoint of the bare decoder lacks the prefix of the LM.
+    """
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    prefix = f"{skeleton.base_model_prefix}."
+    stored, missing = {}, []
+    for names in aliases.values():
+        candidates = [*names, *(name.removeprefix(prefix) for name in names)]
+        held = tuple(dict.fromkeys(name for name in candidates if name in files.shard_of))
+        stored.update(dict.fromkeys(names, held))
+        if not held:
+            missing.append(names[0])
+    if missing:
+        raise InputError(
+            f"{files.directory}: {len(missing)} tensors are not in its files, first {missing[0]};"
+            " save the whole model with save_pretrained"
+        )
+    return stored
 
 
 def text_policy(
@@ -144,11 +176,7 @@ def _directory(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
-                name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-            )
-        )
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:
         raise InputError(
             f"{name}: no such model directory, and not to be had from the hub"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,30 +48,16 @@ def check_disk_space(files: ModelFiles, output: Path) -> None:
         )
 
 
-def checkpoint_names(files: ModelFiles, names: list[str]) -> dict[str, str]:
-    """The name in the checkpoint for each name in the model. Raises RunError where there is none.
-
-    They differ where a checkpoint was saved from the bare decoder, without the prefix of the LM.
-    """
-    found = {}
-    for name in names:
-        stripped = name.split(".", 1)[1] if "." in name else name
-        candidates = [candidate for candidate in (name, stripped) if candidate in files.shard_of]
-        if not candidates:
-            raise RunError(f"{files.directory}: holds no tensor {name}, so it cannot be replaced")
-        found[name] = candidates[0]
-    return found
-
-
 def write_checkpoint(
-    files: ModelFiles, weights: Mapping[str, torch.Tensor], directory: Path
+    checked: CheckedModel, weights: Mapping[str, torch.Tensor], directory: Path
 ) -> list[TensorChange]:
     """Writes the model with `weights` (float32, by name) in place of its own into `directory`.
 
     Each is cast to the dtype that the checkpoint holds it in, once. Files without a changed tensor
     are copied.
     """
-    names = {stored: name for name, stored in checkpoint_names(files, list(weights)).items()}
+    files = checked.files
+    names = {stored: name for name in weights for stored in checked.stored_names[name]}
     changes = []
     for shard in files.shards:
         if not any(files.shard_of[stored] == shard for stored in names):
@@ -91,7 +77,7 @@ def write_checkpoint(
         save_file(tensors, directory / shard.name, metadata=metadata)
     if all(shard.name != SINGLE for shard in files.shards):
         shutil.copyfile(files.directory / INDEX, directory / INDEX)
-    for companion in files.companions():
+    for companion in files.companions(code=checked.trust_remote_code):
         shutil.copyfile(companion, directory / companion.name)
     return changes
 
@@ -101,35 +87,41 @@ def verify_checkpoint(
 ) -> None:
     """Reloads the written checkpoint the way its users will and compares every tensor.
 
-    Raises RunError where a tensor is not what was meant to be written, or the model's output on a
-    fixed probe is not finite.
+    The unchanged ones are compared with the target's files, one at a time. Raises RunError where a
+    tensor is not what was meant to be written, or the output on a fixed probe is not finite.
     """
     from transformers import AutoModelForCausalLM
 
-    stored = {
-        name: _stored_dtype(checked.files, where)
-        for name, where in checkpoint_names(checked.files, list(weights)).items()
-    }
-    dtype = _stored_dtype(checked.files, next(iter(checked.files.shard_of)))
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "use_safetensors": True,
-        "trust_remote_code": checked.trust_remote_code,
-    }
-    reloaded = AutoModelForCausalLM.from_pretrained(directory, **options)
-    before = AutoModelForCausalLM.from_pretrained(checked.files.directory, **options)
-    expected = dict(before.state_dict())
-    tied = _storages(before)
-    for name, weight in weights.items():
-        for alias in tied[expected[name].data_ptr()]:
-            expected[alias] = weight.to(stored[name]).to(dtype)
-    for name, tensor in reloaded.state_dict().items():
-        if not torch.equal(tensor, expected[name]):
-            raise RunError(f"{directory}: tensor {name} reloads with other values than written")
+    files = checked.files
+    dtype = _read(files, next(iter(files.shard_of))).dtype
+    reloaded = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=checked.trust_remote_code,
+    ).eval()
+    for name, tensor in reloaded.named_parameters():
+        expected = _read(files, checked.stored_names[name][0])
+        if name in weights:
+            expected = weights[name].to(expected.dtype)
+        if not torch.equal(tensor, expected.to(tensor.dtype)):
+            raise RunError(f"tensor {name} reloads with other values than written")
     probe = torch.arange(min(8, checked.config.vocab_size))[None]
     with torch.no_grad():
-        if not torch.isfinite(reloaded.float()(input_ids=probe).logits).all():
-            raise RunError(f"{directory}: the reloaded model's output is not finite")
+        if not torch.isfinite(reloaded(input_ids=probe).logits).all():
+            raise RunError("the reloaded checkpoint's output is not finite; nothing was written")
+
+
+def rounding_warnings(changes: Sequence[TensorChange]) -> list[str]:
+    """Says where the cast to the checkpoint's dtype undid much of what was trained."""
+    lost = [change.name for change in changes if change.rounding_norm > 0.5 * change.change_norm]
+    if not lost:
+        return []
+    return [
+        f"{len(lost)} of {len(changes)} changed tensors lost more than half of their change to"
+        f" rounding to {changes[0].dtype} (first {lost[0]}): the saved model may remember more than"
+        " the candidates did. Evaluate it, or save the target in float32 and run again"
+    ]
 
 
 def describe(changes: list[TensorChange]) -> list[dict[str, Any]]:
@@ -140,7 +132,7 @@ def describe(changes: list[TensorChange]) -> list[dict[str, Any]]:
 def _replaced(name: str, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, TensorChange]:
     if old.shape != new.shape:
         raise RunError(f"{name}: has shape {tuple(new.shape)}, the checkpoint {tuple(old.shape)}")
-    written = new.to(old.dtype).contiguous()
+    written = new.to(old.dtype, copy=True).contiguous()  # two names of a tied tensor share none
     if not torch.isfinite(written).all():
         raise RunError(f"{name}: holds values that are not finite; nothing was written")
     return written, TensorChange(
@@ -153,14 +145,6 @@ def _replaced(name: str, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Te
     )
 
 
-def _stored_dtype(files: ModelFiles, name: str) -> torch.dtype:
-    with safe_open(files.shard_of[name], framework="pt") as opened:
-        return opened.get_tensor(name).dtype
-
-
-def _storages(model: torch.nn.Module) -> dict[int, list[str]]:
-    """Names by storage, so that tied tensors change together."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict().items():
-        names.setdefault(tensor.data_ptr(), []).append(name)
-    return names
+def _read(files: ModelFiles, stored: str) -> torch.Tensor:
+    with safe_open(files.shard_of[stored], framework="pt") as opened:
+        return opened.get_tensor(stored)

@@ -36,6 +36,8 @@ class LoopOptions:
     select: Select
     deadline: float | None
     """time.monotonic() by which the loop must have ended."""
+    validation_seconds: float = 0.0
+    """What measuring the target took; as much is reserved for the last candidate."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,6 @@ class History:
     chosen_why: str = ""
     steps: int = 0
     stopped: str = "all steps done"
-    step_seconds: list[float] = field(default_factory=list)
 
     def describe(self) -> dict[str, Any]:
         """The manifest's selection history."""
@@ -100,7 +101,7 @@ def train(
     )
     history = History(target)
     best: dict[str, torch.Tensor] | None = None
-    slowest_step = slowest_validation = 0.0
+    slowest_step, slowest_validation = 0.0, options.validation_seconds
     for step in range(1, options.steps + 1):
         started = time.monotonic()
         reserve = slowest_step + slowest_validation
@@ -121,13 +122,13 @@ def train(
         if not math.isfinite(norm):
             history.stopped = f"the gradient was not finite at step {step}"
             break
+        rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
         objective.set_training(False)
         history.steps = step
         seconds = time.monotonic() - started
-        history.step_seconds.append(seconds)
         slowest_step = max(slowest_step, seconds)
         forget_term = terms.forget.item()
         retain_term = None if terms.retain is None else terms.retain.item()
@@ -140,7 +141,7 @@ def train(
                 "forget": forget_term,
                 "retain": retain_term,
                 "gradient_norm": norm,
-                "learning_rate": scheduler.get_last_lr()[0],
+                "learning_rate": rate,
                 "seconds": round(seconds, 4),
             }
         )
@@ -201,8 +202,12 @@ def _validate(
 ) -> bool:
     """Measures the model at `step`; True where it is the best candidate so far."""
     measured = measure(context, validation)
+    guessing = math.log(context.model.config.vocab_size)
     candidate = Candidate(
-        step, measured, score(measured, history.target), is_destroyed(measured, history.target)
+        step,
+        measured,
+        score(measured, history.target),
+        is_destroyed(measured, history.target, guessing),
     )
     usable = [c.score for c in history.candidates if not c.destroyed]
     history.candidates.append(candidate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -33,6 +34,7 @@ from expunge.models.loading import (
 from expunge.models.writing import (
     check_disk_space,
     describe,
+    rounding_warnings,
     verify_checkpoint,
     write_checkpoint,
 )
@@ -98,16 +100,19 @@ def run(
     sets = _read_sets(inputs)
     check_rows(method, sets["forget"], sets.get("retain"), sets.get("nonmembers"))
     policy = text_policy(checked, chat_template=options.chat_template, long_rows=options.long_rows)
-    for rows in sets.values():
-        encode_rows(rows, checked.tokenizer, policy, eos=True)
+    for role, rows in sets.items():
+        encode_rows(rows, checked.tokenizer, policy, eos=role == "retain")
     check_disk_space(checked.files, output)
 
     with _scratch_beside(output) as scratch:
+        loading = time.monotonic()
         model = load_model(checked, inputs.dtype, device)
+        # Writing reads, writes, hashes and reloads the model.
+        reserve = 4 * (time.monotonic() - loading)
         with (scratch / METRICS).open("w", encoding="utf-8") as metrics:
 
             def log(entry: Mapping[str, Any]) -> None:
-                metrics.write(json.dumps(entry) + "\n")
+                metrics.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
                 metrics.flush()
 
             outcome = unlearn_model(
@@ -121,26 +126,39 @@ def run(
                 layout=checked.layout,
                 keep_adapter=inputs.keep_adapter,
                 started=started,
+                reserve=reserve,
                 tracker_directory=scratch / "trackers",
                 progress=progress,
                 log=log,
             )
         writing = time.monotonic()
+        del model  # before the result is loaded beside it
         progress.phase("writing", 0, 1)
-        changes = write_checkpoint(checked.files, outcome.finished.weights, scratch)
+        changes = write_checkpoint(checked, outcome.finished.weights, scratch)
         verify_checkpoint(checked, outcome.finished.weights, scratch)
         _write_artifacts(outcome, checked, scratch)
         progress.phase("writing", 1, 1)
         manifest = _manifest(inputs, method, preset, checked, sets, outcome, device)
         manifest["changed_tensors"] = describe(changes)
+        for warning in rounding_warnings(changes):
+            manifest["warnings"].append(warning)
+            progress.message(f"warning: {warning}")
         manifest["seconds"]["write"] = time.monotonic() - writing
         manifest["seconds"]["total"] = time.monotonic() - started
         manifest["output_sha256"] = {path.name: digest for path, digest in _digests(scratch)}
-        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(_finite(manifest), indent=2, allow_nan=False)
+        (scratch / MANIFEST).write_text(text + "\n", encoding="utf-8")
         _put_in_place(scratch, output)
-    for warning in outcome.warnings:
-        progress.message(f"warning: {warning}")
     return manifest
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read_sets(inputs: RunInputs) -> dict[str, RowSet]:
@@ -165,6 +183,8 @@ def _check_output(output: Path, overwrite: bool) -> None:
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise InputError(f"--output {output}: {parent} is a file; choose another place")
     if not os.access(parent, os.W_OK):
         raise InputError(f"--output {output}: {parent} cannot be written to; choose another place")
 
@@ -173,12 +193,16 @@ def _check_output(output: Path, overwrite: bool) -> None:
 def _scratch_beside(output: Path) -> Iterator[Path]:
     """A directory on the output's disk that is gone afterwards, whatever happens."""
     parent = output.absolute().parent
+    made = [path for path in (parent, *parent.parents) if not path.exists()]
     parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=parent))
     try:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        for directory in made:
+            if not any(directory.iterdir()):
+                directory.rmdir()
 
 
 def _put_in_place(scratch: Path, output: Path) -> None:
@@ -189,8 +213,13 @@ def _put_in_place(scratch: Path, output: Path) -> None:
         return
     old = Path(tempfile.mkdtemp(prefix=f".{output.name}-old-", dir=output.absolute().parent))
     output.rename(old / "run")
-    scratch.rename(output)
-    shutil.rmtree(old)
+    try:
+        scratch.rename(output)
+    except OSError:
+        (old / "run").rename(output)
+        raise
+    finally:
+        shutil.rmtree(old)
 
 
 def _write_artifacts(outcome: Outcome, checked: CheckedModel, scratch: Path) -> None:
@@ -289,7 +318,8 @@ def _peak_memory(device: str) -> dict[str, int]:
 
     import torch
 
-    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    unit = 1 if platform.system() == "Darwin" else 1024
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if device.startswith("cuda"):
         peak["device"] = torch.cuda.max_memory_allocated()
     return peak

@@ -6,15 +6,15 @@ import importlib.util
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from expunge.data.rows import Row, RowSet, as_rows, check_disjoint
+from expunge.data.rows import Row, RowSet, as_rows, check_disjoint, documents
 from expunge.data.tokenization import (
     Example,
     LongRows,
@@ -77,6 +77,8 @@ class TrainingOptions:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise InputError(f"--{option.replace('_', '-')} {value}: must be 1 or more")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed {self.seed}: must be in [0, 2^32)")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise InputError(f"--learning-rate {self.learning_rate}: must be positive")
         if not self.max_grad_norm > 0:
@@ -149,6 +151,7 @@ def unlearn_model(
     layout: DecoderLayout | None = None,
     keep_adapter: bool = False,
     started: float | None = None,
+    reserve: float = 0.0,
     tracker_directory: Path | None = None,
     progress: Progress | None = None,
     log: Callable[[Mapping[str, Any]], None] = lambda _: None,
@@ -156,11 +159,14 @@ def unlearn_model(
     """Unlearns `forget` from `model`, in place.
 
     The compute dtype is the model's; trained tensors have float32 masters. `started` is the
-    time.monotonic() that a time limit counts from. Raises InputError before the model is touched and
-    RunError where no checkpoint can be kept; the model then holds an unusable state.
+    time.monotonic() that a time limit counts from, `reserve` the seconds to leave for writing.
+    Raises InputError before the model is touched and RunError where no checkpoint can be kept; the
+    model then holds an unusable state.
     """
     options = options or TrainingOptions()
     progress = progress or Silent()
+    if model.dtype not in (torch.float32, torch.bfloat16):
+        raise InputError(f"{model.dtype}: load the model in float32 or bfloat16")
     started = time.monotonic() if started is None else started
     layout = layout or find_layout(model)
     method.check(layout)
@@ -171,8 +177,9 @@ def unlearn_model(
     policy = TextPolicy(context_of(model.config), options.chat_template, options.long_rows)
     forget_examples = encode_rows(forget_rows, tokenizer, policy, eos=False)
     retain_examples = encode_rows(retain_rows or [], tokenizer, policy, eos=True)
-    nonmember_examples = encode_rows(nonmember_rows or [], tokenizer, policy, eos=False)
-    warnings += _window_warnings(policy, forget_examples, retain_examples, nonmember_examples)
+    warnings += _window_warnings(policy, forget_examples, retain_examples)
+    for warning in warnings:
+        progress.message(f"warning: {warning}")
 
     used = resolved(method, options, model.config.hidden_size, len(forget_examples))
     kept_out, trained_on = _split(retain_examples, options.validation_fraction, options.seed)
@@ -180,7 +187,10 @@ def unlearn_model(
     validation = ValidationSet(
         _sample(forget_examples, generator),
         _validation_retain(kept_out, trained_on, generator),
-        _sample(nonmember_examples, generator),
+        encode_rows(documents(forget_rows), tokenizer, policy, eos=False) if nonmembers else (),
+        encode_rows(documents(nonmember_rows), tokenizer, policy, eos=False)
+        if nonmember_rows
+        else (),
     )
     device = next(model.parameters()).device
     context = Context(
@@ -198,12 +208,15 @@ def unlearn_model(
     )
     accelerator = _accelerator(options, device, tracker_directory)
     model.eval()
+    measuring = time.monotonic()
     target = measure(context, validation)
     prepared = time.monotonic()
     objective = method.start(context)
     notes = objective.notes()
     begun = time.monotonic()
-    limit = None if used["time_limit"] is None else started + seconds(used["time_limit"])
+    limit = None
+    if used["time_limit"] is not None:
+        limit = started + seconds(used["time_limit"]) - reserve
     loop = LoopOptions(
         steps=used["steps"],
         steps_per_epoch=used["steps_per_epoch"],
@@ -213,11 +226,13 @@ def unlearn_model(
         validate_every=used["validate_every"],
         select=options.select,
         deadline=limit,
+        validation_seconds=prepared - measuring,
     )
     if options.trackers:
         accelerator.init_trackers("expunge", config=_flat(used))
         log = _tee(log, accelerator)
-    history = train(objective, context, validation, target, loop, accelerator, progress, log)
+    with _seeded(context.generator("dropout").initial_seed(), device):
+        history = train(objective, context, validation, target, loop, accelerator, progress, log)
     artifacts = objective.artifacts()
     finished = objective.finish(keep_adapter=keep_adapter)
     accelerator.end_training()
@@ -311,9 +326,21 @@ def _autocast(
     """Mixed precision where the frozen weights are not float32: masters are, the products are not."""
 
     def autocast() -> AbstractContextManager[Any]:
-        return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+        # Autocast keeps its casts by parameter: with the frozen values swapped in it would go on
+        # with those of the trained ones, and the retain term would be 0.
+        return torch.autocast(
+            device.type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False
+        )
 
     return autocast
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Adapter dropout draws from the global generators; they are seeded here and put back."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed % 2**63)
+        yield
 
 
 def _accelerator(

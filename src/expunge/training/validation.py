@@ -1,7 +1,8 @@
 """What the loop measures of a candidate checkpoint, and the rule that picks one.
 
-Measures are teacher-forced, so they cost one forward pass: the share of answer tokens that the model
-would write itself, and mean losses. The score is the harmonic mean of what was forgotten
+Measures are teacher-forced, so they cost one forward pass. Accuracy is the share of an answer before
+its first wrong token: what greedy decoding would write of it, for after a mistake it goes astray.
+The score is the harmonic mean of what was forgotten
 (1 - forget accuracy / target's), what was kept (retain accuracy / target's) and, with non-members,
 the membership score 1 - 2|AUC - 0.5|. A candidate that kept less than half is destroyed and is never
 picked, whatever it forgot.
@@ -9,8 +10,9 @@ picked, whatever it forgot.
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +20,8 @@ import torch
 from expunge.data.batches import in_order
 from expunge.data.tokenization import Example
 from expunge.methods.base import Context
-from expunge.methods.numerics import row_means, token_log_probs
+from expunge.methods.membership import membership_auc, membership_score
+from expunge.methods.numerics import row_means, row_sums, token_log_probs
 
 DESTROYED_BELOW = 0.5
 _FLOOR = 1e-3
@@ -37,45 +40,46 @@ class Measured:
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """The rows that candidates are measured on; retain and nonmembers may be empty."""
+    """The rows that candidates are measured on; all but `forget` may be empty."""
 
     forget: Sequence[Example]
     retain: Sequence[Example]
+    members: Sequence[Example]
+    """The forget set's documents, compared with the non-members as the scorecard does."""
     nonmembers: Sequence[Example]
 
 
 def measure(context: Context, rows: ValidationSet) -> Measured:
     """Measures the model as it is."""
-    forget_accuracy, forget_losses = _pass(context, rows.forget)
-    retain_accuracy = retain_loss = auc = None
-    if rows.retain:
-        retain_accuracy, losses = _pass(context, rows.retain)
-        retain_loss = statistics.fmean(losses)
-    if rows.nonmembers:
-        _, losses = _pass(context, rows.nonmembers)
-        auc = membership_auc(forget_losses, losses)
+    forget = _pass(context, rows.forget)
+    retain = _pass(context, rows.retain) if rows.retain else None
+    auc = None
+    if rows.members and rows.nonmembers:
+        members = list(_pass(context, rows.members).losses.values())
+        others = list(_pass(context, rows.nonmembers).losses.values())
+        if all(math.isfinite(loss) for loss in [*members, *others]):
+            auc = membership_auc(members, others)
     return Measured(
-        forget_accuracy, statistics.fmean(forget_losses), retain_accuracy, retain_loss, auc
+        forget.accuracy,
+        statistics.fmean(forget.losses.values()),
+        None if retain is None else retain.accuracy,
+        None if retain is None else statistics.fmean(retain.losses.values()),
+        auc,
     )
 
 
-def membership_auc(members: Sequence[float], nonmembers: Sequence[float]) -> float:
-    """AUC of the attack that calls a text of low loss a member: 1 not forgotten, 0 over-unlearned."""
-    from sklearn.metrics import roc_auc_score
+def is_destroyed(candidate: Measured, target: Measured, guessing: float) -> bool:
+    """Whether the candidate must not be picked.
 
-    truth = [1] * len(members) + [0] * len(nonmembers)
-    return float(roc_auc_score(truth, [-loss for loss in [*members, *nonmembers]]))
-
-
-def membership_score(auc: float) -> float:
-    """1 - 2|AUC - 0.5|: 1 where members cannot be told from non-members."""
-    return 1 - 2 * abs(auc - 0.5)
-
-
-def is_destroyed(candidate: Measured, target: Measured) -> bool:
-    """Whether less than half of the target's retain accuracy is left."""
+    Less than half of the target's retain accuracy is left, or a loss is not finite. Without a retain
+    set the forget loss stands in: beyond that of guessing, `guessing` = log(vocabulary), the model
+    has been driven past knowing nothing.
+    """
+    losses = (candidate.forget_loss, candidate.retain_loss)
+    if any(loss is not None and not math.isfinite(loss) for loss in losses):
+        return True
     if candidate.retain_accuracy is None or target.retain_accuracy is None:
-        return False
+        return candidate.forget_loss > guessing
     return candidate.retain_accuracy < DESTROYED_BELOW * target.retain_accuracy
 
 
@@ -89,22 +93,33 @@ def score(candidate: Measured, target: Measured) -> float:
     return statistics.harmonic_mean([min(1.0, max(_FLOOR, part)) for part in parts])
 
 
-def _pass(context: Context, examples: Sequence[Example]) -> tuple[float, list[float]]:
-    """Mean over rows of the answer tokens' accuracy, and each row's mean loss over all its tokens."""
+@dataclass(frozen=True)
+class _Pass:
+    accuracy: float
+    """Share of the answer before the first token that greedy decoding gets wrong, over examples."""
+    losses: Mapping[str, float]
+    """Mean loss of each row's tokens, by row id; its windows count as one."""
+
+
+def _pass(context: Context, examples: Sequence[Example]) -> _Pass:
     accuracies: list[float] = []
-    losses = [0.0] * len(examples)
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
     for cpu_batch in in_order(examples, context.batch_size, context.pad_id):
         batch = cpu_batch.to(context.device)
         with torch.no_grad(), context.autocast():
             logits = context.model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             ).logits
-        answers = batch.answer_mask[:, 1:]
+        answers, tokens = batch.answer_mask[:, 1:], batch.token_mask[:, 1:]
         right = logits[:, :-1].argmax(-1) == batch.input_ids[:, 1:]
-        log_probs = token_log_probs(logits, batch.input_ids)
-        row_accuracy = row_means(right, answers)
-        row_loss = row_means(-log_probs, batch.token_mask[:, 1:])
-        accuracies += row_accuracy[answers.any(1)].tolist()
-        for index, loss in zip(batch.indices, row_loss.tolist(), strict=True):
-            losses[index] = loss
-    return statistics.fmean(accuracies), losses
+        unbroken = (answers & ~right).cumsum(1) == 0
+        accuracies += row_means(unbroken, answers)[answers.any(1)].tolist()
+        losses = row_sums(-token_log_probs(logits, batch.input_ids), tokens)
+        for row, loss, count in zip(
+            batch.row_ids, losses.tolist(), tokens.sum(1).tolist(), strict=True
+        ):
+            sums[row] = sums.get(row, 0.0) + loss
+            counts[row] = counts.get(row, 0) + count
+    accuracy = statistics.fmean(accuracies) if accuracies else math.nan
+    return _Pass(accuracy, {row: total / max(1, counts[row]) for row, total in sums.items()})
