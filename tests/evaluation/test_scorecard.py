@@ -207,7 +207,7 @@ def test_material_that_does_not_fit_is_found_without_weights(tokenizer: Any) -> 
     # Its end could never be generated: a cut that nobody would see.
     message = refusal(check(long_output, None, None, None, None))
     assert message.startswith("row 'wide': has ")
-    for forget, retain in ((too_long, None), (fits, too_long)):
+    for forget, retain in ((too_long, None), (other, too_long)):
         message = refusal(check(forget, retain, None, None, None))
         assert message.startswith("row 'long': its prompt has 131 tokens")
         assert "fills the context of 128; shorten it" in message

@@ -37,7 +37,7 @@ class AdaptiveRMU(SteeringSettings):
 
     name: ClassVar[str] = "adaptive-rmu"
     defaults: ClassVar[RunDefaults] = RunDefaults(
-        epochs=20, batch_size=16, learning_rate=1.2e-2, schedule="cosine"
+        epochs=25, batch_size=16, learning_rate=8e-3, schedule="cosine"
     )
     presets: ClassVar[Mapping[str, Preset]] = {
         "semeval-7b": Preset(

@@ -29,7 +29,7 @@ class RMU(SteeringSettings):
 
     name: ClassVar[str] = "rmu"
     defaults: ClassVar[RunDefaults] = RunDefaults(
-        epochs=20, batch_size=16, learning_rate=1.2e-2, schedule="cosine"
+        epochs=25, batch_size=16, learning_rate=8e-3, schedule="cosine"
     )
     presets: ClassVar[Mapping[str, Preset]] = {
         "original": Preset(
