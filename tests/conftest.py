@@ -245,3 +245,35 @@ def run_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
         return code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def make_context(
+    tokenizer: Any, forget_rows: list[dict[str, str]], retain_rows: list[dict[str, str]]
+) -> Callable[..., Any]:
+    """A tiny model with rows, ready for a method to start on."""
+    import torch
+
+    from expunge.data.rows import as_rows
+    from expunge.data.tokenization import TextPolicy, encode_rows
+    from expunge.methods.base import Context
+    from expunge.models.decoder import find_layout
+
+    def make(family: str = "olmo", seed: int = 0, layers: int = 4) -> Context:
+        model = tiny_model(family, len(tokenizer), layers=layers)
+        policy = TextPolicy(128)
+        return Context(
+            model=model,
+            layout=find_layout(model),
+            forget=encode_rows(as_rows(forget_rows, "forget"), tokenizer, policy, eos=False),
+            retain=encode_rows(as_rows(retain_rows, "retain"), tokenizer, policy, eos=True),
+            pad_id=1,
+            batch_size=3,
+            learning_rate=1e-3,
+            seed=seed,
+            device=torch.device("cpu"),
+            autocast=lambda: torch.autocast("cpu", enabled=False),
+            progress=lambda _name, _done, _total: None,
+        )
+
+    return make

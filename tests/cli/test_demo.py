@@ -1,0 +1,67 @@
+"""`expunge demo` on a tiny benchmark in the place of the built-in one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expunge.benchmark import build as benchmark
+from expunge.methods.adaptive_rmu import AdaptiveRMU
+from expunge.methods.base import RunDefaults
+from expunge.methods.libu import LIBU
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def tiny_benchmark(
+    memorised_dir: Path,
+    row_files: dict[str, Path],
+    quiz_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    directory = tmp_path / "benchmark"
+    directory.mkdir()
+    for path in row_files.values():
+        shutil.copy(path, directory)
+    shutil.copytree(quiz_dir, directory / "mmlu")
+    for name in ("target", "oracle"):
+        shutil.copytree(memorised_dir, directory / name)
+
+    def build(*_: Any) -> benchmark.BuiltBenchmark:
+        return benchmark.BuiltBenchmark(directory)
+
+    monkeypatch.setattr(benchmark, "build", build)
+    for method in (LIBU, AdaptiveRMU):  # the defaults are for wider models
+        monkeypatch.setattr(method, "defaults", RunDefaults(3, 4, 1e-3 / 16))
+    return directory
+
+
+def test_the_demo_ends_with_four_scorecards(
+    tiny_benchmark: Path, run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    output = tmp_path / "demo"
+    code, out, err = run_cli("demo", output, "--quiet")
+    assert (code, err) == (0, "")
+    for name in ("target", "oracle", "libu", "adaptive-rmu", "task aggregate", "final score"):
+        assert name in out
+    for name in ("libu", "adaptive-rmu"):
+        scores = json.loads((output / name / "scores.json").read_text())
+        assert 0 <= scores["final_score"] <= 1
+    code, _, err = run_cli("demo", output, "--quiet")
+    assert code == 2
+    assert "--overwrite" in err
+    assert run_cli("demo", output, "--quiet", "--overwrite")[0] == 0
+
+
+def test_an_unknown_method_is_refused(run_cli: Cli) -> None:
+    code, _, err = run_cli("demo", "--methods", "libo")
+    assert code == 2
+    assert "choose from adaptive-rmu, libu" in err

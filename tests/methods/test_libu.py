@@ -1,0 +1,116 @@
+"""LIBU on a tiny model that has learned its rows: the sign of phase 1 and the terms of phase 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expunge.data.batches import Batch, in_order
+from expunge.errors import InputError
+from expunge.methods.base import Context
+from expunge.methods.libu import LIBU, LIBUObjective
+
+Contexts = Callable[..., Context]
+
+
+@pytest.fixture
+def context(make_context: Contexts, memorised_dir: Path) -> Context:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(memorised_dir, dtype=torch.float32).eval()
+    return dataclasses.replace(make_context(), model=model)
+
+
+def whole(context: Context, side: str) -> Batch:
+    examples = getattr(context, side)
+    return next(iter(in_order(examples, len(examples), context.pad_id)))
+
+
+def loss(objective: LIBUObjective, batch: Batch) -> float:
+    with torch.no_grad():
+        return float(objective.cross_entropy(batch))
+
+
+def before(objective: LIBUObjective, batch: Batch) -> float:
+    with objective.reference():
+        return float(objective.cross_entropy(batch))
+
+
+def test_phase_1_raises_the_forget_loss_within_the_budget_on_retain(context: Context) -> None:
+    objective = LIBU(rank=4, step_budget=0.05).start(context)
+    forget, retain = whole(context, "forget"), whole(context, "retain")
+    assert loss(objective, forget) > before(objective, forget) + 1e-3
+    assert loss(objective, retain) - before(objective, retain) < 0.05 + 1e-4
+    notes: Any = objective.notes()
+    assert 0 < notes["phase_1"]["measured_retain_rise"] <= 0.05
+    assert notes["phase_1"]["step_size"] > 0
+
+
+def test_the_published_direction_learns_the_forget_set_better(make_context: Contexts) -> None:
+    """On a model that has something left to learn."""
+    context = make_context()
+    settings = LIBU(rank=4, direction="as-published", step_budget=1e-3)
+    objective = settings.start(context)
+    forget = whole(context, "forget")
+    assert loss(objective, forget) < before(objective, forget)
+    # And its phase 2 descends too: the gradient step lowers the forget loss.
+    terms = objective.loss(forget, None)
+    assert float(terms.total.detach()) == pytest.approx(loss(objective, forget), rel=1e-5)
+
+
+def test_a_fresh_adapter_moves_b_only_and_then_both(context: Context) -> None:
+    objective = LIBU(rank=4).start(context)
+    factors = objective.parameters
+    assert all(p.any() for name, p in factors.items() if "lora_B" in name)
+    batch = whole(context, "forget")
+    objective.loss(batch, whole(context, "retain")).total.backward()
+    for name, parameter in factors.items():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_phase_2_is_bounded_and_holds_retain(context: Context) -> None:
+    objective = LIBU(rank=4, retain_weight=3.0, ceiling=2.0).start(context)
+    forget, retain = whole(context, "forget"), whole(context, "retain")
+    terms = objective.loss(forget, retain)
+    assert terms.retain is not None
+    log_probs, mask = objective.log_probs(forget)
+    expected = sum(max(0.0, 2.0 + float(v)) for v in log_probs[mask].detach()) / int(mask.sum())
+    assert float(terms.forget.detach()) == pytest.approx(expected, rel=1e-4)
+    assert float(terms.retain.detach()) == pytest.approx(3 * loss(objective, retain), rel=1e-4)
+
+
+def test_sophia_starts_from_phase_1s_fisher(context: Context) -> None:
+    objective = LIBU(rank=4).start(context)
+    assert objective.optimizer.name == "sophia"
+    curvature = objective.initial_curvature()
+    for name, h in zip(objective.parameters, curvature, strict=True):
+        assert torch.equal(h, objective.fisher[name])
+    assert any(h.any() for h in curvature)
+
+
+def test_the_default_ceiling_is_below_guessing(context: Context) -> None:
+    ceiling = LIBU(rank=4).start(context).ceiling
+    assert ceiling == pytest.approx(0.8 * math.log(context.model.config.vocab_size))
+
+
+@pytest.mark.parametrize(
+    ("settings", "option"),
+    [
+        ({"parameters": "full"}, "--method.parameters"),
+        ({"damping": 0}, "--method.damping"),
+        ({"ceiling": -1.0}, "--method.ceiling"),
+        ({"beta2": 1.0}, "--method.beta2"),
+        ({"rank": 0}, "--method.rank"),
+        ({"retain_weight": -1.0}, "--method.retain_weight"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], option: str) -> None:
+    with pytest.raises(InputError, match=option):
+        LIBU(**settings)
