@@ -229,7 +229,15 @@ def test_select_last_keeps_even_a_destroyed_model_and_says_so(start: Run, tmp_pa
     assert start(*DESTROY, "--select", "last")[0] == 0
     record = manifest(tmp_path / "out")
     assert record["selection"]["candidates"][-1]["destroyed"]
+    assert record["warnings"][0].startswith("the kept checkpoint is destroyed")
     assert record["selection"]["stopped"].startswith("diverged")
+
+
+def test_a_run_that_changed_nothing_says_so(start: Run, tmp_path: Path) -> None:
+    assert start("--learning-rate", 1e-9)[0] == 0
+    (warning,) = manifest(tmp_path / "out")["warnings"]
+    assert warning.startswith("the kept checkpoint is nearly unchanged")
+    assert "--learning-rate" in warning
 
 
 def test_a_time_limit_stops_in_time_and_keeps_the_best(

@@ -21,7 +21,7 @@ class GradientAscent(GradientSettings):
     """Settings of gradient ascent."""
 
     name: ClassVar[str] = "gradient-ascent"
-    defaults: ClassVar[RunDefaults] = RunDefaults(epochs=5, batch_size=16, learning_rate=1e-4)
+    defaults: ClassVar[RunDefaults] = RunDefaults(epochs=5, batch_size=16, learning_rate=1e-3)
     presets: ClassVar[Mapping[str, Preset]] = {}
 
     def start(self, context: Context) -> GradientAscentObjective:

@@ -25,7 +25,7 @@ class KLMinimization(GradientSettings):
     """Weight of the retain term."""
 
     name: ClassVar[str] = "kl-minimization"
-    defaults: ClassVar[RunDefaults] = RunDefaults(epochs=5, batch_size=16, learning_rate=1e-4)
+    defaults: ClassVar[RunDefaults] = RunDefaults(epochs=5, batch_size=16, learning_rate=1e-3)
     presets: ClassVar[Mapping[str, Preset]] = {}
 
     def start(self, context: Context) -> KLMinimizationObjective:

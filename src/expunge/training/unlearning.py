@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _VALIDATION_ROWS = 64
+_UNCHANGED = 0.9
 _TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
@@ -233,6 +234,9 @@ def unlearn_model(
         log = _tee(log, accelerator)
     with _seeded(context.generator("dropout").initial_seed(), device):
         history = train(objective, context, validation, target, loop, accelerator, progress, log)
+    for warning in _outcome_warnings(history):
+        warnings.append(warning)
+        progress.message(f"warning: {warning}")
     artifacts = objective.artifacts()
     finished = objective.finish(keep_adapter=keep_adapter)
     accelerator.end_training()
@@ -260,6 +264,22 @@ def unlearn_model(
             "train": ended - begun,
         },
     )
+
+
+def _outcome_warnings(history: History) -> list[str]:
+    """Says where the kept checkpoint is unchanged or destroyed."""
+    kept = next((c for c in history.candidates if c.step == history.chosen_step), None)
+    if kept is None:
+        return []
+    if kept.destroyed:
+        return ["the kept checkpoint is destroyed: too little is left of the retain set"]
+    if kept.measured.forget_accuracy > _UNCHANGED * history.target.forget_accuracy:
+        return [
+            f"the kept checkpoint is nearly unchanged: forget accuracy"
+            f" {kept.measured.forget_accuracy:.2f}, the target {history.target.forget_accuracy:.2f};"
+            " raise --epochs or --learning-rate"
+        ]
+    return []
 
 
 def resolved(
