@@ -120,12 +120,12 @@ def test_directions_follow_the_seed_and_the_task(make_context: Contexts) -> None
     def drawn(seed: int, **settings: Any) -> dict[str, torch.Tensor]:
         return AdaptiveRMU(layer=3, **settings).start(make_context(seed=seed)).directions
 
-    first, again, other = drawn(0), drawn(0), drawn(1)
+    first, again, other = (drawn(seed, directions="per-task") for seed in (0, 0, 1))
     assert set(first) == {"Task1", "Task2"}
     assert all(torch.equal(first[task], again[task]) for task in first)
     assert not torch.equal(first["Task1"], other["Task1"])
     assert not torch.equal(first["Task1"], first["Task2"])
-    shared = drawn(0, directions="shared")
+    shared = drawn(0)
     assert torch.equal(shared["Task1"], shared["Task2"])
 
 

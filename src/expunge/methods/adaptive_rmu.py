@@ -25,6 +25,8 @@ from expunge.methods.steering import SteeringObjective, SteeringSettings
 
 _SEMEVAL = "github.com/ArjunDosajh/Mr.Snuffleupagus-SemEval-2025-Task-4 (arXiv 2506.16548)"
 
+_SEMEVAL_SETTINGS = {"alpha": 900.0, "direction_kind": "uniform", "directions": "per-task"}
+
 
 @dataclass(frozen=True)
 class AdaptiveRMU(SteeringSettings):
@@ -32,8 +34,8 @@ class AdaptiveRMU(SteeringSettings):
 
     beta: float = 5.0
     """Length of the target in units of the frozen hidden state's norm."""
-    directions: Literal["per-task", "shared"] = "per-task"
-    """One random direction for each task of the forget set, or one for all."""
+    directions: Literal["shared", "per-task"] = "shared"
+    """One random direction for all forget text, or one for each task as at SemEval."""
 
     name: ClassVar[str] = "adaptive-rmu"
     defaults: ClassVar[RunDefaults] = RunDefaults(
@@ -41,7 +43,7 @@ class AdaptiveRMU(SteeringSettings):
     )
     presets: ClassVar[Mapping[str, Preset]] = {
         "semeval-7b": Preset(
-            {"layer": 26, "beta": 5.0, "alpha": 900.0, "direction_kind": "uniform"},
+            {**_SEMEVAL_SETTINGS, "layer": 26, "beta": 5.0},
             {
                 "batch_size": 12,
                 "learning_rate": 5e-5,
@@ -52,7 +54,7 @@ class AdaptiveRMU(SteeringSettings):
             _SEMEVAL,
         ),
         "semeval-1b": Preset(
-            {"layer": 14, "beta": 3.0, "alpha": 900.0, "direction_kind": "uniform"},
+            {**_SEMEVAL_SETTINGS, "layer": 14, "beta": 3.0},
             {
                 "batch_size": 8,
                 "learning_rate": 5e-5,
@@ -68,7 +70,6 @@ class AdaptiveRMU(SteeringSettings):
                 "beta": 5.0,
                 "alpha": 1200.0,
                 "direction_kind": "uniform",
-                "directions": "shared",
             },
             {
                 "batch_size": 4,
