@@ -40,7 +40,7 @@ def test_every_yaml_file_runs(
     tmp_path: Path,
 ) -> None:
     code, _, err = run_cli(
-        "run", memorised_dir, "--config", config, "--max-steps", 2, "--learning-rate", 1e-3, "--quiet",
+        "run", memorised_dir, "--config", config, "--max-steps", 2, "--learning-rate", 1e-5, "--quiet",
         "--forget", row_files["forget"], "--retain", row_files["retain"],
         "--output", tmp_path / "out",
     )  # fmt: skip

@@ -117,4 +117,8 @@ class AdaptiveRMUObjective(SteeringObjective):
 
     def artifacts(self) -> Mapping[str, torch.Tensor]:
         """The directions, by task."""
-        return {f"direction.{task}": vector.cpu() for task, vector in self.directions.items()}
+        return {
+            # A copy each: a safetensors file refuses one storage under two names.
+            f"direction.{task}": vector.to("cpu", copy=True)
+            for task, vector in self.directions.items()
+        }
