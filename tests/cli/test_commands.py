@@ -48,21 +48,25 @@ def assert_silent_on(texts: list[str], *outputs: str) -> None:
         assert [text for text in texts if text in output] == []
 
 
+def table_rows(text: str) -> list[list[str]]:
+    """The cells of every line: columns stand at least two spaces apart."""
+    return [re.split(r" {2,}", line.strip()) for line in text.splitlines()]
+
+
 def test_evaluate_prints_a_table_with_range_and_direction(
     evaluate: Cli, memorised_dir: Path, texts: list[str]
 ) -> None:
     code, out, err = evaluate("--quiet")
     assert (code, err) == (0, "")
     assert f"Scorecard of {memorised_dir}" in out
-    lines = {line.split("│")[1].strip(): line for line in out.splitlines() if "│" in line}
+    rows = table_rows(out)
     for name, value, good in (
-        ("forget Task1 regurgitation", "1.000", "lower"),
-        ("retain Task2 knowledge", "1.000", "higher"),
-        ("task aggregate", "0.000", "higher"),
-        ("MIA AUC", "1.000", "near 0.5"),
+        ("forget Task1 regurgitation", "1.000", "low"),
+        ("retain Task2 knowledge", "1.000", "high"),
+        ("task aggregate", "0.000", "high"),
+        ("MIA AUC", "1.000", "0.5"),
     ):
-        cells = [cell.strip() for cell in lines[name].split("│")[1:-1]]
-        assert cells == [name, "0-1", good, value]
+        assert [name, "0-1", good, value] in rows
     assert "unchanged: the forget set still scores 1.00" in out
     assert "not forgotten by loss: AUC 1.00" in out
     assert_silent_on(texts, out)
@@ -118,7 +122,7 @@ def test_what_is_not_measured_is_a_dash_and_null(
     command = ("evaluate", memorised_dir, "--forget", row_files["forget"], "--quiet")
     _, out, _ = run_cli(*command)
     for name in ("task aggregate", "MIA AUC", "MIA score", "utility", "final score"):
-        assert re.search(rf"│ {name} +│.*│ +- │", out)
+        assert re.search(rf"^ {name}( \(guessing: 0.25\))? .* - *$", out, re.MULTILINE)
     values = json.loads(run_cli(*command, "--json")[1])
     for name in ("task_aggregate", "mia_auc", "mia_score", "utility", "final_score"):
         assert values[name] is None
@@ -173,11 +177,11 @@ def test_compare_puts_runs_beside_target_and_oracle(run_cli: Cli, scores: dict[s
         *("--target", scores["target"], "--oracle", scores["oracle"]),
     )
     assert (code, err) == (0, "")
-    rows = [[c.strip() for c in re.split("[│┃]", line)[1:-1]] for line in out.splitlines()]
-    assert ["measure", "range", "good is", *("target", "oracle", "good", "ruined")] in rows
+    rows = table_rows(out)
+    assert ["measure", "range", "good", *("target", "oracle", "good", "ruined")] in rows
     cells = ["0.900", "0.100", "0.100", "0.000"]
-    assert ["forget Task1 regurgitation", "0-1", "lower", *cells] in rows
-    assert ["utility", "0-1, guessing 0.25", "higher", "0.500", "0.500", "-", "0.500"] in rows
+    assert ["forget Task1 regurgitation", "0-1", "low", *cells] in rows
+    assert ["utility (guessing: 0.25)", "0-1", "high", "0.500", "0.500", "-", "0.500"] in rows
     assert not any(row[:1] == ["forget Task1 knowledge"] for row in rows)  # nobody measured it
     assert "ruined: destroyed: 0.10 is left on the retain set, the target has 0.80" in out
     assert not re.search("^(target|oracle|good): ", out, re.MULTILINE)
@@ -188,10 +192,10 @@ def test_compare_in_markdown_is_one_table(run_cli: Cli, scores: dict[str, Path])
     assert code == 0
     lines = out.splitlines()
     assert lines[:2] == [
-        "| measure | range | good is | target | good |",
+        "| measure | range | good | target | good |",
         "| --- | --- | --- | --- | --- |",
     ]
-    assert "| final score | 0-1 | higher | 0.767 | - |" in lines
+    assert "| final score | 0-1 | high | 0.767 | - |" in lines
     assert {line.count("|") for line in lines} == {6}
 
 

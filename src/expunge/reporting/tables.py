@@ -10,12 +10,12 @@ from expunge.evaluation.scorecard import KIND_NAMES, Cells, Scorecard
 if TYPE_CHECKING:
     from rich.table import Table
 
-LOW, HIGH = "lower", "higher"
+LOW, HIGH, EVEN = "low", "high", "0.5"
 _TOTALS = (
     ("task aggregate", "task_aggregate", "0-1", HIGH),
-    ("MIA AUC", "mia_auc", "0-1", "near 0.5"),
+    ("MIA AUC", "mia_auc", "0-1", EVEN),
     ("MIA score", "mia_score", "0-1", HIGH),
-    ("utility", "utility", "0-1, guessing 0.25", HIGH),
+    ("utility (guessing: 0.25)", "utility", "0-1", HIGH),
     ("final score", "final_score", "0-1", HIGH),
 )
 
@@ -39,11 +39,12 @@ def scorecard_rows(cards: Mapping[str, Scorecard]) -> list[list[str]]:
 
 def scorecard_table(cards: Mapping[str, Scorecard], title: str) -> Table:
     """The same as a rich table."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
-    for heading in ("measure", "range", "good is"):
-        table.add_column(heading, no_wrap=heading == "measure")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("measure", "range", "good"):
+        table.add_column(heading, no_wrap=True)
     for name in cards:
         table.add_column(name, justify="right", overflow="fold")
     previous = None
@@ -58,7 +59,7 @@ def scorecard_table(cards: Mapping[str, Scorecard], title: str) -> Table:
 
 def markdown_table(cards: Mapping[str, Scorecard]) -> str:
     """The same in Markdown, for docs."""
-    return markdown(["measure", "range", "good is", *cards], scorecard_rows(cards))
+    return markdown(["measure", "range", "good", *cards], scorecard_rows(cards))
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
