@@ -30,7 +30,7 @@ class SteeringSettings:
 
     layer: int | None = None
     """Decoder layer l whose output is steered, from 0; null: at 84% of the depth (26 of 32)."""
-    alpha: float = 60.0
+    alpha: float = 30.0
     """Weight of the retain term."""
     direction_kind: Literal["gaussian", "uniform"] = "gaussian"
     """How a direction is drawn; `uniform` is the published one, with positive entries only."""
