@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from conftest import tiny_model
 from expunge.data.batches import collate, in_order
-from expunge.data.rows import as_rows
-from expunge.data.tokenization import TextPolicy, encode_rows
 from expunge.methods.base import Context
 from expunge.methods.fisher import SquaredGradients, squared_example_gradients
 from expunge.methods.libu import LIBU, LIBUObjective
 from expunge.methods.numerics import row_means
-from expunge.models.decoder import find_layout
 
 
 def test_factors_give_the_gradient_of_each_example() -> None:
@@ -53,24 +49,8 @@ def test_the_squared_mean_underestimates() -> None:
 
 
 @pytest.fixture
-def context(
-    tokenizer: Any, forget_rows: list[dict[str, str]], retain_rows: list[dict[str, str]]
-) -> Context:
-    model = tiny_model("olmo", len(tokenizer), layers=3)
-    policy = TextPolicy(128)
-    return Context(
-        model=model,
-        layout=find_layout(model),
-        forget=encode_rows(as_rows(forget_rows, "forget"), tokenizer, policy, eos=False),
-        retain=encode_rows(as_rows(retain_rows, "retain"), tokenizer, policy, eos=True),
-        pad_id=1,
-        batch_size=3,
-        learning_rate=1e-3,
-        seed=0,
-        device=torch.device("cpu"),
-        autocast=lambda: torch.autocast("cpu", enabled=False),
-        progress=lambda _name, _done, _total: None,
-    )
+def context(make_context: Callable[..., Context]) -> Context:
+    return make_context(layers=3)
 
 
 @pytest.fixture

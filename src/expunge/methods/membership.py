@@ -4,6 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
+from expunge.data.batches import Batch
+from expunge.methods.numerics import row_sums
+
+
+class RowLosses:
+    """Mean token loss of each row, gathered over batches; a row's windows count as one document."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, batch: Batch, log_probs: torch.Tensor) -> None:
+        """Adds a batch's tokens; log_probs (rows, tokens - 1) as `token_log_probs` gives them."""
+        mask = batch.token_mask[:, 1:]
+        losses = row_sums(-log_probs, mask).tolist()
+        for row, loss, count in zip(batch.row_ids, losses, mask.sum(1).tolist(), strict=True):
+            self._sums[row] = self._sums.get(row, 0.0) + loss
+            self._counts[row] = self._counts.get(row, 0) + count
+
+    def means(self) -> dict[str, float]:
+        """Nats a token, by row id."""
+        return {row: total / max(1, self._counts[row]) for row, total in self._sums.items()}
+
 
 def membership_auc(members: Sequence[float], nonmembers: Sequence[float]) -> float:
     """AUC of the attack that calls a text of low loss a member, in [0, 1].

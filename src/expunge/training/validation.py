@@ -20,8 +20,8 @@ import torch
 from expunge.data.batches import in_order
 from expunge.data.tokenization import Example
 from expunge.methods.base import Context
-from expunge.methods.membership import membership_auc, membership_score
-from expunge.methods.numerics import row_means, row_sums, token_log_probs
+from expunge.methods.membership import RowLosses, membership_auc, membership_score
+from expunge.methods.numerics import row_means, token_log_probs
 
 DESTROYED_BELOW = 0.5
 _FLOOR = 1e-3
@@ -103,23 +103,17 @@ class _Pass:
 
 def _pass(context: Context, examples: Sequence[Example]) -> _Pass:
     accuracies: list[float] = []
-    sums: dict[str, float] = {}
-    counts: dict[str, int] = {}
+    losses = RowLosses()
     for cpu_batch in in_order(examples, context.batch_size, context.pad_id):
         batch = cpu_batch.to(context.device)
         with torch.no_grad(), context.autocast():
             logits = context.model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             ).logits
-        answers, tokens = batch.answer_mask[:, 1:], batch.token_mask[:, 1:]
+        answers = batch.answer_mask[:, 1:]
         right = logits[:, :-1].argmax(-1) == batch.input_ids[:, 1:]
         unbroken = (answers & ~right).cumsum(1) == 0
         accuracies += row_means(unbroken, answers)[answers.any(1)].tolist()
-        losses = row_sums(-token_log_probs(logits, batch.input_ids), tokens)
-        for row, loss, count in zip(
-            batch.row_ids, losses.tolist(), tokens.sum(1).tolist(), strict=True
-        ):
-            sums[row] = sums.get(row, 0.0) + loss
-            counts[row] = counts.get(row, 0) + count
+        losses.add(batch, token_log_probs(logits, batch.input_ids))
     accuracy = statistics.fmean(accuracies) if accuracies else math.nan
-    return _Pass(accuracy, {row: total / max(1, counts[row]) for row, total in sums.items()})
+    return _Pass(accuracy, losses.means())
