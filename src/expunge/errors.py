@@ -1,4 +1,4 @@
-"""The two ways a command can fail, and the exit code of each."""
+"""The ways a command can fail, and the exit code of each."""
 
 from __future__ import annotations
 
@@ -17,3 +17,11 @@ class InputError(ExpungeError):
 
 class RunError(ExpungeError):
     """A run that started and could not finish."""
+
+
+class Interrupted(ExpungeError):
+    """A run that was asked to stop and can be continued."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

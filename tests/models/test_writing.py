@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +14,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from conftest import refusal, tiny_model
+from conftest import refusal, shaken, tiny_model
 from expunge.errors import RunError
 from expunge.models.files import INDEX, SINGLE, check_model_files
 from expunge.models.loading import CheckedModel, check_model
+from expunge.models.tensors import stored_tensors
 from expunge.models.writing import (
+    TensorChange,
     check_disk_space,
+    copy_target,
     describe,
     rounding_warnings,
     verify_checkpoint,
@@ -28,6 +31,7 @@ from expunge.models.writing import (
 
 NAMES = ["model.layers.1.mlp.down_proj.weight", "model.layers.3.mlp.down_proj.weight"]
 Save = Callable[..., CheckedModel]
+BOTH_WAYS = pytest.mark.parametrize("streamed", [False, True])
 
 
 @pytest.fixture
@@ -59,6 +63,19 @@ def changed(checked: CheckedModel, names: list[str] = NAMES) -> dict[str, torch.
     }
 
 
+def write(
+    checked: CheckedModel, weights: Mapping[str, torch.Tensor], output: Path
+) -> list[TensorChange]:
+    copy_target(checked, output)
+    return write_checkpoint(checked, weights, output)
+
+
+def verify(checked: CheckedModel, weights: Mapping[str, torch.Tensor], output: Path) -> None:
+    """In both ways."""
+    for streamed in (False, True):
+        verify_checkpoint(checked, weights, output, streamed=streamed)
+
+
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for shard in check_model_files(directory).shards:
@@ -78,12 +95,12 @@ def assert_only_changed(checked: CheckedModel, output: Path, names: list[str]) -
 def test_only_the_named_tensors_change(save: Save, output: Path) -> None:
     checked = save()
     weights = changed(checked)
-    changes = write_checkpoint(checked, weights, output)
+    changes = write(checked, weights, output)
     assert_only_changed(checked, output, NAMES)
     after = tensors_of(output)
     assert all(torch.equal(after[name], weights[name]) for name in NAMES)
     assert [change.name for change in changes] == NAMES
-    verify_checkpoint(checked, weights, output)
+    verify(checked, weights, output)
     for opened in (checked.files.directory, output):
         with safe_open(opened / SINGLE, framework="pt") as file:
             assert file.metadata() == {"format": "pt"}
@@ -92,7 +109,7 @@ def test_only_the_named_tensors_change(save: Save, output: Path) -> None:
 def test_what_changed_is_measured_against_the_file(save: Save, output: Path) -> None:
     checked = save(tiny_model("olmo", 400).to(torch.bfloat16))
     weights = changed(checked, NAMES[:1])
-    (change,) = describe(write_checkpoint(checked, weights, output))
+    (change,) = describe(write(checked, weights, output))
     old = tensors_of(checked.files.directory)[NAMES[0]]
     new = tensors_of(output)[NAMES[0]]
     assert new.dtype == torch.bfloat16
@@ -107,21 +124,21 @@ def test_what_changed_is_measured_against_the_file(save: Save, output: Path) -> 
         name: pytest.approx(float(value)) for name, value in expected.items()
     }
     assert 0 < change["rounding_norm"] < change["change_norm"]
-    verify_checkpoint(checked, weights, output)
+    verify(checked, weights, output)
 
 
 def test_shards_stay_as_they_are_and_untouched_ones_are_copies(save: Save, output: Path) -> None:
     checked = save(max_shard_size="20KB")
     weights = changed(checked)
     assert len(checked.files.shards) > 3
-    write_checkpoint(checked, weights, output)
+    write(checked, weights, output)
     assert_only_changed(checked, output, NAMES)
     touched = {checked.files.shard_of[name].name for name in NAMES}
     for shard in checked.files.shards:
         identical = shard.read_bytes() == (output / shard.name).read_bytes()
         assert identical == (shard.name not in touched)
     assert (output / INDEX).read_text() == (checked.files.directory / INDEX).read_text()
-    verify_checkpoint(checked, weights, output)
+    verify(checked, weights, output)
 
 
 def test_rows_that_lie_beside_the_model_are_not_copied(save: Save, output: Path) -> None:
@@ -130,7 +147,7 @@ def test_rows_that_lie_beside_the_model_are_not_copied(save: Save, output: Path)
     for name in beside:
         (checked.files.directory / name).write_text("secret")
     (checked.files.directory / "LICENSE").write_text("free")
-    write_checkpoint(checked, changed(checked), output)
+    write(checked, changed(checked), output)
     written = {path.name for path in output.iterdir()}
     assert not written & set(beside)
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE"} <= written
@@ -142,8 +159,8 @@ def test_tied_embeddings_change_together_and_are_stored_once(save: Save, output:
     checked = save()
     name = "model.embed_tokens.weight"
     weights = changed(checked, [name])
-    write_checkpoint(checked, weights, output)
-    verify_checkpoint(checked, weights, output)
+    write(checked, weights, output)
+    verify(checked, weights, output)
     assert "lm_head.weight" not in tensors_of(output)
     model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     assert torch.equal(model.lm_head.weight, weights[name])
@@ -156,9 +173,9 @@ def test_a_checkpoint_of_the_bare_decoder_keeps_its_names(
     for name in NAMES:
         assert checked.stored_names[name] == (name.removeprefix("model."),)
     weights = changed(checked)
-    write_checkpoint(checked, weights, output)
+    write(checked, weights, output)
     assert_only_changed(checked, output, [name.removeprefix("model.") for name in NAMES])
-    verify_checkpoint(checked, weights, output)
+    verify(checked, weights, output)
 
 
 @pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
@@ -175,31 +192,37 @@ def test_a_checkpoint_of_two_dtypes_keeps_both(
     }
     save_file(tensors, path, metadata={"format": "pt"})
     weights = changed(checked)
-    write_checkpoint(checked, weights, output)
-    verify_checkpoint(checked, weights, output)
+    write(checked, weights, output)
+    verify(checked, weights, output)
     assert tensors_of(output)[NAMES[0]].dtype == other
 
 
-def test_verification_finds_a_tensor_that_is_not_what_was_meant(save: Save, output: Path) -> None:
+@BOTH_WAYS
+def test_verification_finds_a_tensor_that_is_not_what_was_meant(
+    save: Save, output: Path, streamed: bool
+) -> None:
     checked = save()
     weights = changed(checked)
-    write_checkpoint(checked, weights, output)
+    write(checked, weights, output)
     tensors = load_file(output / SINGLE)
     other = "model.layers.0.self_attn.q_proj.weight"
     tensors[other][0, 0] += 1e-3
     save_file(tensors, output / SINGLE, metadata={"format": "pt"})
     with pytest.raises(RunError, match=f"tensor {other} reloads with other values than written"):
-        verify_checkpoint(checked, weights, output)
+        verify_checkpoint(checked, weights, output, streamed=streamed)
 
 
-def test_verification_finds_output_that_is_not_finite(save: Save, output: Path) -> None:
+@BOTH_WAYS
+def test_verification_finds_output_that_is_not_finite(
+    save: Save, output: Path, streamed: bool
+) -> None:
     checked = save()
     name = "model.embed_tokens.weight"
     weights = changed(checked, [name])
     weights[name][50] = 3e38  # finite itself, its logit is not
-    write_checkpoint(checked, weights, output)
+    write(checked, weights, output)
     with pytest.raises(RunError, match="output is not finite"):
-        verify_checkpoint(checked, weights, output)
+        verify_checkpoint(checked, weights, output, streamed=streamed)
 
 
 @pytest.mark.parametrize(("dtype", "value"), [("float32", float("nan")), ("float16", 1e6)])
@@ -210,13 +233,13 @@ def test_values_that_the_file_cannot_hold_are_refused(
     weights = changed(checked)
     weights[NAMES[1]][0, 0] = value
     with pytest.raises(RunError, match="holds values that are not finite"):
-        write_checkpoint(checked, weights, output)
+        write(checked, weights, output)
 
 
 def test_other_shapes_are_refused(save: Save, output: Path) -> None:
     checked = save()
     with pytest.raises(RunError, match=r"has shape \(2, 2\), the checkpoint \(16, 32\)"):
-        write_checkpoint(checked, {NAMES[0]: torch.zeros(2, 2)}, output)
+        write(checked, {NAMES[0]: torch.zeros(2, 2)}, output)
 
 
 @pytest.mark.parametrize(
@@ -233,8 +256,8 @@ def test_a_tied_tensor_is_replaced_under_every_name_that_the_file_holds(
     checked = check_model(str(checked.files.directory))
     assert set(checked.stored_names["model.embed_tokens.weight"]) == set(held)
     weights = changed(checked, ["model.embed_tokens.weight"])
-    write_checkpoint(checked, weights, output)
-    verify_checkpoint(checked, weights, output)
+    write(checked, weights, output)
+    verify(checked, weights, output)
     for name in held:
         assert torch.equal(tensors_of(output)[name], weights["model.embed_tokens.weight"])
 
@@ -243,9 +266,9 @@ def test_a_change_that_rounding_undoes_is_told(save: Save, output: Path) -> None
     checked = save(tiny_model("olmo", 400).to(torch.bfloat16))
     tensors = tensors_of(checked.files.directory)
     weights = {NAMES[0]: tensors[NAMES[0]].float() * (1 + 1e-4)}
-    (warning,) = rounding_warnings(write_checkpoint(checked, weights, output))
+    (warning,) = rounding_warnings(write(checked, weights, output))
     assert "rounding to bfloat16" in warning
-    assert rounding_warnings(write_checkpoint(checked, changed(checked), output)) == []
+    assert rounding_warnings(write(checked, changed(checked), output)) == []
 
 
 def test_a_full_disk_is_told_before_anything_is_written(
@@ -272,5 +295,113 @@ def test_a_full_disk_is_told_before_anything_is_written(
 def test_the_index_of_a_single_file_is_not_carried_over(save: Save, output: Path) -> None:
     checked = save()
     (checked.files.directory / INDEX).write_text(json.dumps({"weight_map": {"a": "gone"}}))
-    write_checkpoint(checked, changed(checked), output)
+    write(checked, changed(checked), output)
     assert not (output / INDEX).exists()
+
+
+def test_every_byte_outside_the_changed_tensors_stays(save: Save, output: Path) -> None:
+    """Whatever order and metadata the target's file has, which no library would write again."""
+    checked = save()
+    path = checked.files.directory / SINGLE
+    save_file(load_file(path), path, metadata={"made": "by hand", "format": "pt"})
+    checked = check_model(str(checked.files.directory))
+    write(checked, changed(checked), output)
+    before, after = path.read_bytes(), (output / SINGLE).read_bytes()
+    assert len(before) == len(after)
+    stored = stored_tensors(path)
+    allowed = {
+        offset
+        for name in NAMES
+        for offset in range(stored[name].start, stored[name].start + stored[name].bytes)
+    }
+    different = {offset for offset in range(len(before)) if before[offset] != after[offset]}
+    assert different
+    assert different <= allowed
+
+
+def test_an_interrupted_writing_is_done_again_from_the_target(save: Save, output: Path) -> None:
+    checked = save()
+    weights = changed(checked)
+    first = write(checked, {NAMES[0]: torch.ones(16, 32)}, output)
+    again = write_checkpoint(checked, weights, output)
+    assert again[0].norm == first[0].norm  # the target's, not the half-written one's
+    verify(checked, weights, output)
+
+
+def test_a_large_model_is_verified_without_loading_it(
+    save: Save, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    checked = save()
+    weights = changed(checked)
+    write(checked, weights, output)
+    loaded: list[Path] = []
+    original = AutoModelForCausalLM.from_pretrained
+
+    def load(directory: Path, **options: Any) -> Any:
+        loaded.append(directory)
+        return original(directory, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    verify_checkpoint(checked, weights, output, streamed=True)
+    assert loaded == []
+    verify_checkpoint(checked, weights, output)
+    assert loaded == [output]
+
+
+@BOTH_WAYS
+def test_the_probe_is_the_written_models_and_runs_all_of_it(
+    save: Save, output: Path, streamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import OlmoForCausalLM
+
+    checked = save(shaken(tiny_model("olmo", 400)))
+    weights = changed(checked)
+    write(checked, weights, output)
+    seen: list[torch.Tensor] = []
+    original = OlmoForCausalLM.forward
+
+    def forward(self: Any, **inputs: Any) -> Any:
+        result = original(self, **inputs)
+        seen.append(result.logits)
+        return result
+
+    monkeypatch.setattr(OlmoForCausalLM, "forward", forward)
+    verify_checkpoint(checked, weights, output, streamed=streamed)
+    model = OlmoForCausalLM.from_pretrained(output, dtype=torch.float32)
+    with torch.no_grad():
+        expected = original(model, input_ids=torch.arange(8)[None]).logits
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_a_loader_that_changes_a_tensor_is_found(
+    save: Save, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    checked = save()
+    weights = changed(checked)
+    write(checked, weights, output)
+    original = AutoModelForCausalLM.from_pretrained
+
+    def load(directory: Path, **options: Any) -> Any:
+        model = original(directory, **options)
+        model.get_parameter(NAMES[1]).data[0, 0] += 1
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(RunError, match=f"tensor {NAMES[1]} reloads with other values"):
+        verify_checkpoint(checked, weights, output)
+
+
+def test_the_disk_must_hold_the_cache_too(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = save().files
+    free = files.bytes + 164 * 2**20
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    check_disk_space(files, tmp_path / "out", beside=100 * 2**20)
+    message = refusal(lambda: check_disk_space(files, tmp_path / "out", beside=100 * 2**20 + 1))
+    assert "and 100 MiB until the run ends" in message

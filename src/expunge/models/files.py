@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from expunge.data.formats import sha256_of
 from expunge.errors import InputError
+from expunge.models.tensors import stored_tensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -75,11 +74,7 @@ def check_model_files(directory: Path) -> ModelFiles:
         )
     shard_of = {}
     for shard in shards:
-        try:
-            with safe_open(shard, framework="pt") as tensors:
-                shard_of.update(dict.fromkeys(tensors.keys(), shard))
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{shard}: is not a whole safetensors file ({error})") from None
+        shard_of.update(dict.fromkeys(stored_tensors(shard), shard))
     return ModelFiles(directory, shards, shard_of)
 
 

@@ -105,10 +105,12 @@ def _stored_names(skeleton: PreTrainedModel, files: ModelFiles) -> dict[str, tup
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
     prefix = f"{skeleton.base_model_prefix}."
+    renamed = _renamed(skeleton, files)
     stored, missing = {}, []
     for names in aliases.values():
         candidates = [*names, *(name.removeprefix(prefix) for name in names)]
-        held = tuple(dict.fromkeys(name for name in candidates if name in files.shard_of))
+        found = [renamed.get(name, name) for name in candidates]
+        held = tuple(dict.fromkeys(name for name in found if name in files.shard_of))
         stored.update(dict.fromkeys(names, held))
         if not held:
             missing.append(names[0])
@@ -118,6 +120,21 @@ def _stored_names(skeleton: PreTrainedModel, files: ModelFiles) -> dict[str, tup
             " save the whole model with save_pretrained"
         )
     return stored
+
+
+def _renamed(skeleton: PreTrainedModel, files: ModelFiles) -> dict[str, str]:
+    """Names that transformers gives a file's tensors as it loads them -> their names in the file.
+
+    GPT-NeoX's files say embed_out for what the model calls lm_head.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    rules = [
+        rule for rule in get_model_conversion_mapping(skeleton) if isinstance(rule, WeightRenaming)
+    ]
+    renamed = {rename_source_key(name, rules, [])[0]: name for name in files.shard_of}
+    return {new: name for new, name in renamed.items() if new != name}
 
 
 def text_policy(

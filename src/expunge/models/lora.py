@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from expunge.models.decoder import DecoderLayout
+from expunge.models.sharding import is_sharded, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,20 +98,23 @@ class Adapter:
                     getattr(layer, factor)[_ADAPTER].weight.requires_grad_(True)
 
     @torch.no_grad()
-    def merge(self) -> dict[str, torch.Tensor]:
+    def merge(self, *, keep: bool = True) -> dict[str, torch.Tensor]:
         """Adds the adapter to the weights in float32, takes it out of the model, returns the sums.
 
-        Each weight of the model is cast to its dtype once; the returned tensors are float32.
+        Each weight of the model is cast to its dtype once; the returned tensors are float32. Sharded
+        weights stay as they were, and only a process that keeps the sums has them.
         Raises ValueError where a sum is not finite.
         """
         merged = {}
         for name, layer in self.layers.items():
             base = layer.get_base_layer()
-            total = base.weight.data.float() + layer.get_delta_weight(_ADAPTER).float()
+            total = whole(base.weight.data).float() + layer.get_delta_weight(_ADAPTER).float()
             if not torch.isfinite(total).all():
                 raise ValueError(f"{name}: the merged weight is not finite")
-            merged[f"{name}.weight"] = total.cpu()
-            base.weight.data = total.to(base.weight.dtype)
+            if keep:
+                merged[f"{name}.weight"] = total.cpu()
+            if not is_sharded(base.weight):
+                base.weight.data = total.to(base.weight.dtype)
             self._model.set_submodule(name, base)
         del self._model.peft_config  # left by the injection; a second adapter would find it
         return merged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from expunge.errors import InputError, RunError
 from expunge.models.files import INDEX, SINGLE, ModelFiles
 from expunge.models.loading import CheckedModel
+from expunge.models.parts import StreamedModel, loaded_in_turn, outside_layers
+from expunge.models.tensors import StoredTensor, overwrite_tensor, read_tensor, stored_tensors
 
 _MARGIN = 64 * 2**20
 
@@ -35,81 +36,132 @@ class TensorChange:
     """Share of the elements that differ from before."""
 
 
-def check_disk_space(files: ModelFiles, output: Path) -> None:
-    """Raises InputError where the output's disk cannot take a second copy of the model."""
+def check_disk_space(files: ModelFiles, output: Path, beside: int = 0) -> None:
+    """Raises InputError where the output's disk cannot take a second copy of the model.
+
+    `beside` is what the run needs there until it ends, in bytes.
+    """
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
-    if free < files.bytes + _MARGIN:
+    needed = files.bytes + beside + _MARGIN
+    if free < needed:
+        scratch = f" and {beside / 2**20:.0f} MiB until the run ends" if beside else ""
         raise InputError(
             f"--output {output}: its disk has {free / 2**20:.0f} MiB free, the checkpoint needs"
-            f" {(files.bytes + _MARGIN) / 2**20:.0f} MiB; free some or choose another disk"
+            f" {(files.bytes + _MARGIN) / 2**20:.0f} MiB{scratch}; free some or choose another disk"
         )
+
+
+def copy_target(checked: CheckedModel, directory: Path) -> None:
+    """Copies the target's weights, configuration and tokenizer, for `write_checkpoint` to change."""
+    files = checked.files
+    copied = [*files.shards, *files.companions(code=checked.trust_remote_code)]
+    if all(shard.name != SINGLE for shard in files.shards):
+        copied.append(files.directory / INDEX)
+    for source in copied:
+        shutil.copyfile(source, directory / source.name)
+        with (directory / source.name).open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def write_checkpoint(
     checked: CheckedModel, weights: Mapping[str, torch.Tensor], directory: Path
 ) -> list[TensorChange]:
-    """Writes the model with `weights` (float32, by name) in place of its own into `directory`.
+    """Puts `weights` (float32, by name) over their own in the copy of the target in `directory`.
 
-    Each is cast to the dtype that the checkpoint holds it in, once. Files without a changed tensor
-    are copied.
+    Each is cast to the dtype that the checkpoint holds it in, once; every other byte stays.
     """
-    files = checked.files
     names = {stored: name for name in weights for stored in checked.stored_names[name]}
     changes = []
-    for shard in files.shards:
-        if not any(files.shard_of[stored] == shard for stored in names):
-            shutil.copyfile(shard, directory / shard.name)
-            continue
-        tensors = {}
-        with safe_open(shard, framework="pt") as opened:
-            metadata = opened.metadata()
-            for stored in opened.keys():  # noqa: SIM118 (not a mapping)
-                tensor = opened.get_tensor(stored)
-                if stored in names:
-                    replaced, change = _replaced(stored, tensor, weights[names[stored]])
-                    tensors[stored] = replaced
-                    changes.append(change)
-                else:
-                    tensors[stored] = tensor
-        save_file(tensors, directory / shard.name, metadata=metadata)
-    if all(shard.name != SINGLE for shard in files.shards):
-        shutil.copyfile(files.directory / INDEX, directory / INDEX)
-    for companion in files.companions(code=checked.trust_remote_code):
-        shutil.copyfile(companion, directory / companion.name)
+    for shard in checked.files.shards:
+        copies = stored_tensors(directory / shard.name)
+        for stored, original in stored_tensors(shard).items():
+            if stored in names:
+                new = weights[names[stored]]
+                replaced, change = _replaced(stored, read_tensor(original), new)
+                overwrite_tensor(copies[stored], replaced)
+                changes.append(change)
     return changes
 
 
 def verify_checkpoint(
+    checked: CheckedModel,
+    weights: Mapping[str, torch.Tensor],
+    directory: Path,
+    *,
+    streamed: bool = False,
+) -> None:
+    """Reloads the written checkpoint, compares every tensor, and runs it on a fixed probe.
+
+    As a whole, the way its users will; or, for a model that need not fit in memory, layer by layer.
+    The unchanged tensors are compared with the target's files. Raises RunError where a tensor is
+    not what was meant to be written, or the output is not finite.
+    """
+    _verify_files(checked, weights, directory)
+    finite = _streamed_probe if streamed else _whole_probe
+    if not finite(checked, directory):
+        raise RunError("the reloaded checkpoint's output is not finite; nothing was written")
+
+
+def _verify_files(
     checked: CheckedModel, weights: Mapping[str, torch.Tensor], directory: Path
 ) -> None:
-    """Reloads the written checkpoint the way its users will and compares every tensor.
+    """Compares what was written with what was meant, tensor by tensor."""
+    names = {stored: name for name in weights for stored in checked.stored_names[name]}
+    for shard in checked.files.shards:
+        written = stored_tensors(directory / shard.name)
+        for stored, original in stored_tensors(shard).items():
+            expected = read_tensor(original)
+            if stored in names:
+                expected = weights[names[stored]].to("cpu", expected.dtype)
+            found = read_tensor(written[stored])
+            if not torch.equal(_bytes_of(found), _bytes_of(expected)):
+                raise RunError(f"tensor {stored} reloads with other values than written")
 
-    The unchanged ones are compared with the target's files, one at a time. Raises RunError where a
-    tensor is not what was meant to be written, or the output on a fixed probe is not finite.
-    """
+
+def _whole_probe(checked: CheckedModel, directory: Path) -> bool:
     from transformers import AutoModelForCausalLM
 
     files = checked.files
-    dtype = _read(files, next(iter(files.shard_of))).dtype
+    stored = stored_tensors(next(iter(files.shard_of.values())))[next(iter(files.shard_of))]
     reloaded = AutoModelForCausalLM.from_pretrained(
         directory,
-        dtype=dtype,
+        dtype=stored.dtype,
         use_safetensors=True,
         trust_remote_code=checked.trust_remote_code,
     ).eval()
+    written: dict[str, StoredTensor] = {}
+    for shard in files.shards:
+        written |= stored_tensors(directory / shard.name)
     for name, tensor in reloaded.named_parameters():
-        expected = _read(files, checked.stored_names[name][0])
-        if name in weights:
-            expected = weights[name].to(expected.dtype)
+        expected = read_tensor(written[checked.stored_names[name][0]])
         if not torch.equal(tensor, expected.to(tensor.dtype)):
             raise RunError(f"tensor {name} reloads with other values than written")
-    probe = torch.arange(min(8, checked.config.vocab_size))[None]
     with torch.no_grad():
-        if not torch.isfinite(reloaded(input_ids=probe).logits).all():
-            raise RunError("the reloaded checkpoint's output is not finite; nothing was written")
+        return bool(torch.isfinite(reloaded(input_ids=_probe(checked)).logits).all())
+
+
+def _streamed_probe(checked: CheckedModel, directory: Path) -> bool:
+    from expunge.models.loading import check_model
+
+    reloaded = check_model(str(directory))
+    stored = next(iter(stored_tensors(reloaded.files.shards[0]).values()))
+    parts = StreamedModel(reloaded, stored.dtype, "cpu")
+    layers = [f"{reloaded.layout.layers}.{index}" for index in range(reloaded.layout.count)]
+    with torch.no_grad(), loaded_in_turn(parts, [*outside_layers(parts.model, layers), *layers]):
+        logits = parts.model(input_ids=_probe(checked), use_cache=False).logits
+    return bool(torch.isfinite(logits).all())
+
+
+def _probe(checked: CheckedModel) -> torch.Tensor:
+    return torch.arange(min(8, checked.config.vocab_size))[None]
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """For a comparison in which one NaN equals the same NaN."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def rounding_warnings(changes: Sequence[TensorChange]) -> list[str]:
@@ -143,8 +195,3 @@ def _replaced(name: str, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Te
         rounding_norm=float((written.float() - new.float()).norm()),
         changed_share=float((written != old).float().mean()),
     )
-
-
-def _read(files: ModelFiles, stored: str) -> torch.Tensor:
-    with safe_open(files.shard_of[stored], framework="pt") as opened:
-        return opened.get_tensor(stored)
