@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import islice
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expunge.data.batches import collate, endless, epoch_order, in_order
+from expunge.data.batches import EpochBatches, collate, epoch_order, in_order
 from expunge.data.tokenization import Example
 
 PAD = 9
@@ -87,12 +87,34 @@ def test_rows_of_similar_length_share_a_batch() -> None:
     assert widths != sorted(widths)
 
 
-def test_endless_batches_go_round_and_round() -> None:
+@pytest.mark.parametrize("by_length", [True, False])
+def test_the_batch_of_a_step_depends_on_the_seed_and_the_step_alone(by_length: bool) -> None:
     rows = examples([3, 5, 2, 7, 4])
-    stream = endless(rows, 2, PAD, torch.Generator().manual_seed(3))
-    for _ in range(3):
-        epoch = Counter(name for batch in islice(stream, 3) for name in batch.row_ids)
-        assert epoch == Counter("01234")
+
+    def batches() -> EpochBatches:
+        return EpochBatches(
+            rows, 2, PAD, lambda epoch: torch.Generator().manual_seed(epoch), by_length=by_length
+        )
+
+    one = batches()
+    order = [one.at(step).row_ids for step in range(1, 10)]
+    for epoch in range(3):
+        assert Counter(name for ids in order[3 * epoch : 3 * epoch + 3] for name in ids) == Counter(
+            "01234"
+        )
+    assert len(set(map(tuple, (order[:3], order[3:6], order[6:])))) > 1
+    # Jumped to, as a resumed run does.
+    for step in (8, 1, 5, 5):
+        assert batches().at(step).row_ids == order[step - 1]
+
+
+def test_rows_of_a_batch_lose_padding_they_do_not_need() -> None:
+    batch = collate(examples([3, 5, 2, 7]), range(4), PAD)
+    part = batch.rows(1, 3)
+    assert part.row_ids == ("1", "2")
+    assert part.input_ids.shape == (2, 5)
+    assert part.lengths == [5, 2]
+    assert torch.equal(part.packed(part.input_ids), batch.packed(batch.input_ids)[3:10])
 
 
 def test_in_order_starts_with_the_longest_and_takes_each_once() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,8 +19,7 @@ _POOL = 16
 class Batch:
     """Right-padded examples; every tensor is (rows, tokens)."""
 
-    row_ids: tuple[str, ...]
-    tasks: tuple[str, ...]
+    examples: tuple[Example, ...]
     indices: tuple[int, ...]
     """Positions of the examples in the list that the batch was drawn from."""
     input_ids: torch.Tensor
@@ -28,15 +27,46 @@ class Batch:
     token_mask: torch.Tensor
     answer_mask: torch.Tensor
 
+    @property
+    def row_ids(self) -> tuple[str, ...]:
+        """The rows' ids."""
+        return tuple(example.row_id for example in self.examples)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The rows' tasks."""
+        return tuple(example.task for example in self.examples)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, without padding."""
+        return [len(example) for example in self.examples]
+
+    def packed(self, values: torch.Tensor) -> torch.Tensor:
+        """(rows, tokens, ...) -> (all rows' tokens, ...): padding left out."""
+        return values[self.attention_mask.bool()]
+
     def mask(self, tokens: Tokens) -> torch.Tensor:
         """Boolean mask of the tokens that a loss counts."""
         return self.token_mask if tokens == "all" else self.answer_mask
 
+    def rows(self, begin: int, end: int) -> Batch:
+        """Some of the rows, with no more padding than they need."""
+        chosen = self.examples[begin:end]
+        width = max(map(len, chosen))
+        return Batch(
+            chosen,
+            self.indices[begin:end],
+            self.input_ids[begin:end, :width],
+            self.attention_mask[begin:end, :width],
+            self.token_mask[begin:end, :width],
+            self.answer_mask[begin:end, :width],
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`."""
         return Batch(
-            self.row_ids,
-            self.tasks,
+            self.examples,
             self.indices,
             self.input_ids.to(device),
             self.attention_mask.to(device),
@@ -54,8 +84,7 @@ def collate(examples: Sequence[Example], indices: Sequence[int], pad_id: int) ->
         return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=dtype)
 
     return Batch(
-        tuple(example.row_id for example in chosen),
-        tuple(example.task for example in chosen),
+        tuple(chosen),
         tuple(indices),
         padded([example.input_ids for example in chosen], pad_id, torch.long),
         padded([[1] * len(example) for example in chosen], 0, torch.long),
@@ -65,10 +94,12 @@ def collate(examples: Sequence[Example], indices: Sequence[int], pad_id: int) ->
 
 
 def epoch_order(
-    lengths: Sequence[int], batch_size: int, generator: torch.Generator
+    lengths: Sequence[int], batch_size: int, generator: torch.Generator, *, by_length: bool = True
 ) -> list[list[int]]:
-    """One epoch's batches of indices: shuffled, sorted by length inside pools, shuffled again."""
+    """One epoch's batches of indices, shuffled; `by_length` sorts inside pools of 16 batches."""
     shuffled = torch.randperm(len(lengths), generator=generator).tolist()
+    if not by_length:
+        return [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]
     pool = batch_size * _POOL
     batches = []
     for start in range(0, len(shuffled), pool):
@@ -77,14 +108,34 @@ def epoch_order(
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def endless(
-    examples: Sequence[Example], batch_size: int, pad_id: int, generator: torch.Generator
-) -> Iterator[Batch]:
-    """Batches for as long as the caller asks, a new order each time the examples are used up."""
-    lengths = [len(example) for example in examples]
-    while True:
-        for indices in epoch_order(lengths, batch_size, generator):
-            yield collate(examples, indices, pad_id)
+class EpochBatches:
+    """The batch of any step, a new order every epoch; a function of the seed and the step alone."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        pad_id: int,
+        generator: Callable[[int], torch.Generator],
+        *,
+        by_length: bool = True,
+    ) -> None:
+        """`generator` gives that of an epoch; `by_length` puts rows of similar length together."""
+        self._examples, self._batch_size, self._pad_id = examples, batch_size, pad_id
+        self._generator, self._by_length = generator, by_length
+        self._epoch = -1
+        self._order: list[list[int]] = []
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step, counted from 1."""
+        epoch, position = divmod(step - 1, -(-len(self._examples) // self._batch_size))
+        if epoch != self._epoch:
+            lengths = [len(example) for example in self._examples]
+            self._order = epoch_order(
+                lengths, self._batch_size, self._generator(epoch), by_length=self._by_length
+            )
+            self._epoch = epoch
+        return collate(self._examples, self._order[position], self._pad_id)
 
 
 def in_order(examples: Sequence[Example], batch_size: int, pad_id: int) -> Iterator[Batch]:

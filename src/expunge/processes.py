@@ -1,0 +1,98 @@
+"""One process, or several started by `accelerate launch` that share every step's rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+
+class Processes(Protocol):
+    """The processes of a run; what they all must know is the same in each."""
+
+    rank: int
+    count: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one writes files and speaks to the user."""
+
+    @property
+    def shards(self) -> bool:
+        """Whether frozen weights are spread over the processes (an FSDP configuration)."""
+
+    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Adds each tensor over all processes, in place."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, by rank."""
+
+    def wait(self) -> None:
+        """Returns once all processes have come here."""
+
+
+class OneProcess:
+    """No others."""
+
+    rank = 0
+    count = 1
+    is_main = True
+    shards = False
+
+    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Nothing to add."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """The one value."""
+        return [value]
+
+    def wait(self) -> None:
+        """Nobody to wait for."""
+
+
+class ManyProcesses:
+    """Those of Accelerate's process group: gloo on processors, NCCL on GPUs."""
+
+    def __init__(self, device_type: str) -> None:
+        from accelerate import PartialState
+
+        self._state = PartialState(cpu=device_type == "cpu")
+        self.rank: int = self._state.process_index
+        self.count: int = self._state.num_processes
+        self.device: torch.device = self._state.device
+
+        self.shards = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0."""
+        return self.rank == 0
+
+    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
+        """One exchange for all tensors together."""
+        flat = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        start = 0
+        for tensor in tensors:
+            end = start + tensor.numel()
+            tensor.detach().copy_(flat[start:end].view_as(tensor))
+            start = end
+
+    def gather(self, value: Any) -> list[Any]:
+        """Small values only: they are sent as objects."""
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """A barrier."""
+        torch.distributed.barrier()
+
+
+def processes_of(device_type: str) -> Processes:
+    """Those that `accelerate launch` or torchrun started, or this one alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return ManyProcesses(device_type)
+    return OneProcess()
