@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import FAMILIES, refusal, shaken, tiny_model
-from expunge.evaluation import generation
+from expunge.evaluation import cache, decoding, generation
 from expunge.evaluation.generation import generate
 
 NEW_TOKENS = 10
@@ -76,6 +77,11 @@ def test_a_row_near_the_end_of_the_context_does_not_shorten_its_neighbours(token
     alone = [one_at_a_time(model, prompt, tokenizer.eos_token_id) for prompt in asked]
     assert list(map(len, alone)) == [NEW_TOKENS, 1, NEW_TOKENS, 4]
     assert generate(model, tokenizer, asked, 64) == texts(tokenizer, alone)
+    # So few of them end early that they stay in the batch, beyond the last position that there is.
+    asked = [asked[3], *prompts([30] * 7, len(tokenizer))]
+    alone = [one_at_a_time(model, prompt, tokenizer.eos_token_id) for prompt in asked]
+    assert list(map(len, alone)) == [4, *[NEW_TOKENS] * 7]
+    assert generate(model, tokenizer, asked, 64) == texts(tokenizer, alone)
 
 
 def test_a_prompt_that_fills_the_context_is_refused_by_number(tokenizer: Any) -> None:
@@ -107,14 +113,137 @@ def test_a_models_own_generation_settings_do_not_matter(tokenizer: Any) -> None:
     assert model.generation_config is own
 
 
-def test_they_are_put_back_after_an_error(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("olmo", len(tokenizer))
-    own = model.generation_config
+def family_model(family: str, vocabulary: int) -> Any:
+    """A tiny model; those that conftest does not make tell positions by other means."""
+    if family not in ("opt", "bloom"):
+        return tiny_model(family, vocabulary)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=vocabulary,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=32,
+        num_hidden_layers=4,
+        n_layer=4,
+        n_head=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    config.dtype = torch.float32
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
 
-    def fail(**_: object) -> None:
-        raise ZeroDivisionError
 
-    monkeypatch.setattr(model, "generate", fail)
-    with pytest.raises(ZeroDivisionError):
-        generate(model, tokenizer, [[5]], 1)
-    assert model.generation_config is own
+def windowed(family: str, vocabulary: int) -> Any:
+    """A model whose layers, or every other one, see the last four tokens only."""
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=128,
+        sliding_window=4,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    config.dtype = torch.float32
+    torch.manual_seed(0)
+    return shaken(AutoModelForCausalLM.from_config(config).eval())
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_a_sliding_window_is_counted_in_each_rows_own_tokens(family: str, tokenizer: Any) -> None:
+    model = windowed(family, len(tokenizer))
+    asked = prompts([5, 23, 1, 5, 60, 12, 7], len(tokenizer))
+    alone = [one_at_a_time(model, prompt, 0) for prompt in asked]
+    drafts = [[*row[: 2 * place], 9] for place, row in enumerate(alone)]
+    for batch_size in (1, 3, 64):
+        assert generate(model, tokenizer, asked, batch_size) == texts(tokenizer, alone)
+        assert generate(model, tokenizer, asked, batch_size, drafts=drafts) == texts(
+            tokenizer, alone
+        )
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2", "opt", "bloom"])
+def test_no_draft_changes_what_is_written(family: str, tokenizer: Any) -> None:
+    model = shaken(family_model(family, len(tokenizer)))
+    asked = prompts([5, 23, 1, 5, 60, 12, 7], len(tokenizer))
+    end = one_at_a_time(model, asked[1], -1)[3]
+    model.generation_config.eos_token_id = [end]
+    alone = [one_at_a_time(model, prompt, end) for prompt in asked]
+    right = [row[:-1] if row[-1] == end else row for row in alone]
+    kinds: dict[str, list[list[int]]] = {
+        "right": right,
+        "right, too long": [[*row, *([7] * 20)] for row in right],
+        "half right": [[*row[: len(row) // 2], 8, *row] for row in right],
+        "wrong": [[8, 9]] * len(asked),
+        "empty": [[]] * len(asked),
+        "the end": [[end]] * len(asked),
+    }
+    for drafts in kinds.values():
+        for batch_size in (1, 64):
+            written = generate(model, tokenizer, asked, batch_size, drafts=drafts)
+            assert written == texts(tokenizer, alone)
+
+
+def test_a_right_draft_needs_no_step(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shaken(tiny_model("olmo", len(tokenizer)))
+    asked = prompts([5, 9, 30], len(tokenizer))
+    alone = [one_at_a_time(model, prompt, 0) for prompt in asked]
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    assert generate(model, tokenizer, asked, 64, drafts=alone) == texts(tokenizer, alone)
+    assert len(passes) == 1
+
+
+def test_rows_that_end_at_once_and_rows_that_never_do(tokenizer: Any) -> None:
+    model = shaken(tiny_model("llama", len(tokenizer)))
+    asked = prompts([5, 9, 30, 31], len(tokenizer))
+    first = one_at_a_time(model, asked[0], -1)[0]
+    for ends in ([first], [len(tokenizer) + 5]):
+        model.generation_config.eos_token_id = ends
+        alone = [one_at_a_time(model, prompt, ends[0]) for prompt in asked]
+        assert len(alone[0]) == (1 if ends == [first] else NEW_TOKENS)
+        assert generate(model, tokenizer, asked, 64) == texts(tokenizer, alone)
+
+
+def test_many_rows_come_and_go(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows join a pool that others have left, and the cache is laid out anew when it is full."""
+    monkeypatch.setattr(cache, "ROOM", 3)
+    monkeypatch.setattr(decoding, "ROOM", 3)
+    model = shaken(tiny_model("qwen2", len(tokenizer)))
+    asked = prompts([1 + (7 * n) % 40 for n in range(40)], len(tokenizer))
+    end = one_at_a_time(model, asked[3], -1)[1]
+    model.generation_config.eos_token_id = end
+    alone = [one_at_a_time(model, prompt, end) for prompt in asked]
+    assert len(set(map(len, alone))) > 2
+    for batch_size in (2, 8):
+        assert generate(model, tokenizer, asked, batch_size) == texts(tokenizer, alone)
+
+
+def test_what_all_but_ties_is_decided_by_the_row_alone(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.tensor([[1.0, 9.0, 9.0 + 1e-6], [1.0, 9.0, 9.1], [-5.0, -5.0, -9.0]])
+    tokens, near = decoding.choices(logits)
+    assert near == [True, False, True]
+    assert tokens[1] == 2
+    assert decoding.choices(logits.bfloat16())[1] == [False] * 3
+
+    model = shaken(tiny_model("gpt_neox", len(tokenizer)))
+    asked = prompts([5, 23, 7], len(tokenizer))
+    alone = [one_at_a_time(model, prompt, 0) for prompt in asked]
+    # As if every choice were a tie, and the batch had decided each wrongly.
+    monkeypatch.setattr(decoding, "choices", lambda x: ([3] * len(x), [True] * len(x)))
+    assert generate(model, tokenizer, asked, 64) == texts(tokenizer, alone)
+    assert generate(model, tokenizer, asked, 64, drafts=alone) == texts(tokenizer, alone)
+
+
+def test_nothing_asked_is_nothing_written(tokenizer: Any) -> None:
+    assert generate(tiny_model("olmo", len(tokenizer)), tokenizer, [], 4) == []

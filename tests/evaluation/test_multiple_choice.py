@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,6 +20,7 @@ from expunge.evaluation.multiple_choice import (
     choice_log_probs,
     prompt_for,
     read_questions,
+    shared_prefixes,
 )
 
 QUESTION = Question("high_school_physics", "What falls?", ("up", "down", "left", "right"), 1)
@@ -59,6 +62,42 @@ def test_scores_are_those_of_each_continuation_alone(family: str, tokenizer: Any
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(scores.argmax(1), expected.argmax(1))
         assert sum(counted) == len(PROMPTS)
+
+
+HEADERS = [
+    "Ada was born in a small house near the river of Paris. " * 3,
+    "Ben's number is 90-1. " * 4,
+]
+SHARING = [
+    header + ask for header in HEADERS for ask in ("Who? Answer:", "What? Answer:", "Ada", "")
+]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
+def test_a_shared_start_computed_once_changes_no_score(family: str, tokenizer: Any) -> None:
+    model = shaken(tiny_model(family, len(tokenizer)))
+    asked = [*SHARING, *PROMPTS, SHARING[0]]
+    texts = [tokenizer(prompt)["input_ids"] for prompt in asked]
+    assert sum(shared > 0 for shared, _ in shared_prefixes(texts)) == 2
+    expected = torch.tensor([full_softmax(model, tokenizer, prompt) for prompt in asked])
+    for batch_size in (1, 3, 64):
+        scores = choice_log_probs(model, tokenizer, asked, batch_size)
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+@given(
+    texts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=90), min_size=1, max_size=9),
+    start=st.lists(st.integers(0, 2), max_size=70),
+)
+def test_groups_share_what_they_say_and_hold_every_text_once(
+    texts: list[list[int]], start: list[int]
+) -> None:
+    texts = [[*start, *text] for text in texts]
+    groups = shared_prefixes(texts)
+    assert sorted(index for _, group in groups for index in group) == list(range(len(texts)))
+    for shared, group in groups:
+        assert len({tuple(texts[index][:shared]) for index in group}) == 1
+        assert all(len(texts[index]) > shared for index in group)
 
 
 def characters_tokenizer() -> Any:

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from expunge.data.batches import in_order
+from expunge.data.batches import collate
 from expunge.data.tokenization import Example
+from expunge.evaluation.batches import token_batches
+from expunge.evaluation.kernels import fast_linear
+from expunge.evaluation.logits import logits_at
 from expunge.methods.membership import RowLosses
-from expunge.methods.numerics import token_log_probs
+from expunge.methods.numerics import target_log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,12 +28,15 @@ def document_losses(
 ) -> dict[str, float]:
     """Mean loss of each row's tokens in nats, by row id; a windowed row counts as one document."""
     losses = RowLosses()
-    for cpu_batch in in_order(examples, batch_size, pad_id):
-        batch = cpu_batch.to(model.device)
-        with torch.no_grad():
-            logits = model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            ).logits
-        losses.add(batch, token_log_probs(logits, batch.input_ids))
-        advance(len(batch.row_ids))
+    with fast_linear(model):
+        for indices in token_batches([len(e) for e in examples], batch_size, model.device):
+            batch = collate(examples, indices, pad_id).to(model.device)
+            counted = batch.token_mask[:, 1:]
+            # Where a token is counted, the place before it is read.
+            where = torch.nn.functional.pad(counted, (0, 1))
+            logits = logits_at(model, where, input_ids=batch.input_ids, use_cache=False)
+            log_probs = torch.zeros(counted.shape, device=model.device)
+            log_probs[counted] = target_log_probs(logits, batch.input_ids[:, 1:][counted])
+            losses.add(batch, log_probs)
+            advance(len(indices))
     return losses.means()

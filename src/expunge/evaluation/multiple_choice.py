@@ -10,17 +10,24 @@ import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from expunge.errors import InputError
-from expunge.models.loading import context_of, pad_id_of
+from expunge.evaluation.batches import padded, token_batches
+from expunge.evaluation.kernels import fast_linear
+from expunge.evaluation.logits import logits_at
+from expunge.models.loading import context_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from expunge.evaluation.cache import Past
+
 LETTERS = ("A", "B", "C", "D")
+_WORTH = 64
+"""Tokens that sharing must save to be worth a pass of its own."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], co
                 f"question {number}: its prompt has {len(ids)} tokens, the context has {context};"
                 " use fewer --mmlu-shots"
             )
-    _encode(tokenizer, prompts[0])
+    _encoded(tokenizer, prompts[:1])
 
 
 def choice_log_probs(
@@ -96,31 +103,82 @@ def choice_log_probs(
 ) -> torch.Tensor:
     """Log-probability of " A".." D" after each prompt, (prompts, 4), float32.
 
-    Prompts are padded on the right and each is read at its own last token, so neither the batch size
-    nor a row's neighbours change a score. Raises InputError for prompts beyond the context.
+    What prompts share at their start is computed once. Each is read at its own last token, so neither
+    the batch size nor a row's neighbours change a score. Raises InputError for prompts beyond the
+    context.
     """
     check_prompts(tokenizer, prompts, context_of(model.config))
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    encoded = _encoded(tokenizer, prompts)
+    texts = [ids for ids, _ in encoded]
     scores = torch.zeros(len(prompts), len(LETTERS))
-    order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index][0]))
-    pad = pad_id_of(tokenizer)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        lengths = [len(encoded[index][0]) for index in chosen]
-        width = lengths[0]
-        ids = torch.tensor([encoded[i][0] + [pad] * (width - len(encoded[i][0])) for i in chosen])
-        mask = torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]
-        with torch.no_grad():
-            logits = model(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.long().to(model.device),
-                use_cache=False,
-            ).logits
-        last = logits[torch.arange(len(chosen)), torch.tensor(lengths) - 1].float().log_softmax(-1)
-        letters = torch.tensor([encoded[index][1] for index in chosen])
-        scores[chosen] = last.cpu().gather(1, letters)
-        advance(len(chosen))
+    with fast_linear(model):
+        for shared, group in shared_prefixes(texts):
+            past = _past(model, texts[group[0]][:shared]) if shared else None
+            rest = [texts[index][shared:] for index in group]
+            for places in token_batches([len(r) for r in rest], batch_size, model.device):
+                chosen = [group[place] for place in places]
+                logits = _last_logits(model, past, [rest[place] for place in places])
+                letters = torch.tensor([encoded[index][1] for index in chosen])
+                scores[chosen] = logits.float().log_softmax(-1).cpu().gather(1, letters)
+                advance(len(chosen))
     return scores
+
+
+def shared_prefixes(texts: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
+    """Groups of texts, by index, with the number of first tokens that a group computes once.
+
+    A text joins its alphabetical neighbours for as long as that saves more tokens than it costs them.
+    Those that save too little are one group that shares nothing.
+    """
+    groups: list[tuple[int, list[int]]] = []
+    for index in sorted(range(len(texts)), key=lambda i: list(texts[i])):
+        if groups:
+            shared, group = groups[-1]
+            common = _common(texts[group[0]][: shared or None], texts[index])
+            # The last token of each is read itself.
+            common = min(common, len(texts[index]) - 1, len(texts[group[0]]) - 1)
+            if common and common * len(group) >= shared * (len(group) - 1):
+                groups[-1] = (common, [*group, index])
+                continue
+        groups.append((0, [index]))
+    worth = [(n, group) for n, group in groups if n * (len(group) - 1) >= _WORTH]
+    apart = [i for n, group in groups if n * (len(group) - 1) < _WORTH for i in group]
+    return [*worth, (0, apart)] if apart else worth
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _past(model: PreTrainedModel, ids: Sequence[int]) -> Past:
+    from expunge.evaluation.cache import empty_cache, past_of
+
+    cache = empty_cache()
+    nowhere = torch.zeros(1, len(ids), dtype=torch.bool)
+    logits_at(
+        model,
+        nowhere,
+        input_ids=padded([ids]).to(model.device),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return past_of(cache, 0, len(ids))
+
+
+def _last_logits(
+    model: PreTrainedModel, past: Past | None, rows: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Logits after each row, which follows `past`: (rows, vocabulary)."""
+    from expunge.evaluation.cache import shared_cache
+
+    ids = padded(rows)
+    where = torch.zeros(ids.shape, dtype=torch.bool)
+    where[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])] = True
+    inputs: dict[str, Any] = {"use_cache": False}
+    if past is not None:
+        inputs = {"past_key_values": shared_cache(past, len(rows)), "use_cache": True}
+    return logits_at(model, where, input_ids=ids.to(model.device), **inputs)
 
 
 def accuracy(scores: torch.Tensor, questions: Sequence[Question]) -> float:
@@ -129,9 +187,19 @@ def accuracy(scores: torch.Tensor, questions: Sequence[Question]) -> float:
     return float((scores.argmax(1) == answers).float().mean())
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[int], list[int]]:
-    """The tokens that the four continuations share, and the one token that tells each apart."""
-    four = [list(tokenizer(f"{prompt} {letter}")["input_ids"]) for letter in LETTERS]
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
+) -> list[tuple[list[int], list[int]]]:
+    """The tokens that a prompt's four continuations share, and the one that tells each apart."""
+    texts = [f"{prompt} {letter}" for prompt in prompts for letter in LETTERS]
+    ids = tokenizer(texts)["input_ids"]
+    step = len(LETTERS)
+    return [_told_apart(tokenizer, ids[start : start + step]) for start in range(0, len(ids), step)]
+
+
+def _told_apart(
+    tokenizer: PreTrainedTokenizerBase, four: Sequence[list[int]]
+) -> tuple[list[int], list[int]]:
     shared, shortest = 0, min(map(len, four))
     while shared < shortest and len({ids[shared] for ids in four}) == 1:
         shared += 1

@@ -1,0 +1,216 @@
+"""Greedy decoding of many rows at once, each as if it were alone.
+
+A row may bring a draft: tokens that it probably gets. One pass over prompt and draft tells how many of
+them greedy decoding would have chosen; those are kept, the first other choice replaces the rest, and
+the row goes on token by token, among others that are not done. A draft changes the speed only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.cache_utils import Cache
+
+from expunge.evaluation.batches import padded, rows_within
+from expunge.evaluation.cache import ROOM, Past, empty_cache, joined, past_of
+from expunge.evaluation.logits import logits_at
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NEAR = 64
+"""Two logits are as good as tied below this many units of rounding of the larger one (float32)."""
+
+
+@dataclass(repr=False)
+class Request:
+    """One row: what to continue, what to try first, and how many tokens it may get."""
+
+    prompt: Sequence[int]
+    draft: Sequence[int]
+    room: int
+
+
+@dataclass(repr=False)
+class _Row:
+    """A row on its way; all tokens but the last are in the cache."""
+
+    index: int
+    request: Request
+    new: list[int] = field(default_factory=list)
+
+    @property
+    def cached(self) -> int:
+        return len(self.request.prompt) + len(self.new) - 1
+
+    def over(self, ends: Collection[int]) -> bool:
+        return len(self.new) >= self.request.room or self.new[-1] in ends
+
+
+def greedy(
+    model: PreTrainedModel, requests: Sequence[Request], ends: Collection[int], batch_size: int
+) -> Iterator[tuple[int, list[int]]]:
+    """(index of the request, its new tokens with the end that stopped it), as rows are done.
+
+    At most `batch_size` rows are in a batch, those of similar length together.
+    """
+    order = sorted(range(len(requests)), key=lambda i: -_length(requests[i]))
+    waiting = deque(order)
+    pool = _Pool(model, ends)
+    while waiting or pool.rows:
+        read: list[tuple[_Row, Past]] = []
+        while waiting and _admits(pool, _length(requests[waiting[0]]), len(read), batch_size):
+            most = batch_size - len(pool.rows) - len(read)
+            count = rows_within(_length(requests[waiting[0]]), most, model.device)
+            chosen = [waiting.popleft() for _ in range(min(count, len(waiting)))]
+            for row, past in _read(model, [_Row(i, requests[i]) for i in chosen], ends):
+                if past is None:
+                    yield row.index, row.new
+                else:
+                    read.append((row, past))
+        if read:
+            pool.join(read)
+        if pool.rows:
+            for row in pool.step():
+                yield row.index, row.new
+
+
+def _length(request: Request) -> int:
+    return len(request.prompt) + len(request.draft)
+
+
+def _admits(pool: _Pool, length: int, read: int, batch_size: int) -> bool:
+    """Rows join a pool that is half empty; one of long rows would pad short ones, so they wait."""
+    if read or not pool.rows:
+        return len(pool.rows) + read < batch_size
+    return len(pool.rows) <= batch_size // 2 and 2 * length >= pool.width
+
+
+def _read(
+    model: PreTrainedModel, rows: Sequence[_Row], ends: Collection[int]
+) -> list[tuple[_Row, Past | None]]:
+    """Reads prompts and drafts: each row with its first new tokens, and its past unless it is over."""
+    texts = [[*row.request.prompt, *row.request.draft] for row in rows]
+    ids = padded(texts)
+    where = torch.zeros(ids.shape, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        where[number, len(row.request.prompt) - 1 : len(texts[number])] = True
+    cache = empty_cache()
+    logits = logits_at(
+        model, where, input_ids=ids.to(model.device), past_key_values=cache, use_cache=True
+    )
+    tokens, near = choices(logits)
+    start = 0
+    done: list[tuple[_Row, Past | None]] = []
+    for number, row in enumerate(rows):
+        count = len(row.request.draft) + 1
+        _accept(model, row, tokens[start : start + count], near[start : start + count], ends)
+        start += count
+        past = None if row.over(ends) else past_of(cache, number, row.cached)
+        done.append((row, past))
+    return done
+
+
+def _accept(
+    model: PreTrainedModel,
+    row: _Row,
+    tokens: Sequence[int],
+    near: Sequence[bool],
+    ends: Collection[int],
+) -> None:
+    """Adds choices to a row for as long as its draft foresaw them, and the first that it did not."""
+    for position, (token, unsure) in enumerate(zip(tokens, near, strict=True)):
+        row.new.append(alone(model, [*row.request.prompt, *row.new]) if unsure else token)
+        drafted = row.request.draft[position : position + 1]
+        if row.over(ends) or list(drafted) != row.new[-1:]:
+            return
+
+
+def choices(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
+    """The likeliest token of each line of (lines, vocabulary), and whether another all but ties it.
+
+    A batch sums in another order than a row alone, so rounding must not decide. In half precision
+    whole steps of the logits tie; there the first of the likeliest is taken and none is near.
+    """
+    if logits.dtype.itemsize < 4:
+        return logits.argmax(-1).tolist(), [False] * len(logits)
+    top = logits.topk(2)
+    tokens: list[int] = top.indices[:, 0].tolist()
+    bound = _NEAR * torch.finfo(logits.dtype).eps * top.values.abs().amax(1)
+    near: list[bool] = (top.values[:, 0] - top.values[:, 1] <= bound).tolist()
+    return tokens, near
+
+
+def alone(model: PreTrainedModel, ids: Sequence[int]) -> int:
+    """The likeliest next token by a pass of this row only: the same whatever batch it came from."""
+    where = torch.zeros(1, len(ids), dtype=torch.bool)
+    where[0, -1] = True
+    inputs = torch.tensor([list(ids)], device=model.device)
+    return int(logits_at(model, where, input_ids=inputs, use_cache=False)[0].argmax())
+
+
+class _Pool:
+    """Rows that get one token each a step."""
+
+    def __init__(self, model: PreTrainedModel, ends: Collection[int]) -> None:
+        self._model = model
+        self._ends = ends
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._batch: list[_Row | None] = []
+        """The cache's rows in order; None where one has ended and not yet left."""
+        self._cache: Cache | None = None
+        self._filled = 0
+        self._end = 0
+
+    @property
+    def rows(self) -> list[_Row]:
+        return [row for row in self._batch if row is not None]
+
+    @property
+    def width(self) -> int:
+        return max(row.cached for row in self.rows)
+
+    def join(self, added: Sequence[tuple[_Row, Past]] = ()) -> None:
+        """Lays the cache out anew: rows that have ended leave, `added` ones join."""
+        kept = [place for place, row in enumerate(self._batch) if row is not None]
+        lengths = [row.cached for row in self.rows]
+        self._cache = joined(self._cache, kept, lengths, [past for _, past in added])
+        self._batch = [*self.rows, *(row for row, _ in added)]
+        self._filled = self.width
+        self._end = self._filled + ROOM
+
+    def step(self) -> list[_Row]:
+        """One more token for each row; those that are over with it leave and are returned."""
+        if self._filled == self._end or 4 * len(self.rows) <= 3 * len(self._batch):
+            self.join()
+        device = self._model.device
+        # One that has ended begins anew: its own positions could run out of the context.
+        lengths = torch.tensor([0 if row is None else row.cached for row in self._batch])
+        mask = torch.arange(self._filled + 1)[None, :] >= self._filled - lengths[:, None]
+        positions = {"position_ids": lengths[:, None].to(device)} if self._takes_positions else {}
+        last = [[0 if row is None else row.new[-1]] for row in self._batch]
+        with torch.no_grad():
+            logits = self._model(
+                input_ids=torch.tensor(last, device=device),
+                attention_mask=mask.long().to(device),
+                past_key_values=self._cache,
+                use_cache=True,
+                **positions,
+            ).logits[:, -1]
+        self._filled += 1
+        over = []
+        for place, (token, unsure) in enumerate(zip(*choices(logits), strict=True)):
+            row = self._batch[place]
+            if row is None:
+                continue
+            ids = [*row.request.prompt, *row.new]
+            row.new.append(alone(self._model, ids) if unsure else token)
+            if row.over(self._ends):
+                self._batch[place] = None
+                over.append(row)
+        return over
