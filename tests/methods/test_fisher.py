@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -29,6 +30,43 @@ def test_factors_give_the_gradient_of_each_example() -> None:
     with collected.collecting(5):
         layer(inputs).tanh().sum().backward()
     torch.testing.assert_close(collected.mean()["weight"], expected / 5)
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 2**20])
+@pytest.mark.parametrize(
+    ("rows", "tokens", "inside", "out"), [(4, 3, 7, 5), (3, 11, 2, 6), (1, 1, 3, 3), (5, 2, 8, 1)]
+)
+def test_factors_give_the_sum_of_squares_whatever_the_shapes(
+    rows: int, tokens: int, inside: int, out: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More tokens than the rank and fewer, padded rows, in chunks and at once."""
+    monkeypatch.setattr("expunge.methods.fisher._CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(rows, tokens, inside, generator=generator)
+    gradients = torch.randn(rows, tokens, out, generator=generator)
+    gradients[-1, tokens // 2 + 1 :] = 0  # padding gets no gradient, whatever its input
+    expected = torch.zeros(out, inside, dtype=torch.float64)
+    for x, g in zip(inputs.double(), gradients.double(), strict=True):
+        example = torch.zeros_like(expected)
+        for x_t, g_t in zip(x, g, strict=True):
+            example += torch.outer(g_t, x_t)
+        expected += example**2
+    # Against float64.
+    found = squared_example_gradients(inputs, gradients).double()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_weights_get_no_gradient_meanwhile_and_do_afterwards() -> None:
+    layers = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Tanh(), nn.Linear(3, 2, bias=False))
+    frozen = layers[2].weight.requires_grad_(False)
+    inputs = torch.randn(5, 6, 4, generator=torch.Generator().manual_seed(0))
+    collected = SquaredGradients([("first", layers[0]), ("last", layers[2])])
+    with collected.collecting(5):
+        layers(inputs).sum().backward()
+    assert layers[0].weight.grad is None
+    assert all(fisher.any() for fisher in collected.mean().values())
+    assert layers[0].weight.requires_grad
+    assert not frozen.requires_grad
 
 
 def test_the_hooks_are_gone_afterwards_even_after_an_error() -> None:
@@ -83,6 +121,40 @@ def test_libu_fisher_does_not_depend_on_the_batch_size(
     alone = objective.diagonal_fisher(context.retain)
     for name in found:
         torch.testing.assert_close(found[name], alone[name], rtol=1e-3, atol=1e-9)
+
+
+def test_libu_fisher_is_the_same_with_recomputed_activations(
+    make_context: Callable[..., Context], context: Context, objective: LIBUObjective
+) -> None:
+    other = make_context(layers=3)
+    recomputing = LIBU(rank=2, targets="all", gradient_checkpointing=True).start(other)
+    found, expected = (o.diagonal_fisher(context.retain) for o in (recomputing, objective))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-9)
+
+
+def test_libu_fisher_in_bfloat16_is_that_of_its_own_gradients(
+    make_context: Callable[..., Context],
+) -> None:
+    context = make_context(layers=3)
+    context.model.to(torch.bfloat16)
+    low = dataclasses.replace(context, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    objective = LIBU(rank=2, targets="all").start(low)
+    found = objective.diagonal_fisher(context.retain)
+    expected = {name: torch.zeros_like(p) for name, p in objective.parameters.items()}
+    for index in range(len(context.retain)):
+        batch = collate(context.retain, [index], context.pad_id)
+        with low.autocast():
+            log_probs, mask = objective.log_probs(batch)
+            loss = -row_means(log_probs, mask).sum()
+        gradients = torch.autograd.grad(loss, list(objective.parameters.values()))
+        for name, gradient in zip(expected, gradients, strict=True):
+            expected[name] += int(mask.sum()) * gradient.square() / len(context.retain)
+    for name, fisher in found.items():
+        assert fisher.dtype == torch.float32
+        # bfloat16 has 8 bits; the loss's factor sqrt(T) rounds otherwise than T afterwards.
+        error = (fisher - expected[name]).norm() / expected[name].norm()
+        assert float(error) < 0.03, name
 
 
 def test_forget_gradient_is_that_of_the_mean_token_loss(

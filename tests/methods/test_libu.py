@@ -90,6 +90,7 @@ def test_sophia_starts_from_phase_1s_fisher(context: Context) -> None:
     objective = LIBU(rank=4).start(context)
     assert objective.optimizer.name == "sophia"
     curvature = objective.initial_curvature()
+    assert curvature is not None
     for name, h in zip(objective.parameters, curvature, strict=True):
         assert torch.equal(h, objective.fisher[name])
     assert any(h.any() for h in curvature)

@@ -11,10 +11,10 @@ from expunge.methods.losses import (
     adaptive_target,
     bounded_ascent,
     cross_entropy,
-    kl_to_reference,
     npo,
     simnpo,
     steer,
+    token_kl,
     unit_direction,
 )
 from expunge.methods.numerics import masked_mean, row_means, row_sums, token_log_probs
@@ -96,8 +96,11 @@ def test_kl_against_a_sum_over_the_vocabulary(logits: torch.Tensor, mask: torch.
                 p = logits[row, place].double().softmax(0)
                 total += float((q * (q / p).log()).sum())
                 count += 1
-    assert float(kl_to_reference(logits, reference, mask)) == pytest.approx(total / count, rel=1e-5)
-    assert float(kl_to_reference(logits, logits, mask)) == pytest.approx(0, abs=1e-6)
+    where = mask[:, 1:]
+    found = token_kl(logits[:, :-1][where], reference[:, :-1][where])
+    assert float(found.sum()) == pytest.approx(total, rel=1e-5)
+    assert len(found) == count
+    assert token_kl(logits, logits).abs().max() < 1e-6
 
 
 def test_npo_against_its_definition() -> None:
@@ -146,14 +149,14 @@ def test_steer_against_loops(mask: torch.Tensor, generator: torch.Generator) -> 
 
 
 def test_adaptive_target_has_each_tokens_own_frozen_norm(generator: torch.Generator) -> None:
-    frozen = torch.randn(ROWS, TOKENS, WIDTH, generator=generator)
-    directions = torch.stack([unit_direction(WIDTH, "gaussian", generator) for _ in range(ROWS)])
-    target = adaptive_target(frozen, directions, beta=5.0)
-    torch.testing.assert_close(target.norm(dim=-1), 5 * frozen.norm(dim=-1))
-    cosine = torch.nn.functional.cosine_similarity(target, directions[:, None, :], dim=-1)
-    torch.testing.assert_close(cosine, torch.ones(ROWS, TOKENS))
+    norms = torch.rand(TOKENS, generator=generator) + 0.1
+    directions = torch.stack([unit_direction(WIDTH, "gaussian", generator) for _ in range(TOKENS)])
+    target = adaptive_target(norms, directions, beta=5.0)
+    torch.testing.assert_close(target.norm(dim=-1), 5 * norms)
+    cosine = torch.nn.functional.cosine_similarity(target, directions, dim=-1)
+    torch.testing.assert_close(cosine, torch.ones(TOKENS))
     # Twice as long a frozen state, twice as far a target: the scale adapts to the model's.
-    torch.testing.assert_close(adaptive_target(2 * frozen, directions, 5.0), 2 * target)
+    torch.testing.assert_close(adaptive_target(2 * norms, directions, 5.0), 2 * target)
 
 
 def test_gaussian_directions_are_unrelated_and_uniform_ones_are_not() -> None:
@@ -162,3 +165,32 @@ def test_gaussian_directions_are_unrelated_and_uniform_ones_are_not() -> None:
         a, b = (unit_direction(4096, kind, generator) for _ in range(2))
         assert float(a.norm()) == pytest.approx(1, abs=1e-5)
         assert low < float(a @ b) < high
+
+
+@pytest.mark.parametrize("loss", ["cross entropy", "bounded ascent", "kl", "npo", "simnpo"])
+def test_a_batch_is_the_weighted_mean_of_its_parts(
+    loss: str, logits: torch.Tensor, mask: torch.Tensor, generator: torch.Generator
+) -> None:
+    """Micro-batches: the weight is the share of counted tokens, or of rows for NPO and SimNPO."""
+    others = torch.randn(logits.shape, generator=generator)
+    log_probs, counted = -logits.abs()[..., 0], mask
+
+    def of(rows: slice) -> tuple[torch.Tensor, int]:
+        chosen, kept = log_probs[rows], counted[rows]
+        count = len(chosen)
+        if loss == "npo":
+            return npo(row_sums(chosen, kept), row_sums(others[rows, :, 0], kept), 0.3), count
+        if loss == "simnpo":
+            return simnpo(row_means(chosen, kept), 2.0, 0.1), count
+        if loss == "kl":
+            tokens = int(kept[:, 1:].sum())
+            where = kept[:, 1:]
+            return token_kl(logits[rows, :-1][where], others[rows, :-1][where]).mean(), tokens
+        value = cross_entropy(chosen, kept) if loss == "cross entropy" else None
+        value = bounded_ascent(chosen, kept, 1.0) if value is None else value
+        return value, int(kept.sum())
+
+    whole, total = of(slice(0, ROWS))
+    parts = [of(slice(0, 2)), of(slice(2, ROWS))]
+    found = sum(float(value) * count / total for value, count in parts)
+    assert found == pytest.approx(float(whole), rel=1e-5)

@@ -17,7 +17,7 @@ from expunge.methods.base import Context
 from expunge.methods.kl_minimization import KLMinimization
 from expunge.methods.rmu import RMU
 from expunge.models.decoder import find_layout
-from expunge.training.unlearning import _autocast
+from expunge.training.unlearning import autocast_of
 
 Contexts = Callable[..., Context]
 
@@ -81,12 +81,12 @@ def test_the_target_is_the_frozen_models_whatever_the_training_did(make_context:
     context = make_context()
     objective = AdaptiveRMU(layer=3).start(context)
     forget, _ = batches(context)
-    before = objective.frozen_states(forget).clone()
+    before = objective.hidden.before(forget).clone()
     with torch.no_grad():
         for parameter in objective.parameters.values():
             parameter.mul_(3)
-    torch.testing.assert_close(objective.frozen_states(forget), before)
-    assert not torch.allclose(objective.states(forget), before)
+    torch.testing.assert_close(objective.hidden.before(forget), before)
+    assert not torch.allclose(objective.hidden.now(forget)[0], before)
 
 
 def test_gradients_reach_the_three_weights_and_padding_does_not_count(
@@ -125,7 +125,7 @@ def test_directions_follow_the_seed_and_the_task(make_context: Contexts) -> None
     assert all(torch.equal(first[task], again[task]) for task in first)
     assert not torch.equal(first["Task1"], other["Task1"])
     assert not torch.equal(first["Task1"], first["Task2"])
-    shared = drawn(0)
+    shared = drawn(0, directions="shared")
     assert torch.equal(shared["Task1"], shared["Task2"])
 
 
@@ -133,7 +133,7 @@ def test_rmu_has_one_fixed_target(make_context: Contexts) -> None:
     context = make_context()
     objective = RMU(layer=3, coefficient=4.0).start(context)
     forget, _ = batches(context)
-    states = objective.states(forget)[forget.token_mask]
+    states = objective.hidden.now(forget)[0][forget.packed(forget.token_mask)]
     expected = (states - 4.0 * objective.direction).square().mean()
     terms = objective.loss(forget, None)
     assert float(terms.total.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
@@ -171,7 +171,7 @@ def test_the_retain_term_is_the_same_in_bfloat16(
     for dtype in (torch.float32, torch.bfloat16):
         context = make_context()
         context.model.to(dtype)
-        autocast = _autocast(torch.device("cpu"), dtype)
+        autocast = autocast_of(torch.device("cpu"), dtype)
         objective = method.start(dataclasses.replace(context, autocast=autocast))
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():

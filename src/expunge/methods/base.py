@@ -12,7 +12,10 @@ from torch import nn
 
 from expunge.data.batches import Batch
 from expunge.data.tokenization import Example
+from expunge.methods.numerics import token_log_probs
 from expunge.models.decoder import DecoderLayout
+from expunge.models.engine import SegmentEngine
+from expunge.processes import OneProcess, Processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,11 +26,15 @@ _REFERENCE_WIDTH = 256
 
 @dataclass(frozen=True)
 class Terms:
-    """One step's loss and its two parts as they enter it, each a scalar."""
+    """One step's loss in its two parts, as they enter it; each a scalar."""
 
-    total: torch.Tensor
     forget: torch.Tensor
     retain: torch.Tensor | None
+
+    @property
+    def total(self) -> torch.Tensor:
+        """Their sum."""
+        return self.forget if self.retain is None else self.forget + self.retain
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,8 @@ class OptimizerSpec:
 
     name: Literal["adamw", "sophia"] = "adamw"
     options: Mapping[str, Any] = field(default_factory=dict)
+    curvature_interval: int | None = None
+    """Steps between two estimates of the curvature, for Sophia."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,25 @@ class Context:
     autocast: Callable[[], AbstractContextManager[Any]]
     progress: Callable[[str, int, int], None]
     """Called with a phase's name, what is done and what there is to do."""
+    engine: SegmentEngine | None = None
+    """Runs the trained layers alone; None where the whole model runs."""
+    processes: Processes = field(default_factory=OneProcess)
+    """Those that share the rows of every step."""
+    resumed: Mapping[str, Any] | None = None
+    """The notes of a start whose parameters and optimiser will be put back; None for a new run."""
+
+    def next_tokens(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of each token and whether greedy decoding gives it: (rows, tokens - 1).
+
+        Entries of padding have no meaning.
+        """
+        if self.engine is not None:
+            return self.engine.next_tokens(batch)
+        logits = self.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).logits
+        right = logits[:, :-1].argmax(-1) == batch.input_ids[:, 1:]
+        return token_log_probs(logits, batch.input_ids), right
 
     def generator(self, purpose: str) -> torch.Generator:
         """A CPU generator of its own for each purpose, so that draws do not depend on each other."""
@@ -97,6 +125,12 @@ class Objective(Protocol):
 
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """The loss of one step, differentiable in `parameters`."""
+
+    def forget_size(self, batch: Batch) -> int:
+        """What the forget term of a batch is a mean over: its counted tokens, or its rows."""
+
+    def retain_size(self, batch: Batch) -> int:
+        """The same of the retain term."""
 
     def curvature(self, batch: Batch) -> list[torch.Tensor]:
         """Estimate of the loss's diagonal Hessian for Sophia, in the order of `parameters`."""
@@ -144,6 +178,12 @@ class Method(Protocol):
 
     def check(self, layout: DecoderLayout) -> None:
         """Raises InputError for settings that this model cannot take; no weights are needed."""
+
+    def trained_layers(self, layout: DecoderLayout) -> tuple[int, int] | None:
+        """The first and last layer that a step runs, for a loss on the last one's output.
+
+        None where a step needs the whole model.
+        """
 
     def start(self, context: Context) -> Objective:
         """Makes the model ready and returns the objective."""

@@ -3,16 +3,22 @@
 For y_t = W x_t the gradient of example n is G_n = sum_t g_nt x_nt^T with g = dL/dy, so the diagonal
 Fisher mean_n G_n^2 needs only the inputs x and the output gradients g of one ordinary pass over a
 batch. Squaring the gradient of a batch's mean, as published code does, underestimates it.
+
+The products G_n cost what autograd spends on the gradient of W, which the pass therefore leaves out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+_CHUNK = 2**20
+"""Numbers of per-example gradients that exist at a time: 4 MiB."""
 
 
 def squared_example_gradients(inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
@@ -21,8 +27,15 @@ def squared_example_gradients(inputs: torch.Tensor, gradients: torch.Tensor) -> 
     inputs (rows, tokens, in), gradients (rows, tokens, out) -> (out, in), float32. Each row's loss
     must depend on that row alone.
     """
-    per_example = torch.einsum("nto,nti->noi", gradients.float(), inputs.float())
-    return per_example.square().sum(0)
+    entries = gradients.shape[-1] * inputs.shape[-1]
+    rows = max(1, _CHUNK // entries)
+    total = inputs.new_zeros(gradients.shape[-1], inputs.shape[-1], dtype=torch.float32)
+    # Inside autocast the product of float32 factors would be rounded to bfloat16.
+    with torch.autocast(inputs.device.type, enabled=False):
+        for x, g in zip(inputs.split(rows), gradients.split(rows), strict=True):
+            per_example = torch.bmm(g.float().transpose(1, 2), x.float())  # (rows, out, in)
+            total += per_example.square_().sum(0)
+    return total
 
 
 class SquaredGradients:
@@ -38,28 +51,67 @@ class SquaredGradients:
 
     @contextmanager
     def collecting(self, rows: int) -> Iterator[None]:
-        """Adds the `rows` examples whose backward pass runs in the body."""
+        """Adds the `rows` examples whose forward and backward pass run in the body.
+
+        The weights get no gradient of their own meanwhile.
+        """
+        weights = [module.get_parameter("weight") for module in self._modules.values()]
+        wanted = [weight.requires_grad for weight in weights]
         handles: list[RemovableHandle] = []
-        for name, module in self._modules.items():
-            handles.append(module.register_forward_hook(self._keep(name)))
         try:
+            for weight in weights:
+                weight.requires_grad_(False)
+            for name, module in self._modules.items():
+                handles.append(module.register_forward_hook(self._tap(name)))
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            for weight, want in zip(weights, wanted, strict=True):
+                weight.requires_grad_(want)
         self._rows += rows
 
     def mean(self) -> dict[str, torch.Tensor]:
         """The mean over all examples added so far, by name."""
         return {name: total / max(1, self._rows) for name, total in self._sums.items()}
 
-    def _keep(self, name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            inputs = args[0].detach()
+    def _tap(self, name: str) -> Callable[..., torch.Tensor]:
+        def add(inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+            self._sums[name] += squared_example_gradients(inputs, gradient)
 
-            def add(gradient: torch.Tensor) -> None:
-                self._sums[name] += squared_example_gradients(inputs, gradient)
-
-            output.register_hook(add)
+        def hook(
+            _module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+        ) -> torch.Tensor:
+            # Without it nothing under the first adapted map would ask for a gradient.
+            anchor = torch.zeros((), device=output.device, requires_grad=True)
+            # Autocast gave the map its input in the dtype of its output.
+            tapped: torch.Tensor = _Tap.apply(output, args[0].to(output.dtype), anchor, add)
+            return tapped
 
         return hook
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on a map's output; its backward pass hands on the map's two factors.
+
+    A function rather than a hook on the output, so that activation checkpointing sees the input it
+    saves and drops it too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: torch.Tensor,
+        inputs: torch.Tensor,
+        _anchor: torch.Tensor,
+        add: Callable[[torch.Tensor, torch.Tensor], None],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.add = add
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (inputs,) = ctx.saved_tensors
+        ctx.add(inputs, gradient)
+        return gradient, None, None, None

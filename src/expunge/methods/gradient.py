@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from expunge.data.batches import Batch, Tokens
 from expunge.errors import InputError
 from expunge.methods.base import Context, Finished, OptimizerSpec, Terms
+from expunge.methods.forward import all_logits, head_takes_places, logits_at, recomputed
 from expunge.methods.losses import cross_entropy
-from expunge.methods.numerics import token_log_probs
+from expunge.methods.numerics import target_log_probs
 from expunge.models.decoder import DecoderLayout
 from expunge.models.lora import Adapter, LoraShape, Targets
 from expunge.models.weights import snapshot, swapped_in, train_only
@@ -36,6 +38,8 @@ class GradientSettings:
     """Which linear maps of a decoder layer are adapted."""
     tokens: Tokens = "all"
     """Which tokens the losses are taken over: the whole text, or the output given the input."""
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass, at the price of a second forward pass."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -57,6 +61,9 @@ class GradientSettings:
         """Whether there is an adapter to keep."""
         return self.parameters == "lora"
 
+    def trained_layers(self, layout: DecoderLayout) -> None:
+        """None: the loss is on the whole model's output."""
+
     def check(self, layout: DecoderLayout) -> None:
         """Raises InputError where the model has none of the linear maps to adapt."""
         if self.targets == "attention" and not layout.attention_linears:
@@ -73,7 +80,15 @@ class GradientObjective:
     ) -> None:
         self._model = context.model
         self._tokens = settings.tokens
+        self._recomputed = (
+            list(context.model.get_submodule(context.layout.layers).children())
+            if settings.gradient_checkpointing
+            else []
+        )
+        with context.autocast():
+            self._head_takes_places = head_takes_places(context.model)
         self._dtype = context.model.dtype
+        self._keeps_result = context.processes.is_main
         self.adapter: Adapter | None = None
         self.parameters: Mapping[str, nn.Parameter]
         self._frozen: dict[str, torch.Tensor] = {}
@@ -102,14 +117,26 @@ class GradientObjective:
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(rows, tokens, vocabulary)."""
-        return self._model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).logits
+        with self._kept():
+            return all_logits(self._model, batch.input_ids, batch.attention_mask)
+
+    def counted_logits(self, batch: Batch) -> torch.Tensor:
+        """Logits of the places that predict a counted token, in reading order.
+
+        (counted tokens, vocabulary): the head runs nowhere else.
+        """
+        mask = batch.mask(self._tokens)
+        where = functional.pad(mask[:, 1:], (0, 1))
+        if not self._head_takes_places:
+            return self.logits(batch)[where]
+        with self._kept():
+            return logits_at(self._model, batch.input_ids, batch.attention_mask, where)
 
     def log_probs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of each token and the mask of those that count, (rows, tokens - 1)."""
-        log_probs = token_log_probs(self.logits(batch), batch.input_ids)
-        return log_probs, batch.mask(self._tokens)[:, 1:]
+        """Log-probability of each counted token, 0 elsewhere, and their mask: (rows, tokens - 1)."""
+        mask = batch.mask(self._tokens)[:, 1:]
+        counted = target_log_probs(self.counted_logits(batch), batch.input_ids[:, 1:][mask])
+        return counted.new_zeros(mask.shape).masked_scatter(mask, counted), mask
 
     def cross_entropy(self, batch: Batch) -> torch.Tensor:
         """Mean negative log-likelihood of the batch's counted tokens."""
@@ -118,9 +145,21 @@ class GradientObjective:
     def with_retain(self, forget_term: torch.Tensor, retain: Batch | None, weight: float) -> Terms:
         """Adds weight * CE(retain) to a forget term."""
         if retain is None or weight == 0:
-            return Terms(forget_term, forget_term, None)
+            return Terms(forget_term, None)
         retain_term = weight * self.cross_entropy(retain)
-        return Terms(forget_term + retain_term, forget_term, retain_term)
+        return Terms(forget_term, retain_term)
+
+    def forget_size(self, batch: Batch) -> int:
+        """Most forget terms are means over counted tokens."""
+        return int(batch.mask(self._tokens)[:, 1:].sum())
+
+    def retain_size(self, batch: Batch) -> int:
+        """Every retain term is a mean over counted tokens."""
+        return int(batch.mask(self._tokens)[:, 1:].sum())
+
+    def _kept(self) -> AbstractContextManager[None]:
+        """Around a forward pass: which activations are kept for the backward pass, if there is one."""
+        return recomputed(self._recomputed if torch.is_grad_enabled() else [])
 
     def set_training(self, active: bool) -> None:
         """Adapter dropout is on in training steps only."""
@@ -136,8 +175,11 @@ class GradientObjective:
         return None
 
     def notes(self) -> Mapping[str, Any]:
-        """How many numbers are trained."""
-        return {"trained_parameters": sum(p.numel() for p in self.parameters.values())}
+        """How many numbers are trained, and where the LM head runs."""
+        return {
+            "trained_parameters": sum(p.numel() for p in self.parameters.values()),
+            "logits": "of counted tokens" if self._head_takes_places else "of all tokens",
+        }
 
     def artifacts(self) -> Mapping[str, torch.Tensor]:
         """None."""
@@ -148,7 +190,7 @@ class GradientObjective:
         if self.adapter is not None:
             adapter = self.adapter.state() if keep_adapter else None
             config = self.adapter.config.to_dict() if keep_adapter else None
-            return Finished(self.adapter.merge(), adapter, config)
+            return Finished(self.adapter.merge(keep=self._keeps_result), adapter, config)
         weights = snapshot(self.parameters)
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)

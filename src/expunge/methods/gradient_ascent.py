@@ -35,4 +35,4 @@ class GradientAscentObjective(GradientObjective):
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """The negative loss of forget text; retain text is not used."""
         ascent = -self.cross_entropy(forget)
-        return Terms(ascent, ascent, None)
+        return Terms(ascent, None)

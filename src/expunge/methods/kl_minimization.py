@@ -14,7 +14,7 @@ from typing import ClassVar
 from expunge.data.batches import Batch
 from expunge.methods.base import Context, Preset, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective, GradientSettings
-from expunge.methods.losses import kl_to_reference
+from expunge.methods.losses import token_kl
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class KLMinimizationObjective(GradientObjective):
         """Both terms of L."""
         ascent = -self.cross_entropy(forget)
         if retain is None or self._weight == 0:
-            return Terms(ascent, ascent, None)
+            return Terms(ascent, None)
         with self.reference():
-            before = self.logits(retain)
-        drift = kl_to_reference(self.logits(retain), before, retain.mask(self._tokens))
-        return Terms(ascent + self._weight * drift, ascent, self._weight * drift)
+            before = self.counted_logits(retain)
+        drift = token_kl(self.counted_logits(retain), before)
+        return Terms(ascent, self._weight * drift.sum() / max(1, len(drift)))

@@ -36,7 +36,7 @@ from expunge.methods.fisher import SquaredGradients
 from expunge.methods.gradient import GradientObjective, GradientSettings
 from expunge.methods.influence import predicted_rise, removal_step, size_within
 from expunge.methods.losses import bounded_ascent
-from expunge.methods.numerics import row_means, token_log_probs
+from expunge.methods.numerics import row_means, target_log_probs
 
 _HALVINGS = 12
 _PROBE_ROWS = 64
@@ -147,7 +147,6 @@ class LIBUObjective(GradientObjective):
         super().__init__(settings, context)
         self._settings = settings
         self._context = context
-        self._sampler = context.generator("sampled labels")
         self.optimizer = OptimizerSpec(
             "sophia",
             {
@@ -155,15 +154,19 @@ class LIBUObjective(GradientObjective):
                 "rho": settings.rho,
                 "betas": (settings.beta1, settings.beta2),
                 "weight_decay": settings.weight_decay,
-                "curvature_interval": settings.curvature_interval,
             },
+            settings.curvature_interval,
         )
         vocabulary = context.model.config.vocab_size
         # Text that was never seen is still better predicted than by guessing, log(vocabulary).
         guessing = math.log(vocabulary)
         self.ceiling = _CEILING * guessing if settings.ceiling is None else settings.ceiling
+        self.fisher: Mapping[str, torch.Tensor] = {}
+        if context.resumed is not None:  # the adapter and the curvature are put back
+            self._notes = context.resumed["phase_1"]
+            return
         self.fisher = self.diagonal_fisher(context.retain)
-        self._notes = self._phase_one(self.forget_gradient(context.forget))
+        self._notes = self._phase_one(self.forget_gradient(context.forget), self.fisher)
 
     def diagonal_fisher(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Mean over examples of T * (gradient of the mean loss of its T tokens)^2, by parameter.
@@ -190,7 +193,7 @@ class LIBUObjective(GradientObjective):
                 torch.where(mask, -log_probs, 0.0).sum().backward()
             tokens += int(mask.sum())
         gradient = {
-            name: torch.zeros_like(p) if p.grad is None else p.grad / max(1, tokens)
+            name: torch.zeros_like(p) if p.grad is None else p.grad.div_(max(1, tokens))
             for name, p in self.parameters.items()
         }
         self._clear_gradients()
@@ -207,33 +210,31 @@ class LIBUObjective(GradientObjective):
     def curvature(self, batch: Batch) -> list[torch.Tensor]:
         """Gauss-Newton-Bartlett estimate: tokens * (gradient on labels sampled from the model)^2."""
         with self._context.autocast():
-            logits = self.logits(batch)
+            logits = self.counted_logits(batch)
             with torch.no_grad():
-                probabilities = logits.detach().float().softmax(-1).flatten(0, 1).cpu()
-                drawn = torch.multinomial(probabilities, 1, generator=self._sampler)
-                # Entry t of the logits predicts token t + 1.
-                sampled = drawn.view(batch.input_ids.shape).roll(1, dims=1).to(logits.device)
-            mask = batch.mask(self._tokens)[:, 1:]
-            log_probs = token_log_probs(logits, sampled)
-            loss = torch.where(mask, -log_probs, 0.0).sum() / mask.sum().clamp(min=1)
+                probabilities = logits.detach().float().softmax(-1).cpu()
+                sampled = torch.multinomial(probabilities, 1)[:, 0].to(logits.device)
+            loss = -target_log_probs(logits, sampled).sum() / max(1, len(sampled))
         gradients = torch.autograd.grad(loss, list(self.parameters.values()))
-        return [mask.sum() * gradient.float().square() for gradient in gradients]
+        return [len(sampled) * gradient.float().square() for gradient in gradients]
 
-    def initial_curvature(self) -> list[torch.Tensor]:
+    def initial_curvature(self) -> list[torch.Tensor] | None:
         """Phase 1's Fisher, so that the first steps are not sign-momentum."""
-        return [self.fisher[name] for name in self.parameters]
+        return [self.fisher[name] for name in self.parameters] if self.fisher else None
 
     def notes(self) -> Mapping[str, Any]:
         """The measured figures of phase 1."""
         return {**super().notes(), "ceiling": self.ceiling, "phase_1": self._notes}
 
-    def _phase_one(self, gradient: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    def _phase_one(
+        self, gradient: Mapping[str, torch.Tensor], fisher: Mapping[str, torch.Tensor]
+    ) -> dict[str, float]:
         settings = self._settings
-        entries = sum(f.numel() for f in self.fisher.values())
-        mean_fisher = sum(float(f.sum()) for f in self.fisher.values()) / entries
+        entries = sum(f.numel() for f in fisher.values())
+        mean_fisher = sum(float(f.sum()) for f in fisher.values()) / entries
         damping = settings.damping * (mean_fisher if settings.damping_unit == "mean-fisher" else 1)
-        step = {name: removal_step(gradient[name], self.fisher[name], damping) for name in gradient}
-        rise = sum(float(predicted_rise(step[name], self.fisher[name])) for name in step)
+        step = {name: removal_step(gradient[name], fisher[name], damping) for name in gradient}
+        rise = sum(float(predicted_rise(step[name], fisher[name])) for name in step)
         if not math.isfinite(rise) or rise <= 0:
             raise RunError(
                 f"LIBU phase 1: the predicted rise along its step is {rise:.3g}, no step size"

@@ -1,7 +1,7 @@
 """The formulas of the methods, as pure tensor functions. A lower value is further unlearned.
 
 Log-probabilities and their masks are (rows, tokens), per-row sums (rows,), hidden states
-(rows, tokens, width). Every function returns a float32 scalar in nats, or in squared units of
+(tokens, width). Every function returns a float32 scalar in nats, or in squared units of
 activation for the two of the RMU family.
 """
 
@@ -23,16 +23,11 @@ def bounded_ascent(log_probs: torch.Tensor, mask: torch.Tensor, ceiling: float) 
     return masked_mean(functional.relu(ceiling + log_probs), mask)
 
 
-def kl_to_reference(
-    logits: torch.Tensor, reference_logits: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """Mean over tokens of KL(reference || model) of the next-token distributions.
-
-    logits (rows, tokens, vocabulary); `mask` (rows, tokens) marks the predicted tokens.
-    """
-    log_p = functional.log_softmax(logits[:, :-1].float(), dim=-1)
-    log_q = functional.log_softmax(reference_logits[:, :-1].float(), dim=-1)
-    return masked_mean((log_q.exp() * (log_q - log_p)).sum(-1), mask[:, 1:])
+def token_kl(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:
+    """KL(reference || model) of next-token distributions: (..., vocabulary) twice -> (...)."""
+    log_p = functional.log_softmax(logits.float(), dim=-1)
+    log_q = functional.log_softmax(reference_logits.float(), dim=-1)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def npo(log_prob: torch.Tensor, reference_log_prob: torch.Tensor, beta: float) -> torch.Tensor:
@@ -54,19 +49,19 @@ def simnpo(mean_log_prob: torch.Tensor, beta: float, gamma: float) -> torch.Tens
 def steer(hidden: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over tokens of the squared distance to `target`, divided by the width.
 
-    Li et al., arXiv 2403.03218, eq. 1 and 2: with the control vector as target it is the forget
-    term, with the frozen model's hidden state the retain term.
+    hidden and target (tokens, width), mask (tokens,). Li et al., arXiv 2403.03218, eq. 1 and 2: with
+    the control vector as target it is the forget term, with the frozen model's hidden state the
+    retain term.
     """
     return masked_mean((hidden.float() - target.float()).square().mean(-1), mask)
 
 
-def adaptive_target(frozen: torch.Tensor, directions: torch.Tensor, beta: float) -> torch.Tensor:
-    """beta * ||h_frozen|| * u for every token, arXiv 2408.06223: (rows, tokens, width).
+def adaptive_target(norms: torch.Tensor, directions: torch.Tensor, beta: float) -> torch.Tensor:
+    """beta * ||h_frozen|| * u for every token, arXiv 2408.06223: (tokens, width).
 
-    frozen (rows, tokens, width); directions (rows, width), of unit norm.
+    norms (tokens,); directions (tokens, width), of unit norm.
     """
-    norms = frozen.float().norm(dim=-1, keepdim=True)
-    return beta * norms * directions.float()[:, None, :]
+    return beta * norms.float()[:, None] * directions.float()
 
 
 def unit_direction(width: int, kind: str, generator: torch.Generator) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -24,6 +24,16 @@ class RowLosses:
         for row, loss, count in zip(batch.row_ids, losses, mask.sum(1).tolist(), strict=True):
             self._sums[row] = self._sums.get(row, 0.0) + loss
             self._counts[row] = self._counts.get(row, 0) + count
+
+    @classmethod
+    def of_all(cls, parts: Iterable[RowLosses]) -> RowLosses:
+        """What several processes gathered, as one; a row may be in more than one of them."""
+        whole = cls()
+        for part in parts:
+            for row, total in part._sums.items():
+                whole._sums[row] = whole._sums.get(row, 0.0) + total
+                whole._counts[row] = whole._counts.get(row, 0) + part._counts[row]
+        return whole
 
     def means(self) -> dict[str, float]:
         """Nats a token, by row id."""

@@ -54,6 +54,10 @@ class NPOObjective(GradientObjective):
             done += len(batch.indices)
             context.progress("reference", done, len(context.forget))
 
+    def forget_size(self, batch: Batch) -> int:
+        """The forget term is a mean over rows."""
+        return len(batch.examples)
+
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """Both terms of L."""
         log_prob = row_sums(*self.log_probs(forget))

@@ -6,15 +6,21 @@ import torch
 from torch.nn import functional
 
 
+def target_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each target, in nats: logits (n, vocabulary), targets (n,) -> (n,)."""
+    return -functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
 def token_log_probs(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Log-probability of each token given those before it, in nats.
 
     logits (rows, tokens, vocabulary), input_ids (rows, tokens) -> (rows, tokens - 1): entry t is that
     of token t + 1, so masks are used as `mask[:, 1:]`.
     """
-    return -functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), input_ids[:, 1:], reduction="none"
-    )
+    # The last place predicts nothing, but without it the logits would have to be copied.
+    targets = input_ids.roll(-1, dims=1)
+    log_probs = target_log_probs(logits.flatten(0, 1), targets.flatten())
+    return log_probs.view(targets.shape)[:, :-1]
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -46,6 +46,10 @@ class SimNPOObjective(GradientObjective):
         self._beta, self._gamma = settings.beta, settings.gamma
         self._weight = settings.retain_weight
 
+    def forget_size(self, batch: Batch) -> int:
+        """The forget term is a mean over rows."""
+        return len(batch.examples)
+
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """Both terms of L."""
         term = simnpo(row_means(*self.log_probs(forget)), self._beta, self._gamma)

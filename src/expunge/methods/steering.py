@@ -1,14 +1,15 @@
 """What RMU and Adaptive RMU share: settings, the three trained projections and the frozen reference.
 
 The loop of both: push h_l of forget text to a target, hold h_l of retain text where it was. Only the
-MLP output projections of layers l-2, l-1 and l are trained, and nothing above layer l runs.
+MLP output projections of layers l-2, l-1 and l are trained, and nothing above layer l runs. Hidden
+states are flat, (tokens, width): rows one after the other without padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +21,9 @@ from expunge.methods.losses import steer
 from expunge.models.decoder import DecoderLayout, hidden_states
 from expunge.models.weights import snapshot, swapped_in, train_only
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 TRAINED_LAYERS = 3
 _DEPTH = 0.84
 
@@ -30,7 +34,7 @@ class SteeringSettings:
 
     layer: int | None = None
     """Decoder layer l whose output is steered, from 0; null: at 84% of the depth (26 of 32)."""
-    alpha: float = 30.0
+    alpha: float = 20.0
     """Weight of the retain term."""
     direction_kind: Literal["gaussian", "uniform"] = "gaussian"
     """How a direction is drawn; `uniform` is the published one, with positive entries only."""
@@ -55,11 +59,67 @@ class SteeringSettings:
         """Raises InputError where the layer and the two below it are not all there."""
         layout.check_layer(self.layer_in(layout), TRAINED_LAYERS - 1, "--method.layer")
 
+    def trained_layers(self, layout: DecoderLayout) -> tuple[int, int]:
+        """The first and the last layer that a step has to run."""
+        last = self.layer_in(layout)
+        return last - TRAINED_LAYERS + 1, last
+
     def layer_in(self, layout: DecoderLayout) -> int:
         """The layer to steer: the chosen one, or the SemEval 7B choice at this depth."""
         if self.layer is not None:
             return self.layer
         return max(TRAINED_LAYERS - 1, round(_DEPTH * layout.count) - 1)
+
+
+class HiddenStates(Protocol):
+    """h_l of a batch, (tokens, width), in the model as it is and as it was."""
+
+    path: str
+    """How it is computed, for the manifest."""
+
+    def freeze(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Takes the present values of the trained parameters as those of the frozen model."""
+
+    def now(self, *batches: Batch) -> list[torch.Tensor]:
+        """Of the model as it is, for each batch, with gradients."""
+
+    def before(self, batch: Batch) -> torch.Tensor:
+        """Of the frozen model, without gradients."""
+
+    def norms_before(self, batch: Batch) -> torch.Tensor:
+        """Norms of the frozen model's, (tokens,)."""
+
+
+class HookedStates:
+    """h_l from the model's own forward pass, ended at layer l, for models that cannot be cut."""
+
+    path = "hooks"
+
+    def __init__(self, model: PreTrainedModel, layout: DecoderLayout, layer: int) -> None:
+        self._model, self._layout, self._layer = model, layout, layer
+        self._trained: Mapping[str, nn.Parameter] = {}
+        self._frozen: Mapping[str, torch.Tensor] = {}
+
+    def freeze(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Keeps a copy of the trained parameters: one model is its own reference."""
+        self._trained = trained
+        self._frozen = {name: value.detach().clone() for name, value in trained.items()}
+
+    def now(self, *batches: Batch) -> list[torch.Tensor]:
+        """One padded pass for each batch."""
+        return [
+            batch.packed(hidden_states(self._model, self._layout, self._layer, batch))
+            for batch in batches
+        ]
+
+    def before(self, batch: Batch) -> torch.Tensor:
+        """A pass with the copies in the place of the trained parameters."""
+        with swapped_in(self._trained, self._frozen):
+            return self.now(batch)[0]
+
+    def norms_before(self, batch: Batch) -> torch.Tensor:
+        """Norms of that pass."""
+        return self.before(batch).float().norm(dim=-1)
 
 
 class SteeringObjective:
@@ -68,38 +128,45 @@ class SteeringObjective:
     optimizer = OptimizerSpec("adamw", {"weight_decay": 0.0})
 
     def __init__(self, settings: SteeringSettings, context: Context) -> None:
-        self._model = context.model
-        self._layout = context.layout
         self._alpha, self._tokens = settings.alpha, settings.tokens
-        self.layer = settings.layer_in(context.layout)
-        names = [
-            context.layout.mlp_output_weight(index)
-            for index in range(self.layer - TRAINED_LAYERS + 1, self.layer + 1)
-        ]
         self._dtype = context.model.dtype
+        first, self.layer = settings.trained_layers(context.layout)
+        names = [context.layout.mlp_output_weight(i) for i in range(first, self.layer + 1)]
+        self.hidden: HiddenStates = context.engine or HookedStates(
+            context.model, context.layout, self.layer
+        )
         self.parameters: Mapping[str, nn.Parameter] = train_only(context.model, names)
-        self._frozen = {name: value.detach().clone() for name, value in self.parameters.items()}
-
-    def states(self, batch: Batch) -> torch.Tensor:
-        """h_l of the model as it is, (rows, tokens, width)."""
-        return hidden_states(self._model, self._layout, self.layer, batch)
-
-    def frozen_states(self, batch: Batch) -> torch.Tensor:
-        """h_l of the model as it was, without gradients."""
-        with swapped_in(self.parameters, self._frozen):
-            return self.states(batch)
+        self.hidden.freeze(self.parameters)
 
     def terms(self, forget: Batch, target: torch.Tensor, retain: Batch | None) -> Terms:
         """Both terms for a target of the forget states; the retain term carries its weight."""
-        forget_term = steer(self.states(forget), target, forget.mask(self._tokens))
         if retain is None or self._alpha == 0:
-            return Terms(forget_term, forget_term, None)
-        drift = steer(self.states(retain), self.frozen_states(retain), retain.mask(self._tokens))
-        return Terms(forget_term + self._alpha * drift, forget_term, self._alpha * drift)
+            (states,) = self.hidden.now(forget)
+            forget_term = self._distance(states, target, forget)
+            return Terms(forget_term, None)
+        states, retain_states = self.hidden.now(forget, retain)
+        forget_term = self._distance(states, target, forget)
+        drift = self._alpha * self._distance(retain_states, self.hidden.before(retain), retain)
+        return Terms(forget_term, drift)
+
+    def _distance(self, states: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return steer(states, target, batch.packed(batch.mask(self._tokens)))
+
+    def forget_size(self, batch: Batch) -> int:
+        """Both terms are means over tokens."""
+        return int(batch.mask(self._tokens).sum())
+
+    def retain_size(self, batch: Batch) -> int:
+        """Both terms are means over tokens."""
+        return int(batch.mask(self._tokens).sum())
 
     def notes(self) -> Mapping[str, Any]:
-        """The layer that is steered and the weights that are trained."""
-        return {"layer": self.layer, "trained": list(self.parameters)}
+        """The layer that is steered, the weights that are trained, and how states are computed."""
+        return {
+            "layer": self.layer,
+            "trained": list(self.parameters),
+            "hidden_states": self.hidden.path,
+        }
 
     def set_training(self, active: bool) -> None:
         """Nothing to do: the model has no dropout of ours."""

@@ -1,0 +1,169 @@
+"""Logits of chosen places and recomputed activations, against the model's own forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import FAMILIES, random_examples, shaken, tiny_model
+from expunge.data.batches import Batch, collate
+from expunge.methods.base import Context
+from expunge.methods.forward import all_logits, head_takes_places, logits_at, recomputed
+from expunge.methods.gradient import GradientObjective
+from expunge.methods.gradient_difference import GradientDifference
+from expunge.models.decoder import find_layout
+
+# The last three scale or cap their logits after the head.
+ALL = (*FAMILIES, "gpt2", "gemma2", "cohere", "granite")
+VOCABULARY = 300
+LENGTHS = [9, 4, 7]
+
+
+def model_of(family: str) -> Any:
+    model = shaken(tiny_model(family, VOCABULARY, layers=2))
+    if family == "granite":
+        model.config.logits_scaling = 3.0
+    return model
+
+
+def whole_batch() -> Batch:
+    return collate(random_examples(LENGTHS, VOCABULARY), range(len(LENGTHS)), pad_id=1)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_logits_of_chosen_places_are_the_models_own(family: str) -> None:
+    model, batch = model_of(family), whole_batch()
+    where = batch.answer_mask.clone()
+    where[1] = False  # a row without any
+    expected = all_logits(model, batch.input_ids, batch.attention_mask)
+    found = logits_at(model, batch.input_ids, batch.attention_mask, where)
+    assert found.shape == (int(where.sum()), VOCABULARY)
+    # A matrix product of other shape sums in another order.
+    torch.testing.assert_close(found, expected[where], rtol=1e-4, atol=1e-4)
+    assert head_takes_places(model)
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+class FlattensFirst(nn.Module):
+    """Around a head: it is given (rows * tokens, width), so no place can be chosen for it."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.inner = head
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.inner(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
+
+
+@pytest.mark.parametrize("tokens", ["all", "answer"])
+def test_a_head_that_is_called_otherwise_is_noticed_and_gives_the_same_losses(
+    tokens: str, make_context: Callable[..., Context]
+) -> None:
+    def started(context: Context) -> GradientObjective:
+        return GradientDifference(rank=2, tokens=tokens).start(context)  # type: ignore[arg-type]
+
+    context, odd = make_context(), make_context()
+    model: Any = odd.model
+    inner = model.lm_head
+    model.lm_head = FlattensFirst(inner)
+    model.get_output_embeddings = lambda: inner
+    assert not head_takes_places(model)
+    plain, fallback = started(context), started(odd)
+    assert plain.notes()["logits"] == "of counted tokens"
+    assert fallback.notes()["logits"] == "of all tokens"
+    batch = collate(context.forget, [0, 1, 2], context.pad_id)
+    log_probs, mask = plain.log_probs(batch)
+    others, other_mask = fallback.log_probs(batch)
+    assert torch.equal(mask, other_mask)
+    torch.testing.assert_close(log_probs, others, rtol=1e-5, atol=1e-5)
+    assert not log_probs[~mask].any()
+
+
+def test_a_batch_without_counted_tokens_has_no_loss_and_no_gradient(
+    make_context: Callable[..., Context],
+) -> None:
+    context = make_context()
+    objective = GradientDifference(rank=2, tokens="answer").start(context)
+    batch = collate(context.forget, [0, 1], context.pad_id)
+    batch.answer_mask[:] = False
+    loss = objective.cross_entropy(batch)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    gradients = [p.grad for p in objective.parameters.values()]
+    assert not any(g is not None and g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_recomputed_activations_give_the_same_gradients(family: str) -> None:
+    model, batch = model_of(family), whole_batch()
+    layers = list(model.get_submodule(find_layout(model).layers).children())
+
+    def gradients() -> list[torch.Tensor]:
+        logits = all_logits(model, batch.input_ids, batch.attention_mask)
+        loss = logits[batch.answer_mask].logsumexp(-1).mean()
+        return list(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+
+    expected = gradients()
+    with recomputed(layers):
+        found = gradients()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert all("forward" not in vars(layer) for layer in layers)
+
+
+def test_recomputing_saves_memory_and_ends_after_an_error() -> None:
+    model, batch = model_of("olmo"), whole_batch()
+    layers = list(model.model.layers)
+
+    def saved() -> int:
+        sizes: list[int] = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            all_logits(model, batch.input_ids, batch.attention_mask)
+        return sum(sizes)
+
+    kept = saved()
+    with recomputed(layers):
+        assert saved() < kept / 2
+    with pytest.raises(ZeroDivisionError), recomputed(layers):
+        raise ZeroDivisionError
+    assert all("forward" not in vars(layer) for layer in layers)
+
+
+@pytest.mark.parametrize("family", ["olmo", "gpt_neox"])
+@pytest.mark.parametrize("parameters", ["lora", "full"])
+def test_gradient_checkpointing_changes_no_step(
+    family: str, parameters: Any, make_context: Callable[..., Context]
+) -> None:
+    """Adapter dropout included: the second forward pass must draw the same."""
+
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        context = make_context(family)
+        objective = GradientDifference(
+            parameters=parameters, rank=3, lora_dropout=0.3, gradient_checkpointing=checkpointing
+        ).start(context)
+        forget = collate(context.forget, [0, 1, 2], context.pad_id)
+        retain = collate(context.retain, [0, 1], context.pad_id)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in objective.parameters.values():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.1 * noise
+        objective.set_training(True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            objective.loss(forget, retain).total.backward()
+        # A weight may have no part in the loss.
+        return {n: p.grad for n, p in objective.parameters.items() if p.grad is not None}
+
+    plain, recomputing = gradients(False), gradients(True)
+    assert plain.keys() == recomputing.keys()
+    for name in plain:
+        torch.testing.assert_close(plain[name], recomputing[name], rtol=1e-6, atol=1e-6)
