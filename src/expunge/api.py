@@ -12,8 +12,9 @@ from expunge.evaluation.multiple_choice import read_questions
 from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
 from expunge.methods.base import Method
 from expunge.models.loading import context_of
+from expunge.training.options import TrainingOptions
 from expunge.training.progress import Progress, Silent
-from expunge.training.unlearning import Outcome, TrainingOptions, unlearn_model
+from expunge.training.unlearning import Outcome, unlearn_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

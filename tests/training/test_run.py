@@ -202,7 +202,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_last_good_state(
         calls += 1
         terms = original(self, forget, retain)
         factor = float("nan") if calls == 4 else 1.0
-        return type(terms)(terms.total * factor, terms.forget, terms.retain)
+        return type(terms)(terms.forget * factor, terms.retain)
 
     monkeypatch.setattr(AdaptiveRMUObjective, "loss", poisoned)
     assert start("--epochs", 9, "--validate-every", 1)[0] == 0
@@ -226,7 +226,7 @@ def test_a_destroyed_model_is_never_picked(start: Run, tmp_path: Path) -> None:
 
 
 def test_select_last_keeps_even_a_destroyed_model_and_says_so(start: Run, tmp_path: Path) -> None:
-    assert start(*DESTROY, "--select", "last")[0] == 0
+    assert start(*DESTROY, "--select", "last", "--validate-every", 1)[0] == 0
     record = manifest(tmp_path / "out")
     assert record["selection"]["candidates"][-1]["destroyed"]
     assert record["warnings"][0].startswith("the kept checkpoint is destroyed")
@@ -254,33 +254,6 @@ def test_a_time_limit_stops_in_time_and_keeps_the_best(
     record = manifest(tmp_path / "out")
     assert record["selection"]["stopped"] == "time limit"
     assert 3 < record["steps"] < 60
-
-
-@pytest.mark.parametrize("where", ["loss", "write_checkpoint", "verify_checkpoint"])
-@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError])
-def test_an_interruption_leaves_nothing_and_keeps_what_was_there(
-    where: str,
-    fault: type[BaseException],
-    start: Run,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from expunge.methods.adaptive_rmu import AdaptiveRMUObjective
-    from expunge.training import run
-
-    assert start()[0] == 0
-    before = {path: path.read_bytes() for path in files_below(tmp_path)}
-
-    def fail(*_: object, **__: object) -> None:
-        raise fault("secret text of a row")
-
-    home: Any = AdaptiveRMUObjective if where == "loss" else run
-    monkeypatch.setattr(home, where, fail)
-    code, _, err = start("--overwrite")
-    assert code == (130 if fault is KeyboardInterrupt else 1)
-    assert err.count("\n") == 1
-    assert "secret" not in err
-    assert {path: path.read_bytes() for path in files_below(tmp_path)} == before
 
 
 def test_a_checkpoint_that_reloads_differently_fails_the_run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -49,10 +50,15 @@ class ConsoleProgress:
         self._bars.update(self._tasks[name], completed=done, terms=terms)
 
 
+def speaks() -> bool:
+    """Whether this process speaks to the user: of those that accelerate launch started, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def progress_on_stderr(*, quiet: bool) -> Iterator[ConsoleProgress | Silent]:
     """A progress display for the body, or silence."""
-    if quiet:
+    if quiet or not speaks():
         yield Silent()
         return
     console = Console(stderr=True)

@@ -13,8 +13,8 @@ from expunge.cli.options import parse, take_flag
 from expunge.errors import InputError
 from expunge.methods.base import Method
 from expunge.methods.catalog import METHODS
+from expunge.training.options import TrainingOptions
 from expunge.training.run import RunInputs, run
-from expunge.training.unlearning import TrainingOptions
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from expunge.errors import ExpungeError
 COMMANDS = {
     "demo": ("expunge.cli.demo", "unlearn the built-in benchmark, end with the scorecards"),
     "run": ("expunge.cli.run", "unlearn a model: rows to remove, rows to keep, a method"),
+    "plan": ("expunge.cli.plan", "say what a run would take: memory, disk, steps, whether it fits"),
     "evaluate": ("expunge.cli.evaluate", "measure a model's scorecard"),
     "compare": ("expunge.cli.compare", "print the scorecards of several runs side by side"),
     "data": ("expunge.cli.data", "check rows and show how they are tokenised (data inspect)"),
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ExpungeError as error:
         if debug:
             raise
-        sys.stderr.write(f"expunge: {' '.join(str(error).split())}\n")
+        if os.environ.get("RANK", "0") == "0":  # the other processes of a run meet the same
+            sys.stderr.write(f"expunge: {' '.join(str(error).split())}\n")
         return error.exit_code
     except KeyboardInterrupt as stop:
         if debug:
@@ -73,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         # The message of an unexpected error may quote a row, so its type and place must do.
         sys.stderr.write(
-            f"expunge: internal error ({_place(error)}); run again with --debug for the traceback\n"
+            f"expunge: internal error ({_place(error)});"
+            f"{''.join(f' {note};' for note in getattr(error, '__notes__', ()))}"
+            " run again with --debug for the traceback\n"
         )
         return 1
     return int(code or 0)

@@ -22,27 +22,20 @@ from expunge.cli.options import (
 from expunge.errors import InputError
 from expunge.methods.base import Method
 from expunge.methods.catalog import METHODS
+from expunge.training.options import TrainingOptions
 from expunge.training.run import RunInputs, run
-from expunge.training.unlearning import TrainingOptions
 
 DEFAULT_METHOD = "adaptive-rmu"
+_ABOUT = (
+    "expunge run MODEL --forget F --retain R --output OUT [--method M] [--preset P]\n\n"
+    "Unlearns rows from a model and writes the result as a model directory. --quiet shows no progress."
+)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parses, runs, says where the result is."""
     arguments, quiet = take_flag(list(arguments), "--quiet")
-    arguments, config = take_option(arguments, "--config")
-    fields = {} if config is None else yaml_fields(Path(config))
-    arguments, chosen = take_option(arguments, "--method")
-    arguments, preset = take_option(arguments, "--preset")
-    yaml_method, yaml_preset = fields.pop("method", None), fields.pop("preset", None)
-    name = chosen or yaml_method or DEFAULT_METHOD
-    preset = preset or yaml_preset
-    method = _method_class(str(name))
-    command = _command(method)
-    defaults = [] if preset is None else _preset_arguments(method, str(preset), command)
-    defaults += as_arguments(fields, str(config), command)
-    settings: Any = parse(command, [*defaults, *named(arguments, "model")], "expunge run")
+    settings, preset = parsed(arguments, "expunge run", RunInputs, _ABOUT)
     with progress_on_stderr(quiet=quiet) as progress:
         manifest = run(
             cast("RunInputs", settings.inputs),
@@ -51,12 +44,35 @@ def main(arguments: Sequence[str]) -> int:
             progress,
             preset,
         )
-        progress.message(
-            f"{settings.inputs.output}: step {manifest['selection']['chosen_step']} of"
-            f" {manifest['steps']} kept ({manifest['selection']['why']};"
-            f" {manifest['selection']['stopped']}), {manifest['seconds']['total']:.0f} s"
-        )
+        if manifest["status"] == "complete":
+            selection = manifest["selection"]
+            progress.message(
+                f"{settings.inputs.output}: step {selection['chosen_step']} of"
+                f" {manifest['steps']} kept ({selection['why']}; {selection['stopped']}),"
+                f" {manifest['seconds']['total']:.0f} s"
+            )
     return 0
+
+
+def parsed(
+    arguments: Sequence[str], prog: str, inputs: type[RunInputs], about: str
+) -> tuple[Any, str | None]:
+    """The options of a run, as `inputs`, `training` and `settings` of the method, and its preset.
+
+    `about` opens the help. Raises InputError.
+    """
+    arguments, config = take_option(arguments, "--config")
+    fields = {} if config is None else yaml_fields(Path(config))
+    arguments, chosen = take_option(arguments, "--method")
+    arguments, preset = take_option(arguments, "--preset")
+    yaml_method, yaml_preset = fields.pop("method", None), fields.pop("preset", None)
+    name = chosen or yaml_method or DEFAULT_METHOD
+    preset = preset or yaml_preset
+    method = _method_class(str(name))
+    command = _command(method, inputs, about)
+    defaults = [] if preset is None else _preset_arguments(method, str(preset), command)
+    defaults += as_arguments(fields, str(config), command)
+    return parse(command, [*defaults, *named(arguments, "model")], prog), preset
 
 
 def _method_class(name: str) -> Any:
@@ -76,24 +92,23 @@ def _preset_arguments(method: Any, preset: str, command: type[Any]) -> list[str]
     return as_arguments(fields, f"preset {preset}", command)
 
 
-def _command(method: Any) -> type[Any]:
+def _command(method: Any, inputs: type[RunInputs], about: str) -> type[Any]:
     """The command's options for one method: `--method` decides which `--method.*` there are."""
     command = make_dataclass(
         "Run",
         [
-            ("inputs", Annotated[RunInputs, tyro.conf.arg(name="")]),
+            ("inputs", Annotated[inputs, tyro.conf.arg(name="")]),
             ("training", Annotated[TrainingOptions, tyro.conf.arg(name="")]),
             ("settings", Annotated[method, tyro.conf.arg(name="method")]),
         ],
     )
     defaults = method.defaults
     command.__doc__ = (
-        "expunge run MODEL --forget F --retain R --output OUT [--method M] [--preset P]\n\n"
-        "Unlearns rows from a model and writes the result as a model directory.\n\n"
+        f"{about}\n\n"
         f"--method M is one of {', '.join(METHODS)} (here {method.name}) and decides which"
         " --method.* options there are. --preset P takes published settings (here "
         f"{', '.join(method.presets) or 'none'}). --config FILE reads options from YAML; flags"
-        " override them. --quiet shows no progress.\n\n"
+        " override them.\n\n"
         f"Defaults of {method.name}: {defaults.epochs} epochs, batch size {defaults.batch_size},"
         f" learning rate {defaults.learning_rate:g} x 256 / hidden size."
     )

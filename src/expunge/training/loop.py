@@ -1,26 +1,31 @@
-"""The training loop: explicit, on Accelerate, forget and retain terms apart."""
+"""The training loop: explicit, on Accelerate, forget and retain terms apart, resumable at any step.
+
+Every random draw of a step is a function of the seed and the step, so that a run that was stopped and
+continued gives the bytes of one that was not.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
 
-from expunge.data.batches import endless
+from expunge.data.batches import Batch, EpochBatches
 from expunge.errors import RunError
 from expunge.methods.base import Context, Objective, Schedule
 from expunge.models.weights import restore, snapshot
+from expunge.training.options import Select
 from expunge.training.progress import Progress
 from expunge.training.sophia import Sophia
+from expunge.training.state import SavedState, optimizer_tensors, restore_optimizer
 from expunge.training.validation import Measured, ValidationSet, is_destroyed, measure, score
 
 _DESTROYED_PATIENCE = 5
-Select = Literal["best", "last"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,14 @@ class LoopOptions:
     learning_rate: float
     schedule: Schedule
     max_grad_norm: float
-    validate_every: int
+    validate_every: int | None
+    """None measures no candidate."""
     select: Select
     deadline: float | None
     """time.monotonic() by which the loop must have ended."""
     validation_seconds: float = 0.0
     """What measuring the target took; as much is reserved for the last candidate."""
+    micro_batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,8 @@ class Candidate:
 class History:
     """What happened in the loop."""
 
-    target: Measured
+    target: Measured | None
+    """None where nothing is measured."""
     candidates: list[Candidate] = field(default_factory=list)
     chosen_step: int = 0
     chosen_why: str = ""
@@ -64,7 +72,7 @@ class History:
     def describe(self) -> dict[str, Any]:
         """The manifest's selection history."""
         return {
-            "target": asdict(self.target),
+            "target": None if self.target is None else asdict(self.target),
             "candidates": [asdict(candidate) for candidate in self.candidates],
             "chosen_step": self.chosen_step,
             "why": self.chosen_why,
@@ -72,187 +80,343 @@ class History:
         }
 
 
-def train(
-    objective: Objective,
-    context: Context,
-    validation: ValidationSet,
-    target: Measured,
-    options: LoopOptions,
-    accelerator: Accelerator,
-    progress: Progress,
-    log: Callable[[Mapping[str, Any]], None],
-) -> History:
-    """Trains `objective` and leaves its parameters at the chosen checkpoint.
+class Keeper(Protocol):
+    """Where the loop's state is kept, and who may ask it to stop."""
 
-    `target` is what was measured before the objective started. `log` receives one mapping a step
-    and one a validation. Raises RunError where no checkpoint can be kept.
-    """
-    parameters = objective.parameters
-    optimizer, scheduler = _optimizer(objective, options, accelerator)
-    forget_batches = endless(
-        context.forget, context.batch_size, context.pad_id, context.generator("forget order")
-    )
-    retain_batches = (
-        endless(
-            context.retain, context.batch_size, context.pad_id, context.generator("retain order")
+    @property
+    def stop_requested(self) -> bool:
+        """Whether to stop before the next step."""
+
+    def due(self, step: int) -> bool:
+        """Whether the state should be saved after this step."""
+
+    def save(self, facts: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]]) -> None:
+        """Saves it."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop; its state is saved."""
+
+    def __init__(self, step: int, steps: int) -> None:
+        super().__init__(f"stopped after step {step} of {steps}")
+
+
+class Loop:
+    """One training: an objective, its optimiser, and what has happened so far."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        context: Context,
+        validation: ValidationSet,
+        target: Measured | None,
+        options: LoopOptions,
+        keeper: Keeper | None,
+        progress: Progress,
+        log: Callable[[Mapping[str, Any]], None],
+    ) -> None:
+        self._objective, self._context, self._validation = objective, context, validation
+        self._options, self._keeper, self._progress, self._log = options, keeper, progress, log
+        self._parameters = objective.parameters
+        self._optimizer = _optimizer(objective, options.learning_rate)
+        self._forget = self._batches("forget")
+        self._retain = self._batches("retain") if context.retain else None
+        self.history = History(target)
+        self._best: dict[str, torch.Tensor] | None = None
+        self._slowest_step = 0.0
+        self._slowest_validation = options.validation_seconds
+
+    def resume(self, state: SavedState) -> None:
+        """Goes on from a saved state."""
+        restore(self._parameters, state.under("parameters"))
+        restore_optimizer(self._optimizer, state.under("optimizer"))
+        best = state.under("best")
+        self._best = best or None
+        facts = state.facts
+        self.history.steps = facts["step"]
+        self.history.candidates = [
+            Candidate(**{**candidate, "measured": Measured(**candidate["measured"])})
+            for candidate in facts["candidates"]
+        ]
+
+    def save(self) -> None:
+        """Saves the state as it is between two steps."""
+        if self._keeper is None:
+            return
+        self._keeper.save(
+            {
+                "step": self.history.steps,
+                "steps": self._options.steps,
+                "candidates": [asdict(candidate) for candidate in self.history.candidates],
+            },
+            {
+                "parameters": self._parameters,
+                "optimizer": optimizer_tensors(self._optimizer),
+                "best": self._best or {},
+            },
         )
-        if context.retain
-        else None
-    )
-    history = History(target)
-    best: dict[str, torch.Tensor] | None = None
-    slowest_step, slowest_validation = 0.0, options.validation_seconds
-    for step in range(1, options.steps + 1):
-        started = time.monotonic()
-        reserve = slowest_step + slowest_validation
-        if options.deadline is not None and started + reserve >= options.deadline:
-            history.stopped = "time limit"
-            break
-        forget = next(forget_batches).to(context.device)
-        retain = next(retain_batches).to(context.device) if retain_batches else None
-        _refresh_curvature(optimizer, objective, step, retain)
-        objective.set_training(True)
-        with context.autocast():
-            terms = objective.loss(forget, retain)
-        if not math.isfinite(terms.total.item()):
-            history.stopped = f"the loss was not finite at step {step}"
-            break
-        accelerator.backward(terms.total)
-        norm = float(accelerator.clip_grad_norm_(list(parameters.values()), options.max_grad_norm))
+
+    def run(self) -> History:
+        """Trains, and leaves the parameters at the chosen checkpoint.
+
+        Raises RunError where no checkpoint can be kept, Stopped where the keeper asks to stop.
+        """
+        history, options = self.history, self._options
+        while history.steps < options.steps and not self._diverged():
+            if self._agreed(self._keeper is not None and self._keeper.stop_requested):
+                self.save()
+                raise Stopped(history.steps, options.steps)
+            if self._agreed(self._out_of_time()):
+                history.stopped = "time limit"
+                break
+            step = history.steps + 1
+            started = time.monotonic()
+            with _seeded(self._context, step):
+                failure = self._step(step, started)
+            if failure is not None:
+                history.stopped = failure
+                break
+            history.steps = step
+            self._slowest_step = max(self._slowest_step, time.monotonic() - started)
+            if self._measures_after(step):
+                self._validate(step)
+            if self._keeper is not None and self._keeper.due(step):
+                self.save()
+        if self._diverged():
+            history.stopped = f"diverged: destroyed at {_DESTROYED_PATIENCE} validations in a row"
+        self.save()
+        self._choose()
+        return history
+
+    def _agreed(self, wish: bool) -> bool:
+        """Whether any process wishes it; what one does all must do, or they wait for each other."""
+        return any(self._context.processes.gather(wish))
+
+    def _step(self, step: int, started: float) -> str | None:
+        """One update; returns why there was none."""
+        rate = self._options.learning_rate * self._factor(step - 1)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        forget = self._forget.at(step)
+        retain = None if self._retain is None else self._retain.at(step)
+        self._refresh_curvature(step, retain)
+        self._objective.set_training(True)
+        loss, forget_term, retain_term = self._backward(forget, retain)
+        self._objective.set_training(False)
+        if not math.isfinite(loss):
+            return f"the loss was not finite at step {step}"
+        parameters = list(self._parameters.values())
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._options.max_grad_norm))
         if not math.isfinite(norm):
-            history.stopped = f"the gradient was not finite at step {step}"
-            break
-        rate = scheduler.get_last_lr()[0]
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        objective.set_training(False)
-        history.steps = step
-        seconds = time.monotonic() - started
-        slowest_step = max(slowest_step, seconds)
-        forget_term = terms.forget.item()
-        retain_term = None if terms.retain is None else terms.retain.item()
-        progress.step(step, options.steps, forget_term, retain_term)
-        log(
+            return f"the gradient was not finite at step {step}"
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._progress.step(step, self._options.steps, forget_term, retain_term)
+        self._log(
             {
                 "step": step,
-                "epoch": round(step / options.steps_per_epoch, 4),
-                "loss": terms.total.item(),
+                "epoch": round(step / self._options.steps_per_epoch, 4),
+                "loss": loss,
                 "forget": forget_term,
                 "retain": retain_term,
                 "gradient_norm": norm,
                 "learning_rate": rate,
-                "seconds": round(seconds, 4),
+                "seconds": round(time.monotonic() - started, 4),
             }
         )
-        if step % options.validate_every == 0 or step == options.steps:
-            started = time.monotonic()
-            if _validate(step, context, validation, history, log):
-                best = snapshot(parameters)
-            slowest_validation = max(slowest_validation, time.monotonic() - started)
-            if _diverged(history):
-                history.stopped = (
-                    f"diverged: destroyed at {_DESTROYED_PATIENCE} validations in a row"
+        return None
+
+    def _backward(self, forget: Batch, retain: Batch | None) -> tuple[float, float, float | None]:
+        """Gradients of the step's loss, micro-batch by micro-batch; the loss and its two terms."""
+        processes = self._context.processes
+        micro = self._micro_batches(forget, retain)
+        count = micro * processes.count
+        mine = slice(micro * processes.rank, micro * (processes.rank + 1))
+        device, objective = self._context.device, self._objective
+        forget_total = 0.0
+        retain_total: float | None = None
+        for (forget_part, share), (retain_part, retain_share) in zip(
+            _parts(forget, count, objective.forget_size)[mine],
+            [(None, 0.0)] * micro
+            if retain is None
+            else _parts(retain, count, objective.retain_size)[mine],
+            strict=True,
+        ):
+            with self._context.autocast():
+                terms = objective.loss(
+                    forget_part.to(device), None if retain_part is None else retain_part.to(device)
                 )
-                break
-    objective.set_training(False)
-    _choose(objective, context, validation, history, options, best, log)
-    return history
+            total = share * terms.forget
+            forget_total += share * terms.forget.item()
+            if terms.retain is not None:
+                total = total + retain_share * terms.retain
+                retain_total = (retain_total or 0.0) + retain_share * terms.retain.item()
+            total.backward()
+        if processes.count > 1:
+            sums = torch.tensor([forget_total, retain_total or 0.0], device=device)
+            gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+            processes.sum([sums, *gradients])
+            forget_total, summed = sums.tolist()
+            retain_total = None if retain_total is None else summed
+        return forget_total + (retain_total or 0.0), forget_total, retain_total
+
+    def _micro_batches(self, forget: Batch, retain: Batch | None) -> int:
+        """How many parts the step runs in, by rows where asked for, by tokens in packed passes."""
+        sides = [forget.lengths] if retain is None else [forget.lengths, retain.lengths]
+        engine = self._context.engine
+        whole = micro_batches(
+            sides, self._options.micro_batch_size, None if engine is None else engine.pass_tokens
+        )
+        # So many parts over all processes, so many for this one.
+        return -(-whole // self._context.processes.count)
+
+    def _factor(self, done: int) -> float:
+        if self._options.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * done / self._options.steps))
+
+    def _refresh_curvature(self, step: int, retain: Batch | None) -> None:
+        interval = self._objective.optimizer.curvature_interval
+        if interval is None or retain is None or (step - 1) % interval:
+            return
+        assert isinstance(self._optimizer, Sophia)
+        self._optimizer.update_curvature(self._objective.curvature(retain.to(self._context.device)))
+
+    def _out_of_time(self) -> bool:
+        deadline = self._options.deadline
+        if deadline is None:
+            return False
+        reserve = self._slowest_step
+        if self._options.validate_every is not None:
+            reserve += self._slowest_validation
+        return time.monotonic() + reserve >= deadline
+
+    def _measures_after(self, step: int) -> bool:
+        every = self._options.validate_every
+        return every is not None and (step % every == 0 or step == self._options.steps)
+
+    def _validate(self, step: int) -> None:
+        """Measures the model at `step` and keeps it where it is the best candidate so far."""
+        started = time.monotonic()
+        target = self.history.target
+        assert target is not None
+        measured = measure(self._context, self._validation)
+        guessing = math.log(self._context.model.config.vocab_size)
+        candidate = Candidate(
+            step, measured, score(measured, target), is_destroyed(measured, target, guessing)
+        )
+        usable = [c.score for c in self.history.candidates if not c.destroyed]
+        self.history.candidates.append(candidate)
+        self._log({"step": step, "validation": asdict(measured), "score": candidate.score})
+        if not candidate.destroyed and candidate.score >= max(usable, default=0.0):
+            self._best = snapshot(self._parameters)
+        self._slowest_validation = max(self._slowest_validation, time.monotonic() - started)
+
+    def _diverged(self) -> bool:
+        recent = self.history.candidates[-_DESTROYED_PATIENCE:]
+        return len(recent) == _DESTROYED_PATIENCE and all(c.destroyed for c in recent)
+
+    def _choose(self) -> None:
+        """Puts the chosen checkpoint's parameters in place."""
+        history = self.history
+        finite = all(bool(torch.isfinite(p).all()) for p in self._parameters.values())
+        measured_last = bool(history.candidates) and history.candidates[-1].step == history.steps
+        if (
+            finite
+            and history.steps
+            and not measured_last
+            and self._options.validate_every is not None
+        ):
+            self._validate(history.steps)
+        if self._options.select == "last" and finite and history.steps:
+            history.chosen_step, history.chosen_why = history.steps, "the last, as asked for"
+            return
+        usable = [c for c in history.candidates if not c.destroyed]
+        if self._best is None or not usable:
+            raise RunError(_nothing_usable(history))
+        top = max(candidate.score for candidate in usable)
+        chosen = [candidate for candidate in usable if candidate.score == top][-1]
+        restore(self._parameters, self._best)
+        history.chosen_step = chosen.step
+        history.chosen_why = f"highest score {chosen.score:.4f} of {len(usable)} usable candidates"
+
+    def _batches(self, side: str) -> EpochBatches:
+        context = self._context
+        return EpochBatches(
+            context.forget if side == "forget" else context.retain,
+            context.batch_size,
+            context.pad_id,
+            lambda epoch: context.generator(f"{side} order of epoch {epoch}"),
+            # Packed rows need no company of their own length.
+            by_length=context.engine is None,
+        )
 
 
-def _optimizer(
-    objective: Objective, options: LoopOptions, accelerator: Accelerator
-) -> tuple[Any, Any]:
+def micro_batches(sides: Sequence[Sequence[int]], rows: int | None, tokens: int | None) -> int:
+    """How many parts a step is cut into so that one holds so many rows a side and tokens at most.
+
+    `sides` are the lengths of each side's rows. Rows are not cut, so a part may hold more tokens.
+    """
+    counts = [1]
+    if rows is not None:
+        counts += [-(-len(side) // rows) for side in sides]
+    if tokens is not None:
+        counts.append(-(-sum(map(sum, sides)) // tokens))
+    return min(max(counts), max(map(len, sides)))
+
+
+def part(rows: int, index: int, count: int) -> slice:
+    """Which rows of a side are in part `index` of `count`."""
+    return slice(rows * index // count, rows * (index + 1) // count)
+
+
+def _nothing_usable(history: History) -> str:
+    last = history.candidates[-1].measured.retain_accuracy if history.candidates else None
+    return (
+        f"no checkpoint can be kept ({history.stopped}; {len(history.candidates)} measured,"
+        f" retain accuracy {'unknown' if last is None else f'{last:.2f}'} at the last);"
+        " lower --learning-rate, validate more often with --validate-every,"
+        " or keep the last state as it is with --select last"
+    )
+
+
+def _optimizer(objective: Objective, learning_rate: float) -> torch.optim.Optimizer:
     spec = objective.optimizer
     parameters = list(objective.parameters.values())
-    settings = {key: value for key, value in spec.options.items() if key != "curvature_interval"}
-    optimizer: torch.optim.Optimizer
     if spec.name == "sophia":
-        optimizer = Sophia(
+        return Sophia(
             parameters,
-            options.learning_rate,
+            learning_rate,
             initial_curvature=objective.initial_curvature(),
-            **settings,
+            **spec.options,
         )
-    else:
-        optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, **settings)
-
-    def factor(step: int) -> float:
-        if options.schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * step / options.steps))
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return accelerator.prepare(optimizer), scheduler
+    return torch.optim.AdamW(parameters, lr=learning_rate, **spec.options)
 
 
-def _refresh_curvature(optimizer: Any, objective: Objective, step: int, retain: Any) -> None:
-    interval = objective.optimizer.options.get("curvature_interval")
-    if interval is None or retain is None or (step - 1) % interval:
-        return
-    optimizer.optimizer.update_curvature(objective.curvature(retain))
+def _parts(batch: Batch, count: int, size: Callable[[Batch], int]) -> list[tuple[Batch, float]]:
+    """The batch cut into `count` parts, each with its share of what a mean over it is taken over.
+
+    A batch of fewer rows than parts gives rows of share 0, for a loss must be given one.
+    """
+    if count == 1:
+        return [(batch, 1.0)]
+    whole = size(batch)
+    rows = len(batch.examples)
+    parts = []
+    for index in range(count):
+        chosen = part(rows, index, count)
+        if chosen.start == chosen.stop:
+            parts.append((batch.rows(0, 1), 0.0))
+        else:
+            cut = batch.rows(chosen.start, chosen.stop)
+            parts.append((cut, size(cut) / max(1, whole)))
+    return parts
 
 
-def _validate(
-    step: int,
-    context: Context,
-    validation: ValidationSet,
-    history: History,
-    log: Callable[[Mapping[str, Any]], None],
-) -> bool:
-    """Measures the model at `step`; True where it is the best candidate so far."""
-    measured = measure(context, validation)
-    guessing = math.log(context.model.config.vocab_size)
-    candidate = Candidate(
-        step,
-        measured,
-        score(measured, history.target),
-        is_destroyed(measured, history.target, guessing),
-    )
-    usable = [c.score for c in history.candidates if not c.destroyed]
-    history.candidates.append(candidate)
-    log({"step": step, "validation": asdict(measured), "score": candidate.score})
-    return not candidate.destroyed and candidate.score >= max(usable, default=0.0)
-
-
-def _diverged(history: History) -> bool:
-    recent = history.candidates[-_DESTROYED_PATIENCE:]
-    return len(recent) == _DESTROYED_PATIENCE and all(c.destroyed for c in recent)
-
-
-def _choose(
-    objective: Objective,
-    context: Context,
-    validation: ValidationSet,
-    history: History,
-    options: LoopOptions,
-    best: dict[str, torch.Tensor] | None,
-    log: Callable[[Mapping[str, Any]], None],
-) -> None:
-    """Puts the chosen checkpoint's parameters in place."""
-    finite = all(bool(torch.isfinite(p).all()) for p in objective.parameters.values())
-    measured_last = bool(history.candidates) and history.candidates[-1].step == history.steps
-    if (
-        finite
-        and history.steps
-        and not measured_last
-        and _validate(history.steps, context, validation, history, log)
-    ):
-        best = snapshot(objective.parameters)
-    if options.select == "last" and finite and history.steps:
-        history.chosen_step, history.chosen_why = history.steps, "the last, as asked for"
-        return
-    usable = [c for c in history.candidates if not c.destroyed]
-    if best is None or not usable:
-        worst = history.candidates[-1].measured.retain_accuracy if history.candidates else None
-        raise RunError(
-            f"no checkpoint can be kept ({history.stopped}; {len(history.candidates)} measured,"
-            f" retain accuracy {'unknown' if worst is None else f'{worst:.2f}'} at the last);"
-            " lower --learning-rate, validate more often with --validate-every,"
-            " or keep the last state as it is with --select last"
-        )
-    top = max(candidate.score for candidate in usable)
-    chosen = [candidate for candidate in usable if candidate.score == top][-1]
-    restore(objective.parameters, best)
-    history.chosen_step = chosen.step
-    history.chosen_why = f"highest score {chosen.score:.4f} of {len(usable)} usable candidates"
+@contextmanager
+def _seeded(context: Context, step: int) -> Iterator[None]:
+    """Dropout and sampled labels draw from the global generators, seeded anew for every step."""
+    devices = [context.device] if context.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(context.generator(f"step {step}").initial_seed() % 2**63)
+        yield

@@ -3,49 +3,60 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import platform
 import shutil
-import subprocess
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
+import torch
 
 import expunge
 from expunge.data.rows import RowSet, read_rows
-from expunge.data.tokenization import encode_rows
 from expunge.errors import InputError
 from expunge.methods.base import Method
-from expunge.models.loading import (
-    CheckedModel,
-    check_model,
-    load_model,
-    resolve_device,
-    text_policy,
+from expunge.models.decoder import skeleton_of
+from expunge.models.engine import SegmentEngine
+from expunge.models.loading import CheckedModel, check_model, load_model, resolve_device
+from expunge.models.packing import NotASegment
+from expunge.models.parts import (
+    Parts,
+    StreamedModel,
+    WholeModel,
+    give_back_freed_memory,
+    why_not_streamed,
 )
+from expunge.models.sharding import shard_frozen
 from expunge.models.writing import (
     check_disk_space,
+    copy_target,
     describe,
     rounding_warnings,
     verify_checkpoint,
     write_checkpoint,
 )
+from expunge.processes import Processes, processes_of
+from expunge.training.keeping import Keeper, plain_errors
+from expunge.training.manifest import describe_run, digests, finite, settings_of
+from expunge.training.options import TrainingOptions
+from expunge.training.preparation import Prepared, prepare
 from expunge.training.progress import Progress, Silent
-from expunge.training.unlearning import Outcome, TrainingOptions, check_rows, unlearn_model
+from expunge.training.scratch import Scratch, shared_scratch
+from expunge.training.stopping import stop_requests
+from expunge.training.unlearning import (
+    Outcome,
+    Place,
+    open_engine,
+    plan_cache,
+    unlearn_prepared,
+)
 
 MANIFEST = "expunge.json"
 METRICS = "metrics.jsonl"
 DIRECTIONS = "expunge-directions.safetensors"
 ADAPTER = "adapter"
-_LIBRARIES = ("torch", "transformers", "accelerate", "peft", "safetensors", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,9 @@ class RunInputs:
     keep_adapter: bool = False
     """Also write the LoRA adapter, beside the merged model, to OUT/adapter."""
     overwrite: bool = False
-    """Replace an existing output."""
+    """Replace an existing output; without --resume also discard an unfinished run."""
+    resume: bool = False
+    """Go on with an unfinished run of the same settings, if there is one."""
     trust_remote_code: bool = False
     """Run code that the model's directory brings along."""
 
@@ -81,84 +94,203 @@ def run(
     progress: Progress | None = None,
     preset: str | None = None,
 ) -> dict[str, Any]:
-    """Carries out one run and returns its manifest.
+    """Carries out one run, or goes on with an unfinished one, and returns its manifest.
 
-    Raises InputError before a model is loaded and anything is written, RunError later. The output
-    appears by rename once the reloaded checkpoint has been compared.
+    Raises InputError before a model is loaded and anything is written, Interrupted where it was asked
+    to stop and can be continued, RunError otherwise. The output appears by rename once the reloaded
+    checkpoint has been compared.
     """
     started = time.monotonic()
     progress = progress or Silent()
     device = resolve_device(inputs.device)
+    processes = processes_of(device)
     output = Path(inputs.output)
-    _check_output(output, inputs.overwrite)
-    if inputs.keep_adapter and not method.has_adapter:
+    complete = _completed(output, inputs, processes)
+    if complete is not None:
+        progress.message(f"{output}: is complete already; nothing to resume")
+        return complete
+    checked, sets, prepared = check_run(inputs, method, options)
+    if processes.shards and not method.has_adapter and not method.trained_layers(checked.layout):
         raise InputError(
-            f"--keep-adapter: {method.name} trains no adapter here; leave the option out"
+            "--method.parameters full: only frozen weights are sharded; train an adapter with"
+            " --method.parameters lora, or use a configuration without FSDP"
         )
-    checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
-    method.check(checked.layout)
-    sets = _read_sets(inputs)
-    check_rows(method, sets["forget"], sets.get("retain"), sets.get("nonmembers"))
-    policy = text_policy(checked, chat_template=options.chat_template, long_rows=options.long_rows)
-    for role, rows in sets.items():
-        encode_rows(rows, checked.tokenizer, policy, eos=role == "retain")
-    check_disk_space(checked.files, output)
-
-    with _scratch_beside(output) as scratch:
-        loading = time.monotonic()
-        model = load_model(checked, inputs.dtype, device)
-        # Writing reads, writes, hashes and reloads the model.
-        reserve = 4 * (time.monotonic() - loading)
-        with (scratch / METRICS).open("w", encoding="utf-8") as metrics:
-
-            def log(entry: Mapping[str, Any]) -> None:
-                metrics.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
-                metrics.flush()
-
-            outcome = unlearn_model(
-                model,
-                checked.tokenizer,
-                method,
-                sets["forget"],
-                sets.get("retain"),
-                sets.get("nonmembers"),
-                options,
-                layout=checked.layout,
-                keep_adapter=inputs.keep_adapter,
-                started=started,
-                reserve=reserve,
-                tracker_directory=scratch / "trackers",
-                progress=progress,
-                log=log,
+    hashing = time.monotonic()
+    model_sha256 = checked.files.sha256()
+    hash_seconds = time.monotonic() - hashing
+    asked = _asked(inputs, method, prepared, sets, model_sha256)
+    with (
+        shared_scratch(
+            processes, output, asked, resume=inputs.resume, overwrite=inputs.overwrite
+        ) as scratch,
+        stop_requests() as stop,
+        plain_errors(scratch, stop),
+    ):
+        if processes.is_main and not scratch.is_marked("copied"):
+            progress.phase("copying the model", 0, 1)
+            copy_target(checked, scratch.output)
+            scratch.mark("copied")
+            progress.phase("copying the model", 1, 1)
+        opening = time.monotonic()
+        parts, engine, why_whole = _open(checked, inputs, prepared, device, processes)
+        # Writing reads the model as often: once for hashes, twice to compare, once to run it.
+        reserve = 1.25 * (3 * hash_seconds + time.monotonic() - opening)
+        saved = scratch.saved()
+        processes.wait()  # the main one saves soon, and the others must not take that for old
+        keeper = Keeper(scratch, stop, prepared.options.save_every, writes=processes.is_main)
+        place = Place(
+            started,
+            cache_directory=scratch.cache,
+            cache_filled=scratch.is_marked("cache"),
+            cache_done=keeper.mark_cache,
+            reserve=reserve,
+            keep_adapter=inputs.keep_adapter,
+            keeper=keeper,
+            saved=saved,
+            tracker_directory=scratch.output / "trackers",
+            processes=processes,
+        )
+        with keeper.metrics(scratch.output / METRICS, saved):
+            outcome = unlearn_prepared(
+                prepared, checked.layout, parts, engine, why_whole, place, progress, keeper.log
             )
+        if not processes.is_main:
+            return {"status": "written by the main process"}
         writing = time.monotonic()
-        del model  # before the result is loaded beside it
+        streamed = parts.streamed
+        del parts, engine, place  # before the result is loaded beside it
+        give_back_freed_memory()
         progress.phase("writing", 0, 1)
-        changes = write_checkpoint(checked, outcome.finished.weights, scratch)
-        verify_checkpoint(checked, outcome.finished.weights, scratch)
-        _write_artifacts(outcome, checked, scratch)
+        changes = write_checkpoint(checked, outcome.finished.weights, scratch.output)
+        verify_checkpoint(checked, outcome.finished.weights, scratch.output, streamed=streamed)
+        _write_artifacts(outcome, checked, scratch.output)
         progress.phase("writing", 1, 1)
-        manifest = _manifest(inputs, method, preset, checked, sets, outcome, device)
+        manifest = describe_run(asdict(inputs), method, preset, sets, outcome, device)
+        manifest["model_sha256"] = model_sha256
+        manifest["processes"] = processes.count
+        manifest["resumed_from_steps"] = keeper.resumed_from
         manifest["changed_tensors"] = describe(changes)
         for warning in rounding_warnings(changes):
             manifest["warnings"].append(warning)
             progress.message(f"warning: {warning}")
         manifest["seconds"]["write"] = time.monotonic() - writing
         manifest["seconds"]["total"] = time.monotonic() - started
-        manifest["output_sha256"] = {path.name: digest for path, digest in _digests(scratch)}
-        text = json.dumps(_finite(manifest), indent=2, allow_nan=False)
-        (scratch / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        _put_in_place(scratch, output)
+        manifest["output_sha256"] = digests(scratch.output)
+        text = json.dumps(finite(manifest), indent=2, allow_nan=False)
+        (scratch.output / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        scratch.publish()
     return manifest
 
 
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON has no word for."""
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def check_run(
+    inputs: RunInputs, method: Method, options: TrainingOptions, *, writes: bool = True
+) -> tuple[CheckedModel, dict[str, RowSet], Prepared]:
+    """Everything that can be checked before weights are read and anything is written.
+
+    Without `writes` the output is not looked at. Raises InputError.
+    """
+    if writes:
+        _check_output(Path(inputs.output), inputs.overwrite)
+    if inputs.keep_adapter and not method.has_adapter:
+        raise InputError(
+            f"--keep-adapter: {method.name} trains no adapter here; leave the option out"
+        )
+    checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
+    sets = _read_sets(inputs)
+    prepared = prepare(
+        method,
+        options,
+        checked.config,
+        checked.layout,
+        checked.tokenizer,
+        sets["forget"],
+        sets.get("retain"),
+        sets.get("nonmembers"),
+    )
+    if writes:
+        beside = _bytes_of_cache(prepared, checked, inputs)
+        check_disk_space(checked.files, Path(inputs.output), beside)
+    return checked, sets, prepared
+
+
+def _completed(output: Path, inputs: RunInputs, processes: Processes) -> dict[str, Any] | None:
+    """The manifest of a run that was complete when it was resumed."""
+    if not inputs.resume:
+        return None
+    scratch = Scratch(output)
+    if processes.is_main:
+        scratch.put_back()
+    processes.wait()
+    unfinished = scratch.root.exists() and not scratch.is_published
+    anew = not scratch.root.exists() and inputs.overwrite
+    if unfinished or anew or not (output / MANIFEST).is_file():
+        return None
+    processes.wait()
+    if processes.is_main:
+        shutil.rmtree(scratch.root, ignore_errors=True)
+    manifest: dict[str, Any] = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
+    return manifest
+
+
+def _asked(
+    inputs: RunInputs,
+    method: Method,
+    prepared: Prepared,
+    sets: Mapping[str, RowSet],
+    model_sha256: Mapping[str, str],
+) -> dict[str, Any]:
+    """What a continued run must have in common with its beginning."""
+    free = {"output", "overwrite", "resume"}
+    training = {key: value for key, value in prepared.used.items() if key != "time_limit"}
+    return {
+        "expunge": expunge.__version__,
+        "inputs": {key: value for key, value in asdict(inputs).items() if key not in free},
+        "method": settings_of(method),
+        "training": training,
+        "data_sha256": {name: dict(rows.sha256) for name, rows in sets.items()},
+        "model_sha256": dict(model_sha256),
+    }
+
+
+def _bytes_of_cache(prepared: Prepared, checked: CheckedModel, inputs: RunInputs) -> int:
+    if prepared.method.trained_layers(checked.layout) is None:
+        return 0
+    width = checked.config.hidden_size
+    return plan_cache(prepared, width, getattr(torch, inputs.dtype)).bytes
+
+
+def _open(
+    checked: CheckedModel,
+    inputs: RunInputs,
+    prepared: Prepared,
+    device: str,
+    processes: Processes,
+) -> tuple[Parts, SegmentEngine | None, str | None]:
+    """The model as a whole, or in parts where the method and the model allow it; or why not."""
+    layout = checked.layout
+    if prepared.method.trained_layers(layout) is None:
+        if not processes.shards:
+            return WholeModel(load_model(checked, inputs.dtype, device)), None, None
+        model = load_model(checked, inputs.dtype, "cpu")
+        shard_frozen(model, layout)
+        return WholeModel(model), None, None
+    skeleton = skeleton_of(checked.config, trust_remote_code=checked.trust_remote_code)
+    parts: Parts
+    if why_not_streamed(skeleton, own_code=checked.trust_remote_code) is None:
+        parts = StreamedModel(checked, getattr(torch, inputs.dtype), device)
+    else:
+        parts = WholeModel(load_model(checked, inputs.dtype, device))
+    try:
+        return parts, open_engine(prepared, layout, parts, processes), None
+    except NotASegment as reason:
+        if processes.shards:
+            raise InputError(
+                f"--method {prepared.method.name}: this model cannot be run in parts ({reason}), and"
+                " then its trained weights cannot be sharded; use a configuration without FSDP"
+            ) from None
+        if parts.streamed:
+            parts = WholeModel(load_model(checked, inputs.dtype, device))
+        return parts, None, str(reason)
 
 
 def _read_sets(inputs: RunInputs) -> dict[str, RowSet]:
@@ -189,39 +321,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise InputError(f"--output {output}: {parent} cannot be written to; choose another place")
 
 
-@contextmanager
-def _scratch_beside(output: Path) -> Iterator[Path]:
-    """A directory on the output's disk that is gone afterwards, whatever happens."""
-    parent = output.absolute().parent
-    made = [path for path in (parent, *parent.parents) if not path.exists()]
-    parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=parent))
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        for directory in made:
-            if not any(directory.iterdir()):
-                directory.rmdir()
-
-
-def _put_in_place(scratch: Path, output: Path) -> None:
-    """Renames the finished directory to its name; what was there is removed only afterwards."""
-    scratch.chmod(0o755)
-    if not output.exists():
-        scratch.rename(output)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}-old-", dir=output.absolute().parent))
-    output.rename(old / "run")
-    try:
-        scratch.rename(output)
-    except OSError:
-        (old / "run").rename(output)
-        raise
-    finally:
-        shutil.rmtree(old)
-
-
 def _write_artifacts(outcome: Outcome, checked: CheckedModel, scratch: Path) -> None:
     from safetensors.torch import save_file
 
@@ -242,92 +341,3 @@ def _write_artifacts(outcome: Outcome, checked: CheckedModel, scratch: Path) -> 
         config["base_model_name_or_path"] = str(checked.files.directory)
         text = json.dumps(config, indent=2, default=str)
         (adapter / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _manifest(
-    inputs: RunInputs,
-    method: Method,
-    preset: str | None,
-    checked: CheckedModel,
-    sets: Mapping[str, RowSet],
-    outcome: Outcome,
-    device: str,
-) -> dict[str, Any]:
-    history = outcome.history
-    return {
-        "status": "complete",
-        "expunge": expunge.__version__,
-        "settings": {
-            "inputs": asdict(inputs),
-            "method": {"name": method.name, **_method_settings(method)},
-            "preset": preset,
-            "preset_source": None if preset is None else method.presets[preset].source,
-            "training": outcome.options,
-        },
-        "seed": outcome.options["seed"],
-        "rows": {name: len(rows) for name, rows in sets.items()},
-        "data_sha256": {name: dict(rows.sha256) for name, rows in sets.items()},
-        "model_sha256": checked.files.sha256(),
-        "device": device,
-        "environment": environment(),
-        "method_notes": dict(outcome.notes),
-        "steps": history.steps,
-        "selection": history.describe(),
-        "seconds": dict(outcome.seconds),
-        "peak_memory_bytes": _peak_memory(device),
-        "warnings": list(outcome.warnings),
-    }
-
-
-def _method_settings(method: Method) -> dict[str, Any]:
-    return asdict(method)  # type: ignore[call-overload]
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine and the state of the checkout that the package runs from."""
-    return {
-        "python": platform.python_version(),
-        "libraries": {library: version(library) for library in _LIBRARIES},
-        "machine": platform.machine(),
-        "cpu_count": psutil.cpu_count(logical=False),
-        "memory_bytes": psutil.virtual_memory().total,
-        "git": _git_state(),
-    }
-
-
-def _git_state() -> dict[str, Any] | None:
-    """Commit of the package's checkout and whether it has changes; null for an installed wheel."""
-    package = Path(expunge.__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(package), *arguments], capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return None
-    return {"commit": git("rev-parse", "HEAD"), "changes": bool(git("status", "--porcelain"))}
-
-
-def _peak_memory(device: str) -> dict[str, int]:
-    import resource
-
-    import torch
-
-    unit = 1 if platform.system() == "Darwin" else 1024
-    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if device.startswith("cuda"):
-        peak["device"] = torch.cuda.max_memory_allocated()
-    return peak
-
-
-def _digests(directory: Path) -> Iterator[tuple[Path, str]]:
-    from expunge.data.formats import sha256_of
-
-    for path in sorted(directory.iterdir()):
-        if path.is_file():
-            yield path, sha256_of(path)

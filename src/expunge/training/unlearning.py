@@ -1,103 +1,43 @@
-"""One unlearning, in memory: rows and a loaded model in, the changed weights and a history out."""
+"""One unlearning, in memory: rows and a model in, the changed weights and a history out."""
 
 from __future__ import annotations
 
-import importlib.util
-import math
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expunge.data.rows import Row, RowSet, as_rows, check_disjoint, documents
-from expunge.data.tokenization import (
-    Example,
-    LongRows,
-    TextPolicy,
-    count_windowed,
-    encode_rows,
-)
+from expunge.data.rows import Row
+from expunge.data.tokenization import Example
 from expunge.errors import InputError
-from expunge.methods.base import Context, Finished, Method, Schedule
+from expunge.methods.base import Context, Finished, Method
 from expunge.models.decoder import DecoderLayout, find_layout
-from expunge.models.loading import context_of, pad_id_of
-from expunge.training.loop import History, LoopOptions, Select, train
+from expunge.models.engine import CacheLayout, SegmentEngine, lay_out
+from expunge.models.packing import NotASegment
+from expunge.models.parts import Parts, WholeModel
+from expunge.processes import OneProcess, Processes
+from expunge.training.loop import History, Keeper, Loop, LoopOptions
+from expunge.training.options import TrainingOptions, seconds, size_in_bytes
+from expunge.training.preparation import Prepared, prepare
 from expunge.training.progress import Progress, Silent
-from expunge.training.validation import ValidationSet, measure
+from expunge.training.state import SavedState
+from expunge.training.trackers import tracked
+from expunge.training.validation import Measured, measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_VALIDATION_ROWS = 64
 _UNCHANGED = 0.9
-_TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-Tracker = Literal["tensorboard", "wandb", "mlflow"]
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """Options common to every method; null takes the method's own default or preset."""
-
-    epochs: int | None = None
-    """Passes over the forget set."""
-    max_steps: int | None = None
-    """Stop after this many steps, whatever the epochs say."""
-    batch_size: int | None = None
-    """Rows a step and side."""
-    learning_rate: float | None = None
-    """Learning rate; the default is the method's at width 256, scaled by 256 / width."""
-    schedule: Schedule | None = None
-    """Course of the learning rate over the run: constant, or a cosine down to 0."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-    seed: int = 0
-    """Seed of every random draw."""
-    time_limit: str | None = None
-    """Stop in time for this limit, for example 90s, 20m or 1h; the best checkpoint is kept."""
-    validation_fraction: float = 0.05
-    """Share of the retain rows that is kept out of training; candidates are measured on these and on
-    rows that are trained on. Forget rows are always all unlearned."""
-    validate_every: int | None = None
-    """Steps between two measured candidates; null: one epoch, but at least ten times a run."""
-    select: Select = "best"
-    """Keep the best candidate that is not destroyed, or the last state whatever it is."""
-    chat_template: bool = False
-    """Render rows with the tokenizer's chat template."""
-    long_rows: LongRows = "refuse"
-    """Refuse rows longer than the model's context, or cut them into overlapping windows."""
-    trackers: list[Tracker] = field(default_factory=list)
-    """Experiment trackers to log to, through Accelerate."""
-
-    def __post_init__(self) -> None:
-        for option in ("epochs", "max_steps", "batch_size", "validate_every"):
-            value = getattr(self, option)
-            if value is not None and value < 1:
-                raise InputError(f"--{option.replace('_', '-')} {value}: must be 1 or more")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"--seed {self.seed}: must be in [0, 2^32)")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise InputError(f"--learning-rate {self.learning_rate}: must be positive")
-        if not self.max_grad_norm > 0:
-            raise InputError(f"--max-grad-norm {self.max_grad_norm}: must be positive")
-        if not 0 <= self.validation_fraction < 1:
-            raise InputError(f"--validation-fraction {self.validation_fraction}: must be in [0, 1)")
-        if self.time_limit is not None:
-            seconds(self.time_limit)
-        for tracker in self.trackers:
-            if importlib.util.find_spec(_TRACKERS[tracker]) is None:
-                raise InputError(
-                    f"--trackers {tracker}: not installed; pip install {_TRACKERS[tracker]}"
-                )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one unlearning; the model that was given carries it as well."""
+    """The result of one unlearning; a model that was given carries it as well."""
 
     finished: Finished
     history: History
@@ -109,35 +49,26 @@ class Outcome:
     seconds: Mapping[str, float]
 
 
-def seconds(limit: str) -> float:
-    """Reads a duration such as 90s, 20m, 1.5h or a plain number of seconds."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", limit)
-    if match is None or float(match[1]) == 0:
-        raise InputError(f"--time-limit {limit}: not a duration; write for example 90s, 20m or 1h")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+@dataclass(frozen=True)
+class Place:
+    """Where and how an unlearning runs, beside what it is given to do."""
 
-
-def check_rows(
-    method: Method, forget: RowSet, retain: RowSet | None, nonmembers: RowSet | None
-) -> list[str]:
-    """Raises InputError for sets that overlap or are missing; returns warnings."""
-    warnings = []
-    if retain is not None:
-        check_disjoint(forget, retain)
-    if nonmembers is not None:
-        check_disjoint(forget, nonmembers)
-    if retain is None and method.needs_retain:
-        raise InputError(
-            f"--method {method.name}: needs a retain set, none was given; give --retain with rows"
-            " that must stay (text like the forget set's that is not to go), set the method's"
-            " retain weight to 0 where it has one, or choose gradient-ascent"
-        )
-    if retain is None:
-        warnings.append(
-            "no retain set: nothing holds what must stay, and a destroyed model cannot be noticed."
-            " Give --retain with rows like the forget set's that are to stay"
-        )
-    return warnings
+    started: float
+    """time.monotonic() that a time limit counts from."""
+    cache_directory: Path | None = None
+    """Where hidden states go; None makes a temporary directory."""
+    cache_filled: bool = False
+    """Whether a complete cache of the same run is there already."""
+    cache_done: Callable[[], None] = lambda: None
+    """Called when the cache is complete."""
+    reserve: float = 0.0
+    """Seconds to leave for writing before a time limit."""
+    keep_adapter: bool = False
+    keeper: Keeper | None = None
+    saved: SavedState | None = None
+    """What to go on from."""
+    tracker_directory: Path | None = None
+    processes: Processes = field(default_factory=OneProcess)
 
 
 def unlearn_model(
@@ -149,198 +80,167 @@ def unlearn_model(
     nonmembers: Iterable[Row | Mapping[str, object]] | None = None,
     options: TrainingOptions | None = None,
     *,
-    layout: DecoderLayout | None = None,
-    keep_adapter: bool = False,
-    started: float | None = None,
-    reserve: float = 0.0,
-    tracker_directory: Path | None = None,
     progress: Progress | None = None,
     log: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> Outcome:
-    """Unlearns `forget` from `model`, in place.
+    """Unlearns `forget` from a loaded model, in place.
 
-    The compute dtype is the model's; trained tensors have float32 masters. `started` is the
-    time.monotonic() that a time limit counts from, `reserve` the seconds to leave for writing.
-    Raises InputError before the model is touched and RunError where no checkpoint can be kept; the
-    model then holds an unusable state.
+    The compute dtype is the model's; trained tensors have float32 masters. Raises InputError before
+    the model is touched and RunError where no checkpoint can be kept; the model then holds an
+    unusable state.
     """
-    options = options or TrainingOptions()
-    progress = progress or Silent()
+    started = time.monotonic()
     if model.dtype not in (torch.float32, torch.bfloat16):
         raise InputError(f"{model.dtype}: load the model in float32 or bfloat16")
-    started = time.monotonic() if started is None else started
-    layout = layout or find_layout(model)
-    method.check(layout)
-    forget_rows = as_rows(forget, "forget")
-    retain_rows = None if retain is None else as_rows(retain, "retain")
-    nonmember_rows = None if nonmembers is None else as_rows(nonmembers, "nonmembers")
-    warnings = check_rows(method, forget_rows, retain_rows, nonmember_rows)
-    policy = TextPolicy(context_of(model.config), options.chat_template, options.long_rows)
-    forget_examples = encode_rows(forget_rows, tokenizer, policy, eos=False)
-    retain_examples = encode_rows(retain_rows or [], tokenizer, policy, eos=True)
-    warnings += _window_warnings(policy, forget_examples, retain_examples)
+    layout = find_layout(model)
+    prepared = prepare(
+        method,
+        options or TrainingOptions(),
+        model.config,
+        layout,
+        tokenizer,
+        forget,
+        retain,
+        nonmembers,
+    )
+    engine = whole = None
+    parts = WholeModel(model.eval())
+    try:
+        engine = open_engine(prepared, layout, parts)
+    except NotASegment as reason:
+        whole = str(reason)
+    return unlearn_prepared(
+        prepared, layout, parts, engine, whole, Place(started), progress or Silent(), log
+    )
+
+
+def open_engine(
+    prepared: Prepared,
+    layout: DecoderLayout,
+    parts: Parts,
+    processes: Processes | None = None,
+) -> SegmentEngine | None:
+    """The segment engine for the method, checked against the whole model.
+
+    None where the method needs the whole model. Raises NotASegment where it cannot be used.
+    """
+    layers = prepared.method.trained_layers(layout)
+    if layers is None:
+        return None
+    engine = SegmentEngine(
+        parts,
+        layout,
+        *layers,
+        autocast_of(parts.device, parts.model.dtype),
+        measures=prepared.measures,
+        processes=processes,
+    )
+    engine.check([*prepared.forget, *prepared.retain])
+    return engine
+
+
+def plan_cache(prepared: Prepared, width: int, dtype: torch.dtype) -> CacheLayout:
+    """Which rows' hidden states are kept, and how much disk that takes."""
+    options = prepared.options
+    measured: list[Example] = []
+    if prepared.measures:
+        rows = prepared.validation
+        measured = [*rows.forget, *rows.retain, *rows.members, *rows.nonmembers]
+    return lay_out(
+        [*prepared.forget, *prepared.retain],
+        measured,
+        width,
+        dtype if options.cache_dtype is None else getattr(torch, options.cache_dtype),
+        None if options.cache_limit is None else size_in_bytes(options.cache_limit),
+    )
+
+
+def unlearn_prepared(
+    prepared: Prepared,
+    layout: DecoderLayout,
+    parts: Parts,
+    engine: SegmentEngine | None,
+    why_whole: str | None,
+    place: Place,
+    progress: Progress,
+    log: Callable[[Mapping[str, Any]], None],
+) -> Outcome:
+    """Unlearns on a model that is in memory as a whole or in parts.
+
+    `why_whole` says why a method that could run its layers alone does not. Raises RunError where no
+    checkpoint can be kept, and Stopped where the keeper asks to stop.
+    """
+    warnings = list(prepared.warnings)
+    if why_whole is not None:
+        warnings.append(f"the whole model runs in every step: {why_whole}")
     for warning in warnings:
         progress.message(f"warning: {warning}")
-
-    used = resolved(method, options, model.config.hidden_size, len(forget_examples))
-    kept_out, trained_on = _split(retain_examples, options.validation_fraction, options.seed)
-    generator = torch.Generator().manual_seed(options.seed)
-    validation = ValidationSet(
-        _sample(forget_examples, generator),
-        _validation_retain(kept_out, trained_on, generator),
-        encode_rows(documents(forget_rows), tokenizer, policy, eos=False) if nonmembers else (),
-        encode_rows(documents(nonmember_rows), tokenizer, policy, eos=False)
-        if nonmember_rows
-        else (),
-    )
-    device = next(model.parameters()).device
-    context = Context(
-        model=model,
-        layout=layout,
-        forget=forget_examples,
-        retain=trained_on,
-        pad_id=pad_id_of(tokenizer),
-        batch_size=used["batch_size"],
-        learning_rate=used["learning_rate"],
-        seed=options.seed,
-        device=device,
-        autocast=_autocast(device, model.dtype),
-        progress=progress.phase,
-    )
-    accelerator = _accelerator(options, device, tracker_directory)
-    model.eval()
-    measuring = time.monotonic()
-    target = measure(context, validation)
-    prepared = time.monotonic()
-    objective = method.start(context)
-    notes = objective.notes()
-    begun = time.monotonic()
-    limit = None
-    if used["time_limit"] is not None:
-        limit = started + seconds(used["time_limit"]) - reserve
-    loop = LoopOptions(
-        steps=used["steps"],
-        steps_per_epoch=used["steps_per_epoch"],
-        learning_rate=used["learning_rate"],
-        schedule=used["schedule"],
-        max_grad_norm=options.max_grad_norm,
-        validate_every=used["validate_every"],
-        select=options.select,
-        deadline=limit,
-        validation_seconds=prepared - measuring,
-    )
-    if options.trackers:
-        accelerator.init_trackers("expunge", config=_flat(used))
-        log = _tee(log, accelerator)
-    with _seeded(context.generator("dropout").initial_seed(), device):
-        history = train(objective, context, validation, target, loop, accelerator, progress, log)
-    for warning in _outcome_warnings(history):
-        warnings.append(warning)
-        progress.message(f"warning: {warning}")
-    artifacts = objective.artifacts()
-    finished = objective.finish(keep_adapter=keep_adapter)
-    accelerator.end_training()
-    ended = time.monotonic()
+    used, model, device = prepared.used, parts.model, parts.device
+    notes: dict[str, Any] = {}
+    with ExitStack() as stack:
+        if engine is not None:
+            notes["cache"] = _fill(engine, prepared, parts, place, progress, stack)
+        context = Context(
+            model=model,
+            layout=layout,
+            forget=prepared.forget,
+            retain=prepared.retain,
+            pad_id=prepared.pad_id,
+            batch_size=used["batch_size"],
+            learning_rate=used["learning_rate"],
+            seed=prepared.options.seed,
+            device=device,
+            autocast=autocast_of(device, model.dtype),
+            progress=progress.phase,
+            engine=engine,
+            processes=place.processes,
+            resumed=None if place.saved is None else place.saved.facts["notes"],
+        )
+        if prepared.options.trackers:
+            log = stack.enter_context(
+                tracked(prepared.options.trackers, used, place.tracker_directory, log)
+            )
+        measuring = time.monotonic()
+        target = _measure_target(prepared, context, place.saved)
+        prepared_at = time.monotonic()
+        objective = prepared.method.start(context)
+        notes |= objective.notes()
+        loop = Loop(
+            objective,
+            context,
+            prepared.validation,
+            target,
+            _loop_options(prepared, place, prepared_at - measuring),
+            None if place.keeper is None else _WithNotes(place.keeper, notes, target),
+            progress,
+            log,
+        )
+        if place.saved is not None:
+            loop.resume(place.saved)
+        loop.save()
+        begun = time.monotonic()
+        history = loop.run()
+        for warning in _outcome_warnings(history):
+            warnings.append(warning)
+            progress.message(f"warning: {warning}")
+        artifacts = objective.artifacts()
+        finished = objective.finish(keep_adapter=place.keep_adapter)
     return Outcome(
         finished=finished,
         history=history,
-        options=used
-        | {
-            "text": policy.describe(tokenizer),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "validation_rows": {
-                "forget": len(validation.forget),
-                "retain": len(validation.retain),
-                "retain_kept_out": bool(kept_out),
-                "nonmembers": len(validation.nonmembers),
-            },
-        },
+        options=prepared.describe() | {"dtype": str(model.dtype).removeprefix("torch.")},
         notes=notes,
         artifacts=artifacts,
         warnings=warnings,
         seconds={
-            "prepare": prepared - started,
-            "start": begun - prepared,
-            "train": ended - begun,
+            "prepare": prepared_at - place.started,
+            "start": begun - prepared_at,
+            "train": time.monotonic() - begun,
         },
     )
 
 
-def _outcome_warnings(history: History) -> list[str]:
-    """Says where the kept checkpoint is unchanged or destroyed."""
-    kept = next((c for c in history.candidates if c.step == history.chosen_step), None)
-    if kept is None:
-        return []
-    if kept.destroyed:
-        return ["the kept checkpoint is destroyed: too little is left of the retain set"]
-    if kept.measured.forget_accuracy > _UNCHANGED * history.target.forget_accuracy:
-        return [
-            f"the kept checkpoint is nearly unchanged: forget accuracy"
-            f" {kept.measured.forget_accuracy:.2f}, the target {history.target.forget_accuracy:.2f};"
-            " raise --epochs or --learning-rate"
-        ]
-    return []
-
-
-def resolved(
-    method: Method, options: TrainingOptions, width: int, forget_examples: int
-) -> dict[str, Any]:
-    """Every option of the loop with the method's defaults filled in."""
-    defaults = method.defaults
-    batch_size = options.batch_size or defaults.batch_size
-    per_epoch = math.ceil(forget_examples / batch_size)
-    steps = (options.epochs or defaults.epochs) * per_epoch
-    if options.max_steps is not None:
-        steps = min(steps, options.max_steps)
-    return {
-        "epochs": options.epochs or defaults.epochs,
-        "max_steps": options.max_steps,
-        "steps": steps,
-        "steps_per_epoch": per_epoch,
-        "batch_size": batch_size,
-        "learning_rate": options.learning_rate or defaults.learning_rate_at(width),
-        "schedule": options.schedule or defaults.schedule,
-        "max_grad_norm": options.max_grad_norm,
-        "seed": options.seed,
-        "time_limit": options.time_limit,
-        "validation_fraction": options.validation_fraction,
-        "validate_every": options.validate_every or max(1, min(per_epoch, math.ceil(steps / 10))),
-        "select": options.select,
-    }
-
-
-def _split(
-    examples: Sequence[Example], fraction: float, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """Whole rows kept out of training, and the rest; at least one row stays on each side."""
-    ids = sorted({example.row_id for example in examples})
-    count = min(round(fraction * len(ids)), len(ids) - 1)
-    if fraction > 0 and len(ids) > 1:
-        count = max(1, count)
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = {ids[index] for index in order[: max(0, count)]}
-    return (
-        [example for example in examples if example.row_id in chosen],
-        [example for example in examples if example.row_id not in chosen],
-    )
-
-
-def _validation_retain(
-    kept_out: Sequence[Example], trained_on: Sequence[Example], generator: torch.Generator
-) -> list[Example]:
-    """Kept-out rows first, at most half; the rest are trained on, which most of the set is."""
-    unseen = _sample(kept_out, generator)[: _VALIDATION_ROWS // 2]
-    return unseen + _sample(trained_on, generator)[: _VALIDATION_ROWS - len(unseen)]
-
-
-def _sample(examples: Sequence[Example], generator: torch.Generator) -> list[Example]:
-    """Up to 64 examples with an answer, evenly drawn."""
-    answered = [example for example in examples if any(example.answer_mask[1:])]
-    order = torch.randperm(len(answered), generator=generator).tolist()
-    return [answered[index] for index in sorted(order[:_VALIDATION_ROWS])]
-
-
-def _autocast(
+def autocast_of(
     device: torch.device, dtype: torch.dtype
 ) -> Callable[[], AbstractContextManager[Any]]:
     """Mixed precision where the frozen weights are not float32: masters are, the products are not."""
@@ -355,56 +255,94 @@ def _autocast(
     return autocast
 
 
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Adapter dropout draws from the global generators; they are seeded here and put back."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed % 2**63)
-        yield
+class _WithNotes:
+    """Adds to every saved state what a resumed start takes from it."""
+
+    def __init__(self, keeper: Keeper, notes: Mapping[str, Any], target: Measured | None) -> None:
+        self._keeper, self._notes, self._target = keeper, notes, target
+
+    @property
+    def stop_requested(self) -> bool:
+        return self._keeper.stop_requested
+
+    def due(self, step: int) -> bool:
+        return self._keeper.due(step)
+
+    def save(self, facts: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]]) -> None:
+        target = None if self._target is None else vars(self._target)
+        self._keeper.save({**facts, "notes": self._notes, "target": target}, groups)
 
 
-def _accelerator(
-    options: TrainingOptions, device: torch.device, tracker_directory: Path | None
-) -> Any:
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        log_with=list(options.trackers) or None,
-        project_dir=str(tracker_directory) if options.trackers and tracker_directory else None,
+def _fill(
+    engine: SegmentEngine,
+    prepared: Prepared,
+    parts: Parts,
+    place: Place,
+    progress: Progress,
+    stack: ExitStack,
+) -> dict[str, Any]:
+    """Fills the cache of hidden states; returns what the manifest says of it."""
+    cache = plan_cache(prepared, parts.model.config.hidden_size, parts.model.dtype)
+    directory = place.cache_directory
+    if directory is None:
+        directory = Path(stack.enter_context(TemporaryDirectory(prefix="expunge-")))
+    missing = f"; {cache.missing} rows do not fit and are computed each time" * bool(cache.missing)
+    progress.message(
+        f"cache of hidden states: {cache.bytes / 2**20:.0f} MiB on disk,"
+        f" {len(cache.slots)} rows{missing}"
     )
-    if accelerator.num_processes > 1:
-        raise InputError(
-            f"{accelerator.num_processes} processes: this version runs on one;"
-            " start expunge without accelerate launch"
-        )
-    return accelerator
+    engine.fill(cache, directory, progress.phase, filled=place.cache_filled)
+    place.cache_done()
+    return {
+        "bytes": cache.bytes,
+        "rows": len(cache.slots),
+        "rows_recomputed": cache.missing,
+        "dtype": str(cache.dtype).removeprefix("torch."),
+    }
 
 
-def _tee(
-    log: Callable[[Mapping[str, Any]], None], accelerator: Any
-) -> Callable[[Mapping[str, Any]], None]:
-    def both(entry: Mapping[str, Any]) -> None:
-        log(entry)
-        numbers = {k: v for k, v in _flat(entry).items() if isinstance(v, int | float)}
-        accelerator.log(numbers, step=entry.get("step"))
-
-    return both
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted names, with what trackers cannot store written as text."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, int | float | str) else str(value)
-    return flat
+def _measure_target(
+    prepared: Prepared, context: Context, saved: SavedState | None
+) -> Measured | None:
+    if not prepared.measures:
+        return None
+    if saved is not None:
+        return Measured(**saved.facts["target"])
+    return measure(context, prepared.validation)
 
 
-def _window_warnings(policy: TextPolicy, *sides: Sequence[Example]) -> list[str]:
-    windowed = sum(map(count_windowed, sides))
-    if not windowed:
+def _loop_options(prepared: Prepared, place: Place, validation_seconds: float) -> LoopOptions:
+    used = prepared.used
+    deadline = None
+    if used["time_limit"] is not None:
+        deadline = place.started + seconds(used["time_limit"]) - place.reserve
+    return LoopOptions(
+        steps=used["steps"],
+        steps_per_epoch=used["steps_per_epoch"],
+        learning_rate=used["learning_rate"],
+        schedule=used["schedule"],
+        max_grad_norm=used["max_grad_norm"],
+        validate_every=used["validate_every"],
+        select=used["select"],
+        deadline=deadline,
+        validation_seconds=validation_seconds,
+        micro_batch_size=used["micro_batch_size"],
+    )
+
+
+def _outcome_warnings(history: History) -> list[str]:
+    """Says where the kept checkpoint is unchanged or destroyed."""
+    if history.target is None:
+        return ["nothing was measured during the run (--select last); evaluate the result"]
+    kept = next((c for c in history.candidates if c.step == history.chosen_step), None)
+    if kept is None:
         return []
-    return [f"{windowed} rows are longer than the context of {policy.context} and were windowed"]
+    if kept.destroyed:
+        return ["the kept checkpoint is destroyed: too little is left of the retain set"]
+    if kept.measured.forget_accuracy > _UNCHANGED * history.target.forget_accuracy:
+        return [
+            f"the kept checkpoint is nearly unchanged: forget accuracy"
+            f" {kept.measured.forget_accuracy:.2f}, the target {history.target.forget_accuracy:.2f};"
+            " raise --epochs or --learning-rate"
+        ]
+    return []

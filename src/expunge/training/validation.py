@@ -21,7 +21,7 @@ from expunge.data.batches import in_order
 from expunge.data.tokenization import Example
 from expunge.methods.base import Context
 from expunge.methods.membership import RowLosses, membership_auc, membership_score
-from expunge.methods.numerics import row_means, token_log_probs
+from expunge.methods.numerics import row_means
 
 DESTROYED_BELOW = 0.5
 _FLOOR = 1e-3
@@ -104,16 +104,17 @@ class _Pass:
 def _pass(context: Context, examples: Sequence[Example]) -> _Pass:
     accuracies: list[float] = []
     losses = RowLosses()
-    for cpu_batch in in_order(examples, context.batch_size, context.pad_id):
+    processes = context.processes
+    mine = examples[processes.rank :: processes.count]
+    for cpu_batch in in_order(mine, context.batch_size, context.pad_id):
         batch = cpu_batch.to(context.device)
         with torch.no_grad(), context.autocast():
-            logits = context.model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            ).logits
+            log_probs, right = context.next_tokens(batch)
         answers = batch.answer_mask[:, 1:]
-        right = logits[:, :-1].argmax(-1) == batch.input_ids[:, 1:]
         unbroken = (answers & ~right).cumsum(1) == 0
         accuracies += row_means(unbroken, answers)[answers.any(1)].tolist()
-        losses.add(batch, token_log_probs(logits, batch.input_ids))
+        losses.add(batch, log_probs)
+    everywhere = processes.gather((accuracies, losses))
+    accuracies = [accuracy for found, _ in everywhere for accuracy in found]
     accuracy = statistics.fmean(accuracies) if accuracies else math.nan
-    return _Pass(accuracy, losses.means())
+    return _Pass(accuracy, RowLosses.of_all(found for _, found in everywhere).means())

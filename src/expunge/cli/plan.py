@@ -1,0 +1,161 @@
+"""`expunge plan`: what a run would take, before it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from expunge.cli.options import take_flag, take_option
+from expunge.cli.run import parsed
+from expunge.methods.base import Method
+from expunge.models.loading import resolve_device
+from expunge.training.options import TrainingOptions
+from expunge.training.planning import GIB, GPUS, Phase, Plan, alternatives, budget_of, plan
+from expunge.training.run import RunInputs, check_run
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_ABOUT = (
+    "expunge plan MODEL --forget F --retain R [--on GPU] [--method M] [--preset P] [--json]\n\n"
+    "Takes the options of `expunge run` and prints what that run would take: memory by part and"
+    " phase, disk, steps, and whether it fits. Rows are read and checked; no weights are read and"
+    " nothing is written.\n\n"
+    f"--on names a GPU ({', '.join(GPUS)}) or a size such as 24GB; without it, it is this machine."
+    " --json prints JSON, in bytes."
+)
+
+
+@dataclass(frozen=True)
+class PlanInputs(RunInputs):
+    """Those of a run; it need not say where the result goes."""
+
+    output: str = ""
+    """The run directory that would be written; where given, it is checked as `run` checks it."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses, checks, computes, prints."""
+    arguments, _ = take_flag(list(arguments), "--quiet")
+    arguments, as_json = take_flag(arguments, "--json")
+    arguments, on = take_option(arguments, "--on")
+    settings, _ = parsed(arguments, "expunge plan", PlanInputs, _ABOUT)
+    inputs = cast("PlanInputs", settings.inputs)
+    device = inputs.device
+    # A GPU that is planned for need not be in this machine.
+    budget = budget_of(on, device, "cpu" if on is not None else resolve_device(device))
+    checked, _, prepared = check_run(
+        inputs,
+        cast("Method", settings.settings),
+        cast("TrainingOptions", settings.training),
+        writes=bool(inputs.output),
+    )
+    found = plan(checked, prepared, inputs.dtype, budget)
+    others = [] if found.fits else list(alternatives(checked, prepared, inputs.dtype, budget))
+    if as_json:
+        sys.stdout.write(json.dumps(_json(found, others), indent=2) + "\n")
+    else:
+        _print(found, others)
+    return 0
+
+
+def _json(found: Plan, others: Sequence[tuple[str, Plan]]) -> dict[str, Any]:
+    return found.to_json() | {
+        "alternatives": [
+            {"options": options, "peak_bytes": other.peak.bytes, "fits": other.fits}
+            for options, other in others
+        ]
+    }
+
+
+def _print(found: Plan, others: Sequence[tuple[str, Plan]]) -> None:
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False)
+    place = "GPU memory" if found.budget.device_type == "cuda" else "memory"
+    accelerator = any(phase.cpu_parts for phase in found.phases)
+    if accelerator:
+        console.print(
+            _table([p for p in found.phases if p.parts], f"{place} by part, MiB (computed)")
+        )
+        cpu = [Phase(p.name, p.cpu_parts, {}) for p in found.phases]
+        console.print(_table(cpu, "CPU memory by part, MiB (computed)"))
+    else:
+        console.print(_table(found.phases, f"{place} by part, MiB (computed)"))
+    for name, value in _facts(found):
+        console.print(f"{name + ':':<11}{value}", soft_wrap=True)
+    verdict = "fits" if found.fits else "does not fit"
+    console.print(
+        f"{'peak:':<11}{_gib(found.peak.bytes)} in the phase {found.peak.name!r}: {verdict}"
+        f" {found.budget.name} ({_gib(found.budget.bytes)})",
+        soft_wrap=True,
+    )
+    for options, other in others:
+        outcome = "fits" if other.fits else "does not fit either"
+        console.print(f"  with {options}: {_gib(other.peak.bytes)}, {outcome}", soft_wrap=True)
+
+
+def _facts(found: Plan) -> list[tuple[str, str]]:
+    """What a line each says below the table."""
+    engine = {
+        "segment": "the trained layers alone, on cached states of the layers below",
+        "hooks": "the whole model up to the steered layer, in every step",
+        "whole model": "the whole model, in every step",
+    }[found.path]
+    why = f" ({found.why_whole})" if found.why_whole else ""
+    limit = f", or --time-limit {found.time_limit}" if found.time_limit else ""
+    recomputed = f"; {found.rows_recomputed} rows do not fit" if found.rows_recomputed else ""
+    facts = [
+        ("runs", engine + why),
+        (
+            "rows",
+            f"{found.rows['forget']} forget, {found.rows['retain']} retain;"
+            f" {found.measured_rows} measured with each candidate",
+        ),
+        (
+            "tokens",
+            f"{found.tokens['forget']} forget, {found.tokens['retain']} retain in one pass over each",
+        ),
+        (
+            "steps",
+            f"{found.steps}{limit}; {found.steps_per_epoch} an epoch,"
+            f" {found.batch_size} rows a step and side",
+        ),
+        (
+            "disk",
+            f"{_mib(found.output_bytes)} MiB for the output; beside it until the run ends"
+            f" {_mib(found.cache_bytes)} MiB of cached states ({found.cache_rows} rows{recomputed})"
+            f" and {_mib(2 * found.state_bytes)} MiB of saved states",
+        ),
+    ]
+    return facts + [("warning", warning) for warning in found.warnings]
+
+
+def _table(phases: Sequence[Phase], title: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    largest = max(phases, key=lambda phase: phase.bytes)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("part")
+    for phase in phases:
+        table.add_column(phase.name + " *" * (phase is largest), justify="right", no_wrap=True)
+    names = dict.fromkeys(name for phase in phases for name in phase.parts)
+    for name in names:
+        sizes = [phase.parts.get(name, 0) for phase in phases]
+        if max(sizes) >= 2**19:
+            table.add_row(name, *(_mib(size) if size else "-" for size in sizes))
+    table.add_section()
+    table.add_row("together", *(_mib(phase.bytes) for phase in phases))
+    return table
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"

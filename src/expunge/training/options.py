@@ -1,0 +1,138 @@
+"""What every method's run can be told, and how the method's defaults fill it in."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from expunge.data.tokenization import LongRows
+from expunge.errors import InputError
+from expunge.methods.base import Method, Schedule
+
+_TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+Select = Literal["best", "last"]
+_COUNTS = ("epochs", "max_steps", "batch_size", "validate_every", "micro_batch_size", "save_every")
+CacheDtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Options common to every method; null takes the method's own default or preset."""
+
+    epochs: int | None = None
+    """Passes over the forget set."""
+    max_steps: int | None = None
+    """Stop after this many steps, whatever the epochs say."""
+    batch_size: int | None = None
+    """Rows a step and side."""
+    learning_rate: float | None = None
+    """Learning rate; the default is the method's at width 256, scaled by 256 / width."""
+    schedule: Schedule | None = None
+    """Course of the learning rate over the run: constant, or a cosine down to 0."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    seed: int = 0
+    """Seed of every random draw."""
+    time_limit: str | None = None
+    """Stop in time for this limit, for example 90s, 20m or 1h; the best checkpoint is kept."""
+    validation_fraction: float = 0.05
+    """Share of the retain rows that is kept out of training; candidates are measured on these and on
+    rows that are trained on. Forget rows are always all unlearned."""
+    validate_every: int | None = None
+    """Steps between two measured candidates; null: one epoch, but at least ten times a run, and
+    never with `--select last`."""
+    select: Select = "best"
+    """Keep the best candidate that is not destroyed, or the last state whatever it is; what only
+    candidates need is then not loaded."""
+    micro_batch_size: int | None = None
+    """Rows a side that run at once; null: the whole batch. It changes memory, not the result."""
+    save_every: int | None = None
+    """Steps between two saved states; null: as often as costs little of the run's time."""
+    cache_limit: str | None = None
+    """Most that the cache of hidden states may take on disk, for example 20GB; rows beyond are
+    computed each time. 0 caches nothing; null: no limit."""
+    cache_dtype: CacheDtype | None = None
+    """Dtype of the cached hidden states; null: the one they are computed in."""
+    chat_template: bool = False
+    """Render rows with the tokenizer's chat template."""
+    long_rows: LongRows = "refuse"
+    """Refuse rows longer than the model's context, or cut them into overlapping windows."""
+    trackers: list[Tracker] = field(default_factory=list)
+    """Experiment trackers to log to, through Accelerate."""
+
+    def __post_init__(self) -> None:
+        for option in _COUNTS:
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise InputError(f"--{option.replace('_', '-')} {value}: must be 1 or more")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed {self.seed}: must be in [0, 2^32)")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise InputError(f"--learning-rate {self.learning_rate}: must be positive")
+        if not self.max_grad_norm > 0:
+            raise InputError(f"--max-grad-norm {self.max_grad_norm}: must be positive")
+        if not 0 <= self.validation_fraction < 1:
+            raise InputError(f"--validation-fraction {self.validation_fraction}: must be in [0, 1)")
+        if self.time_limit is not None:
+            seconds(self.time_limit)
+        if self.cache_limit is not None:
+            size_in_bytes(self.cache_limit)
+        for tracker in self.trackers:
+            if importlib.util.find_spec(_TRACKERS[tracker]) is None:
+                raise InputError(
+                    f"--trackers {tracker}: not installed; pip install {_TRACKERS[tracker]}"
+                )
+
+
+def seconds(limit: str) -> float:
+    """Reads a duration such as 90s, 20m, 1.5h or a plain number of seconds."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", limit)
+    if match is None or float(match[1]) == 0:
+        raise InputError(f"--time-limit {limit}: not a duration; write for example 90s, 20m or 1h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def size_in_bytes(limit: str) -> float:
+    """Reads a size such as 500MB, 20G or a plain number of bytes; units are powers of 1024."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?\s*", limit, re.IGNORECASE)
+    if match is None:
+        raise InputError(f"--cache-limit {limit}: not a size; write for example 500MB or 20GB")
+    return float(match[1]) * _UNITS[match[2].upper()]
+
+
+def resolved(
+    method: Method, options: TrainingOptions, width: int, forget_examples: int
+) -> dict[str, Any]:
+    """Every option of the loop with the method's defaults filled in."""
+    defaults = method.defaults
+    batch_size = options.batch_size or defaults.batch_size
+    per_epoch = math.ceil(forget_examples / batch_size)
+    steps = (options.epochs or defaults.epochs) * per_epoch
+    if options.max_steps is not None:
+        steps = min(steps, options.max_steps)
+    validate_every = options.validate_every
+    if validate_every is None and options.select == "best":
+        validate_every = max(1, min(per_epoch, math.ceil(steps / 10)))
+    return {
+        "epochs": options.epochs or defaults.epochs,
+        "max_steps": options.max_steps,
+        "steps": steps,
+        "steps_per_epoch": per_epoch,
+        "batch_size": batch_size,
+        "learning_rate": options.learning_rate or defaults.learning_rate_at(width),
+        "schedule": options.schedule or defaults.schedule,
+        "max_grad_norm": options.max_grad_norm,
+        "seed": options.seed,
+        "time_limit": options.time_limit,
+        "validation_fraction": options.validation_fraction,
+        "validate_every": validate_every,
+        "select": options.select,
+        "micro_batch_size": options.micro_batch_size,
+        "cache_limit": options.cache_limit,
+        "cache_dtype": options.cache_dtype,
+    }

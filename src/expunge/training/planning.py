@@ -1,0 +1,312 @@
+"""What a run will take, said before it: memory by part and phase, disk, steps, and whether it fits.
+
+Memory between the checks and the writing comes from a rehearsal of the run itself (rehearsal.py);
+what is added here is what no tensor shows: the process, an accelerator's own share, the writing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from expunge.data.tokenization import Example
+from expunge.errors import InputError
+from expunge.models.loading import CheckedModel
+from expunge.models.parts import give_back_freed_memory
+from expunge.models.tensors import stored_tensors
+from expunge.training.metering import COPIES
+from expunge.training.options import TrainingOptions, resolved, size_in_bytes
+from expunge.training.preparation import Prepared
+from expunge.training.rehearsal import Rehearsal, rehearse
+from expunge.training.stand_ins import FILES
+
+PROCESS = "the process itself"
+CONTEXT = "CUDA context and kernels"
+ROUNDING = "rounding of the GPU's allocator"
+GIB = 2**30
+GPUS = {
+    "h200-141": 139.8,
+    "h100-80": 79.1,
+    "a100-80": 79.1,
+    "a100-40": 39.4,
+    "l40s-48": 44.4,
+    "rtx4090-24": 23.5,
+    "t4-16": 14.6,
+}
+"""GiB that PyTorch can use of well-known GPUs."""
+_CONTEXT = 600 * 2**20
+"""Assumed, for no figure here is measured on a GPU."""
+_ROUNDING = 0.05
+"""Assumed share of the allocator's blocks that no tensor fills."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The memory that the model has to run in."""
+
+    name: str
+    bytes: int
+    device_type: str
+    """cpu, cuda or mps."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The highest moment of one phase, in bytes by part."""
+
+    name: str
+    parts: Mapping[str, int]
+    """Of the memory that the model runs in."""
+    cpu_parts: Mapping[str, int]
+    """Of CPU memory, where that is another."""
+
+    @property
+    def bytes(self) -> int:
+        """Everything in the memory that the model runs in."""
+        return sum(self.parts.values())
+
+    @property
+    def cpu_bytes(self) -> int:
+        """Everything in CPU memory, where that is another."""
+        return sum(self.cpu_parts.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take."""
+
+    model: str
+    method: str
+    dtype: str
+    budget: Budget
+    path: str
+    """How hidden states or logits are computed: segment, hooks or whole model."""
+    why_whole: str | None
+    phases: Sequence[Phase]
+    rows: Mapping[str, int]
+    tokens: Mapping[str, int]
+    """Of one pass over each side's rows."""
+    measured_rows: int
+    """Rows that each candidate is measured on; 0 where none is."""
+    epochs: float
+    """Passes over the forget set; fewer than asked for where --max-steps ends the run."""
+    steps: int
+    steps_per_epoch: int
+    batch_size: int
+    cache_bytes: int
+    cache_rows: int
+    rows_recomputed: int
+    output_bytes: int
+    state_bytes: int
+    time_limit: str | None
+    warnings: Sequence[str]
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that takes most."""
+        return max(self.phases, key=lambda phase: phase.bytes)
+
+    @property
+    def cpu_peak(self) -> int:
+        """Most CPU memory, where the model runs in another."""
+        return max(phase.cpu_bytes for phase in self.phases)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Disk beside the output until the run ends: the cache, a state and the one replacing it."""
+        return self.cache_bytes + 2 * self.state_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the budget."""
+        return self.peak.bytes <= self.budget.bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure, in bytes where it is memory or disk."""
+        return {
+            **dataclasses.asdict(self),
+            "computed": True,
+            "phases": [
+                {
+                    "name": phase.name,
+                    "bytes": phase.bytes,
+                    "parts": dict(phase.parts),
+                    "cpu_bytes": phase.cpu_bytes,
+                    "cpu_parts": dict(phase.cpu_parts),
+                }
+                for phase in self.phases
+            ],
+            "peak_phase": self.peak.name,
+            "peak_bytes": self.peak.bytes,
+            "cpu_peak_bytes": self.cpu_peak,
+            "scratch_bytes": self.scratch_bytes,
+            "fits": self.fits,
+        }
+
+
+def budget_of(on: str | None, device: str, resolved_device: str) -> Budget:
+    """The GPU or size that `--on` names; without it this machine's memory of the run's device.
+
+    `device` is as the user gave it, `resolved_device` what `auto` becomes here. Raises InputError.
+    """
+    if on is None:
+        kind = torch.device(resolved_device).type
+        if kind == "cuda":
+            properties = torch.cuda.get_device_properties(torch.device(resolved_device))
+            return Budget(f"this machine's {properties.name}", properties.total_memory, kind)
+        return Budget("this machine's memory", machine_memory(), kind)
+    if on.lower() in GPUS:
+        if device == "cpu":
+            raise InputError(f"--on {on}: is a GPU, but --device is cpu; leave one of them out")
+        return Budget(on.lower(), int(GPUS[on.lower()] * GIB), "cuda")
+    try:
+        size = int(size_in_bytes(on))
+    except InputError:
+        known = ", ".join(GPUS)
+        raise InputError(
+            f"--on {on}: unknown; give a size such as 24GB, or one of {known}"
+        ) from None
+    return Budget(on, size, "cpu" if device == "cpu" else "cuda")
+
+
+def machine_memory() -> int:
+    """RAM of this machine, or what its control group may use of it, in bytes."""
+    total = int(psutil.virtual_memory().total)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(total, int(text)) if text.isdigit() else total
+
+
+def plan(checked: CheckedModel, prepared: Prepared, dtype: str, budget: Budget) -> Plan:
+    """Rehearses the run and adds up what it takes. No weights are read and nothing is written."""
+    rehearsal = rehearse(checked, prepared, getattr(torch, dtype), budget.device_type)
+    process = _process_bytes()
+    accelerator = budget.device_type == "cuda"  # others share the memory of the processor
+    phases = [
+        Phase(
+            peak.phase,
+            _on_accelerator(peak.device) if accelerator else {PROCESS: process, **peak.device},
+            {PROCESS: process, **peak.cpu} if accelerator else {},
+        )
+        for peak in rehearsal.peaks
+    ]
+    writing = {PROCESS: process, **_writing(checked, rehearsal)}
+    phases.append(Phase("write", {} if accelerator else writing, writing if accelerator else {}))
+    used, cache, validation = prepared.used, rehearsal.cache, prepared.validation
+    measured = (validation.forget, validation.retain, validation.members, validation.nonmembers)
+    return Plan(
+        model=checked.name,
+        method=prepared.method.name,
+        dtype=dtype,
+        budget=budget,
+        path=rehearsal.path,
+        why_whole=rehearsal.why_whole,
+        phases=phases,
+        rows={"forget": _rows(prepared.forget), "retain": _rows(prepared.retain)},
+        tokens={"forget": _tokens(prepared.forget), "retain": _tokens(prepared.retain)},
+        measured_rows=sum(map(len, measured)) if prepared.measures else 0,
+        epochs=round(used["steps"] / used["steps_per_epoch"], 4),
+        steps=used["steps"],
+        steps_per_epoch=used["steps_per_epoch"],
+        batch_size=used["batch_size"],
+        cache_bytes=0 if cache is None else cache.bytes,
+        cache_rows=0 if cache is None else len(cache.slots),
+        rows_recomputed=0 if cache is None else cache.missing,
+        output_bytes=checked.files.bytes,
+        state_bytes=rehearsal.state_bytes,
+        time_limit=used["time_limit"],
+        warnings=prepared.warnings,
+    )
+
+
+def alternatives(
+    checked: CheckedModel, prepared: Prepared, dtype: str, budget: Budget
+) -> Iterator[tuple[str, Plan]]:
+    """What would take less, one change at a time and at last all together: options and plan."""
+    together: list[str] = []
+    all_prepared, all_dtype = prepared, dtype
+    for option, changed, changed_dtype in _changes(prepared, dtype):
+        yield option, plan(checked, _prepared(prepared, checked, changed), changed_dtype, budget)
+        together.append(option)
+        all_prepared = _prepared(all_prepared, checked, changed)
+        all_dtype = changed_dtype if changed_dtype != dtype else all_dtype
+    if len(together) > 1:
+        yield " ".join(together), plan(checked, all_prepared, all_dtype, budget)
+
+
+def _changes(prepared: Prepared, dtype: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Option, fields of the options or the method that it sets, and the dtype."""
+    if dtype == "float32":
+        yield "--dtype bfloat16", {}, "bfloat16"
+    if prepared.options.select == "best":
+        yield "--select last", {"select": "last"}, dtype
+    if prepared.options.micro_batch_size != 1 and prepared.used["batch_size"] > 1:
+        yield "--micro-batch-size 1", {"micro_batch_size": 1}, dtype
+    if getattr(prepared.method, "gradient_checkpointing", None) is False:
+        yield "--method.gradient_checkpointing", {"gradient_checkpointing": True}, dtype
+    if getattr(prepared.method, "parameters", None) == "full":
+        yield "--method.parameters lora", {"parameters": "lora"}, dtype
+    if prepared.used["batch_size"] > 1:
+        half = prepared.used["batch_size"] // 2
+        yield f"--batch-size {half}", {"batch_size": half}, dtype
+
+
+def _prepared(prepared: Prepared, checked: CheckedModel, changed: Mapping[str, Any]) -> Prepared:
+    """The same rows with other options."""
+    known = {field.name for field in dataclasses.fields(TrainingOptions)}
+    options = dataclasses.replace(
+        prepared.options, **{name: value for name, value in changed.items() if name in known}
+    )
+    method: Any = prepared.method
+    method = dataclasses.replace(
+        method, **{name: value for name, value in changed.items() if name not in known}
+    )
+    used = resolved(method, options, checked.config.hidden_size, len(prepared.forget))
+    return dataclasses.replace(prepared, method=method, options=options, used=used)
+
+
+def _on_accelerator(parts: Mapping[str, int]) -> dict[str, int]:
+    return {CONTEXT: _CONTEXT, ROUNDING: round(_ROUNDING * sum(parts.values())), **parts}
+
+
+def _writing(checked: CheckedModel, rehearsal: Rehearsal) -> dict[str, int]:
+    """CPU memory while the result is written and read again; the model that was trained is gone.
+
+    Tensors are compared in pairs. A model that was read part by part is tried out part by part.
+    """
+    stored = {
+        name: tensor
+        for shard in checked.files.shards
+        for name, tensor in stored_tensors(shard).items()
+    }
+    largest = max(tensor.bytes for tensor in stored.values())
+    result = {name: 4 * torch.Size(shape).numel() for name, shape in rehearsal.result.items()}
+    # The new and the old tensor, both in float32 as well, and their difference.
+    replacing = max((2 * size + 3 * size for size in result.values()), default=0)
+    reloaded = 0 if rehearsal.streamed else sum(tensor.bytes for tensor in stored.values())
+    return {
+        COPIES: sum(result.values()),
+        FILES: max(replacing, 2 * largest, reloaded + largest),
+    }
+
+
+def _process_bytes() -> int:
+    """This process's memory, which has read and tokenised the rows and imported what a run does."""
+    gc.collect()
+    give_back_freed_memory()
+    return int(psutil.Process().memory_info().rss)
+
+
+def _rows(examples: Sequence[Example]) -> int:
+    return len({example.row_id for example in examples})
+
+
+def _tokens(examples: Sequence[Example]) -> int:
+    return sum(map(len, examples))

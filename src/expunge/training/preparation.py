@@ -1,0 +1,161 @@
+"""Everything about a run that needs no weights: rows checked, tokenised, split; options resolved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from expunge.data.rows import Row, RowSet, as_rows, check_disjoint, documents
+from expunge.data.tokenization import Example, TextPolicy, count_windowed, encode_rows
+from expunge.errors import InputError
+from expunge.methods.base import Method
+from expunge.models.decoder import DecoderLayout
+from expunge.models.loading import context_of, pad_id_of
+from expunge.training.options import TrainingOptions, resolved
+from expunge.training.validation import ValidationSet
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+_VALIDATION_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to begin on a model."""
+
+    method: Method
+    options: TrainingOptions
+    used: Mapping[str, Any]
+    """The loop's options with every default filled in."""
+    text: Mapping[str, Any]
+    """How rows became tokens."""
+    forget: Sequence[Example]
+    retain: Sequence[Example]
+    """What is trained on; empty without a retain set."""
+    validation: ValidationSet
+    retain_kept_out: bool
+    pad_id: int
+    warnings: Sequence[str]
+
+    @property
+    def measures(self) -> bool:
+        """Whether candidates are measured during the run."""
+        return self.used["validate_every"] is not None
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return {
+            **self.used,
+            "text": dict(self.text),
+            "validation_rows": {
+                "forget": len(self.validation.forget),
+                "retain": len(self.validation.retain),
+                "retain_kept_out": self.retain_kept_out,
+                "nonmembers": len(self.validation.nonmembers),
+            },
+        }
+
+
+def prepare(
+    method: Method,
+    options: TrainingOptions,
+    config: PretrainedConfig,
+    layout: DecoderLayout,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Iterable[Row | Mapping[str, object]],
+    retain: Iterable[Row | Mapping[str, object]] | None,
+    nonmembers: Iterable[Row | Mapping[str, object]] | None,
+) -> Prepared:
+    """Checks rows and settings against each other and the model. Raises InputError."""
+    method.check(layout)
+    forget_rows = as_rows(forget, "forget")
+    retain_rows = None if retain is None else as_rows(retain, "retain")
+    nonmember_rows = None if nonmembers is None else as_rows(nonmembers, "nonmembers")
+    warnings = _check_rows(method, forget_rows, retain_rows, nonmember_rows)
+    policy = TextPolicy(context_of(config), options.chat_template, options.long_rows)
+    forget_examples = encode_rows(forget_rows, tokenizer, policy, eos=False)
+    retain_examples = encode_rows(retain_rows or [], tokenizer, policy, eos=True)
+    windowed = count_windowed(forget_examples) + count_windowed(retain_examples)
+    if windowed:
+        warnings.append(
+            f"{windowed} rows are longer than the context of {policy.context} and were windowed"
+        )
+    kept_out, trained_on = _split(retain_examples, options.validation_fraction, options.seed)
+    generator = torch.Generator().manual_seed(options.seed)
+    validation = ValidationSet(
+        _sample(forget_examples, generator),
+        _validation_retain(kept_out, trained_on, generator),
+        encode_rows(documents(forget_rows), tokenizer, policy, eos=False) if nonmember_rows else (),
+        encode_rows(documents(nonmember_rows), tokenizer, policy, eos=False)
+        if nonmember_rows
+        else (),
+    )
+    return Prepared(
+        method=method,
+        options=options,
+        used=resolved(method, options, config.hidden_size, len(forget_examples)),
+        text=policy.describe(tokenizer),
+        forget=forget_examples,
+        retain=trained_on,
+        validation=validation,
+        retain_kept_out=bool(kept_out),
+        pad_id=pad_id_of(tokenizer),
+        warnings=warnings,
+    )
+
+
+def _check_rows(
+    method: Method, forget: RowSet, retain: RowSet | None, nonmembers: RowSet | None
+) -> list[str]:
+    """Raises InputError for sets that overlap or are missing; returns warnings."""
+    if retain is not None:
+        check_disjoint(forget, retain)
+    if nonmembers is not None:
+        check_disjoint(forget, nonmembers)
+    if retain is None and method.needs_retain:
+        raise InputError(
+            f"--method {method.name}: needs a retain set, none was given; give --retain with rows"
+            " that must stay (text like the forget set's that is not to go), set the method's"
+            " retain weight to 0 where it has one, or choose gradient-ascent"
+        )
+    if retain is None:
+        return [
+            "no retain set: nothing holds what must stay, and a destroyed model cannot be noticed."
+            " Give --retain with rows like the forget set's that are to stay"
+        ]
+    return []
+
+
+def _split(
+    examples: Sequence[Example], fraction: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Whole rows kept out of training, and the rest; at least one row stays on each side."""
+    ids = sorted({example.row_id for example in examples})
+    count = min(round(fraction * len(ids)), len(ids) - 1)
+    if fraction > 0 and len(ids) > 1:
+        count = max(1, count)
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = {ids[index] for index in order[: max(0, count)]}
+    return (
+        [example for example in examples if example.row_id in chosen],
+        [example for example in examples if example.row_id not in chosen],
+    )
+
+
+def _validation_retain(
+    kept_out: Sequence[Example], trained_on: Sequence[Example], generator: torch.Generator
+) -> list[Example]:
+    """Kept-out rows first, at most half; the rest are trained on, which most of the set is."""
+    unseen = _sample(kept_out, generator)[: _VALIDATION_ROWS // 2]
+    return unseen + _sample(trained_on, generator)[: _VALIDATION_ROWS - len(unseen)]
+
+
+def _sample(examples: Sequence[Example], generator: torch.Generator) -> list[Example]:
+    """Up to 64 examples with an answer, evenly drawn."""
+    answered = [example for example in examples if any(example.answer_mask[1:])]
+    order = torch.randperm(len(answered), generator=generator).tolist()
+    return [answered[index] for index in sorted(order[:_VALIDATION_ROWS])]

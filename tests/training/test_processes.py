@@ -1,0 +1,151 @@
+"""Two processes give what one gives: gradients, candidates and the written weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from expunge.errors import InputError
+from expunge.processes import ManyProcesses, OneProcess
+from expunge.training.scratch import shared_scratch
+
+TOLERANCE = 1e-4
+"""Of the change of each tensor: float32 sums in another order, carried through the optimiser."""
+
+
+def run(arguments: list[object], count: int, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`expunge run` in so many processes, as accelerate launch starts them."""
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(count)] if count > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    return subprocess.run(
+        [sys.executable, *launch, "-m", "expunge", "run", *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def arguments(memorised_dir: Path, row_files: dict[str, Path]) -> list[object]:
+    return [
+        memorised_dir,
+        *("--forget", row_files["forget"], "--retain", row_files["retain"]),
+        *("--nonmembers", row_files["nonmembers"], "--learning-rate", 1e-3, "--device", "cpu"),
+        *("--batch-size", 3, "--epochs", 3, "--quiet"),
+    ]
+
+
+def assert_same(one: Path, two: Path, target: Path) -> None:
+    """The same changes and the same measures, to the stated tolerance."""
+    before, a, b = (load_file(path / "model.safetensors") for path in (target, one, two))
+    changed = [name for name in before if not torch.equal(before[name], a[name])]
+    assert changed
+    for name in before:
+        difference = (a[name] - b[name]).norm()
+        assert difference <= TOLERANCE * (a[name] - before[name]).norm(), name
+
+    def metrics(path: Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+    for mine, others in zip(metrics(one), metrics(two), strict=True):
+        assert mine.keys() == others.keys()
+        for key in ("loss", "forget", "retain", "score"):
+            if mine.get(key) is not None:
+                assert others[key] == pytest.approx(mine[key], rel=1e-3, abs=1e-5), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "sharded"),
+    [("adaptive-rmu", False), ("libu", False), ("npo", False), ("npo", True), ("libu", True)],
+)
+def test_two_processes_give_the_result_of_one(
+    method: str, sharded: bool, arguments: list[object], tmp_path: Path, memorised_dir: Path
+) -> None:
+    options = [*arguments, "--method", method]
+    one = run([*options, "--output", tmp_path / "one"], 1)
+    assert one.returncode == 0, one.stderr
+    variables = {"ACCELERATE_USE_FSDP": "true"} if sharded else {}
+    two = run([*options, "--output", tmp_path / "two"], 2, **variables)
+    assert two.returncode == 0, two.stderr
+    assert json.loads((tmp_path / "two" / "expunge.json").read_text())["processes"] == 2
+    assert_same(tmp_path / "one", tmp_path / "two", memorised_dir)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+@pytest.mark.slow
+def test_wrong_input_is_said_once_and_ends_all_processes(
+    arguments: list[object], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    done = run([*arguments, "--output", tmp_path / "out"], 2)
+    assert done.returncode != 0
+    assert done.stderr.count("expunge: --output") == 1
+    assert "exists" in done.stderr
+
+
+def test_full_weights_are_not_sharded(
+    arguments: list[object],
+    tmp_path: Path,
+    run_cli: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(OneProcess, "shards", True)
+    method = ("--method", "gradient-difference", "--method.parameters", "full")
+    code, _, err = run_cli("run", *arguments, *method, "--output", tmp_path / "out")
+    assert code == 2
+    assert "only frozen weights are sharded" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+class Second(OneProcess):
+    """The second of two processes, told what the first said."""
+
+    rank = 1
+    count = 2
+    is_main = False
+
+    def __init__(self, said: object) -> None:
+        self._said = said
+
+    def gather(self, value: Any) -> list[Any]:
+        return [self._said, value]
+
+
+def test_the_others_hear_why_the_first_refused(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match="an unfinished run is beside it"),
+        shared_scratch(
+            Second("an unfinished run is beside it"),
+            tmp_path / "out",
+            {},
+            resume=False,
+            overwrite=False,
+        ),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_is_all_there_is_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    from expunge.processes import processes_of
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    alone = processes_of("cpu")
+    assert isinstance(alone, OneProcess)
+    assert not isinstance(alone, ManyProcesses)
+    tensor = torch.ones(2)
+    alone.sum([tensor])
+    assert alone.gather(3) == [3]
+    assert torch.equal(tensor, torch.ones(2))
