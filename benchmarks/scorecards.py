@@ -25,8 +25,8 @@ from expunge.errors import RunError
 from expunge.evaluation.scorecard import Cells, Scorecard
 from expunge.methods.catalog import METHODS
 from expunge.reporting.tables import markdown, number
+from expunge.training.options import TrainingOptions
 from expunge.training.run import MANIFEST, RunInputs, run
-from expunge.training.unlearning import TrainingOptions
 
 HEADER = (
     "model",
