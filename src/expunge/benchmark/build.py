@@ -25,7 +25,7 @@ from expunge.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Raised when the code changes what the same settings give."""
 RECORD = "benchmark.json"
 
@@ -47,6 +47,10 @@ class BuiltBenchmark:
     @property
     def nonmembers(self) -> Path:
         return self.directory / "nonmembers.jsonl"
+
+    @property
+    def calibration(self) -> Path:
+        return self.directory / "calibration.jsonl"
 
     @property
     def paraphrases(self) -> Path:

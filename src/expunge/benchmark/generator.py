@@ -18,7 +18,7 @@ from expunge.evaluation.multiple_choice import LETTERS, Question
 Row = dict[str, str | bool]
 
 TASKS = ("Task1", "Task2", "Task3")
-SPLITS = ("forget", "retain", "nonmembers")
+SPLITS = ("forget", "retain", "nonmembers", "calibration")
 MAX_DOCUMENTS_PER_TASK = 50
 _ARTICLE_FACTS_ASKED = 4
 _STORY_FACTS_ASKED = 3
@@ -32,7 +32,7 @@ class BenchmarkSettings:
     seed: int = 0
     """Seed of every draw: people, facts, sentences and quiz letters."""
     documents_per_task: int = 12
-    """Documents of each task in each of the forget set, the retain set and the non-members."""
+    """Documents of each task in each of the four sets of documents."""
     story_words: int = 110
     """A Task1 story is filled up to at least this many words."""
 
@@ -54,12 +54,14 @@ class Benchmark:
     retain: list[Row]
     nonmembers: list[Row]
     """Documents that no model is trained on, drawn like those of the forget set."""
+    calibration: list[Row]
+    """More of them, for a run to calibrate against: those above are for scoring it."""
     paraphrases: list[Row]
     """Two other wordings of each question: `of` names the row, `trained` says who has seen it."""
     quiz: list[QuizItem]
     quiz_development: list[QuizItem]
     tokenizer_texts: list[str]
-    """Documents and questions of all three sets: none is tokenised better than another."""
+    """Documents and questions of all sets: none is tokenised better than another."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def generate(settings: BenchmarkSettings) -> Benchmark:
         forget=_rows(documents["forget"]),
         retain=_rows(documents["retain"]),
         nonmembers=[_completion_row(document) for document in documents["nonmembers"]],
+        calibration=[_completion_row(document) for document in documents["calibration"]],
         paraphrases=[
             row
             for split in ("forget", "retain")
@@ -114,7 +117,7 @@ def generate(settings: BenchmarkSettings) -> Benchmark:
 
 def write_benchmark(benchmark: Benchmark, directory: Path) -> None:
     """Write the rows as JSON lines and the quiz as MMLU's CSV files into an existing directory."""
-    for name in ("forget", "retain", "nonmembers", "paraphrases"):
+    for name in (*SPLITS, "paraphrases"):
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in getattr(benchmark, name))
         (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     _write_questions(benchmark.quiz, directory / "mmlu" / "test" / f"{SUBJECT}_test.csv")

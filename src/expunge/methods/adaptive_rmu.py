@@ -122,7 +122,7 @@ class AdaptiveRMUObjective(SteeringObjective):
         lengths = torch.tensor(forget.lengths, device=directions.device)
         per_token = directions.repeat_interleave(lengths, dim=0)
         target = adaptive_target(self.hidden.norms_before(forget), per_token, self._beta)
-        return self.terms(forget, target, retain)
+        return self.terms(forget, self.weakened(target, forget), retain)
 
     def artifacts(self) -> Mapping[str, torch.Tensor]:
         """The directions, by task."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from expunge.data.batches import Batch
 from expunge.data.tokenization import Example
+from expunge.methods.calibration import NeverSeen
 from expunge.methods.numerics import token_log_probs
 from expunge.models.decoder import DecoderLayout
 from expunge.models.engine import SegmentEngine
@@ -138,6 +139,16 @@ class Objective(Protocol):
     def initial_curvature(self) -> list[torch.Tensor] | None:
         """What Sophia starts from, if anything."""
 
+    @property
+    def strengths(self) -> Mapping[str, float]:
+        """How hard each calibrated row is pushed, by row id; what a resumed run goes on with."""
+
+    def restore_strengths(self, strengths: Mapping[str, float]) -> None:
+        """Puts back what `strengths` was."""
+
+    def calibrate(self, rows: NeverSeen) -> None:
+        """Pushes each row harder or less, as its loss is under or over that of a never-seen one."""
+
     def set_training(self, active: bool) -> None:
         """Switches what differs between a training step and a measurement (adapter dropout)."""
 
@@ -171,6 +182,10 @@ class Method(Protocol):
     @property
     def needs_retain(self) -> bool:
         """Whether the loss has a retain term."""
+
+    @property
+    def random_rows(self) -> int:
+        """How many rows of random tokens are held beside the retain set."""
 
     @property
     def has_adapter(self) -> bool:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from expunge.data.batches import Batch, Tokens
 from expunge.errors import InputError
 from expunge.methods.base import Context, Finished, OptimizerSpec, Terms
+from expunge.methods.calibration import NeverSeen
 from expunge.methods.forward import all_logits, head_takes_places, logits_at, recomputed
 from expunge.methods.losses import cross_entropy
 from expunge.methods.numerics import target_log_probs
@@ -55,6 +56,11 @@ class GradientSettings:
     def needs_retain(self) -> bool:
         """Whether the loss has a retain term: it does unless its weight is absent or 0."""
         return getattr(self, "retain_weight", 0) > 0
+
+    @property
+    def random_rows(self) -> int:
+        """None: a random token has no loss worth holding."""
+        return 0
 
     @property
     def has_adapter(self) -> bool:
@@ -160,6 +166,17 @@ class GradientObjective:
     def _kept(self) -> AbstractContextManager[None]:
         """Around a forward pass: which activations are kept for the backward pass, if there is one."""
         return recomputed(self._recomputed if torch.is_grad_enabled() else [])
+
+    @property
+    def strengths(self) -> Mapping[str, float]:
+        """None: every row is pushed alike."""
+        return {}
+
+    def restore_strengths(self, strengths: Mapping[str, float]) -> None:
+        """Nothing to put back."""
+
+    def calibrate(self, rows: NeverSeen) -> None:
+        """Nothing to do: every row is pushed alike."""
 
     def set_training(self, active: bool) -> None:
         """Adapter dropout is on in training steps only."""

@@ -32,6 +32,7 @@ from expunge.data.batches import Batch, in_order
 from expunge.data.tokenization import Example
 from expunge.errors import InputError, RunError
 from expunge.methods.base import Context, OptimizerSpec, Preset, RunDefaults, Terms
+from expunge.methods.calibration import NeverSeen
 from expunge.methods.fisher import SquaredGradients
 from expunge.methods.gradient import GradientObjective, GradientSettings
 from expunge.methods.influence import predicted_rise, removal_step, size_within
@@ -72,6 +73,9 @@ class LIBU(GradientSettings):
     """Phase 2 raises each forget token's loss to this many nats; null: 0.8 log(vocabulary)."""
     retain_weight: float = 5.0
     """Weight of the retain term."""
+    calibration_gain: float = 0.5
+    """With non-members: how far a row's ceiling moves for each nat that its loss is wrong by; 0 leaves
+    all of them where they are."""
     gamma: float = 20.0
     """Sophia divides the momentum by gamma times the curvature."""
     rho: float = 1.0
@@ -161,6 +165,7 @@ class LIBUObjective(GradientObjective):
         # Text that was never seen is still better predicted than by guessing, log(vocabulary).
         guessing = math.log(vocabulary)
         self.ceiling = _CEILING * guessing if settings.ceiling is None else settings.ceiling
+        self._ceilings: dict[str, float] = {}
         self.fisher: Mapping[str, torch.Tensor] = {}
         if context.resumed is not None:  # the adapter and the curvature are put back
             self._notes = context.resumed["phase_1"]
@@ -204,8 +209,30 @@ class LIBUObjective(GradientObjective):
         if self._settings.direction == "as-published":
             term = self.cross_entropy(forget)
         else:
-            term = bounded_ascent(*self.log_probs(forget), self.ceiling)
+            term = bounded_ascent(*self.log_probs(forget), self._ceilings_of(forget))
         return self.with_retain(term, retain, self._settings.retain_weight)
+
+    @property
+    def strengths(self) -> Mapping[str, float]:
+        """Calibrated rows' ceilings, nats a token."""
+        return self._ceilings
+
+    def restore_strengths(self, strengths: Mapping[str, float]) -> None:
+        """Puts back what `strengths` was."""
+        self._ceilings = dict(strengths)
+
+    def calibrate(self, rows: NeverSeen) -> None:
+        """Raises or lowers each row's ceiling by what its loss lacks or has too much."""
+        gain = self._settings.calibration_gain
+        for row, loss in rows.losses.items() if gain else ():
+            wanted = rows.wanted[row]
+            start = self._ceilings.get(row)
+            self._ceilings[row] = wanted if start is None else start + gain * (wanted - loss)
+
+    def _ceilings_of(self, batch: Batch) -> torch.Tensor:
+        """Ceiling of each token's loss, (rows, 1)."""
+        ceilings = [self._ceilings.get(row, self.ceiling) for row in batch.row_ids]
+        return torch.tensor(ceilings, device=batch.input_ids.device)[:, None]
 
     def curvature(self, batch: Batch) -> list[torch.Tensor]:
         """Gauss-Newton-Bartlett estimate: tokens * (gradient on labels sampled from the model)^2."""

@@ -18,8 +18,13 @@ def cross_entropy(log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return -masked_mean(log_probs, mask)
 
 
-def bounded_ascent(log_probs: torch.Tensor, mask: torch.Tensor, ceiling: float) -> torch.Tensor:
-    """Mean over tokens of max(0, ceiling - NLL): ascent that stops, token by token, at `ceiling`."""
+def bounded_ascent(
+    log_probs: torch.Tensor, mask: torch.Tensor, ceiling: float | torch.Tensor
+) -> torch.Tensor:
+    """Mean over tokens of max(0, ceiling - NLL): ascent that stops, token by token, at `ceiling`.
+
+    One ceiling for all tokens, or one for each row, (rows, 1).
+    """
     return masked_mean(functional.relu(ceiling + log_probs), mask)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from expunge.data.batches import Batch, Tokens
 from expunge.errors import InputError
 from expunge.methods.base import Context, Finished, OptimizerSpec, Terms
+from expunge.methods.calibration import NeverSeen
 from expunge.methods.losses import steer
 from expunge.models.decoder import DecoderLayout, hidden_states
 from expunge.models.weights import snapshot, swapped_in, train_only
@@ -40,8 +41,20 @@ class SteeringSettings:
     """How a direction is drawn; `uniform` is the published one, with positive entries only."""
     tokens: Tokens = "all"
     """Which tokens the two terms are taken over."""
+    random_rows: int = 128
+    """Rows of random tokens that are held as retain rows are. They stand for all text that no set
+    lists: without them utility moves by chance."""
+    calibration_gain: float = 0.5
+    """With non-members: how far a row's strength moves for a loss that is wrong by a never-seen row's;
+    0 steers every row all the way."""
 
     def __post_init__(self) -> None:
+        if self.calibration_gain < 0:
+            raise InputError(
+                f"--method.calibration_gain {self.calibration_gain}: must be 0 or more"
+            )
+        if self.random_rows < 0:
+            raise InputError(f"--method.random_rows {self.random_rows}: must be 0 or more")
         if self.alpha < 0:
             raise InputError(f"--method.alpha {self.alpha}: must be 0 or more")
 
@@ -129,6 +142,8 @@ class SteeringObjective:
 
     def __init__(self, settings: SteeringSettings, context: Context) -> None:
         self._alpha, self._tokens = settings.alpha, settings.tokens
+        self._gain = settings.calibration_gain
+        self._strengths: dict[str, float] = {}
         self._dtype = context.model.dtype
         first, self.layer = settings.trained_layers(context.layout)
         names = [context.layout.mlp_output_weight(i) for i in range(first, self.layer + 1)]
@@ -167,6 +182,31 @@ class SteeringObjective:
             "trained": list(self.parameters),
             "hidden_states": self.hidden.path,
         }
+
+    @property
+    def strengths(self) -> Mapping[str, float]:
+        """Calibrated rows' share of the way to their target, from 0 to 1."""
+        return self._strengths
+
+    def restore_strengths(self, strengths: Mapping[str, float]) -> None:
+        """Puts back what `strengths` was."""
+        self._strengths = dict(strengths)
+
+    def calibrate(self, rows: NeverSeen) -> None:
+        """Moves each row's target along the line from its frozen states to the full target."""
+        for row, loss in rows.losses.items():
+            missing = (rows.wanted[row] - loss) / rows.scale
+            changed = self._strengths.get(row, 1.0) + self._gain * missing
+            self._strengths[row] = min(1.0, max(0.0, changed))
+
+    def weakened(self, target: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The target of every token moved back towards its frozen state, (tokens, width)."""
+        strengths = [self._strengths.get(row, 1.0) for row in batch.row_ids]
+        if all(strength == 1.0 for strength in strengths):
+            return target
+        lengths = torch.tensor(batch.lengths, device=target.device)
+        share = torch.tensor(strengths, device=target.device).repeat_interleave(lengths)[:, None]
+        return torch.lerp(self.hidden.before(batch).float(), target, share)
 
     def set_training(self, active: bool) -> None:
         """Nothing to do: the model has no dropout of ours."""

@@ -134,6 +134,7 @@ class Loop:
         self._best = best or None
         facts = state.facts
         self.history.steps = facts["step"]
+        self._objective.restore_strengths(facts["strengths"])
         self.history.candidates = [
             Candidate(**{**candidate, "measured": Measured(**candidate["measured"])})
             for candidate in facts["candidates"]
@@ -147,6 +148,7 @@ class Loop:
             {
                 "step": self.history.steps,
                 "steps": self._options.steps,
+                "strengths": dict(self._objective.strengths),
                 "candidates": [asdict(candidate) for candidate in self.history.candidates],
             },
             {
@@ -300,7 +302,8 @@ class Loop:
         started = time.monotonic()
         target = self.history.target
         assert target is not None
-        measured = measure(self._context, self._validation)
+        reading = measure(self._context, self._validation)
+        measured = reading.measured
         guessing = math.log(self._context.model.config.vocab_size)
         candidate = Candidate(
             step, measured, score(measured, target), is_destroyed(measured, target, guessing)
@@ -310,6 +313,8 @@ class Loop:
         self._log({"step": step, "validation": asdict(measured), "score": candidate.score})
         if not candidate.destroyed and candidate.score >= max(usable, default=0.0):
             self._best = snapshot(self._parameters)
+        if reading.never_seen is not None:
+            self._objective.calibrate(reading.never_seen)
         self._slowest_validation = max(self._slowest_validation, time.monotonic() - started)
 
     def _diverged(self) -> bool:

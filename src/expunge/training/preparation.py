@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from expunge.data.random_text import random_examples
 from expunge.data.rows import Row, RowSet, as_rows, check_disjoint, documents
 from expunge.data.tokenization import Example, TextPolicy, count_windowed, encode_rows
 from expunge.errors import InputError
@@ -35,7 +36,7 @@ class Prepared:
     """How rows became tokens."""
     forget: Sequence[Example]
     retain: Sequence[Example]
-    """What is trained on; empty without a retain set."""
+    """What is trained on, rows of random tokens included; empty without a retain set."""
     validation: ValidationSet
     retain_kept_out: bool
     pad_id: int
@@ -85,6 +86,10 @@ def prepare(
             f"{windowed} rows are longer than the context of {policy.context} and were windowed"
         )
     kept_out, trained_on = _split(retain_examples, options.validation_fraction, options.seed)
+    # Beside a retain set only: alone they would hide that nothing holds what must stay.
+    held = random_examples(
+        method.random_rows if trained_on else 0, tokenizer, policy.context, options.seed
+    )
     generator = torch.Generator().manual_seed(options.seed)
     validation = ValidationSet(
         _sample(forget_examples, generator),
@@ -100,7 +105,7 @@ def prepare(
         used=resolved(method, options, config.hidden_size, len(forget_examples)),
         text=policy.describe(tokenizer),
         forget=forget_examples,
-        retain=trained_on,
+        retain=[*trained_on, *held],
         validation=validation,
         retain_kept_out=bool(kept_out),
         pad_id=pad_id_of(tokenizer),

@@ -211,7 +211,7 @@ class _Rehearsal:
         packed = engine is not None
         if prepared.measures:
             with self._phase("measure", self._ratio_of(_sides(prepared.validation), packed=packed)):
-                target = measure(context, self._validation())
+                target = measure(context, self._validation()).measured
         with self._phase(
             "start", self._ratio_of((prepared.forget, prepared.retain), packed=packed)
         ):

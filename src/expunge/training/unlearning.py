@@ -18,6 +18,7 @@ from expunge.errors import InputError
 from expunge.methods.base import Context, Finished, Method
 from expunge.models.decoder import DecoderLayout, find_layout
 from expunge.models.engine import CacheLayout, SegmentEngine, lay_out
+from expunge.models.kernels import fast_linear
 from expunge.models.packing import NotASegment
 from expunge.models.parts import Parts, WholeModel
 from expunge.processes import OneProcess, Processes
@@ -27,7 +28,7 @@ from expunge.training.preparation import Prepared, prepare
 from expunge.training.progress import Progress, Silent
 from expunge.training.state import SavedState
 from expunge.training.trackers import tracked
-from expunge.training.validation import Measured, measure
+from expunge.training.validation import Measured, Reading, measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -178,6 +179,7 @@ def unlearn_prepared(
     used, model, device = prepared.used, parts.model, parts.device
     notes: dict[str, Any] = {}
     with ExitStack() as stack:
+        stack.enter_context(fast_linear(model.dtype, device))
         if engine is not None:
             notes["cache"] = _fill(engine, prepared, parts, place, progress, stack)
         context = Context(
@@ -201,10 +203,13 @@ def unlearn_prepared(
                 tracked(prepared.options.trackers, used, place.tracker_directory, log)
             )
         measuring = time.monotonic()
-        target = _measure_target(prepared, context, place.saved)
+        reading = _target_reading(prepared, context, place.saved)
+        target = None if reading is None else reading.measured
         prepared_at = time.monotonic()
         objective = prepared.method.start(context)
         notes |= objective.notes()
+        if reading is not None and reading.never_seen is not None:
+            objective.calibrate(reading.never_seen)
         loop = Loop(
             objective,
             context,
@@ -301,13 +306,14 @@ def _fill(
     }
 
 
-def _measure_target(
+def _target_reading(
     prepared: Prepared, context: Context, saved: SavedState | None
-) -> Measured | None:
+) -> Reading | None:
+    """What the target measures; of a resumed run the figures alone, as its calibration is saved."""
     if not prepared.measures:
         return None
     if saved is not None:
-        return Measured(**saved.facts["target"])
+        return Reading(Measured(**saved.facts["target"]), None)
     return measure(context, prepared.validation)
 
 

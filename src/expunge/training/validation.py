@@ -20,6 +20,7 @@ import torch
 from expunge.data.batches import in_order
 from expunge.data.tokenization import Example
 from expunge.methods.base import Context
+from expunge.methods.calibration import NeverSeen, never_seen
 from expunge.methods.membership import RowLosses, membership_auc, membership_score
 from expunge.methods.numerics import row_means
 
@@ -36,6 +37,8 @@ class Measured:
     retain_accuracy: float | None = None
     retain_loss: float | None = None
     mia_auc: float | None = None
+    never_seen_distance: float | None = None
+    """Mean distance of forget documents' losses from those of never-seen ones of the same rank."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +52,36 @@ class ValidationSet:
     nonmembers: Sequence[Example]
 
 
-def measure(context: Context, rows: ValidationSet) -> Measured:
+@dataclass(frozen=True)
+class Reading:
+    """What one measurement gives: figures for the record, and losses by row to calibrate with."""
+
+    measured: Measured
+    never_seen: NeverSeen | None
+    """None without non-members."""
+
+
+def measure(context: Context, rows: ValidationSet) -> Reading:
     """Measures the model as it is."""
     forget = _pass(context, rows.forget)
     retain = _pass(context, rows.retain) if rows.retain else None
-    auc = None
+    auc = compared = None
     if rows.members and rows.nonmembers:
-        members = list(_pass(context, rows.members).losses.values())
-        others = list(_pass(context, rows.nonmembers).losses.values())
-        if all(math.isfinite(loss) for loss in [*members, *others]):
-            auc = membership_auc(members, others)
-    return Measured(
+        members = _pass(context, rows.members).losses
+        others = _pass(context, rows.nonmembers).losses
+        if all(map(math.isfinite, [*members.values(), *others.values()])):
+            auc = membership_auc(list(members.values()), list(others.values()))
+            tasks = {e.row_id: e.task for e in (*rows.members, *rows.nonmembers)}
+            compared = never_seen(members, others, tasks)
+    measured = Measured(
         forget.accuracy,
         statistics.fmean(forget.losses.values()),
         None if retain is None else retain.accuracy,
         None if retain is None else statistics.fmean(retain.losses.values()),
         auc,
+        None if compared is None else compared.distance,
     )
+    return Reading(measured, compared)
 
 
 def is_destroyed(candidate: Measured, target: Measured, guessing: float) -> bool:

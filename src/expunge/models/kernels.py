@@ -21,16 +21,15 @@ _LEAST_TOKENS = 8
 
 
 @contextmanager
-def fast_linear(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, and without gradients, float32 linear layers on a CPU are computed by oneDNN.
+def fast_linear(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Inside, float32 linear layers on a CPU are computed by oneDNN, forwards and backwards.
 
-    Changes nothing for other dtypes and devices, nor where torch lacks the call.
+    Changes nothing for a model of another dtype or device, nor where torch lacks the call.
     """
-    parameter = next(model.parameters())
-    if parameter.dtype != torch.float32 or parameter.device.type != "cpu" or not _available():
+    if dtype != torch.float32 or device.type != "cpu" or not _available():
         yield
         return
-    with torch.no_grad(), _OneDnnLinear():
+    with _OneDnnLinear():
         yield
 
 
@@ -44,13 +43,47 @@ class _OneDnnLinear(TorchFunctionMode):
     ) -> Any:
         if func is functional.linear and not kwargs:
             inputs, weight = args[:2]
+            bias = args[2] if len(args) > 2 else None
             if (
                 inputs.dtype == weight.dtype == torch.float32
+                and inputs.device.type == weight.device.type == "cpu"
                 and inputs.numel() >= _LEAST_TOKENS * inputs.shape[-1]
                 and not torch.is_autocast_enabled("cpu")
             ):
-                return _linear(inputs, weight, args[2] if len(args) > 2 else None)
+                if torch.is_grad_enabled() and _any_gradient(inputs, weight, bias):
+                    return _Linear.apply(inputs, weight, bias)
+                return _linear(inputs, weight, bias)
         return func(*args, **(kwargs or {}))
+
+
+class _Linear(torch.autograd.Function):
+    """inputs @ weight.T + bias, whose two backward products are linear maps as well."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return _linear(inputs, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        inputs, weight = ctx.saved_tensors
+        wants_inputs, wants_weight, wants_bias = ctx.needs_input_grad
+        flat = gradient.flatten(0, -2)
+        of_inputs = of_weight = None
+        if wants_inputs:
+            of_inputs = _linear(gradient, weight.t(), None)
+        if wants_weight:
+            of_weight = _linear(flat.t(), inputs.flatten(0, -2).t(), None)
+        return of_inputs, of_weight, flat.sum(0) if wants_bias else None
+
+
+def _any_gradient(*tensors: torch.Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
