@@ -11,7 +11,7 @@ from expunge.data.batches import collate
 from expunge.data.tokenization import Example
 from expunge.evaluation.batches import token_batches
 from expunge.evaluation.kernels import fast_linear
-from expunge.evaluation.logits import logits_at
+from expunge.methods.forward import logits_at
 from expunge.methods.membership import RowLosses
 from expunge.methods.numerics import target_log_probs
 
@@ -28,7 +28,7 @@ def document_losses(
 ) -> dict[str, float]:
     """Mean loss of each row's tokens in nats, by row id; a windowed row counts as one document."""
     losses = RowLosses()
-    with fast_linear(model):
+    with torch.no_grad(), fast_linear(model):
         for indices in token_batches([len(e) for e in examples], batch_size, model.device):
             batch = collate(examples, indices, pad_id).to(model.device)
             counted = batch.token_mask[:, 1:]

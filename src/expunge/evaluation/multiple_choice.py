@@ -17,7 +17,7 @@ import torch
 from expunge.errors import InputError
 from expunge.evaluation.batches import padded, token_batches
 from expunge.evaluation.kernels import fast_linear
-from expunge.evaluation.logits import logits_at
+from expunge.methods.forward import logits_at
 from expunge.models.loading import context_of
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def choice_log_probs(
     encoded = _encoded(tokenizer, prompts)
     texts = [ids for ids, _ in encoded]
     scores = torch.zeros(len(prompts), len(LETTERS))
-    with fast_linear(model):
+    with torch.no_grad(), fast_linear(model):
         for shared, group in shared_prefixes(texts):
             past = _past(model, texts[group[0]][:shared]) if shared else None
             rest = [texts[index][shared:] for index in group]
