@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,7 @@ from expunge.evaluation.multiple_choice import (
 from expunge.evaluation.scores import final_score, knowledge, regurgitation, task_aggregate
 from expunge.methods.membership import membership_auc, membership_score
 from expunge.models.loading import pad_id_of
+from expunge.processes import OneProcess, Processes, gathered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,16 +93,19 @@ def evaluate_model(
     policy: TextPolicy,
     batch_size: int = 64,
     progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
+    processes: Processes | None = None,
 ) -> Scorecard:
     """Measures every part that there is material for, by the protocol of SemEval-2025 Task 4.
 
     Members of the membership inference are those of `members`, or the forget set's continuation rows
-    (all of its rows where it has none), as non-members are. Raises InputError for rows that do not
-    fit the context.
+    (all of its rows where it has none), as non-members are. Several processes, each with the model,
+    share rows, documents and questions; each gets the whole scorecard. Raises InputError for rows that
+    do not fit the context.
     """
-    records = _generated(model, tokenizer, forget, "forget", policy, batch_size, progress)
+    measured = _Measured(model, tokenizer, policy, batch_size, progress, processes or OneProcess())
+    records = measured.generated(forget, "forget")
     if retain is not None:
-        records += _generated(model, tokenizer, retain, "retain", policy, batch_size, progress)
+        records += measured.generated(retain, "retain")
     forget_cells, retain_cells = _cells(records, "forget"), _cells(records, "retain")
     aggregate = None
     if retain is not None:
@@ -112,10 +117,8 @@ def evaluate_model(
     }
     auc = mia = None
     if nonmembers is not None:
-        inside = _losses(
-            model, tokenizer, members or forget, policy, batch_size, progress, "members"
-        )
-        others = _losses(model, tokenizer, nonmembers, policy, batch_size, progress, "non-members")
+        inside = measured.losses(members or forget, "members")
+        others = measured.losses(nonmembers, "non-members")
         auc = membership_auc(inside, others)
         mia = membership_score(auc)
         details["mia"] = {
@@ -127,9 +130,7 @@ def evaluate_model(
         }
     utility = None
     if questions is not None:
-        utility, by_subject = _utility(
-            model, tokenizer, questions, examples or {}, batch_size, progress
-        )
+        utility, by_subject = measured.utility(questions, examples or {})
         details["utility"] = {"questions": len(questions), "by_subject": by_subject}
     return Scorecard(
         forget=forget_cells,
@@ -176,29 +177,83 @@ def check_material(
         check_prompts(tokenizer, _prompts(questions, examples), policy.context)
 
 
-def _generated(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: RowSet,
-    split: Split,
-    policy: TextPolicy,
-    batch_size: int,
-    progress: Callable[[str, int, int], None],
-) -> list[dict[str, Any]]:
-    done = 0
+@dataclass(frozen=True)
+class _Measured:
+    """The model that is measured, and how."""
 
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(f"generate {split}", done, len(rows))
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    policy: TextPolicy
+    batch_size: int
+    progress: Callable[[str, int, int], None]
+    processes: Processes
 
-    prompts = [prompt_ids(row, tokenizer, policy) for row in rows]
-    drafts = [
-        _answer_ids(row, prompt, tokenizer, policy)
-        for row, prompt in zip(rows, prompts, strict=True)
-    ]
-    texts = generate(model, tokenizer, prompts, batch_size, advance, drafts)
-    return [_record(row, split, text) for row, text in zip(rows, texts, strict=True)]
+    def generated(self, rows: RowSet, split: Split) -> list[dict[str, Any]]:
+        """A record a row, in the order of the rows, whichever process generated it."""
+        prompts = [prompt_ids(row, self.tokenizer, self.policy) for row in rows]
+        drafts = [
+            _answer_ids(row, prompt, self.tokenizer, self.policy)
+            for row, prompt in zip(rows, prompts, strict=True)
+        ]
+        # Rows of similar length cost the same, so neighbours by length go to different processes.
+        order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]) - len(drafts[i]))
+        mine = order[self.processes.rank :: self.processes.count]
+        with self._phase(f"generate {split}", len(rows)) as advance:
+            texts = generate(
+                self.model,
+                self.tokenizer,
+                [prompts[i] for i in mine],
+                self.batch_size,
+                advance,
+                [drafts[i] for i in mine],
+            )
+            found = {
+                i: _record(rows.rows[i], split, text) for i, text in zip(mine, texts, strict=True)
+            }
+            return gathered(self.processes, found)
+
+    def losses(self, rows: RowSet, name: str) -> list[float]:
+        """The mean loss of each document, in nats a token."""
+        examples = encode_rows(documents(rows), self.tokenizer, self.policy, eos=False)
+        with self._phase(f"loss of {name}", len(examples)) as advance:
+            losses = document_losses(
+                self.model,
+                examples,
+                pad_id_of(self.tokenizer),
+                self.batch_size,
+                advance,
+                self.processes,
+            )
+        return list(losses.values())
+
+    def utility(
+        self, questions: Sequence[Question], examples: Mapping[str, Sequence[Question]]
+    ) -> tuple[float, dict[str, float]]:
+        """Accuracy over all questions, and by subject."""
+        prompts = _prompts(questions, examples)
+        with self._phase("utility", len(questions)) as advance:
+            scores = choice_log_probs(
+                self.model, self.tokenizer, prompts, self.batch_size, advance, self.processes
+            )
+        by_subject = {}
+        for subject in sorted({question.subject for question in questions}):
+            chosen = [i for i, question in enumerate(questions) if question.subject == subject]
+            by_subject[subject] = accuracy(scores[chosen], [questions[i] for i in chosen])
+        return accuracy(scores, questions), by_subject
+
+    @contextmanager
+    def _phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Tells the progress of the body, which calls what it is given with its share as it is done."""
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            # The other processes, of whom nothing is heard until the end, are about as far.
+            done = min(total, done + count * self.processes.count)
+            self.progress(name, done, total)
+
+        yield advance
+        self.progress(name, total, total)
 
 
 def _answer_ids(
@@ -247,48 +302,3 @@ def _prompts(
     return [
         prompt_for(question, (examples or {}).get(question.subject, ())) for question in questions
     ]
-
-
-def _losses(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: RowSet,
-    policy: TextPolicy,
-    batch_size: int,
-    progress: Callable[[str, int, int], None],
-    name: str,
-) -> list[float]:
-    examples = encode_rows(documents(rows), tokenizer, policy, eos=False)
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(f"loss of {name}", done, len(examples))
-
-    losses = document_losses(model, examples, pad_id_of(tokenizer), batch_size, advance)
-    return list(losses.values())
-
-
-def _utility(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    examples: Mapping[str, Sequence[Question]],
-    batch_size: int,
-    progress: Callable[[str, int, int], None],
-) -> tuple[float, dict[str, float]]:
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("utility", done, len(questions))
-
-    prompts = _prompts(questions, examples)
-    scores = choice_log_probs(model, tokenizer, prompts, batch_size, advance)
-    by_subject = {}
-    for subject in sorted({question.subject for question in questions}):
-        chosen = [i for i, question in enumerate(questions) if question.subject == subject]
-        by_subject[subject] = accuracy(scores[chosen], [questions[i] for i in chosen])
-    return accuracy(scores, questions), by_subject
