@@ -198,6 +198,20 @@ def test_wrong_input_is_refused_in_one_line(
         assert word.format(**places) in line
 
 
+def test_of_several_processes_the_first_says_it_and_the_others_let_it(
+    run_cli: Cli, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    command = ("evaluate", places["nowhere"], "--forget", places["forget"])
+    monkeypatch.setenv("RANK", "0")
+    code, _, err = run_cli(*command)
+    assert (code, err.count("\n"), waited) == (2, 1, [])
+    monkeypatch.setenv("RANK", "1")
+    assert run_cli(*command) == (2, "", "")
+    assert len(waited) == 1
+
+
 def test_a_full_disk_is_told_before_the_model_is_loaded(
     refused: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, places: dict[str, Path]
 ) -> None:
