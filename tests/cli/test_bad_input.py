@@ -20,6 +20,8 @@ from expunge.errors import InputError, RunError
 
 Cli = Callable[..., tuple[int, str, str]]
 CANARY = "canary-4711"
+TOTALS = ("task_aggregate", "mia_auc", "mia_score", "utility", "final_score")
+UNMEASURED: dict[str, object] = {"forget": {}, "retain": {}, **dict.fromkeys(TOTALS)}
 
 
 @pytest.fixture
@@ -51,9 +53,10 @@ def places(
         "inspect_key": "modl: x\n",
         "compare_key": "orakle: x\n",
         "list": "[1, 2]",
+        "cell": json.dumps({**UNMEASURED, "forget": {"Task1": {"regurgitation": CANARY}}}),
     }
     for name, text in texts.items():
-        suffix = {"secret": "csv", "list": "json"}.get(name, "yaml")
+        suffix = {"secret": "csv", "list": "json", "cell": "json"}.get(name, "yaml")
         found[name] = tmp_path / f"{name}.{suffix}"
         found[name].write_text(text)
     found["taken"] = tmp_path / "taken"
@@ -145,6 +148,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "compare nowhere": ("compare {nowhere}", ("{nowhere}: not found", "expunge evaluate")),
     "compare run": ("compare {taken}", ("{taken}/scores.json: not found", "expunge evaluate")),
     "compare other": ("compare {list}", ("{list}: is not a scores.json", "expunge evaluate")),
+    "compare cell": (
+        "compare {cell}",
+        ("{cell}: forget Task1 regurgitation holds text", "expunge evaluate"),
+    ),
     "compare both": ("compare {list} --json --markdown", ("--json: excludes --markdown",)),
     "compare option": ("compare {list} --markdwn", ("did you mean --markdown?",)),
     "compare key": ("compare {list} --config {compare_key}", ("'orakle'", "'oracle'")),

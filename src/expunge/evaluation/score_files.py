@@ -19,7 +19,10 @@ def write_scores(card: Scorecard, path: Path, model: str) -> None:
 
 
 def read_scores(source: str) -> Scorecard:
-    """Reads a scores.json, or that of a directory. Raises InputError for what is none."""
+    """Reads a scores.json, or that of a directory.
+
+    Raises InputError that names the file, and the cell where one holds no score.
+    """
     path = Path(source)
     if path.is_dir():
         path = path / SCORES
@@ -29,6 +32,8 @@ def read_scores(source: str) -> Scorecard:
         )
     try:
         return Scorecard.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except InputError as error:
+        raise InputError(f"{path}: {error}; make it anew with expunge evaluate") from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: is not a scores.json; make it with expunge evaluate") from None
 

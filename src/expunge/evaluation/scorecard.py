@@ -66,11 +66,24 @@ class Scorecard:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Scorecard:
-        """Reads what `to_json` wrote. Raises KeyError for a file that is something else."""
-        names = ("forget", "retain", "task_aggregate", "mia_auc", "mia_score", "utility")
+        """Reads what `to_json` wrote.
+
+        Raises KeyError for a file that is something else and InputError that names a cell which
+        holds no score.
+        """
+
+        def total(name: str) -> float | None:
+            return _read_score(name, values[name])
+
         return cls(
-            **{name: values[name] for name in (*names, "final_score")},
-            details=values.get("details", {}),
+            forget=_read_cells("forget", values["forget"]),
+            retain=_read_cells("retain", values["retain"]),
+            task_aggregate=total("task_aggregate"),
+            mia_auc=total("mia_auc"),
+            mia_score=total("mia_score"),
+            utility=total("utility"),
+            final_score=total("final_score"),
+            details=_read_mapping("details", values.get("details", {})),
         )
 
     def mean(self, split: Split) -> float | None:
@@ -302,3 +315,41 @@ def _prompts(
     return [
         prompt_for(question, (examples or {}).get(question.subject, ())) for question in questions
     ]
+
+
+def _read_cells(split: Split, values: object) -> Cells:
+    return {
+        task: {
+            name: _read_score(f"{split} {task} {name}", value)
+            for name, value in _read_mapping(f"{split} {task}", cell).items()
+        }
+        for task, cell in _read_mapping(split, values).items()
+    }
+
+
+def _read_mapping(place: str, value: object) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{place} holds {_shown(value)} where names with values belong")
+    return value
+
+
+def _read_score(place: str, value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InputError(f"{place} holds {_shown(value)}; a score is a number from 0 to 1, or null")
+    return float(value)
+
+
+def _shown(value: object) -> str:
+    """A number as it is; of anything else, which may be text of a row, the kind."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    kinds = {
+        str: "text",
+        bool: "true or false",
+        int: "a whole number",
+        list: "a list",
+        dict: "names",
+    }
+    return kinds.get(type(value), "null")
