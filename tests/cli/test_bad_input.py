@@ -123,6 +123,14 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "evaluate same rows": (EVALUATE + "--retain {forget}", ("give two different sets",)),
     "evaluate empty": (EVALUATE + "--nonmembers {empty}", ("{empty}: is empty",)),
     "evaluate long row": (EVALUATE + "--retain {long}", ("row 'wide'", "shorten it")),
+    "evaluate members": (
+        EVALUATE + "--nonmembers {nonmembers} --members {nonmembers}",
+        ("hold the same rows",),
+    ),
+    "evaluate long member": (
+        EVALUATE + "--nonmembers {nonmembers} --members {long}",
+        ("row 'wide'", "128"),
+    ),
     "evaluate chat": (EVALUATE + "--chat-template", ("--chat-template", "leave the option out")),
     "evaluate option": (EVALUATE + "--retan {retain}", ("--retan", "did you mean --retain?")),
     "evaluate key": (EVALUATE + "--config {evaluate_key}", ("'forgot'", "'forget'")),

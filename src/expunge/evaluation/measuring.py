@@ -134,7 +134,9 @@ def _read_material(inputs: MeasureInputs, checked: CheckedModel, policy: TextPol
     questions, examples = None, None
     if inputs.mmlu is not None:
         questions, examples = read_questions(Path(inputs.mmlu), inputs.mmlu_shots)
-    check_material(checked.tokenizer, forget, retain, nonmembers, questions, examples, policy)
+    check_material(
+        checked.tokenizer, forget, retain, nonmembers, questions, examples, policy, members
+    )
     return _Material(forget, retain, nonmembers, members, questions, examples)
 
 

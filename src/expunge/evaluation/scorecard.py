@@ -166,6 +166,7 @@ def check_material(
     questions: Sequence[Question] | None,
     examples: Mapping[str, Sequence[Question]] | None,
     policy: TextPolicy,
+    members: RowSet | None = None,
 ) -> None:
     """Raises InputError for sets that overlap and for rows and questions that do not fit the model.
 
@@ -174,6 +175,8 @@ def check_material(
     for other in (retain, nonmembers):
         if other is not None:
             check_disjoint(forget, other)
+    if members is not None and nonmembers is not None:
+        check_disjoint(members, nonmembers)
     for rows in (forget, retain or ()):
         for row in rows:
             length = len(prompt_ids(row, tokenizer, policy))
@@ -184,7 +187,7 @@ def check_material(
                 )
         encode_rows(rows, tokenizer, policy, eos=False)
     if nonmembers is not None:
-        for rows in (forget, nonmembers):
+        for rows in (members or forget, nonmembers):
             encode_rows(documents(rows), tokenizer, policy, eos=False)
     if questions:
         check_prompts(tokenizer, _prompts(questions, examples), policy.context)
