@@ -30,8 +30,8 @@ _QUIET_LIBRARIES = {
 }
 # Threads that wait busily for each other slow a run tenfold where anything else uses a core.
 _THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-_HEAD_START = 3.0
-"""Seconds that the others of a launch leave the first to say why all of them end."""
+_HEAD_START = 15.0
+"""Seconds that the others of a launch leave the first to say why all end; its end cuts them short."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
