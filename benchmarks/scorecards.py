@@ -18,10 +18,10 @@ from pathlib import Path
 
 import psutil
 
-from expunge.cli.compare import SCORES, read_scores
 from expunge.cli.console import progress_on_stderr
-from expunge.cli.evaluate import Evaluate, measure, write_scores
 from expunge.errors import RunError
+from expunge.evaluation.measuring import MeasureInputs, measure
+from expunge.evaluation.score_files import SCORES, read_scores
 from expunge.evaluation.scorecard import Cells, Scorecard
 from expunge.methods.catalog import METHODS
 from expunge.reporting.tables import markdown, number
@@ -96,14 +96,16 @@ def _measured(name: str, target: Path, directory: Path, output: Path) -> list[st
 
 def _scores(model: Path, directory: Path, file: Path) -> Scorecard:
     if not file.is_file():
-        settings = Evaluate(
+        settings = MeasureInputs(
             model=str(model),
             forget=str(directory / "forget.jsonl"),
             retain=str(directory / "retain.jsonl"),
             nonmembers=_where(directory / "nonmembers.jsonl"),
             mmlu=_where(directory / "mmlu"),
+            output=str(file),
         )
-        write_scores(measure(settings, quiet=False), file, str(model))
+        with progress_on_stderr(quiet=False) as progress:
+            measure(settings, progress.phase)
     return read_scores(str(file))
 
 

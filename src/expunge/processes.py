@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
 
 import torch
+
+from expunge.errors import InputError
+
+Value = TypeVar("Value")
+_PATIENCE = timedelta(hours=12)
+"""Shares of the work end at different times, NCCL waits 10 minutes; who dies is the launcher's care."""
 
 
 class Processes(Protocol):
@@ -58,7 +66,7 @@ class ManyProcesses:
     def __init__(self, device_type: str) -> None:
         from accelerate import PartialState
 
-        self._state = PartialState(cpu=device_type == "cpu")
+        self._state = PartialState(cpu=device_type == "cpu", timeout=_PATIENCE)
         self.rank: int = self._state.process_index
         self.count: int = self._state.num_processes
         self.device: torch.device = self._state.device
@@ -96,3 +104,26 @@ def processes_of(device_type: str) -> Processes:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return ManyProcesses(device_type)
     return OneProcess()
+
+
+def gathered(processes: Processes, found: Mapping[int, Value]) -> list[Value]:
+    """What all processes found, in the order of its numbers; each number is of one process only."""
+    everywhere = [item for share in processes.gather(dict(found)) for item in share.items()]
+    return [value for _, value in sorted(everywhere, key=lambda item: item[0])]
+
+
+@contextmanager
+def refused_together(processes: Processes) -> Iterator[None]:
+    """What the body refuses in one process is refused in all, before any of them goes on.
+
+    Raises InputError. A file may be missing on one machine only, and the main process, which speaks,
+    may be another's.
+    """
+    refusal: InputError | None = None
+    try:
+        yield
+    except InputError as error:
+        refusal = error
+    said = [text for text in processes.gather(refusal and str(refusal)) if text is not None]
+    if said:
+        raise refusal or InputError(said[0]) from None

@@ -20,6 +20,8 @@ from expunge.errors import InputError, RunError
 
 Cli = Callable[..., tuple[int, str, str]]
 CANARY = "canary-4711"
+TOTALS = ("task_aggregate", "mia_auc", "mia_score", "utility", "final_score")
+UNMEASURED: dict[str, object] = {"forget": {}, "retain": {}, **dict.fromkeys(TOTALS)}
 
 
 @pytest.fixture
@@ -51,9 +53,10 @@ def places(
         "inspect_key": "modl: x\n",
         "compare_key": "orakle: x\n",
         "list": "[1, 2]",
+        "cell": json.dumps({**UNMEASURED, "forget": {"Task1": {"regurgitation": CANARY}}}),
     }
     for name, text in texts.items():
-        suffix = {"secret": "csv", "list": "json"}.get(name, "yaml")
+        suffix = {"secret": "csv", "list": "json", "cell": "json"}.get(name, "yaml")
         found[name] = tmp_path / f"{name}.{suffix}"
         found[name].write_text(text)
     found["taken"] = tmp_path / "taken"
@@ -120,6 +123,14 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "evaluate same rows": (EVALUATE + "--retain {forget}", ("give two different sets",)),
     "evaluate empty": (EVALUATE + "--nonmembers {empty}", ("{empty}: is empty",)),
     "evaluate long row": (EVALUATE + "--retain {long}", ("row 'wide'", "shorten it")),
+    "evaluate members": (
+        EVALUATE + "--nonmembers {nonmembers} --members {nonmembers}",
+        ("hold the same rows",),
+    ),
+    "evaluate long member": (
+        EVALUATE + "--nonmembers {nonmembers} --members {long}",
+        ("row 'wide'", "128"),
+    ),
     "evaluate chat": (EVALUATE + "--chat-template", ("--chat-template", "leave the option out")),
     "evaluate option": (EVALUATE + "--retan {retain}", ("--retan", "did you mean --retain?")),
     "evaluate key": (EVALUATE + "--config {evaluate_key}", ("'forgot'", "'forget'")),
@@ -145,6 +156,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "compare nowhere": ("compare {nowhere}", ("{nowhere}: not found", "expunge evaluate")),
     "compare run": ("compare {taken}", ("{taken}/scores.json: not found", "expunge evaluate")),
     "compare other": ("compare {list}", ("{list}: is not a scores.json", "expunge evaluate")),
+    "compare cell": (
+        "compare {cell}",
+        ("{cell}: forget Task1 regurgitation holds text", "expunge evaluate"),
+    ),
     "compare both": ("compare {list} --json --markdown", ("--json: excludes --markdown",)),
     "compare option": ("compare {list} --markdwn", ("did you mean --markdown?",)),
     "compare key": ("compare {list} --config {compare_key}", ("'orakle'", "'oracle'")),
@@ -196,6 +211,20 @@ def test_wrong_input_is_refused_in_one_line(
     line = refused(command)
     for word in words:
         assert word.format(**places) in line
+
+
+def test_of_several_processes_the_first_says_it_and_the_others_let_it(
+    run_cli: Cli, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    command = ("evaluate", places["nowhere"], "--forget", places["forget"])
+    monkeypatch.setenv("RANK", "0")
+    code, _, err = run_cli(*command)
+    assert (code, err.count("\n"), waited) == (2, 1, [])
+    monkeypatch.setenv("RANK", "1")
+    assert run_cli(*command) == (2, "", "")
+    assert len(waited) == 1
 
 
 def test_a_full_disk_is_told_before_the_model_is_loaded(

@@ -40,7 +40,8 @@ def test_logits_of_chosen_places_are_the_models_own(family: str) -> None:
     where = batch.answer_mask.clone()
     where[1] = False  # a row without any
     expected = all_logits(model, batch.input_ids, batch.attention_mask)
-    found = logits_at(model, batch.input_ids, batch.attention_mask, where)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    found = logits_at(model, where, **inputs)
     assert found.shape == (int(where.sum()), VOCABULARY)
     # A matrix product of other shape sums in another order.
     torch.testing.assert_close(found, expected[where], rtol=1e-4, atol=1e-4)
@@ -57,6 +58,41 @@ class FlattensFirst(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.inner(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
+
+
+def test_a_head_that_is_called_otherwise_or_not_named_unembeds_all() -> None:
+    batch = whole_batch()
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    model = model_of("olmo")
+    expected = all_logits(model, **inputs)[batch.answer_mask]
+    inner = model.lm_head
+    for head, named in ((FlattensFirst(inner), inner), (inner, None)):
+        model.lm_head = head
+        model.get_output_embeddings = lambda named=named: named
+        assert torch.equal(logits_at(model, batch.answer_mask, **inputs), expected)
+        assert not head_takes_places(model)
+        assert not inner._forward_pre_hooks
+
+
+class Padded(nn.Module):
+    """A model that adds a place to its head's output."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config, self.device = model, model.config, model.device
+        self.dtype = model.dtype
+        self.get_output_embeddings = model.get_output_embeddings
+
+    def forward(self, **inputs: Any) -> Any:
+        output = self.model(**inputs)
+        output.logits = nn.functional.pad(output.logits, (0, 0, 0, 1))
+        return output
+
+
+def test_logits_that_are_not_the_heads_output_are_refused() -> None:
+    model, batch = Padded(model_of("olmo")), whole_batch()
+    with pytest.raises(ValueError, match="not its head's output"):
+        logits_at(model, batch.answer_mask, input_ids=batch.input_ids)
 
 
 @pytest.mark.parametrize("tokens", ["all", "answer"])

@@ -13,10 +13,9 @@ from rich.console import Console
 from expunge.cli.options import parse, take_flag
 from expunge.errors import InputError
 from expunge.evaluation.findings import findings
+from expunge.evaluation.score_files import SCORES, read_scores
 from expunge.evaluation.scorecard import Scorecard
 from expunge.reporting.tables import markdown_table, scorecard_table
-
-SCORES = "scores.json"
 
 
 @dataclass(frozen=True)
@@ -75,21 +74,6 @@ def show(cards: dict[str, Scorecard], *, as_json: bool = False, as_markdown: boo
             continue
         for finding in findings(card, cards.get("target")):
             console.print(f"{name}: {finding}", markup=False, highlight=False)
-
-
-def read_scores(source: str) -> Scorecard:
-    """Reads a scores.json. Raises InputError for what is none."""
-    path = Path(source)
-    if path.is_dir():
-        path = path / SCORES
-    if not path.is_file():
-        raise InputError(
-            f"{path}: not found; make it with expunge evaluate {source} --output {path}"
-        )
-    try:
-        return Scorecard.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: is not a scores.json; make it with expunge evaluate") from None
 
 
 def _label(run: str, taken: dict[str, Scorecard]) -> str:

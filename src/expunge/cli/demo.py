@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from expunge.cli.compare import SCORES, show
+from expunge.cli.compare import show
 from expunge.cli.console import progress_on_stderr
-from expunge.cli.evaluate import Evaluate, measure, write_scores
 from expunge.cli.options import parse, take_flag
 from expunge.errors import InputError
+from expunge.evaluation.measuring import MeasureInputs, measure
+from expunge.evaluation.score_files import SCORES
 from expunge.methods.base import Method
 from expunge.methods.catalog import METHODS
 from expunge.training.options import TrainingOptions
@@ -77,16 +78,17 @@ def main(arguments: Sequence[str]) -> int:
             models[name] = output / name
     cards = {}
     for name, model in models.items():
-        evaluation = Evaluate(
+        scores = output / name / SCORES if name in settings.methods else output / f"{name}.json"
+        evaluation = MeasureInputs(
             model=str(model),
             forget=str(built.forget),
             retain=str(built.retain),
             nonmembers=str(built.nonmembers),
             mmlu=str(built.mmlu),
+            output=str(scores),
             device=settings.device,
         )
-        cards[name] = measure(evaluation, quiet=quiet)
-        scores = output / name / SCORES if name in settings.methods else output / f"{name}.json"
-        write_scores(cards[name], scores, str(model))
+        with progress_on_stderr(quiet=quiet) as progress:
+            cards[name] = measure(evaluation, progress.phase)
     show(cards)
     return 0

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -29,6 +30,8 @@ _QUIET_LIBRARIES = {
 }
 # Threads that wait busily for each other slow a run tenfold where anything else uses a core.
 _THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+_HEAD_START = 15.0
+"""Seconds that the others of a launch leave the first to say why all end; its end cuts them short."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,13 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ExpungeError as error:
         if debug:
             raise
-        if os.environ.get("RANK", "0") == "0":  # the other processes of a run meet the same
+        if _is_first():  # the other processes of a launch meet the same
             sys.stderr.write(f"expunge: {' '.join(str(error).split())}\n")
+        else:
+            _let_the_first_speak()
         return error.exit_code
     except KeyboardInterrupt as stop:
         if debug:
             raise
-        sys.stderr.write("expunge: interrupted; what was unfinished has been removed\n")
+        if _is_first():
+            sys.stderr.write("expunge: interrupted; what was unfinished has been removed\n")
         return 143 if isinstance(stop, _Terminated) else 130
     except Exception as error:
         if debug:
@@ -81,6 +87,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     return int(code or 0)
+
+
+def _is_first() -> bool:
+    """Whether this is the first, or only, process of a launch: the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _let_the_first_speak() -> None:
+    """The launcher ends all processes as soon as one has ended, and the first may be a little later."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(_HEAD_START)
 
 
 class _Terminated(KeyboardInterrupt):

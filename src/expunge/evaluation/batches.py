@@ -1,8 +1,13 @@
-"""Batches by a budget of tokens: a batch of long rows holds fewer of them."""
+"""Batches by a budget of tokens: a batch of long rows holds fewer of them.
+
+Several processes divide the batches that one would make, so that each is computed among the same
+neighbours, to the same bits, whatever their number.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -27,6 +32,15 @@ def token_batches(lengths: Sequence[int], batch_size: int, device: torch.device)
         batches.append(order[start : start + count])
         start += count
     return batches
+
+
+def in_runs(costs: Sequence[int], processes: int) -> list[int]:
+    """The process, from 0, of each piece of work: neighbours together, equal costs for each process."""
+    total = sum(costs)
+    return [
+        min(processes - 1, (2 * end - cost) * processes // max(1, 2 * total))
+        for end, cost in zip(accumulate(costs), costs, strict=True)
+    ]
 
 
 def padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:

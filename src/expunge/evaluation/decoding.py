@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from expunge.evaluation.batches import padded, rows_within
 from expunge.evaluation.cache import ROOM, Past, empty_cache, joined, past_of
-from expunge.evaluation.logits import logits_at
+from expunge.methods.forward import logits_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,6 +91,7 @@ def _admits(pool: _Pool, length: int, read: int, batch_size: int) -> bool:
     return len(pool.rows) <= batch_size // 2 and 2 * length >= pool.width
 
 
+@torch.no_grad()
 def _read(
     model: PreTrainedModel, rows: Sequence[_Row], ends: Collection[int]
 ) -> list[tuple[_Row, Past | None]]:
@@ -146,6 +147,7 @@ def choices(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
     return tokens, near
 
 
+@torch.no_grad()
 def alone(model: PreTrainedModel, ids: Sequence[int]) -> int:
     """The likeliest next token by a pass of this row only: the same whatever batch it came from."""
     where = torch.zeros(1, len(ids), dtype=torch.bool)

@@ -10,10 +10,11 @@ import torch
 from expunge.data.batches import collate
 from expunge.data.tokenization import Example
 from expunge.evaluation.batches import token_batches
-from expunge.evaluation.logits import logits_at
+from expunge.methods.forward import logits_at
 from expunge.methods.membership import RowLosses
 from expunge.methods.numerics import target_log_probs
 from expunge.models.kernels import fast_linear
+from expunge.processes import OneProcess, Processes, gathered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,18 +26,27 @@ def document_losses(
     pad_id: int,
     batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
+    processes: Processes | None = None,
 ) -> dict[str, float]:
-    """Mean loss of each row's tokens in nats, by row id; a windowed row counts as one document."""
-    losses = RowLosses()
+    """Mean loss of each row's tokens in nats, by row id; a windowed row counts as one document.
+
+    Several processes share the batches and each gets all losses.
+    """
+    processes = processes or OneProcess()
+    batches = token_batches([len(e) for e in examples], batch_size, model.device)
+    mine = range(processes.rank, len(batches), processes.count)
+    found: dict[int, RowLosses] = {}
     with torch.no_grad(), fast_linear(model.dtype, model.device):
-        for indices in token_batches([len(e) for e in examples], batch_size, model.device):
-            batch = collate(examples, indices, pad_id).to(model.device)
+        for number in mine:
+            batch = collate(examples, batches[number], pad_id).to(model.device)
             counted = batch.token_mask[:, 1:]
             # Where a token is counted, the place before it is read.
             where = torch.nn.functional.pad(counted, (0, 1))
             logits = logits_at(model, where, input_ids=batch.input_ids, use_cache=False)
             log_probs = torch.zeros(counted.shape, device=model.device)
             log_probs[counted] = target_log_probs(logits, batch.input_ids[:, 1:][counted])
-            losses.add(batch, log_probs)
-            advance(len(indices))
-    return losses.means()
+            found[number] = RowLosses()
+            found[number].add(batch, log_probs)
+            advance(len(batches[number]))
+    # In the order of the batches, for the windows of a row may lie in several.
+    return RowLosses.of_all(gathered(processes, found)).means()

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from expunge.errors import InputError
-from expunge.evaluation.batches import padded, token_batches
-from expunge.evaluation.logits import logits_at
+from expunge.evaluation.batches import in_runs, padded, token_batches
+from expunge.methods.forward import logits_at
 from expunge.models.kernels import fast_linear
 from expunge.models.loading import context_of
+from expunge.processes import OneProcess, Processes, gathered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,28 +101,45 @@ def choice_log_probs(
     prompts: Sequence[str],
     batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
+    processes: Processes | None = None,
 ) -> torch.Tensor:
     """Log-probability of " A".." D" after each prompt, (prompts, 4), float32.
 
     What prompts share at their start is computed once. Each is read at its own last token, so neither
-    the batch size nor a row's neighbours change a score. Raises InputError for prompts beyond the
-    context.
+    the batch size nor a row's neighbours change a score. Several processes share the batches, those of
+    one start together, and each gets all scores. Raises InputError for prompts beyond the context.
     """
+    processes = processes or OneProcess()
     check_prompts(tokenizer, prompts, context_of(model.config))
     encoded = _encoded(tokenizer, prompts)
     texts = [ids for ids, _ in encoded]
-    scores = torch.zeros(len(prompts), len(LETTERS))
+    batches = [
+        (shared, group[0], [group[place] for place in places])
+        for shared, group in shared_prefixes(texts)
+        for places in token_batches(
+            [len(texts[i]) - shared for i in group], batch_size, model.device
+        )
+    ]
+    costs = [sum(len(texts[i]) - shared for i in chosen) for shared, _, chosen in batches]
+    found: dict[int, list[float]] = {}
+    past: Past | None = None
+    begun: int | None = None  # the first text of the group whose start `past` holds
     with torch.no_grad(), fast_linear(model.dtype, model.device):
-        for shared, group in shared_prefixes(texts):
-            past = _past(model, texts[group[0]][:shared]) if shared else None
-            rest = [texts[index][shared:] for index in group]
-            for places in token_batches([len(r) for r in rest], batch_size, model.device):
-                chosen = [group[place] for place in places]
-                logits = _last_logits(model, past, [rest[place] for place in places])
-                letters = torch.tensor([encoded[index][1] for index in chosen])
-                scores[chosen] = logits.float().log_softmax(-1).cpu().gather(1, letters)
-                advance(len(chosen))
-    return scores
+        for (shared, first, chosen), process in zip(
+            batches, in_runs(costs, processes.count), strict=True
+        ):
+            if process != processes.rank:
+                continue
+            if begun != first:
+                past = _past(model, texts[first][:shared]) if shared else None
+                begun = first
+            logits = _last_logits(model, past, [texts[index][shared:] for index in chosen])
+            letters = torch.tensor([encoded[index][1] for index in chosen])
+            log_probs = logits.float().log_softmax(-1).cpu().gather(1, letters)
+            found |= dict(zip(chosen, log_probs.tolist(), strict=True))
+            advance(len(chosen))
+    scores = torch.tensor(gathered(processes, found), dtype=torch.float32)
+    return scores.reshape(len(prompts), len(LETTERS))
 
 
 def shared_prefixes(texts: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:

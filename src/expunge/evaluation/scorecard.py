@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,7 @@ from expunge.evaluation.multiple_choice import (
 from expunge.evaluation.scores import final_score, knowledge, regurgitation, task_aggregate
 from expunge.methods.membership import membership_auc, membership_score
 from expunge.models.loading import pad_id_of
+from expunge.processes import OneProcess, Processes, gathered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,11 +66,24 @@ class Scorecard:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Scorecard:
-        """Reads what `to_json` wrote. Raises KeyError for a file that is something else."""
-        names = ("forget", "retain", "task_aggregate", "mia_auc", "mia_score", "utility")
+        """Reads what `to_json` wrote.
+
+        Raises KeyError for a file that is something else and InputError that names a cell which
+        holds no score.
+        """
+
+        def total(name: str) -> float | None:
+            return _read_score(name, values[name])
+
         return cls(
-            **{name: values[name] for name in (*names, "final_score")},
-            details=values.get("details", {}),
+            forget=_read_cells("forget", values["forget"]),
+            retain=_read_cells("retain", values["retain"]),
+            task_aggregate=total("task_aggregate"),
+            mia_auc=total("mia_auc"),
+            mia_score=total("mia_score"),
+            utility=total("utility"),
+            final_score=total("final_score"),
+            details=_read_mapping("details", values.get("details", {})),
         )
 
     def mean(self, split: Split) -> float | None:
@@ -91,16 +106,19 @@ def evaluate_model(
     policy: TextPolicy,
     batch_size: int = 64,
     progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
+    processes: Processes | None = None,
 ) -> Scorecard:
     """Measures every part that there is material for, by the protocol of SemEval-2025 Task 4.
 
     Members of the membership inference are those of `members`, or the forget set's continuation rows
-    (all of its rows where it has none), as non-members are. Raises InputError for rows that do not
-    fit the context.
+    (all of its rows where it has none), as non-members are. Several processes, each with the model,
+    share rows, documents and questions; each gets the whole scorecard. Raises InputError for rows that
+    do not fit the context.
     """
-    records = _generated(model, tokenizer, forget, "forget", policy, batch_size, progress)
+    measured = _Measured(model, tokenizer, policy, batch_size, progress, processes or OneProcess())
+    records = measured.generated(forget, "forget")
     if retain is not None:
-        records += _generated(model, tokenizer, retain, "retain", policy, batch_size, progress)
+        records += measured.generated(retain, "retain")
     forget_cells, retain_cells = _cells(records, "forget"), _cells(records, "retain")
     aggregate = None
     if retain is not None:
@@ -112,10 +130,8 @@ def evaluate_model(
     }
     auc = mia = None
     if nonmembers is not None:
-        inside = _losses(
-            model, tokenizer, members or forget, policy, batch_size, progress, "members"
-        )
-        others = _losses(model, tokenizer, nonmembers, policy, batch_size, progress, "non-members")
+        inside = measured.losses(members or forget, "members")
+        others = measured.losses(nonmembers, "non-members")
         auc = membership_auc(inside, others)
         mia = membership_score(auc)
         details["mia"] = {
@@ -127,9 +143,7 @@ def evaluate_model(
         }
     utility = None
     if questions is not None:
-        utility, by_subject = _utility(
-            model, tokenizer, questions, examples or {}, batch_size, progress
-        )
+        utility, by_subject = measured.utility(questions, examples or {})
         details["utility"] = {"questions": len(questions), "by_subject": by_subject}
     return Scorecard(
         forget=forget_cells,
@@ -152,6 +166,7 @@ def check_material(
     questions: Sequence[Question] | None,
     examples: Mapping[str, Sequence[Question]] | None,
     policy: TextPolicy,
+    members: RowSet | None = None,
 ) -> None:
     """Raises InputError for sets that overlap and for rows and questions that do not fit the model.
 
@@ -160,6 +175,8 @@ def check_material(
     for other in (retain, nonmembers):
         if other is not None:
             check_disjoint(forget, other)
+    if members is not None and nonmembers is not None:
+        check_disjoint(members, nonmembers)
     for rows in (forget, retain or ()):
         for row in rows:
             length = len(prompt_ids(row, tokenizer, policy))
@@ -170,35 +187,89 @@ def check_material(
                 )
         encode_rows(rows, tokenizer, policy, eos=False)
     if nonmembers is not None:
-        for rows in (forget, nonmembers):
+        for rows in (members or forget, nonmembers):
             encode_rows(documents(rows), tokenizer, policy, eos=False)
     if questions:
         check_prompts(tokenizer, _prompts(questions, examples), policy.context)
 
 
-def _generated(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: RowSet,
-    split: Split,
-    policy: TextPolicy,
-    batch_size: int,
-    progress: Callable[[str, int, int], None],
-) -> list[dict[str, Any]]:
-    done = 0
+@dataclass(frozen=True)
+class _Measured:
+    """The model that is measured, and how."""
 
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(f"generate {split}", done, len(rows))
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    policy: TextPolicy
+    batch_size: int
+    progress: Callable[[str, int, int], None]
+    processes: Processes
 
-    prompts = [prompt_ids(row, tokenizer, policy) for row in rows]
-    drafts = [
-        _answer_ids(row, prompt, tokenizer, policy)
-        for row, prompt in zip(rows, prompts, strict=True)
-    ]
-    texts = generate(model, tokenizer, prompts, batch_size, advance, drafts)
-    return [_record(row, split, text) for row, text in zip(rows, texts, strict=True)]
+    def generated(self, rows: RowSet, split: Split) -> list[dict[str, Any]]:
+        """A record a row, in the order of the rows, whichever process generated it."""
+        prompts = [prompt_ids(row, self.tokenizer, self.policy) for row in rows]
+        drafts = [
+            _answer_ids(row, prompt, self.tokenizer, self.policy)
+            for row, prompt in zip(rows, prompts, strict=True)
+        ]
+        # Rows of similar length cost the same, so neighbours by length go to different processes.
+        order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]) - len(drafts[i]))
+        mine = order[self.processes.rank :: self.processes.count]
+        with self._phase(f"generate {split}", len(rows)) as advance:
+            texts = generate(
+                self.model,
+                self.tokenizer,
+                [prompts[i] for i in mine],
+                self.batch_size,
+                advance,
+                [drafts[i] for i in mine],
+            )
+            found = {
+                i: _record(rows.rows[i], split, text) for i, text in zip(mine, texts, strict=True)
+            }
+            return gathered(self.processes, found)
+
+    def losses(self, rows: RowSet, name: str) -> list[float]:
+        """The mean loss of each document, in nats a token."""
+        examples = encode_rows(documents(rows), self.tokenizer, self.policy, eos=False)
+        with self._phase(f"loss of {name}", len(examples)) as advance:
+            losses = document_losses(
+                self.model,
+                examples,
+                pad_id_of(self.tokenizer),
+                self.batch_size,
+                advance,
+                self.processes,
+            )
+        return list(losses.values())
+
+    def utility(
+        self, questions: Sequence[Question], examples: Mapping[str, Sequence[Question]]
+    ) -> tuple[float, dict[str, float]]:
+        """Accuracy over all questions, and by subject."""
+        prompts = _prompts(questions, examples)
+        with self._phase("utility", len(questions)) as advance:
+            scores = choice_log_probs(
+                self.model, self.tokenizer, prompts, self.batch_size, advance, self.processes
+            )
+        by_subject = {}
+        for subject in sorted({question.subject for question in questions}):
+            chosen = [i for i, question in enumerate(questions) if question.subject == subject]
+            by_subject[subject] = accuracy(scores[chosen], [questions[i] for i in chosen])
+        return accuracy(scores, questions), by_subject
+
+    @contextmanager
+    def _phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Tells the progress of the body, which calls what it is given with its share as it is done."""
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            # The other processes, of whom nothing is heard until the end, are about as far.
+            done = min(total, done + count * self.processes.count)
+            self.progress(name, done, total)
+
+        yield advance
+        self.progress(name, total, total)
 
 
 def _answer_ids(
@@ -249,46 +320,39 @@ def _prompts(
     ]
 
 
-def _losses(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: RowSet,
-    policy: TextPolicy,
-    batch_size: int,
-    progress: Callable[[str, int, int], None],
-    name: str,
-) -> list[float]:
-    examples = encode_rows(documents(rows), tokenizer, policy, eos=False)
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(f"loss of {name}", done, len(examples))
-
-    losses = document_losses(model, examples, pad_id_of(tokenizer), batch_size, advance)
-    return list(losses.values())
+def _read_cells(split: Split, values: object) -> Cells:
+    return {
+        task: {
+            name: _read_score(f"{split} {task} {name}", value)
+            for name, value in _read_mapping(f"{split} {task}", cell).items()
+        }
+        for task, cell in _read_mapping(split, values).items()
+    }
 
 
-def _utility(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    examples: Mapping[str, Sequence[Question]],
-    batch_size: int,
-    progress: Callable[[str, int, int], None],
-) -> tuple[float, dict[str, float]]:
-    done = 0
+def _read_mapping(place: str, value: object) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{place} holds {_shown(value)} where names with values belong")
+    return value
 
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("utility", done, len(questions))
 
-    prompts = _prompts(questions, examples)
-    scores = choice_log_probs(model, tokenizer, prompts, batch_size, advance)
-    by_subject = {}
-    for subject in sorted({question.subject for question in questions}):
-        chosen = [i for i, question in enumerate(questions) if question.subject == subject]
-        by_subject[subject] = accuracy(scores[chosen], [questions[i] for i in chosen])
-    return accuracy(scores, questions), by_subject
+def _read_score(place: str, value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InputError(f"{place} holds {_shown(value)}; a score is a number from 0 to 1, or null")
+    return float(value)
+
+
+def _shown(value: object) -> str:
+    """A number as it is; of anything else, which may be text of a row, the kind."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    kinds = {
+        str: "text",
+        bool: "true or false",
+        int: "a whole number",
+        list: "a list",
+        dict: "names",
+    }
+    return kinds.get(type(value), "null")

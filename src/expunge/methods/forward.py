@@ -1,11 +1,14 @@
-"""A forward pass for a loss: logits only where tokens count, activations kept or recomputed."""
+"""A forward pass: logits only where tokens count, activations kept or recomputed.
+
+The unembedding is the widest product of a small model, and its output the widest tensor of any.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,36 +21,46 @@ _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 _PROBE = (2, 6)
 
 
-def logits_at(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    where: torch.Tensor,
-) -> torch.Tensor:
-    """Next-token logits at the places marked in `where`, in reading order: (marked, vocabulary).
+def logits_at(model: PreTrainedModel, where: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Runs `model` on `inputs` and gives its logits at the places marked in `where`.
 
-    All arguments are (rows, tokens). The LM head is given the hidden states of these places alone,
-    as one row; what a family does to logits after its head (scaling, soft caps) is done to them too.
-    Raises ValueError where the model does not treat its head as this needs: see `head_takes_places`.
+    where (rows, tokens), boolean -> (marked, vocabulary), in reading order. The LM head is given the
+    hidden states of these places alone, as one row; what a family does to logits after its head
+    (scaling, soft caps) is done to them too. A model that names no head, or gives it something else,
+    unembeds every token. Raises ValueError where its logits are not its head's output.
     """
+    return _logits_at(model, where, inputs)[0]
 
-    def gather(_head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        (hidden,) = arguments
-        if hidden.shape[:2] != where.shape:
-            raise ValueError("the head is not given one hidden state a token")
-        return (hidden[where][None],)
 
+def _logits_at(
+    model: PreTrainedModel, where: torch.Tensor, inputs: Mapping[str, Any]
+) -> tuple[torch.Tensor, bool]:
+    """The same, and whether the head ran at these places alone."""
+    where = where.to(model.device)
     head = model.get_output_embeddings()
-    if head is None:
-        raise ValueError("the model names no head")
-    handle = head.register_forward_pre_hook(gather)
+    marked: int | None = None
+
+    def choose(_head: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        nonlocal marked
+        hidden, *others = arguments
+        if hidden.shape[:2] != where.shape:
+            return None
+        # (rows, tokens, width) -> (1, marked, width): what follows the head works token by token.
+        chosen = hidden[where][None]
+        marked = chosen.shape[1]
+        return (chosen, *others)
+
+    handle = head.register_forward_pre_hook(choose) if isinstance(head, nn.Module) else None
     try:
-        logits = all_logits(model, input_ids, attention_mask)
+        logits: torch.Tensor = model(**inputs).logits
     finally:
-        handle.remove()
-    if logits.shape[:-1] != (1, int(where.sum())):
+        if handle is not None:
+            handle.remove()
+    if marked is None:
+        return logits[where], False
+    if logits.shape[:-1] != (1, marked):
         raise ValueError("the model's logits are not its head's output")
-    return logits[0]
+    return logits[0], True
 
 
 def all_logits(
@@ -59,7 +72,10 @@ def all_logits(
 
 @torch.no_grad()
 def head_takes_places(model: PreTrainedModel) -> bool:
-    """Whether `logits_at` gives what the model itself gives, tried on a few tokens with padding."""
+    """Whether the head can run at chosen places alone and give what the model itself gives.
+
+    Tried on a few tokens with padding.
+    """
     rows, tokens = _PROBE
     ids = torch.arange(rows * tokens, device=model.device).view(rows, tokens)
     ids %= model.config.get_text_config().vocab_size
@@ -68,12 +84,13 @@ def head_takes_places(model: PreTrainedModel) -> bool:
     where = real.bool()
     where[0, 2] = False
     expected = all_logits(model, ids, real)[where].float()
+    inputs = {"input_ids": ids, "attention_mask": real, "use_cache": False}
     try:
-        found = logits_at(model, ids, real, where).float()
+        found, alone = _logits_at(model, where, inputs)
     except (ValueError, RuntimeError):
         return False
     tolerance = _ROUNDING.get(model.dtype, 3e-2) * float(expected.abs().max())
-    return torch.allclose(found, expected, rtol=0, atol=tolerance)
+    return alone and torch.allclose(found.float(), expected, rtol=0, atol=tolerance)
 
 
 @contextmanager

@@ -136,7 +136,13 @@ class GradientObjective:
         if not self._head_takes_places:
             return self.logits(batch)[where]
         with self._kept():
-            return logits_at(self._model, batch.input_ids, batch.attention_mask, where)
+            return logits_at(
+                self._model,
+                where,
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                use_cache=False,
+            )
 
     def log_probs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each counted token, 0 elsewhere, and their mask: (rows, tokens - 1)."""

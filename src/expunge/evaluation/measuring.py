@@ -1,0 +1,149 @@
+"""One measurement, from files to a scorecard: everything is checked, then the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from expunge.data.rows import RowSet, read_rows
+from expunge.data.tokenization import LongRows, TextPolicy
+from expunge.errors import InputError
+from expunge.evaluation.multiple_choice import Question, read_questions
+from expunge.evaluation.score_files import write_records, write_scores
+from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
+from expunge.models.loading import (
+    CheckedModel,
+    Dtype,
+    check_model,
+    load_model,
+    resolve_device,
+    text_policy,
+)
+from expunge.processes import processes_of, refused_together
+
+
+@dataclass(frozen=True)
+class MeasureInputs:
+    """What is measured, on which rows, and where the scores go."""
+
+    model: str
+    """The model to measure: a directory, or a hub id."""
+    forget: str
+    """Rows that were to be removed."""
+    retain: str | None = None
+    """Rows that were to stay; without them there is no task aggregate."""
+    members: str | None = None
+    """Text that the target was trained on, for membership inference; null: the forget set's."""
+    nonmembers: str | None = None
+    """Never-seen text of the forget set's kind, for membership inference."""
+    mmlu: str | None = None
+    """Directory in MMLU's format: test/<subject>_test.csv, dev/<subject>_dev.csv."""
+    mmlu_shots: int = 0
+    """Solved examples from dev/ before each question."""
+    output: str | None = None
+    """Write scores.json here."""
+    records: str | None = None
+    """Write one JSON line a row here: id, split, task, kind, score."""
+    reveal: bool = False
+    """Add what was generated to the records; it can hold forgotten text."""
+    batch_size: int = 64
+    """Rows a batch; it changes the speed, never a score."""
+    dtype: Dtype = "float32"
+    """Dtype that the model is loaded and run in."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    chat_template: bool = False
+    """Render prompts with the tokenizer's chat template."""
+    long_rows: LongRows = "refuse"
+    """Refuse rows longer than the context, or score them in windows."""
+    trust_remote_code: bool = False
+    """Run code that the model's directory brings along."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"--batch-size {self.batch_size}: must be 1 or more")
+        if self.mmlu_shots < 0:
+            raise InputError(f"--mmlu-shots {self.mmlu_shots}: must be 0 or more")
+        if self.mmlu_shots and self.mmlu is None:
+            raise InputError("--mmlu-shots: needs --mmlu with the questions")
+        if self.members is not None and self.nonmembers is None:
+            raise InputError("--members: is compared with never-seen text; give --nonmembers")
+        if self.reveal and self.records is None:
+            raise InputError("--reveal: adds text to the records; give --records FILE")
+
+
+def measure(
+    inputs: MeasureInputs,
+    progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
+) -> Scorecard:
+    """Checks every input, loads the model, measures it and writes the files that were asked for.
+
+    Of the processes that accelerate launch started each loads the model and measures its share, each
+    returns the whole scorecard, and the main one writes. Raises InputError before anything is written.
+    """
+    device = resolve_device(inputs.device)
+    processes = processes_of(device)
+    with refused_together(processes):
+        _check_outputs(inputs)
+        checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
+        policy = text_policy(
+            checked, chat_template=inputs.chat_template, long_rows=inputs.long_rows
+        )
+        material = _read_material(inputs, checked, policy)
+        model = load_model(checked, inputs.dtype, device)
+    card = evaluate_model(
+        model,
+        checked.tokenizer,
+        material.forget,
+        material.retain,
+        material.nonmembers,
+        material.questions,
+        material.examples,
+        members=material.members,
+        policy=policy,
+        batch_size=inputs.batch_size,
+        progress=progress,
+        processes=processes,
+    )
+    if processes.is_main and inputs.output is not None:
+        write_scores(card, Path(inputs.output), inputs.model)
+    if processes.is_main and inputs.records is not None:
+        write_records(card, Path(inputs.records), reveal=inputs.reveal)
+    return card
+
+
+@dataclass(frozen=True)
+class _Material:
+    forget: RowSet
+    retain: RowSet | None
+    nonmembers: RowSet | None
+    members: RowSet | None
+    questions: Sequence[Question] | None
+    examples: Mapping[str, Sequence[Question]] | None
+
+
+def _read_material(inputs: MeasureInputs, checked: CheckedModel, policy: TextPolicy) -> _Material:
+    forget = read_rows(inputs.forget, "forget")
+    retain = None if inputs.retain is None else read_rows(inputs.retain, "retain")
+    nonmembers = members = None
+    if inputs.nonmembers is not None:
+        nonmembers = read_rows(inputs.nonmembers, "nonmembers")
+    if inputs.members is not None:
+        members = read_rows(inputs.members, "forget")
+    questions, examples = None, None
+    if inputs.mmlu is not None:
+        questions, examples = read_questions(Path(inputs.mmlu), inputs.mmlu_shots)
+    check_material(
+        checked.tokenizer, forget, retain, nonmembers, questions, examples, policy, members
+    )
+    return _Material(forget, retain, nonmembers, members, questions, examples)
+
+
+def _check_outputs(inputs: MeasureInputs) -> None:
+    for option in ("output", "records"):
+        path = getattr(inputs, option)
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise InputError(f"--{option} {path}: its directory does not exist; make it first")
+        if path is not None and Path(path).is_dir():
+            raise InputError(f"--{option} {path}: is a directory; name a file")
