@@ -10,6 +10,7 @@ import torch
 from expunge.methods.losses import (
     adaptive_target,
     bounded_ascent,
+    bounded_odds,
     cross_entropy,
     npo,
     simnpo,
@@ -17,7 +18,13 @@ from expunge.methods.losses import (
     token_kl,
     unit_direction,
 )
-from expunge.methods.numerics import masked_mean, row_means, row_sums, token_log_probs
+from expunge.methods.numerics import (
+    masked_mean,
+    row_means,
+    row_sums,
+    target_log_odds,
+    token_log_probs,
+)
 
 ROWS, TOKENS, VOCABULARY, WIDTH = 3, 5, 7, 4
 
@@ -84,6 +91,35 @@ def test_bounded_ascent_below_its_ceiling_is_ascent(mask: torch.Tensor) -> None:
     log_probs = -torch.rand(ROWS, TOKENS)
     difference = bounded_ascent(log_probs, mask, 50.0) + cross_entropy(log_probs, mask)
     assert float(difference) == pytest.approx(50, abs=1e-5)
+
+
+def test_log_odds_of_a_token_known_by_heart() -> None:
+    logits = torch.tensor([[60.0, 0.0, 0.0], [1.0, 2.0, 3.0]], requires_grad=True)
+    found = target_log_odds(logits, torch.tensor([0, 2]))
+    # log p is exactly 0 in float32 where the log-odds are 60 - log 2.
+    assert found.tolist() == pytest.approx([60 - math.log(2), 3 - math.log(math.e + math.e**2)])
+    found.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad[0, 0] == logits.grad[1, 2] == 1
+    assert logits.grad.sum(1).tolist() == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_bounded_odds_ends_where_bounded_ascent_does() -> None:
+    for ceiling in (0.1, 1.0, 6.0):
+        log_probs = -torch.tensor([ceiling - 0.05, ceiling + 0.05])
+        log_odds = log_probs - torch.log(-torch.expm1(log_probs))
+        for odds, log_prob in zip(log_odds, log_probs, strict=True):
+            value = bounded_odds(odds[None], torch.tensor([ceiling]))
+            ascent = bounded_ascent(log_prob[None, None], torch.ones(1, 1).bool(), ceiling)
+            assert bool(value > 0) == bool(ascent > 0)
+
+
+def test_bounded_odds_is_a_mean_over_tokens_with_their_own_ceilings() -> None:
+    odds, ceilings = torch.tensor([2.0, 0.0, -9.0]), torch.tensor([1.0, 3.0, 3.0])
+    floors = [math.log(math.exp(-c) / (1 - math.exp(-c))) for c in ceilings.tolist()]
+    slow = sum(max(0.0, float(o) - f) for o, f in zip(odds, floors, strict=True)) / 3
+    assert float(bounded_odds(odds, ceilings)) == pytest.approx(slow)
+    assert float(bounded_odds(odds[:0], ceilings[:0])) == 0
 
 
 def test_kl_against_a_sum_over_the_vocabulary(logits: torch.Tensor, mask: torch.Tensor) -> None:

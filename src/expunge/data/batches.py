@@ -10,7 +10,8 @@ import torch
 
 from expunge.data.tokenization import Example
 
-Tokens = Literal["all", "answer"]
+Tokens = Literal["all", "answer", "content"]
+"""The whole text; the output given the input; continuations whole and of questions the answer."""
 _POOL = 16
 """Batches whose rows are sorted by length together: enough to save padding, yet random."""
 
@@ -48,19 +49,35 @@ class Batch:
 
     def mask(self, tokens: Tokens) -> torch.Tensor:
         """Boolean mask of the tokens that a loss counts."""
+        if tokens == "content":
+            questions = torch.tensor([example.kind == "qa" for example in self.examples])
+            whole = ~questions.to(self.token_mask.device)[:, None]
+            return self.answer_mask | (self.token_mask & whole)
         return self.token_mask if tokens == "all" else self.answer_mask
 
     def rows(self, begin: int, end: int) -> Batch:
         """Some of the rows, with no more padding than they need."""
-        chosen = self.examples[begin:end]
+        return self._chosen(list(range(len(self.examples))[begin:end]))
+
+    def split_listed(self) -> tuple[Batch | None, Batch | None]:
+        """The user's rows and those of random tokens; None where there is none."""
+        sides: tuple[list[int], list[int]] = ([], [])
+        for row, example in enumerate(self.examples):
+            sides[not example.listed].append(row)
+        if not sides[1]:
+            return self, None
+        return (self._chosen(sides[0]) if sides[0] else None), self._chosen(sides[1])
+
+    def _chosen(self, rows: list[int]) -> Batch:
+        chosen = tuple(self.examples[row] for row in rows)
         width = max(map(len, chosen))
         return Batch(
             chosen,
-            self.indices[begin:end],
-            self.input_ids[begin:end, :width],
-            self.attention_mask[begin:end, :width],
-            self.token_mask[begin:end, :width],
-            self.answer_mask[begin:end, :width],
+            tuple(self.indices[row] for row in rows),
+            self.input_ids[rows, :width],
+            self.attention_mask[rows, :width],
+            self.token_mask[rows, :width],
+            self.answer_mask[rows, :width],
         )
 
     def to(self, device: torch.device | str) -> Batch:

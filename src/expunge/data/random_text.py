@@ -26,6 +26,13 @@ def random_examples(
     drawn = torch.randint(len(usual), (count, length), generator=generator)
     everywhere = (True,) * length
     return [
-        Example(f"random-{index}", "random", tuple(usual[row].tolist()), everywhere, everywhere)
+        Example(
+            f"random-{index}",
+            "random",
+            tuple(usual[row].tolist()),
+            everywhere,
+            everywhere,
+            listed=False,
+        )
         for index, row in enumerate(drawn)
     ]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from expunge.data.rows import Row
+from expunge.data.rows import Kind, Row
 from expunge.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ class Example:
     input_ids: tuple[int, ...]
     token_mask: tuple[bool, ...]
     answer_mask: tuple[bool, ...]
+    kind: Kind = "sc"
+    """A continuation, all of which is content, or a question with its answer."""
+    listed: bool = True
+    """Whether it is of the user's rows; False for random tokens."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -153,7 +157,7 @@ def _encode(
             ids.append(end_id)
             token.append(True)
             answer.append(True)
-    return Example(row.id, row.task, tuple(ids), tuple(token), tuple(answer))
+    return Example(row.id, row.task, tuple(ids), tuple(token), tuple(answer), row.kind)
 
 
 def _chat_texts(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
@@ -190,6 +194,7 @@ def _windows(example: Example, context: int) -> list[Example]:
                 example.input_ids[part],
                 _without(example.token_mask[part], repeated),
                 _without(example.answer_mask[part], repeated),
+                example.kind,
             )
         )
     return windows

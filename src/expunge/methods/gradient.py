@@ -16,7 +16,7 @@ from expunge.errors import InputError
 from expunge.methods.base import Context, Finished, OptimizerSpec, Terms
 from expunge.methods.calibration import NeverSeen
 from expunge.methods.forward import all_logits, head_takes_places, logits_at, recomputed
-from expunge.methods.losses import cross_entropy
+from expunge.methods.losses import cross_entropy, token_kl
 from expunge.methods.numerics import target_log_probs
 from expunge.models.decoder import DecoderLayout
 from expunge.models.lora import Adapter, LoraShape, Targets
@@ -126,12 +126,13 @@ class GradientObjective:
         with self._kept():
             return all_logits(self._model, batch.input_ids, batch.attention_mask)
 
-    def counted_logits(self, batch: Batch) -> torch.Tensor:
+    def counted_logits(self, batch: Batch, tokens: Tokens | None = None) -> torch.Tensor:
         """Logits of the places that predict a counted token, in reading order.
 
-        (counted tokens, vocabulary): the head runs nowhere else.
+        (counted tokens, vocabulary): the head runs nowhere else. `tokens` counts others than the
+        settings' own.
         """
-        mask = batch.mask(self._tokens)
+        mask = batch.mask(tokens or self._tokens)
         where = functional.pad(mask[:, 1:], (0, 1))
         if not self._head_takes_places:
             return self.logits(batch)[where]
@@ -155,11 +156,22 @@ class GradientObjective:
         return cross_entropy(*self.log_probs(batch))
 
     def with_retain(self, forget_term: torch.Tensor, retain: Batch | None, weight: float) -> Terms:
-        """Adds weight * CE(retain) to a forget term."""
+        """Adds the retain term: weight * CE(retain), for random tokens weight * KL to the target."""
         if retain is None or weight == 0:
             return Terms(forget_term, None)
-        retain_term = weight * self.cross_entropy(retain)
-        return Terms(forget_term, retain_term)
+        listed, random = retain.split_listed()
+        if random is None:
+            return Terms(forget_term, weight * self.cross_entropy(retain))
+        total = self.drift(random).sum()
+        if listed is not None:
+            total = total + self.cross_entropy(listed) * self.retain_size(listed)
+        return Terms(forget_term, weight * total / self.retain_size(retain))
+
+    def drift(self, batch: Batch) -> torch.Tensor:
+        """KL(target || model) of every counted token, in nats: (counted tokens,)."""
+        with self.reference():
+            before = self.counted_logits(batch)
+        return token_kl(self.counted_logits(batch), before)
 
     def forget_size(self, batch: Batch) -> int:
         """Most forget terms are means over counted tokens."""

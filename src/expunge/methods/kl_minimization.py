@@ -14,7 +14,6 @@ from typing import ClassVar
 from expunge.data.batches import Batch
 from expunge.methods.base import Context, Preset, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective, GradientSettings
-from expunge.methods.losses import token_kl
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,5 @@ class KLMinimizationObjective(GradientObjective):
         ascent = -self.cross_entropy(forget)
         if retain is None or self._weight == 0:
             return Terms(ascent, None)
-        with self.reference():
-            before = self.counted_logits(retain)
-        drift = token_kl(self.counted_logits(retain), before)
+        drift = self.drift(retain)
         return Terms(ascent, self._weight * drift.sum() / max(1, len(drift)))

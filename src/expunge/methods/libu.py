@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from expunge.data.batches import Batch, in_order
+from expunge.data.batches import Batch, Tokens, in_order
 from expunge.data.tokenization import Example
 from expunge.errors import InputError, RunError
 from expunge.methods.base import Context, OptimizerSpec, Preset, RunDefaults, Terms
@@ -36,12 +36,13 @@ from expunge.methods.calibration import NeverSeen
 from expunge.methods.fisher import SquaredGradients
 from expunge.methods.gradient import GradientObjective, GradientSettings
 from expunge.methods.influence import predicted_rise, removal_step, size_within
-from expunge.methods.losses import bounded_ascent
-from expunge.methods.numerics import row_means, target_log_probs
+from expunge.methods.losses import bounded_odds
+from expunge.methods.numerics import row_means, target_log_odds, target_log_probs
 
 _HALVINGS = 12
 _PROBE_ROWS = 64
 _CEILING = 0.8
+_REACH = 1.25
 _PUBLISHED = {
     "rank": 16,
     "lora_alpha": 32.0,
@@ -59,6 +60,8 @@ _PUBLISHED = {
 class LIBU(GradientSettings):
     """Settings of LIBU."""
 
+    forget_tokens: Tokens = "content"
+    """Which tokens phase 2 forgets. A question's own words are shared with what must stay."""
     direction: Literal["remove", "as-published"] = "remove"
     """Remove the influence of forget rows, or descend on their loss as the published code does."""
     damping: float = 1.0
@@ -73,6 +76,9 @@ class LIBU(GradientSettings):
     """Phase 2 raises each forget token's loss to this many nats; null: 0.8 log(vocabulary)."""
     retain_weight: float = 5.0
     """Weight of the retain term."""
+    random_rows: int = 128
+    """Rows of random tokens on which the target's predictions are held, beside the retain set. They
+    stand for all text that no set lists: without them utility moves by chance."""
     calibration_gain: float = 0.5
     """With non-members: how far a row's ceiling moves for each nat that its loss is wrong by; 0 leaves
     all of them where they are."""
@@ -166,11 +172,12 @@ class LIBUObjective(GradientObjective):
         guessing = math.log(vocabulary)
         self.ceiling = _CEILING * guessing if settings.ceiling is None else settings.ceiling
         self._ceilings: dict[str, float] = {}
+        self._probe = [e for e in context.retain if e.listed][:_PROBE_ROWS]
         self.fisher: Mapping[str, torch.Tensor] = {}
         if context.resumed is not None:  # the adapter and the curvature are put back
             self._notes = context.resumed["phase_1"]
             return
-        self.fisher = self.diagonal_fisher(context.retain)
+        self.fisher = self.diagonal_fisher([e for e in context.retain if e.listed])
         self._notes = self._phase_one(self.forget_gradient(context.forget), self.fisher)
 
     def diagonal_fisher(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
@@ -209,7 +216,12 @@ class LIBUObjective(GradientObjective):
         if self._settings.direction == "as-published":
             term = self.cross_entropy(forget)
         else:
-            term = bounded_ascent(*self.log_probs(forget), self._ceilings_of(forget))
+            mask = forget.mask(self._settings.forget_tokens)[:, 1:]
+            targets = forget.input_ids[:, 1:][mask]
+            logits = self.counted_logits(forget, self._settings.forget_tokens)
+            log_odds = target_log_odds(logits, targets)
+            ceilings = self._ceilings_of(forget).expand(mask.shape)[mask]
+            term = bounded_odds(log_odds, ceilings)
         return self.with_retain(term, retain, self._settings.retain_weight)
 
     @property
@@ -227,12 +239,20 @@ class LIBUObjective(GradientObjective):
         for row, loss in rows.losses.items() if gain else ():
             wanted = rows.wanted[row]
             start = self._ceilings.get(row)
-            self._ceilings[row] = wanted if start is None else start + gain * (wanted - loss)
+            moved = wanted if start is None else start + gain * (wanted - loss)
+            # A ceiling far off would go on pushing long after the loss has arrived.
+            self._ceilings[row] = min(max(moved, wanted / _REACH), wanted * _REACH)
 
     def _ceilings_of(self, batch: Batch) -> torch.Tensor:
         """Ceiling of each token's loss, (rows, 1)."""
         ceilings = [self._ceilings.get(row, self.ceiling) for row in batch.row_ids]
         return torch.tensor(ceilings, device=batch.input_ids.device)[:, None]
+
+    def forget_size(self, batch: Batch) -> int:
+        """The forget term is a mean over the tokens that are forgotten."""
+        if self._settings.direction == "as-published":
+            return super().forget_size(batch)
+        return int(batch.mask(self._settings.forget_tokens)[:, 1:].sum())
 
     def curvature(self, batch: Batch) -> list[torch.Tensor]:
         """Gauss-Newton-Bartlett estimate: tokens * (gradient on labels sampled from the model)^2."""
@@ -301,7 +321,7 @@ class LIBUObjective(GradientObjective):
 
     def _retain_loss(self) -> float:
         total = tokens = 0.0
-        for batch in self._passes(self._context.retain[:_PROBE_ROWS], None):
+        for batch in self._passes(self._probe, None):
             with torch.no_grad(), self._context.autocast():
                 log_probs, mask = self.log_probs(batch)
             total -= float(torch.where(mask, log_probs, 0.0).sum())

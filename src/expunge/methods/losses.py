@@ -28,6 +28,16 @@ def bounded_ascent(
     return masked_mean(functional.relu(ceiling + log_probs), mask)
 
 
+def bounded_odds(log_odds: torch.Tensor, ceiling: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of max(0, log-odds - their value where the NLL is `ceiling`).
+
+    Both (tokens,). Pushes tokens that are known by heart as hard as others, where ascent on the NLL has
+    a gradient of 1 - p, and stops where `bounded_ascent` does.
+    """
+    floor = -(ceiling + torch.log(-torch.expm1(-ceiling)))
+    return functional.relu(log_odds - floor).sum() / max(1, len(log_odds))
+
+
 def token_kl(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:
     """KL(reference || model) of next-token distributions: (..., vocabulary) twice -> (...)."""
     log_p = functional.log_softmax(logits.float(), dim=-1)

@@ -11,6 +11,18 @@ def target_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     return -functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
+def target_log_odds(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log(p / (1 - p)) of each target: logits (n, vocabulary), targets (n,) -> (n,).
+
+    From the logits, as 1 - p of a token known by heart is lost in rounding. Its gradient in the target's
+    logit is 1 whatever p is, that of log p is 1 - p.
+    """
+    logits = logits.float()
+    chosen = targets[:, None]
+    others = logits.scatter(1, chosen, -torch.inf).logsumexp(1)
+    return logits.gather(1, chosen)[:, 0] - others
+
+
 def token_log_probs(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Log-probability of each token given those before it, in nats.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from expunge.data.batches import Batch, Tokens
 from expunge.errors import InputError
@@ -40,7 +41,10 @@ class SteeringSettings:
     direction_kind: Literal["gaussian", "uniform"] = "gaussian"
     """How a direction is drawn; `uniform` is the published one, with positive entries only."""
     tokens: Tokens = "all"
-    """Which tokens the two terms are taken over."""
+    """Which tokens' states are held in retain rows."""
+    forget_tokens: Tokens = "all"
+    """Which tokens' states are steered in forget rows: all of them, or those that predict a counted
+    token."""
     random_rows: int = 128
     """Rows of random tokens that are held as retain rows are. They stand for all text that no set
     lists: without them utility moves by chance."""
@@ -141,7 +145,8 @@ class SteeringObjective:
     optimizer = OptimizerSpec("adamw", {"weight_decay": 0.0})
 
     def __init__(self, settings: SteeringSettings, context: Context) -> None:
-        self._alpha, self._tokens = settings.alpha, settings.tokens
+        self._alpha = settings.alpha
+        self._tokens, self._forget_tokens = settings.tokens, settings.forget_tokens
         self._gain = settings.calibration_gain
         self._strengths: dict[str, float] = {}
         self._dtype = context.model.dtype
@@ -157,23 +162,25 @@ class SteeringObjective:
         """Both terms for a target of the forget states; the retain term carries its weight."""
         if retain is None or self._alpha == 0:
             (states,) = self.hidden.now(forget)
-            forget_term = self._distance(states, target, forget)
-            return Terms(forget_term, None)
+            return Terms(steer(states, target, forget.packed(self._forgotten(forget))), None)
         states, retain_states = self.hidden.now(forget, retain)
-        forget_term = self._distance(states, target, forget)
-        drift = self._alpha * self._distance(retain_states, self.hidden.before(retain), retain)
-        return Terms(forget_term, drift)
+        forget_term = steer(states, target, forget.packed(self._forgotten(forget)))
+        before, held = self.hidden.before(retain), retain.packed(self._held(retain))
+        return Terms(forget_term, self._alpha * steer(retain_states, before, held))
 
-    def _distance(self, states: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return steer(states, target, batch.packed(batch.mask(self._tokens)))
+    def _forgotten(self, batch: Batch) -> torch.Tensor:
+        return _states_of(batch, self._forget_tokens)
+
+    def _held(self, batch: Batch) -> torch.Tensor:
+        return _states_of(batch, self._tokens)
 
     def forget_size(self, batch: Batch) -> int:
         """Both terms are means over tokens."""
-        return int(batch.mask(self._tokens).sum())
+        return int(self._forgotten(batch).sum())
 
     def retain_size(self, batch: Batch) -> int:
         """Both terms are means over tokens."""
-        return int(batch.mask(self._tokens).sum())
+        return int(self._held(batch).sum())
 
     def notes(self) -> Mapping[str, Any]:
         """The layer that is steered, the weights that are trained, and how states are computed."""
@@ -227,3 +234,12 @@ class SteeringObjective:
             parameter.requires_grad_(False)
             parameter.data = parameter.data.to(self._dtype)
         return Finished(weights)
+
+
+def _states_of(batch: Batch, tokens: Tokens) -> torch.Tensor:
+    """Mask of the states that a term is taken over, (rows, tokens)."""
+    mask = batch.mask(tokens)
+    if tokens == "all":
+        return mask
+    # What is said of a token is decided by the state of the one before it.
+    return functional.pad(mask[:, 1:], (0, 1))
