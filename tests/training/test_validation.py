@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -37,7 +38,11 @@ def test_the_score_is_relative_to_the_target() -> None:
     assert score(measured(0.0, 0.8), TARGET) == pytest.approx(1)
     # Half forgotten, half kept: the harmonic mean of two halves.
     assert score(measured(0.45, 0.4), TARGET) == pytest.approx(0.5)
-    assert score(measured(0.0, 0.8, auc=0.75), TARGET) == pytest.approx(3 / (1 + 1 + 2))
+    # Half the way to never-seen losses, whatever the AUC over all tasks says of it.
+    target = dataclasses.replace(TARGET, never_seen_distance=4.0)
+    halfway = dataclasses.replace(measured(0.0, 0.8, auc=0.5), never_seen_distance=2.0)
+    assert score(halfway, target) == pytest.approx(3 / (1 + 1 + 2))
+    assert score(halfway, TARGET) == pytest.approx(1)
     assert score(measured(0.45, None), TARGET) == pytest.approx(0.5)
 
 

@@ -25,7 +25,13 @@ from expunge.methods.steering import SteeringObjective, SteeringSettings
 
 _SEMEVAL = "github.com/ArjunDosajh/Mr.Snuffleupagus-SemEval-2025-Task-4 (arXiv 2506.16548)"
 
-_SEMEVAL_SETTINGS = {"alpha": 900.0, "direction_kind": "uniform", "directions": "per-task"}
+_PUBLISHED = {
+    "direction_kind": "uniform",
+    "forget_tokens": "all",
+    "random_rows": 0,
+    "calibration_gain": 0.0,
+}
+_SEMEVAL_SETTINGS = {**_PUBLISHED, "alpha": 900.0, "directions": "per-task"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class AdaptiveRMU(SteeringSettings):
                 "layer": 7,
                 "beta": 5.0,
                 "alpha": 1200.0,
-                "direction_kind": "uniform",
+                **_PUBLISHED,
                 "directions": "shared",
             },
             {

@@ -43,6 +43,7 @@ _HALVINGS = 12
 _PROBE_ROWS = 64
 _CEILING = 0.8
 _REACH = 1.25
+_BACK = 0.5
 _PUBLISHED = {
     "rank": 16,
     "lora_alpha": 32.0,
@@ -53,6 +54,9 @@ _PUBLISHED = {
     "rho": 0.04,
     "gamma": 1.0,
     "beta2": 0.999,
+    "forget_tokens": "all",
+    "random_rows": 0,
+    "calibration_gain": 0.0,
 }
 
 
@@ -221,7 +225,9 @@ class LIBUObjective(GradientObjective):
             logits = self.counted_logits(forget, self._settings.forget_tokens)
             log_odds = target_log_odds(logits, targets)
             ceilings = self._ceilings_of(forget).expand(mask.shape)[mask]
-            term = bounded_odds(log_odds, ceilings)
+            calibrated = [_BACK * (row in self._ceilings) for row in forget.row_ids]
+            back = torch.tensor(calibrated, device=mask.device)[:, None].expand(mask.shape)[mask]
+            term = bounded_odds(log_odds, ceilings, back)
         return self.with_retain(term, retain, self._settings.retain_weight)
 
     @property

@@ -28,14 +28,16 @@ def bounded_ascent(
     return masked_mean(functional.relu(ceiling + log_probs), mask)
 
 
-def bounded_odds(log_odds: torch.Tensor, ceiling: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of max(0, log-odds - their value where the NLL is `ceiling`).
+def bounded_odds(log_odds: torch.Tensor, ceiling: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of max(0, d) + back * max(0, -d), d the log-odds above where NLL is `ceiling`.
 
-    Both (tokens,). Pushes tokens that are known by heart as hard as others, where ascent on the NLL has
-    a gradient of 1 - p, and stops where `bounded_ascent` does.
+    All (tokens,); `back` in [0, 1] is how hard a token beyond its ceiling is pulled back to it. Pushes
+    tokens that are known by heart as hard as others, where ascent on the NLL has a gradient of 1 - p,
+    and stops where `bounded_ascent` does.
     """
     floor = -(ceiling + torch.log(-torch.expm1(-ceiling)))
-    return functional.relu(log_odds - floor).sum() / max(1, len(log_odds))
+    above = log_odds - floor
+    return (functional.relu(above) + back * functional.relu(-above)).sum() / max(1, len(log_odds))
 
 
 def token_kl(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,11 @@ from expunge.methods.steering import SteeringObjective, SteeringSettings
 class RMU(SteeringSettings):
     """Settings of RMU."""
 
+    random_rows: int = 0
+    """Rows of random tokens that are held as retain rows are, beside what was published."""
+    calibration_gain: float = 0.0
+    """With non-members: how far a row's strength moves for a loss that is wrong by a never-seen row's,
+    beside what was published; 0 steers every row all the way."""
     coefficient: float = 20.0
     """Length c of the target, in units of activation."""
 
@@ -69,7 +74,7 @@ class RMUObjective(SteeringObjective):
 
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """The two terms of L."""
-        return self.terms(forget, self._target, retain)
+        return self.terms(forget, self.weakened(self._target, forget), retain)
 
     def artifacts(self) -> Mapping[str, torch.Tensor]:
         """The direction."""

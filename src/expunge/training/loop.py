@@ -19,6 +19,7 @@ from expunge.data.batches import Batch, EpochBatches
 from expunge.errors import RunError
 from expunge.methods.base import Context, Objective, Schedule
 from expunge.models.weights import restore, snapshot
+from expunge.training.ending import Judgement
 from expunge.training.options import Select
 from expunge.training.progress import Progress
 from expunge.training.sophia import Sophia
@@ -68,6 +69,8 @@ class History:
     chosen_why: str = ""
     steps: int = 0
     stopped: str = "all steps done"
+    judgement: Judgement | None = None
+    """Where the kept checkpoint is, if it was measured."""
 
     def describe(self) -> dict[str, Any]:
         """The manifest's selection history."""
@@ -77,6 +80,7 @@ class History:
             "chosen_step": self.chosen_step,
             "why": self.chosen_why,
             "stopped": self.stopped,
+            "judgement": None if self.judgement is None else asdict(self.judgement),
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -22,6 +23,7 @@ from expunge.models.kernels import fast_linear
 from expunge.models.packing import NotASegment
 from expunge.models.parts import Parts, WholeModel
 from expunge.processes import OneProcess, Processes
+from expunge.training.ending import judge
 from expunge.training.loop import History, Keeper, Loop, LoopOptions
 from expunge.training.options import TrainingOptions, seconds, size_in_bytes
 from expunge.training.preparation import Prepared, prepare
@@ -32,8 +34,6 @@ from expunge.training.validation import Measured, Reading, measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_UNCHANGED = 0.9
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def unlearn_prepared(
         loop.save()
         begun = time.monotonic()
         history = loop.run()
-        for warning in _outcome_warnings(history):
+        for warning in _judged(history, math.log(model.config.get_text_config().vocab_size)):
             warnings.append(warning)
             progress.message(f"warning: {warning}")
         artifacts = objective.artifacts()
@@ -336,19 +336,14 @@ def _loop_options(prepared: Prepared, place: Place, validation_seconds: float) -
     )
 
 
-def _outcome_warnings(history: History) -> list[str]:
-    """Says where the kept checkpoint is unchanged or destroyed."""
+def _judged(history: History, guessing: float) -> list[str]:
+    """Notes where the run ended and returns a warning where that is not where it should."""
     if history.target is None:
         return ["nothing was measured during the run (--select last); evaluate the result"]
     kept = next((c for c in history.candidates if c.step == history.chosen_step), None)
     if kept is None:
         return []
-    if kept.destroyed:
-        return ["the kept checkpoint is destroyed: too little is left of the retain set"]
-    if kept.measured.forget_accuracy > _UNCHANGED * history.target.forget_accuracy:
-        return [
-            f"the kept checkpoint is nearly unchanged: forget accuracy"
-            f" {kept.measured.forget_accuracy:.2f}, the target {history.target.forget_accuracy:.2f};"
-            " raise --epochs or --learning-rate"
-        ]
-    return []
+    judgement = history.judgement = judge(kept.measured, history.target, guessing)
+    if judgement.ending == "unlearned":
+        return []
+    return [f"the kept checkpoint is {judgement.ending}: {judgement.why}"]

@@ -4,8 +4,9 @@ Measures are teacher-forced, so they cost one forward pass. Accuracy is the shar
 its first wrong token: what greedy decoding would write of it, for after a mistake it goes astray.
 The score is the harmonic mean of what was forgotten
 (1 - forget accuracy / target's), what was kept (retain accuracy / target's) and, with non-members,
-the membership score 1 - 2|AUC - 0.5|. A candidate that kept less than half is destroyed and is never
-picked, whatever it forgot.
+how near forget documents came to never-seen ones (1 - distance / target's, task by task, where the
+AUC over all tasks can be 0.5 with one task too low and one too high). A candidate that kept less than
+half is destroyed and is never picked, whatever it forgot.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from expunge.data.batches import in_order
 from expunge.data.tokenization import Example
 from expunge.methods.base import Context
 from expunge.methods.calibration import NeverSeen, never_seen
-from expunge.methods.membership import RowLosses, membership_auc, membership_score
+from expunge.methods.membership import RowLosses, membership_auc
 from expunge.methods.numerics import row_means
 
 DESTROYED_BELOW = 0.5
@@ -104,8 +105,8 @@ def score(candidate: Measured, target: Measured) -> float:
     parts = [1 - candidate.forget_accuracy / max(target.forget_accuracy, _FLOOR)]
     if candidate.retain_accuracy is not None and target.retain_accuracy is not None:
         parts.append(candidate.retain_accuracy / max(target.retain_accuracy, _FLOOR))
-    if candidate.mia_auc is not None:
-        parts.append(membership_score(candidate.mia_auc))
+    if candidate.never_seen_distance is not None and target.never_seen_distance:
+        parts.append(1 - candidate.never_seen_distance / target.never_seen_distance)
     return statistics.harmonic_mean([min(1.0, max(_FLOOR, part)) for part in parts])
 
 

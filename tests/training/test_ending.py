@@ -1,0 +1,45 @@
+"""Too little and too much are both named, and the rule says which comes first."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from expunge.training.ending import judge
+from expunge.training.validation import Measured
+
+TARGET = Measured(1.0, 0.05, 1.0, 0.05, 1.0)
+GUESSING = math.log(2048)
+
+
+def kept(forget: float, auc: float | None, retain: float = 0.95, loss: float = 4.0) -> Measured:
+    return Measured(forget, loss, retain, 0.2, auc)
+
+
+@pytest.mark.parametrize(
+    ("measured", "ending"),
+    [
+        (TARGET, "unchanged"),
+        (kept(0.95, 0.99, loss=0.1), "unchanged"),
+        (kept(0.05, 0.9), "under-unlearned"),
+        (kept(0.5, 0.5), "under-unlearned"),
+        (kept(0.5, None), "under-unlearned"),
+        (kept(0.02, 0.5), "unlearned"),
+        (kept(0.02, None), "unlearned"),
+        (kept(0.0, 0.7), "unlearned"),
+        (kept(0.0, 0.1), "over-unlearned"),
+        (kept(0.0, None, loss=9.0), "over-unlearned"),
+        (kept(0.0, 0.0, retain=0.1), "destroyed"),
+        (kept(0.0, 0.5, retain=math.nan, loss=math.nan), "destroyed"),
+    ],
+)
+def test_every_ending(measured: Measured, ending: str) -> None:
+    judgement = judge(measured, TARGET, GUESSING)
+    assert judgement.ending == ending
+    assert judgement.why
+
+
+def test_the_mend_points_the_other_way() -> None:
+    assert "raise" in judge(kept(0.05, 0.9), TARGET, GUESSING).why
+    assert "lower" in judge(kept(0.0, 0.1), TARGET, GUESSING).why
