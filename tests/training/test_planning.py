@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from conftest import refusal
 from expunge.methods.adaptive_rmu import AdaptiveRMU
@@ -164,6 +165,17 @@ def test_other_families_are_planned_from_their_own_layers(
         found = planned(method, model=model_dir(family))
         assert found.path == ("whole model" if isinstance(method, LIBU) else "segment")
         assert part(found, WEIGHTS) > 0
+
+
+def test_a_tied_embedding_is_loaded_once(
+    planned: Callable[..., Plan], model_dir: Callable[[str], Path]
+) -> None:
+    directory = model_dir("qwen2")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    held = [*model.parameters(), *model.buffers()]  # parameters() has what is tied once
+    size = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    assert part(planned(LIBU(), model=directory), WEIGHTS, "load") == size
 
 
 def test_what_would_fit_is_found_by_planning_it(
