@@ -57,6 +57,7 @@ PLANS = {
     "olmo-7b": (
         ("h100-80", "--method.layer 26"),
         ("h100-80", "--method libu"),
+        ("h100-80", "--method libu --method.gradient_checkpointing"),
         ("24GB", "--method.layer 7 --select last"),
         ("24GB", "--method.layer 26 --select last"),
     ),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from conftest import refusal
 from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.catalog import METHODS
 from expunge.methods.libu import LIBU
 from expunge.methods.npo import NPO
+from expunge.training import rehearsal
 from expunge.training.largest import largest_batches
 from expunge.training.metering import COPIES, KEPT, LOGITS, WORK, Meter
 from expunge.training.options import TrainingOptions
@@ -29,7 +33,7 @@ from expunge.training.planning import (
     budget_of,
     plan,
 )
-from expunge.training.rehearsal import GRADIENTS, TRAINED
+from expunge.training.rehearsal import COMPILED, GRADIENTS, TRAINED
 from expunge.training.run import RunInputs, check_run
 from expunge.training.stand_ins import OPTIMIZER, PAGES, WEIGHTS
 
@@ -164,6 +168,49 @@ def test_other_families_are_planned_from_their_own_layers(
         found = planned(method, model=model_dir(family))
         assert found.path == ("whole model" if isinstance(method, LIBU) else "segment")
         assert part(found, WEIGHTS) > 0
+
+
+def test_a_tied_embedding_is_loaded_once(
+    planned: Callable[..., Plan], model_dir: Callable[[str], Path]
+) -> None:
+    directory = model_dir("qwen2")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    held = [*model.parameters(), *model.buffers()]  # parameters() has what is tied once
+    size = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    assert part(planned(LIBU(), model=directory), WEIGHTS, "load") == size
+
+
+def test_bfloat16_products_on_a_processor_are_counted_by_shape(
+    planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rehearsal, "product_bytes", lambda: 1000)
+    found = planned(NPO(), "bfloat16")
+    sizes = [part(found, COMPILED, phase) for phase in ("start", "train")]
+    assert 0 < sizes[0] < sizes[1] <= 1024 * 1000  # the library forgets the oldest beyond 1024
+    assert part(planned(NPO(), "float32"), COMPILED) == 0
+    assert part(planned(NPO(), "bfloat16", GPU), COMPILED) == 0
+
+
+def test_what_a_product_leaves_does_not_depend_on_its_size() -> None:
+    program = """
+import psutil, torch
+from expunge.models.parts import give_back_freed_memory
+from expunge.training.rehearsal import product_bytes
+told, process = product_bytes(), psutil.Process()
+matrix = torch.ones(256, 512, dtype=torch.bfloat16)
+torch.mm(torch.ones(299, 256, dtype=torch.bfloat16), matrix)
+give_back_freed_memory()
+before = process.memory_info().rss
+for rows in range(300, 332):
+    torch.mm(torch.ones(rows, 256, dtype=torch.bfloat16), matrix)
+give_back_freed_memory()
+print(told, (process.memory_info().rss - before) // 32)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    told, found = map(int, done.stdout.split())
+    # Pages that other allocations touch are a few kB of each; 560 kB are expected on AVX-512.
+    assert told == pytest.approx(found, rel=0.1, abs=20_000)
 
 
 def test_what_would_fit_is_found_by_planning_it(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -54,7 +54,8 @@ def main(arguments: Sequence[str]) -> int:
         writes=bool(inputs.output),
     )
     found = plan(checked, prepared, inputs.dtype, budget)
-    others = [] if found.fits else list(alternatives(checked, prepared, inputs.dtype, budget))
+    # A plan of its own each, and so as slow: what is found is printed as it is found.
+    others = iter(()) if found.fits else alternatives(checked, prepared, inputs.dtype, budget)
     if as_json:
         sys.stdout.write(json.dumps(_json(found, others), indent=2) + "\n")
     else:
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _json(found: Plan, others: Sequence[tuple[str, Plan]]) -> dict[str, Any]:
+def _json(found: Plan, others: Iterable[tuple[str, Plan]]) -> dict[str, Any]:
     return found.to_json() | {
         "alternatives": [
             {"options": options, "peak_bytes": other.peak.bytes, "fits": other.fits}
@@ -71,7 +72,7 @@ def _json(found: Plan, others: Sequence[tuple[str, Plan]]) -> dict[str, Any]:
     }
 
 
-def _print(found: Plan, others: Sequence[tuple[str, Plan]]) -> None:
+def _print(found: Plan, others: Iterable[tuple[str, Plan]]) -> None:
     from rich.console import Console
 
     console = Console(markup=False, highlight=False)

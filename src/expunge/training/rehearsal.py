@@ -7,12 +7,14 @@ measurement of a candidate. Only the rows are fewer: of every kind of pass the l
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from expunge.data.batches import Batch
@@ -22,7 +24,7 @@ from expunge.models.decoder import skeleton_of
 from expunge.models.engine import CacheLayout, SegmentEngine, pass_tokens_on
 from expunge.models.loading import CheckedModel
 from expunge.models.packing import NotASegment, arranged_for
-from expunge.models.parts import why_not_streamed
+from expunge.models.parts import give_back_freed_memory, why_not_streamed
 from expunge.training.largest import (
     Largest,
     largest_batches,
@@ -43,10 +45,9 @@ from expunge.training.validation import ValidationSet, measure
 TRAINED = "trained weights, float32"
 GRADIENTS = "gradients"
 COMPILED = "products compiled for their shapes"
-_PRODUCT_BYTES = 567_000
-"""What oneDNN keeps of each, as measured for bfloat16 on AVX-512; next to nothing in float32."""
 _PRODUCTS_KEPT = 1024
-"""Most that it keeps (ONEDNN_PRIMITIVE_CACHE_CAPACITY)."""
+"""Most that oneDNN keeps (its default of ONEDNN_PRIMITIVE_CACHE_CAPACITY)."""
+_PRODUCTS_TRIED = 8
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,25 @@ def rehearse(
         arranged_for.reset(token)
 
 
+@functools.cache
+def product_bytes() -> int:
+    """Bytes that oneDNN keeps in the heap of every new shape of a bfloat16 product, measured here.
+
+    Not the matrices' sizes count but the processor: 559 kB where AVX-512 has bfloat16 instructions,
+    47 kB where it has none, nothing with AVX2. In float32 it is nothing anywhere.
+    """
+    process, width = psutil.Process(), 64
+    matrix = torch.ones(width, width, dtype=torch.bfloat16)
+    before = 0
+    for rows in range(width, width + 1 + _PRODUCTS_TRIED):
+        torch.mm(matrix.new_ones(rows, width), matrix)
+        if rows == width:  # the first one sets the library up
+            give_back_freed_memory()
+            before = process.memory_info().rss
+    give_back_freed_memory()
+    return int(max(0, process.memory_info().rss - before) // _PRODUCTS_TRIED)
+
+
 class _Rehearsal:
     def __init__(
         self,
@@ -106,6 +126,8 @@ class _Rehearsal:
         self._checked, self._prepared, self._dtype = checked, prepared, dtype
         self._device_type, self._meter = device_type, meter
         self._peaks: list[Peak] = []
+        compiles = device_type == "cpu" and dtype == torch.bfloat16
+        self._product_bytes = product_bytes() if compiles else 0
         self._compiled = 0.0
         self._state_bytes = 0
 
@@ -161,8 +183,8 @@ class _Rehearsal:
             for (operation, *_), products in self._meter.compiled.items():
                 times = of_lengths if "attention" in operation else of_sizes
                 self._compiled = min(_PRODUCTS_KEPT, self._compiled + products * times)
-            if self._compiled:
-                device[COMPILED] = round(self._compiled * _PRODUCT_BYTES)
+            if self._product_bytes:
+                device[COMPILED] = round(self._compiled * self._product_bytes)
                 device[KEPT] = device.get(KEPT, 0) + round(Heap.HOLES * device[COMPILED])
             self._peaks.append(Peak(name, device, self._meter.peak(1)))
 

@@ -46,12 +46,13 @@ class PlannedModel(StreamedModel):
         file's, and otherwise until all are converted.
         """
         self.streamed = False
-        names: dict[nn.Parameter, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            names.setdefault(parameter, []).append(name)
+        names: dict[str, list[str]] = {}
+        for name, _ in self.model.named_parameters(remove_duplicate=False):
+            # By name in the files: without bytes, tied parameters are tensors of their own.
+            names.setdefault(self._names[name][0], []).append(name)
         files = []
-        for aliases in names.values():
-            stored = self._stored[self._names[aliases[0]][0]]
+        for stored_name, aliases in names.items():
+            stored = self._stored[stored_name]
             read, value = self._converted(stored)
             files.append(read)
             for name in aliases:
