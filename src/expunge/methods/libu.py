@@ -42,7 +42,7 @@ from expunge.methods.numerics import row_means, target_log_odds, target_log_prob
 _HALVINGS = 12
 _PROBE_ROWS = 64
 _CEILING = 0.8
-_REACH = 1.25
+_RANGE = (0.5, 1.25)
 _BACK = 0.5
 _PUBLISHED = {
     "rank": 16,
@@ -225,9 +225,7 @@ class LIBUObjective(GradientObjective):
             logits = self.counted_logits(forget, self._settings.forget_tokens)
             log_odds = target_log_odds(logits, targets)
             ceilings = self._ceilings_of(forget).expand(mask.shape)[mask]
-            calibrated = [_BACK * (row in self._ceilings) for row in forget.row_ids]
-            back = torch.tensor(calibrated, device=mask.device)[:, None].expand(mask.shape)[mask]
-            term = bounded_odds(log_odds, ceilings, back)
+            term = bounded_odds(log_odds, ceilings, _BACK)
         return self.with_retain(term, retain, self._settings.retain_weight)
 
     @property
@@ -247,7 +245,7 @@ class LIBUObjective(GradientObjective):
             start = self._ceilings.get(row)
             moved = wanted if start is None else start + gain * (wanted - loss)
             # A ceiling far off would go on pushing long after the loss has arrived.
-            self._ceilings[row] = min(max(moved, wanted / _REACH), wanted * _REACH)
+            self._ceilings[row] = min(max(moved, wanted * _RANGE[0]), wanted * _RANGE[1])
 
     def _ceilings_of(self, batch: Batch) -> torch.Tensor:
         """Ceiling of each token's loss, (rows, 1)."""

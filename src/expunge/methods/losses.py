@@ -28,10 +28,10 @@ def bounded_ascent(
     return masked_mean(functional.relu(ceiling + log_probs), mask)
 
 
-def bounded_odds(log_odds: torch.Tensor, ceiling: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+def bounded_odds(log_odds: torch.Tensor, ceiling: torch.Tensor, back: float = 0.0) -> torch.Tensor:
     """Mean over tokens of max(0, d) + back * max(0, -d), d the log-odds above where NLL is `ceiling`.
 
-    All (tokens,); `back` in [0, 1] is how hard a token beyond its ceiling is pulled back to it. Pushes
+    Both (tokens,); `back` in [0, 1] is how hard a token beyond its ceiling is pulled back to it. Pushes
     tokens that are known by heart as hard as others, where ascent on the NLL has a gradient of 1 - p,
     and stops where `bounded_ascent` does.
     """
