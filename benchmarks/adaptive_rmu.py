@@ -157,7 +157,15 @@ def _prepared(arguments: argparse.Namespace) -> tuple[Any, Any]:
         rows = list(read_rows(arguments.rows_dir, side))
         sets.append([rows[i * len(rows) // arguments.rows] for i in range(arguments.rows)])
     prepared = prepare(
-        AdaptiveRMU(layer=arguments.layer[0], alpha=ALPHA, beta=BETA),
+        # What the published loop does, and nothing of what was added to it.
+        AdaptiveRMU(
+            layer=arguments.layer[0],
+            alpha=ALPHA,
+            beta=BETA,
+            forget_tokens="all",
+            random_rows=0,
+            calibration_gain=0.0,
+        ),
         TrainingOptions(
             epochs=arguments.epochs,
             batch_size=arguments.batch_size,

@@ -3,9 +3,11 @@
     python benchmarks/scorecards.py builtin --output runs/builtin
     python benchmarks/scorecards.py DIRECTORY --output runs/mine --methods libu adaptive-rmu
 
-DIRECTORY holds a model (in `target/` or itself) with forget.jsonl, retain.jsonl and, where they exist,
-nonmembers.jsonl, mmlu/ and oracle/. Runs that are already in the output are not repeated. The table,
-with the machine and the time of each run, is written to the output as table.md and printed.
+Runs are calibrated against calibration.jsonl, text that scoring does not use; without that file against
+nonmembers.jsonl. DIRECTORY holds a model (in `target/` or itself) with forget.jsonl, retain.jsonl and,
+where they exist, nonmembers.jsonl, mmlu/ and oracle/. Runs that are already in the output are not
+repeated. The table, with the machine and the time of each run, is written to the output as table.md and
+printed.
 """
 
 from __future__ import annotations
@@ -83,6 +85,8 @@ def _measured(name: str, target: Path, directory: Path, output: Path) -> list[st
             model=str(target),
             forget=str(directory / "forget.jsonl"),
             retain=str(directory / "retain.jsonl"),
+            nonmembers=_where(directory / "calibration.jsonl")
+            or _where(directory / "nonmembers.jsonl"),
             output=str(output),
         )
         try:

@@ -30,6 +30,7 @@ def tiny_benchmark(
     directory.mkdir()
     for path in row_files.values():
         shutil.copy(path, directory)
+    shutil.copy(row_files["nonmembers"], directory / "calibration.jsonl")
     shutil.copytree(quiz_dir, directory / "mmlu")
     for name in ("target", "oracle"):
         shutil.copytree(memorised_dir, directory / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -120,3 +121,14 @@ def test_rows_of_a_batch_lose_padding_they_do_not_need() -> None:
 def test_in_order_starts_with_the_longest_and_takes_each_once() -> None:
     batches = list(in_order(examples([3, 5, 2, 7, 4]), 2, PAD))
     assert [batch.indices for batch in batches] == [(3, 1), (4, 0), (2,)]
+
+
+def test_content_is_all_of_a_continuation_and_the_answer_of_a_question() -> None:
+    document = Example(
+        "d", "t", (5, 6, 7, 8), (False, True, True, True), (False, False, True, True)
+    )
+    question = dataclasses.replace(document, row_id="q", kind="qa")
+    batch = collate([document, question], [0, 1], 0)
+    assert batch.mask("content").tolist() == [[False, True, True, True], [False, False, True, True]]
+    assert batch.mask("all")[1].tolist() == [False, True, True, True]
+    assert batch.mask("answer")[0].tolist() == [False, False, True, True]

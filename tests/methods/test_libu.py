@@ -80,15 +80,18 @@ def test_phase_2_is_bounded_and_holds_retain(context: Context) -> None:
     forget, retain = whole(context, "forget"), whole(context, "retain")
     terms = objective.loss(forget, retain)
     assert terms.retain is not None
-    log_probs, _ = objective.log_probs(forget)
-    floor = math.log(math.exp(-2) / (1 - math.exp(-2)))
-    odds = [
-        value - math.log(-math.expm1(value))
-        for row, mask in zip(log_probs.tolist(), forget.mask("content")[:, 1:], strict=True)
-        for value, counted in zip(row, mask, strict=True)
-        if counted
-    ]
-    expected = sum(max(0.0, value - floor) for value in odds) / len(odds)
+    log_probs, mask = objective.log_probs(forget)
+    with torch.no_grad(), objective.reference():
+        before, _ = objective.log_probs(forget)
+
+    def log_odds(log_prob: float) -> float:
+        return log_prob - math.log(-math.expm1(log_prob))
+
+    # A token that the target gave less than exp(-2) is not made more likely.
+    pairs = zip(log_probs[mask].tolist(), before[mask].tolist(), strict=True)
+    distances = [abs(log_odds(now) - log_odds(min(-2.0, was))) for now, was in pairs]
+    assert any(was < -2 for was in before[mask].tolist())
+    expected = sum(distances) / len(distances)
     assert float(terms.forget.detach()) == pytest.approx(expected, rel=1e-4)
     assert float(terms.retain.detach()) == pytest.approx(3 * loss(objective, retain), rel=1e-4)
 

@@ -10,9 +10,9 @@ import torch
 from expunge.methods.losses import (
     adaptive_target,
     bounded_ascent,
-    bounded_odds,
     cross_entropy,
     npo,
+    odds_distance,
     simnpo,
     steer,
     token_kl,
@@ -104,24 +104,24 @@ def test_log_odds_of_a_token_known_by_heart() -> None:
     assert logits.grad.sum(1).tolist() == pytest.approx([0, 0], abs=1e-6)
 
 
-def test_bounded_odds_ends_where_bounded_ascent_does() -> None:
-    for ceiling in (0.1, 1.0, 6.0):
-        log_probs = -torch.tensor([ceiling - 0.05, ceiling + 0.05])
-        log_odds = log_probs - torch.log(-torch.expm1(log_probs))
-        for odds, log_prob in zip(log_odds, log_probs, strict=True):
-            value = bounded_odds(odds[None], torch.tensor([ceiling]))
-            ascent = bounded_ascent(log_prob[None, None], torch.ones(1, 1).bool(), ceiling)
-            assert bool(value > 0) == bool(ascent > 0)
+def test_the_odds_distance_is_0_where_the_loss_is_the_wanted_one() -> None:
+    for nll in (0.01, 1.0, 6.0):
+        log_odds = torch.tensor([-nll - math.log(1 - math.exp(-nll))], requires_grad=True)
+        assert float(odds_distance(log_odds.detach(), torch.tensor([nll]))) < 1e-5
+        # More likely than wanted: a gradient of 1 that lowers it; less likely: one that raises it.
+        for shift in (1.0, -1.0):
+            log_odds.grad = None
+            odds_distance(log_odds + shift, torch.tensor([nll])).backward()
+            assert log_odds.grad is not None
+            assert float(log_odds.grad) == shift
 
 
-def test_bounded_odds_is_a_mean_over_tokens_with_their_own_ceilings() -> None:
-    odds, ceilings = torch.tensor([2.0, 0.0, -9.0]), torch.tensor([1.0, 3.0, 3.0])
-    floors = [math.log(math.exp(-c) / (1 - math.exp(-c))) for c in ceilings.tolist()]
-    above = [float(o) - f for o, f in zip(odds, floors, strict=True)]
-    slow = sum(max(0.0, d) + 0.5 * max(0.0, -d) for d in above) / 3
-    assert min(above) < 0 < max(above)
-    assert float(bounded_odds(odds, ceilings, 0.5)) == pytest.approx(slow)
-    assert float(bounded_odds(odds[:0], ceilings[:0])) == 0
+def test_the_odds_distance_is_a_mean_over_tokens_with_their_own_losses() -> None:
+    odds, losses = torch.tensor([2.0, 0.0, -9.0]), torch.tensor([1.0, 3.0, 3.0])
+    wanted = [math.log(math.exp(-c) / (1 - math.exp(-c))) for c in losses.tolist()]
+    slow = sum(abs(float(o) - w) for o, w in zip(odds, wanted, strict=True)) / 3
+    assert float(odds_distance(odds, losses)) == pytest.approx(slow)
+    assert float(odds_distance(odds[:0], losses[:0])) == 0
 
 
 def test_kl_against_a_sum_over_the_vocabulary(logits: torch.Tensor, mask: torch.Tensor) -> None:

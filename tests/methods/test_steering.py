@@ -44,7 +44,7 @@ def test_three_named_projections_are_trained(family: str, make_context: Contexts
 def test_the_loss_against_full_forward_passes_of_two_models(make_context: Contexts) -> None:
     """The published way: a second, frozen model, hidden states from output_hidden_states."""
     context, frozen = make_context(), make_context().model
-    objective = AdaptiveRMU(layer=2, beta=5.0, alpha=7.0).start(context)
+    objective = AdaptiveRMU(layer=2, beta=5.0, alpha=7.0, forget_tokens="all").start(context)
     with torch.no_grad():
         for parameter in objective.parameters.values():
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
@@ -184,3 +184,25 @@ def test_the_retain_term_is_the_same_in_bfloat16(
     assert found[0] > 0
     # bfloat16 has 8 bits: a few percent on a sum of squares.
     assert found[1] == pytest.approx(found[0], rel=0.2)
+
+
+def test_of_a_question_the_states_that_predict_the_answer_are_steered(
+    make_context: Contexts,
+) -> None:
+    context = make_context()
+    question = dataclasses.replace(context.forget[0], kind="qa")
+    forget = collate([question], [0], context.pad_id)
+    objective = AdaptiveRMU(layer=2, forget_tokens="content").start(context)
+    before = objective.hidden.before(forget)
+    answer = [i for i, counted in enumerate(question.answer_mask) if counted]
+    away = before.clone()
+    away[[place - 1 for place in answer]] += 1.0  # a token is decided by the state before it
+    full = objective.terms(forget, away, None)
+    assert float(full.forget.detach()) == pytest.approx(1.0, rel=1e-4)
+    elsewhere = before.clone()
+    elsewhere[answer[-1]] += 1.0
+    elsewhere[: answer[0] - 1] += 1.0
+    assert float(objective.terms(forget, elsewhere, None).forget.detach()) == pytest.approx(
+        0, abs=1e-9
+    )
+    assert objective.forget_size(forget) == len(answer)

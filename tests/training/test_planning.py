@@ -230,17 +230,18 @@ def test_what_would_fit_is_found_by_planning_it(
     assert prepared.options.select == "best"  # what was planned first is as it was
 
 
+@pytest.mark.parametrize("method", [NPO(), LIBU(random_rows=5)])
 def test_the_largest_batches_are_those_of_the_run(
-    model_dir: Callable[[str], Path], row_files: dict[str, Path]
+    model_dir: Callable[[str], Path], row_files: dict[str, Path], method: NPO | LIBU
 ) -> None:
-    from expunge.data.batches import EpochBatches
+    from expunge.data.batches import EpochBatches, rows_a_step
     from expunge.methods.base import Context
 
     inputs = RunInputs(
         str(model_dir("olmo")), str(row_files["forget"]), "", str(row_files["retain"])
     )
     options = TrainingOptions(batch_size=3, max_steps=7, validation_fraction=0)
-    _, _, prepared = check_run(inputs, NPO(), options, writes=False)
+    _, _, prepared = check_run(inputs, method, options, writes=False)
     largest = largest_batches(prepared, None)
 
     class Seed:
@@ -250,7 +251,7 @@ def test_the_largest_batches_are_those_of_the_run(
     sides = [
         EpochBatches(
             rows,
-            3,
+            rows_a_step(rows, 3),
             0,
             lambda epoch, side=side: Context.generator(Seed, f"{side} order of epoch {epoch}"),  # type: ignore[misc, arg-type]
         )

@@ -68,6 +68,7 @@ def main(arguments: Sequence[str]) -> int:
                 model=str(built.target),
                 forget=str(built.forget),
                 retain=str(built.retain),
+                nonmembers=str(built.calibration),
                 output=str(output / name),
                 device=settings.device,
                 overwrite=settings.overwrite,

@@ -110,6 +110,15 @@ def collate(examples: Sequence[Example], indices: Sequence[int], pad_id: int) ->
     )
 
 
+def rows_a_step(examples: Sequence[Example], batch_size: int) -> int:
+    """Rows that a step takes of a set: `batch_size` of the user's, and random ones on top.
+
+    So many that an epoch of both is as long as one of the user's alone.
+    """
+    listed = sum(example.listed for example in examples)
+    return round(batch_size * len(examples) / listed) if listed else batch_size
+
+
 def epoch_order(
     lengths: Sequence[int], batch_size: int, generator: torch.Generator, *, by_length: bool = True
 ) -> list[list[int]]:

@@ -40,13 +40,13 @@ class AdaptiveRMU(SteeringSettings):
 
     beta: float = 5.0
     """Length of the target in units of the frozen hidden state's norm."""
-    directions: Literal["shared", "per-task"] = "per-task"
+    directions: Literal["shared", "per-task"] = "shared"
     """One random direction for all forget text, or one for each task as at SemEval; a shared one is
-    learned in fewer steps and reaches further into text that no set holds."""
+    learned in fewer steps."""
 
     name: ClassVar[str] = "adaptive-rmu"
     defaults: ClassVar[RunDefaults] = RunDefaults(
-        epochs=30, batch_size=16, learning_rate=4e-3, schedule="cosine"
+        epochs=50, batch_size=16, learning_rate=8e-3, schedule="cosine"
     )
     presets: ClassVar[Mapping[str, Preset]] = {
         "semeval-7b": Preset(

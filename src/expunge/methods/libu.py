@@ -13,9 +13,11 @@ is halved until the measured rise does too.
 
 Phase 2, Sophia (arXiv 2305.14342) on
 
-    L = mean_t max(0, ceiling - NLL_t(forget)) + w * CE(retain)
+    L = mean_t |logit p_t - logit exp(-c_t)| + w * CE(retain)
 
-a forget term that is bounded per token, and the retain term that the published code lacks.
+with p_t the probability of a forget token and c_t the loss that it should have: a forget term that ends
+per token, and the retain term that the published code lacks. On the log-odds, as the gradient of the
+NLL is 1 - p, nearly 0 for what is known by heart.
 A fresh adapter has B = 0, so the gradient of A is zero and phase 1 moves B only; phase 2 moves both.
 """
 
@@ -36,14 +38,13 @@ from expunge.methods.calibration import NeverSeen
 from expunge.methods.fisher import SquaredGradients
 from expunge.methods.gradient import GradientObjective, GradientSettings
 from expunge.methods.influence import predicted_rise, removal_step, size_within
-from expunge.methods.losses import bounded_odds
-from expunge.methods.numerics import row_means, target_log_odds, target_log_probs
+from expunge.methods.losses import odds_distance
+from expunge.methods.numerics import row_means, target_log_odds, target_log_probs, token_log_probs
 
 _HALVINGS = 12
 _PROBE_ROWS = 64
 _CEILING = 0.8
 _RANGE = (0.5, 1.25)
-_BACK = 0.5
 _PUBLISHED = {
     "rank": 16,
     "lora_alpha": 32.0,
@@ -64,8 +65,8 @@ _PUBLISHED = {
 class LIBU(GradientSettings):
     """Settings of LIBU."""
 
-    forget_tokens: Tokens = "content"
-    """Which tokens phase 2 forgets. A question's own words are shared with what must stay."""
+    forget_tokens: Tokens = "all"
+    """Which tokens phase 2 forgets: all, or of questions the answer only."""
     direction: Literal["remove", "as-published"] = "remove"
     """Remove the influence of forget rows, or descend on their loss as the published code does."""
     damping: float = 1.0
@@ -83,7 +84,7 @@ class LIBU(GradientSettings):
     random_rows: int = 128
     """Rows of random tokens on which the target's predictions are held, beside the retain set. They
     stand for all text that no set lists: without them utility moves by chance."""
-    calibration_gain: float = 0.5
+    calibration_gain: float = 1.0
     """With non-members: how far a row's ceiling moves for each nat that its loss is wrong by; 0 leaves
     all of them where they are."""
     gamma: float = 20.0
@@ -101,7 +102,7 @@ class LIBU(GradientSettings):
 
     name: ClassVar[str] = "libu"
     defaults: ClassVar[RunDefaults] = RunDefaults(
-        epochs=12, batch_size=16, learning_rate=1e-3, schedule="cosine"
+        epochs=20, batch_size=16, learning_rate=1e-3, schedule="cosine"
     )
     presets: ClassVar[Mapping[str, Preset]] = {
         "setup-2": Preset(
@@ -176,6 +177,7 @@ class LIBUObjective(GradientObjective):
         guessing = math.log(vocabulary)
         self.ceiling = _CEILING * guessing if settings.ceiling is None else settings.ceiling
         self._ceilings: dict[str, float] = {}
+        self._losses_before = self._token_losses(context.forget)
         self._probe = [e for e in context.retain if e.listed][:_PROBE_ROWS]
         self.fisher: Mapping[str, torch.Tensor] = {}
         if context.resumed is not None:  # the adapter and the curvature are put back
@@ -224,8 +226,7 @@ class LIBUObjective(GradientObjective):
             targets = forget.input_ids[:, 1:][mask]
             logits = self.counted_logits(forget, self._settings.forget_tokens)
             log_odds = target_log_odds(logits, targets)
-            ceilings = self._ceilings_of(forget).expand(mask.shape)[mask]
-            term = bounded_odds(log_odds, ceilings, _BACK)
+            term = odds_distance(log_odds, self._wanted_losses(forget)[mask])
         return self.with_retain(term, retain, self._settings.retain_weight)
 
     @property
@@ -247,10 +248,25 @@ class LIBUObjective(GradientObjective):
             # A ceiling far off would go on pushing long after the loss has arrived.
             self._ceilings[row] = min(max(moved, wanted * _RANGE[0]), wanted * _RANGE[1])
 
-    def _ceilings_of(self, batch: Batch) -> torch.Tensor:
-        """Ceiling of each token's loss, (rows, 1)."""
+    def _wanted_losses(self, batch: Batch) -> torch.Tensor:
+        """The loss that each token should have, (rows, tokens - 1).
+
+        Its row's ceiling, or what it was in the target where that was more: no token of a forget row is
+        made more likely than the target had it.
+        """
         ceilings = [self._ceilings.get(row, self.ceiling) for row in batch.row_ids]
-        return torch.tensor(ceilings, device=batch.input_ids.device)[:, None]
+        before = self._losses_before[list(batch.indices), : batch.input_ids.shape[1] - 1]
+        return torch.maximum(before, torch.tensor(ceilings, device=before.device)[:, None])
+
+    def _token_losses(self, examples: Sequence[Example]) -> torch.Tensor:
+        """The target's loss of every token but the first, (examples, longest - 1)."""
+        width = max(map(len, examples)) - 1
+        losses = torch.zeros(len(examples), width, device=self._context.device)
+        for batch in self._passes(examples, None):
+            with self.reference(), self._context.autocast():
+                log_probs = token_log_probs(self.logits(batch), batch.input_ids)
+            losses[list(batch.indices), : log_probs.shape[1]] = -log_probs
+        return losses
 
     def forget_size(self, batch: Batch) -> int:
         """The forget term is a mean over the tokens that are forgotten."""

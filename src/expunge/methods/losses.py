@@ -28,16 +28,14 @@ def bounded_ascent(
     return masked_mean(functional.relu(ceiling + log_probs), mask)
 
 
-def bounded_odds(log_odds: torch.Tensor, ceiling: torch.Tensor, back: float = 0.0) -> torch.Tensor:
-    """Mean over tokens of max(0, d) + back * max(0, -d), d the log-odds above where NLL is `ceiling`.
+def odds_distance(log_odds: torch.Tensor, nll: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of the distance of the log-odds from their value where the NLL is `nll`.
 
-    Both (tokens,); `back` in [0, 1] is how hard a token beyond its ceiling is pulled back to it. Pushes
-    tokens that are known by heart as hard as others, where ascent on the NLL has a gradient of 1 - p,
-    and stops where `bounded_ascent` does.
+    Both (tokens,). Pushes tokens that are known by heart as hard as others, where ascent on the NLL has
+    a gradient of 1 - p, and brings back those that went too far.
     """
-    floor = -(ceiling + torch.log(-torch.expm1(-ceiling)))
-    above = log_odds - floor
-    return (functional.relu(above) + back * functional.relu(-above)).sum() / max(1, len(log_odds))
+    wanted = -(nll + torch.log(-torch.expm1(-nll)))
+    return (log_odds - wanted).abs().sum() / max(1, len(log_odds))
 
 
 def token_kl(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:

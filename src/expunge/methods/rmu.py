@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from expunge.data.batches import Batch
+from expunge.data.batches import Batch, Tokens
 from expunge.errors import InputError
 from expunge.methods.base import Context, Preset, RunDefaults, Terms
 from expunge.methods.losses import unit_direction
@@ -24,6 +24,9 @@ from expunge.methods.steering import SteeringObjective, SteeringSettings
 class RMU(SteeringSettings):
     """Settings of RMU."""
 
+    forget_tokens: Tokens = "all"
+    """Which tokens' states are steered in forget rows: all of them, or those that predict a counted
+    token."""
     random_rows: int = 0
     """Rows of random tokens that are held as retain rows are, beside what was published."""
     calibration_gain: float = 0.0

@@ -36,13 +36,13 @@ class SteeringSettings:
 
     layer: int | None = None
     """Decoder layer l whose output is steered, from 0; null: at 84% of the depth (26 of 32)."""
-    alpha: float = 20.0
+    alpha: float = 40.0
     """Weight of the retain term."""
     direction_kind: Literal["gaussian", "uniform"] = "gaussian"
     """How a direction is drawn; `uniform` is the published one, with positive entries only."""
     tokens: Tokens = "all"
     """Which tokens' states are held in retain rows."""
-    forget_tokens: Tokens = "all"
+    forget_tokens: Tokens = "content"
     """Which tokens' states are steered in forget rows: all of them, or those that predict a counted
     token."""
     random_rows: int = 128

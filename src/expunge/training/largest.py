@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import cast
 
-from expunge.data.batches import Batch, collate, epoch_order
+from expunge.data.batches import Batch, collate, epoch_order, rows_a_step
 from expunge.data.tokenization import Example
 from expunge.methods.base import Context
 from expunge.training.loop import micro_batches, part
@@ -87,11 +87,12 @@ def pass_sizes(sides: Sequence[Lengths], *, packed: bool) -> set[tuple[int, ...]
 
 def _batches(prepared: Prepared, *, by_length: bool) -> Iterator[tuple[list[int], list[int]]]:
     """Numbers of the forget and the retain rows of every step."""
-    size, steps = prepared.used["batch_size"], prepared.used["steps"]
+    steps = prepared.used["steps"]
     seeded = cast("Context", SimpleNamespace(seed=prepared.options.seed))
 
     def order(side: str, rows: Sequence[Example]) -> Iterator[list[int]]:
         lengths = [len(row) for row in rows]
+        size = rows_a_step(rows, prepared.used["batch_size"])
         for epoch in range(_EPOCHS):
             generator = Context.generator(seeded, f"{side} order of epoch {epoch}")
             yield from epoch_order(lengths, size, generator, by_length=by_length)

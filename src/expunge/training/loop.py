@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from expunge.data.batches import Batch, EpochBatches
+from expunge.data.batches import Batch, EpochBatches, rows_a_step
 from expunge.errors import RunError
 from expunge.methods.base import Context, Objective, Schedule
 from expunge.models.weights import restore, snapshot
@@ -351,9 +351,10 @@ class Loop:
 
     def _batches(self, side: str) -> EpochBatches:
         context = self._context
+        examples = context.forget if side == "forget" else context.retain
         return EpochBatches(
-            context.forget if side == "forget" else context.retain,
-            context.batch_size,
+            examples,
+            rows_a_step(examples, context.batch_size),
             context.pad_id,
             lambda epoch: context.generator(f"{side} order of epoch {epoch}"),
             # Packed rows need no company of their own length.

@@ -16,6 +16,7 @@ _TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Select = Literal["best", "last"]
+_CANDIDATES = (10, 25)
 _COUNTS = ("epochs", "max_steps", "batch_size", "validate_every", "micro_batch_size", "save_every")
 CacheDtype = Literal["float32", "bfloat16"]
 
@@ -44,8 +45,8 @@ class TrainingOptions:
     """Share of the retain rows that is kept out of training; candidates are measured on these and on
     rows that are trained on. Forget rows are always all unlearned."""
     validate_every: int | None = None
-    """Steps between two measured candidates; null: one epoch, but at least ten times a run, and
-    never with `--select last`."""
+    """Steps between two measured candidates; null: one epoch, but at least 10 and at most 25 times a
+    run, and never with `--select last`. Forget rows are calibrated as often."""
     select: Select = "best"
     """Keep the best candidate that is not destroyed, or the last state whatever it is; what only
     candidates need is then not loaded."""
@@ -117,7 +118,9 @@ def resolved(
         steps = min(steps, options.max_steps)
     validate_every = options.validate_every
     if validate_every is None and options.select == "best":
-        validate_every = max(1, min(per_epoch, math.ceil(steps / 10)))
+        least, most = _CANDIDATES
+        every = max(math.ceil(steps / most), min(per_epoch, math.ceil(steps / least)))
+        validate_every = max(1, every)
     return {
         "epochs": options.epochs or defaults.epochs,
         "max_steps": options.max_steps,

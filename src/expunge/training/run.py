@@ -37,7 +37,7 @@ from expunge.models.writing import (
     verify_checkpoint,
     write_checkpoint,
 )
-from expunge.processes import Processes, processes_of
+from expunge.processes import Processes, processes_of, refused_together
 from expunge.training.keeping import Keeper, plain_errors
 from expunge.training.manifest import describe_run, digests, finite, settings_of
 from expunge.training.options import TrainingOptions
@@ -109,12 +109,17 @@ def run(
     if complete is not None:
         progress.message(f"{output}: is complete already; nothing to resume")
         return complete
-    checked, sets, prepared = check_run(inputs, method, options)
-    if processes.shards and not method.has_adapter and not method.trained_layers(checked.layout):
-        raise InputError(
-            "--method.parameters full: only frozen weights are sharded; train an adapter with"
-            " --method.parameters lora, or use a configuration without FSDP"
-        )
+    with refused_together(processes):
+        checked, sets, prepared = check_run(inputs, method, options)
+        if (
+            processes.shards
+            and not method.has_adapter
+            and not method.trained_layers(checked.layout)
+        ):
+            raise InputError(
+                "--method.parameters full: only frozen weights are sharded; train an adapter with"
+                " --method.parameters lora, or use a configuration without FSDP"
+            )
     hashing = time.monotonic()
     model_sha256 = checked.files.sha256()
     hash_seconds = time.monotonic() - hashing
