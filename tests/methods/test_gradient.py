@@ -132,7 +132,7 @@ def test_random_rows_hold_the_targets_predictions(make_context: Contexts, tokeni
     """Weighed by tokens: cross-entropy of the user's rows, KL to the target of random ones."""
     context = make_context()
     objective = LIBU(rank=4, retain_weight=3.0).start(context)
-    rows = [context.retain[0], *random_examples(2, tokenizer, 32, seed=0)]
+    rows = [context.retain[0], *random_examples(2, tokenizer, 10**6, 32, seed=0)]
     mixed = collate(rows, range(3), context.pad_id)
     users, random = mixed.split_listed()
     assert users is not None

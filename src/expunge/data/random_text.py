@@ -16,11 +16,15 @@ LENGTH = 64
 
 
 def random_examples(
-    count: int, tokenizer: PreTrainedTokenizerBase, context: int, seed: int
+    count: int, tokenizer: PreTrainedTokenizerBase, embedded: int, context: int, seed: int
 ) -> list[Example]:
-    """`count` rows of tokens drawn evenly from the vocabulary, special ones left out."""
+    """`count` rows of tokens drawn evenly from the vocabulary, special ones left out.
+
+    The model embeds tokens below `embedded`, which may be more or fewer than the tokenizer knows.
+    """
     special = set(tokenizer.all_special_ids)
-    usual = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
+    known = range(min(len(tokenizer), embedded))
+    usual = torch.tensor([token for token in known if token not in special])
     generator = torch.Generator().manual_seed(seed)
     length = min(LENGTH, context)
     drawn = torch.randint(len(usual), (count, length), generator=generator)

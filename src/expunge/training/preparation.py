@@ -88,7 +88,11 @@ def prepare(
     kept_out, trained_on = _split(retain_examples, options.validation_fraction, options.seed)
     # Beside a retain set only: alone they would hide that nothing holds what must stay.
     held = random_examples(
-        method.random_rows if trained_on else 0, tokenizer, policy.context, options.seed
+        method.random_rows if trained_on else 0,
+        tokenizer,
+        config.get_text_config().vocab_size,
+        policy.context,
+        options.seed,
     )
     generator = torch.Generator().manual_seed(options.seed)
     validation = ValidationSet(
