@@ -53,6 +53,28 @@ def test_its_gradients_are_those_of_the_linear_map(shape: tuple[int, ...], train
         torch.testing.assert_close(found, exact.float(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("trained", "kept"), [("inputs", {"weight"}), ("weight", {"inputs"}), ("bias", set())]
+)
+def test_only_what_a_gradient_needs_is_kept(trained: str, kept: set[str]) -> None:
+    shapes = {"inputs": (16, 24), "weight": (40, 24), "bias": (40,)}
+    tensors = {
+        name: torch.randn(size).requires_grad_(name == trained) for name, size in shapes.items()
+    }
+    saved: list[int] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.data_ptr())
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        fast_linear(torch.float32, CPU),
+    ):
+        functional.linear(tensors["inputs"], tensors["weight"], tensors["bias"])
+    assert {name for name, tensor in tensors.items() if tensor.data_ptr() in saved} == kept
+
+
 def test_a_model_gives_the_same_logits_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     model = shaken(tiny_model("olmo", 300))
     ids = torch.randint(0, 300, (4, 20), generator=torch.Generator().manual_seed(0))

@@ -63,7 +63,9 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        ctx.save_for_backward(inputs, weight)
+        # As torch's own does: of most layers the weight is frozen, and its input need not be kept.
+        wants_inputs, wants_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(inputs if wants_weight else None, weight if wants_inputs else None)
         return _linear(inputs, weight, bias)
 
     @staticmethod
