@@ -114,7 +114,7 @@ def test_a_steered_row_goes_no_further_than_it_must(make_context: Contexts) -> N
 
 def test_a_ceiling_follows_the_never_seen_loss_and_stays_near_it(make_context: Contexts) -> None:
     context = make_context()
-    objective = LIBU(calibration_gain=0.5).start(context)
+    objective = LIBU(calibration_gain=0.5, ceiling=9.0).start(context)
     objective.calibrate(far(context, 0.0))
     assert set(objective.strengths.values()) == {4.0}
     objective.calibrate(far(context, 5.0))
@@ -122,6 +122,14 @@ def test_a_ceiling_follows_the_never_seen_loss_and_stays_near_it(make_context: C
     for _ in range(9):
         objective.calibrate(far(context, 0.0))
     assert set(objective.strengths.values()) == {5.0}
+
+
+def test_no_document_is_pushed_beyond_the_ceiling(make_context: Contexts) -> None:
+    context = make_context()
+    objective = LIBU(ceiling=2.0).start(context)
+    for _ in range(3):
+        objective.calibrate(far(context, 0.0))
+        assert set(objective.strengths.values()) == {2.0}
 
 
 @pytest.mark.parametrize("method", [AdaptiveRMU(calibration_gain=0), LIBU(calibration_gain=0)])

@@ -242,11 +242,15 @@ class LIBUObjective(GradientObjective):
         """Raises or lowers each row's ceiling by what its loss lacks or has too much."""
         gain = self._settings.calibration_gain
         for row, loss in rows.losses.items() if gain else ():
-            wanted = rows.wanted[row]
+            # Never-seen text can be beyond the ceiling where a model is wrong rather than ignorant.
+            # A token must not be pushed there: it costs the retain set.
+            wanted = min(rows.wanted[row], self.ceiling)
             start = self._ceilings.get(row)
             moved = wanted if start is None else start + gain * (wanted - loss)
             # A ceiling far off would go on pushing long after the loss has arrived.
-            self._ceilings[row] = min(max(moved, wanted * _RANGE[0]), wanted * _RANGE[1])
+            self._ceilings[row] = min(
+                max(moved, wanted * _RANGE[0]), wanted * _RANGE[1], self.ceiling
+            )
 
     def _wanted_losses(self, batch: Batch) -> torch.Tensor:
         """The loss that each token should have, (rows, tokens - 1).
