@@ -86,6 +86,9 @@ class GradientObjective:
     ) -> None:
         self._model = context.model
         self._tokens = settings.tokens
+        # Sharded weights are gathered in every pass, so all processes must make as many passes,
+        # whichever kinds of rows their shares hold.
+        self._equal_passes = context.processes.shards and settings.random_rows > 0
         self._recomputed = (
             list(context.model.get_submodule(context.layout.layers).children())
             if settings.gradient_checkpointing
@@ -160,11 +163,16 @@ class GradientObjective:
         if retain is None or weight == 0:
             return Terms(forget_term, None)
         listed, random = retain.split_listed()
-        if random is None:
+        if random is None and not self._equal_passes:
             return Terms(forget_term, weight * self.cross_entropy(retain))
-        total = self.drift(random).sum()
-        if listed is not None:
-            total = total + self.cross_entropy(listed) * self.retain_size(listed)
+        total = torch.zeros((), device=forget_term.device)
+        if random is not None or self._equal_passes:
+            drift = self.drift(random or retain.rows(0, 1)).sum()
+            total = total + drift * (random is not None)
+        if listed is not None or self._equal_passes:
+            part = listed or retain.rows(0, 1)
+            size = self.retain_size(part) * (listed is not None)
+            total = total + self.cross_entropy(part) * size
         return Terms(forget_term, weight * total / self.retain_size(retain))
 
     def drift(self, batch: Batch) -> torch.Tensor:
