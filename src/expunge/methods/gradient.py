@@ -148,10 +148,12 @@ class GradientObjective:
                 use_cache=False,
             )
 
-    def log_probs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def log_probs(
+        self, batch: Batch, tokens: Tokens | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each counted token, 0 elsewhere, and their mask: (rows, tokens - 1)."""
-        mask = batch.mask(self._tokens)[:, 1:]
-        counted = target_log_probs(self.counted_logits(batch), batch.input_ids[:, 1:][mask])
+        mask = batch.mask(tokens or self._tokens)[:, 1:]
+        counted = target_log_probs(self.counted_logits(batch, tokens), batch.input_ids[:, 1:][mask])
         return counted.new_zeros(mask.shape).masked_scatter(mask, counted), mask
 
     def cross_entropy(self, batch: Batch) -> torch.Tensor:

@@ -39,7 +39,7 @@ from expunge.methods.fisher import SquaredGradients
 from expunge.methods.gradient import GradientObjective, GradientSettings
 from expunge.methods.influence import predicted_rise, removal_step, size_within
 from expunge.methods.losses import odds_distance
-from expunge.methods.numerics import row_means, target_log_odds, target_log_probs, token_log_probs
+from expunge.methods.numerics import row_means, target_log_odds, target_log_probs
 
 _HALVINGS = 12
 _PROBE_ROWS = 64
@@ -177,7 +177,8 @@ class LIBUObjective(GradientObjective):
         guessing = math.log(vocabulary)
         self.ceiling = _CEILING * guessing if settings.ceiling is None else settings.ceiling
         self._ceilings: dict[str, float] = {}
-        self._losses_before = self._token_losses(context.forget)
+        if settings.direction == "remove":
+            self._losses_before = self._token_losses(context.forget)
         self._probe = [e for e in context.retain if e.listed][:_PROBE_ROWS]
         self.fisher: Mapping[str, torch.Tensor] = {}
         if context.resumed is not None:  # the adapter and the curvature are put back
@@ -241,7 +242,9 @@ class LIBUObjective(GradientObjective):
     def calibrate(self, rows: NeverSeen) -> None:
         """Raises or lowers each row's ceiling by what its loss lacks or has too much."""
         gain = self._settings.calibration_gain
-        for row, loss in rows.losses.items() if gain else ():
+        if gain == 0:
+            return
+        for row, loss in rows.losses.items():
             # Never-seen text can be beyond the ceiling where a model is wrong rather than ignorant.
             # A token must not be pushed there: it costs the retain set.
             wanted = min(rows.wanted[row], self.ceiling)
@@ -263,12 +266,12 @@ class LIBUObjective(GradientObjective):
         return torch.maximum(before, torch.tensor(ceilings, device=before.device)[:, None])
 
     def _token_losses(self, examples: Sequence[Example]) -> torch.Tensor:
-        """The target's loss of every token but the first, (examples, longest - 1)."""
+        """The target's loss of every token that is forgotten, (examples, longest - 1), 0 elsewhere."""
         width = max(map(len, examples)) - 1
         losses = torch.zeros(len(examples), width, device=self._context.device)
         for batch in self._passes(examples, None):
             with self.reference(), self._context.autocast():
-                log_probs = token_log_probs(self.logits(batch), batch.input_ids)
+                log_probs, _ = self.log_probs(batch, self._settings.forget_tokens)
             losses[list(batch.indices), : log_probs.shape[1]] = -log_probs
         return losses
 

@@ -15,6 +15,7 @@ TOO_LITTLE_ABOVE = 0.3
 """Share of the target's forget accuracy."""
 NEVER_SEEN_AUC = (0.3, 0.7)
 """Within, forget documents pass for never-seen ones."""
+_MORE, _LESS = (f"{change} --epochs or --learning-rate" for change in ("raise", "lower"))
 
 
 @dataclass(frozen=True)
@@ -44,30 +45,30 @@ def judge(kept: Measured, target: Measured, guessing: float) -> Judgement:
         return Judgement(
             "unchanged",
             f"forget accuracy {kept.forget_accuracy:.2f}, the target {target.forget_accuracy:.2f};"
-            " raise --epochs or --learning-rate",
+            f" {_MORE}",
         )
     if auc is not None and auc < low:
         return Judgement(
             "over-unlearned",
             f"forget documents stand out by a higher loss than never-seen text (MIA AUC {auc:.2f});"
-            " lower --epochs or --learning-rate",
+            f" {_LESS}",
         )
     if auc is None and kept.forget_loss > guessing:
         return Judgement(
             "over-unlearned",
             f"forget text has a loss of {kept.forget_loss:.1f} nats a token, guessing has"
-            f" {guessing:.1f}; lower --epochs or --learning-rate",
+            f" {guessing:.1f}; {_LESS}",
         )
     if auc is not None and auc > high:
         return Judgement(
             "under-unlearned",
             f"forget documents are still told from never-seen text by their loss (MIA AUC {auc:.2f});"
-            " raise --epochs or --learning-rate",
+            f" {_MORE}",
         )
     if left > TOO_LITTLE_ABOVE:
         return Judgement(
             "under-unlearned",
             f"forget accuracy {kept.forget_accuracy:.2f}, the target {target.forget_accuracy:.2f};"
-            " raise --epochs or --learning-rate",
+            f" {_MORE}",
         )
     return Judgement("unlearned", "forget rows are gone and what was to stay is there")
