@@ -14,6 +14,8 @@ $(STAMP): pyproject.toml constraints.txt
 		|| { echo "expunge needs Python 3.11 or newer, this is $$($(PYTHON) --version); try: make PYTHON=python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@# Of the extra `ekfac`, without torchvision: its build must match torch's, and nothing here calls it.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'kronfluence>=1.0'
 	@touch $@
 
 install: $(STAMP) ## make .venv and install expunge with its development tools
