@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from expunge.data.batches import Batch, in_order
+from expunge.data.batches import Batch, collate, in_order
+from expunge.data.random_text import random_examples
 from expunge.errors import InputError
 from expunge.methods.base import Context
 from expunge.methods.libu import LIBU, LIBUObjective
@@ -87,13 +88,52 @@ def test_phase_2_is_bounded_and_holds_retain(context: Context) -> None:
     def log_odds(log_prob: float) -> float:
         return log_prob - math.log(-math.expm1(log_prob))
 
+    def huber(x: float) -> float:
+        return x * x / 4 if abs(x) < 2 else abs(x) - 1
+
     # A token that the target gave less than exp(-2) is not made more likely.
     pairs = zip(log_probs[mask].tolist(), before[mask].tolist(), strict=True)
-    distances = [abs(log_odds(now) - log_odds(min(-2.0, was))) for now, was in pairs]
+    distances = [huber(log_odds(now) - log_odds(min(-2.0, was))) for now, was in pairs]
     assert any(was < -2 for was in before[mask].tolist())
     expected = sum(distances) / len(distances)
     assert float(terms.forget.detach()) == pytest.approx(expected, rel=1e-4)
-    assert float(terms.retain.detach()) == pytest.approx(3 * loss(objective, retain), rel=1e-4)
+    # Retain tokens are held at the odds that they had.
+    log_probs, mask = objective.log_probs(retain)
+    with torch.no_grad(), objective.reference():
+        before, _ = objective.log_probs(retain)
+    pairs = zip(log_probs[mask].double().tolist(), before[mask].double().tolist(), strict=True)
+    drifts = [huber(log_odds(now) - log_odds(was)) for now, was in pairs]
+    expected = 3 * sum(drifts) / len(drifts)
+    assert expected > 0  # phase 1 has moved the model
+    # float32 probabilities near 1 are what the slow way reads odds from.
+    assert float(terms.retain.detach()) == pytest.approx(expected, rel=1e-2)
+
+
+def test_random_rows_hold_the_targets_predictions(context: Context, tokenizer: Any) -> None:
+    """Weighed by tokens: odds of the user's rows, KL to the target of random ones."""
+    held = random_examples(2, tokenizer, 10**6, 32, seed=0)
+    context = dataclasses.replace(context, retain=[*context.retain, *held])
+    objective = LIBU(rank=4, retain_weight=3.0).start(context)
+    count = len(context.retain)
+
+    def terms(*rows: int) -> torch.Tensor:
+        batch = collate(context.retain, rows, context.pad_id)
+        found = objective.loss(whole(context, "forget"), batch).retain
+        assert found is not None
+        return found.detach() * objective.retain_size(batch) / 3.0
+
+    random = collate(context.retain, [count - 2, count - 1], context.pad_id)
+    with torch.no_grad(), objective.reference():
+        before = objective.logits(random)[:, :-1].double().log_softmax(-1)
+    with torch.no_grad():
+        now = objective.logits(random)[:, :-1].double().log_softmax(-1)
+    mask = random.token_mask[:, 1:]
+    drift = (before.exp() * (before - now)).sum(-1)[mask].sum()
+    assert float(drift) > 0  # phase 1 has moved the model
+    assert float(terms(count - 2, count - 1)) == pytest.approx(float(drift), rel=1e-4)
+    # Each kind counts as it does alone, wherever its rows stand in the batch.
+    mixed = terms(count - 1, 0, count - 2, 1)
+    assert float(mixed) == pytest.approx(float(terms(0, 1)) + float(drift), rel=1e-4)
 
 
 def test_sophia_starts_from_phase_1s_fisher(context: Context) -> None:

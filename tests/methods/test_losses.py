@@ -9,8 +9,8 @@ import torch
 
 from expunge.methods.losses import (
     adaptive_target,
-    bounded_ascent,
     cross_entropy,
+    log_odds_at,
     npo,
     odds_distance,
     simnpo,
@@ -76,23 +76,6 @@ def test_an_empty_mask_gives_zero() -> None:
     assert row_means(torch.ones(2, 3), nothing).tolist() == [0, 0]
 
 
-def test_bounded_ascent_stops_at_the_ceiling_token_by_token() -> None:
-    log_probs = torch.tensor([[-1.0, -5.0, -20.0]], requires_grad=True)
-    mask = torch.ones(1, 3, dtype=torch.bool)
-    value = bounded_ascent(log_probs, mask, ceiling=8.0)
-    assert float(value) == pytest.approx((7 + 3 + 0) / 3)
-    value.backward()
-    assert log_probs.grad is not None
-    # Falling log-probabilities lower the loss, until a token is past the ceiling.
-    assert log_probs.grad.tolist() == [pytest.approx([1 / 3, 1 / 3, 0])]
-
-
-def test_bounded_ascent_below_its_ceiling_is_ascent(mask: torch.Tensor) -> None:
-    log_probs = -torch.rand(ROWS, TOKENS)
-    difference = bounded_ascent(log_probs, mask, 50.0) + cross_entropy(log_probs, mask)
-    assert float(difference) == pytest.approx(50, abs=1e-5)
-
-
 def test_log_odds_of_a_token_known_by_heart() -> None:
     logits = torch.tensor([[60.0, 0.0, 0.0], [1.0, 2.0, 3.0]], requires_grad=True)
     found = target_log_odds(logits, torch.tensor([0, 2]))
@@ -104,24 +87,32 @@ def test_log_odds_of_a_token_known_by_heart() -> None:
     assert logits.grad.sum(1).tolist() == pytest.approx([0, 0], abs=1e-6)
 
 
-def test_the_odds_distance_is_0_where_the_loss_is_the_wanted_one() -> None:
-    for nll in (0.01, 1.0, 6.0):
-        log_odds = torch.tensor([-nll - math.log(1 - math.exp(-nll))], requires_grad=True)
-        assert float(odds_distance(log_odds.detach(), torch.tensor([nll]))) < 1e-5
-        # More likely than wanted: a gradient of 1 that lowers it; less likely: one that raises it.
-        for shift in (1.0, -1.0):
-            log_odds.grad = None
-            odds_distance(log_odds + shift, torch.tensor([nll])).backward()
-            assert log_odds.grad is not None
-            assert float(log_odds.grad) == shift
+def test_log_odds_at_a_loss_by_arithmetic() -> None:
+    losses = [1e-3, 0.1, math.log(2), 6.6, 40.0]
+    for nll, found in zip(losses, log_odds_at(torch.tensor(losses)).tolist(), strict=True):
+        p = math.exp(-nll)
+        # float32 holds 1 - p of the smallest loss to 1e-4 of itself.
+        assert found == pytest.approx(math.log(p / (1 - p)), abs=1e-4)
 
 
-def test_the_odds_distance_is_a_mean_over_tokens_with_their_own_losses() -> None:
-    odds, losses = torch.tensor([2.0, 0.0, -9.0]), torch.tensor([1.0, 3.0, 3.0])
-    wanted = [math.log(math.exp(-c) / (1 - math.exp(-c))) for c in losses.tolist()]
-    slow = sum(abs(float(o) - w) for o, w in zip(odds, wanted, strict=True)) / 3
-    assert float(odds_distance(odds, losses)) == pytest.approx(slow)
-    assert float(odds_distance(odds[:0], losses[:0])) == 0
+def test_the_odds_distance_by_arithmetic() -> None:
+    wanted = [0.0, 1.0, -3.0, 10.0, 2.0]
+    log_odds = [0.0, 2.0, -3.5, -8.0, 2.0 + 2.0]
+    slow = [
+        x * x / (2 * 2.0) if x < 2 else x - 1.0
+        for x in (abs(a - b) for a, b in zip(log_odds, wanted, strict=True))
+    ]
+    found = odds_distance(torch.tensor(log_odds), torch.tensor(wanted), 2.0)
+    assert found.tolist() == pytest.approx(slow)
+    assert odds_distance(torch.zeros(0), torch.zeros(0), 2.0).tolist() == []
+
+
+def test_the_odds_distance_pulls_alike_from_both_sides_and_not_at_its_aim() -> None:
+    for shift, gradient in ((-30.0, -1.0), (-1.0, -0.5), (0.0, 0.0), (1.0, 0.5), (30.0, 1.0)):
+        log_odds = torch.tensor([2.0 + shift], requires_grad=True)
+        odds_distance(log_odds, torch.tensor([2.0]), 2.0).sum().backward()
+        assert log_odds.grad is not None
+        assert float(log_odds.grad) == pytest.approx(gradient)
 
 
 def test_kl_against_a_sum_over_the_vocabulary(logits: torch.Tensor, mask: torch.Tensor) -> None:
@@ -205,7 +196,7 @@ def test_gaussian_directions_are_unrelated_and_uniform_ones_are_not() -> None:
         assert low < float(a @ b) < high
 
 
-@pytest.mark.parametrize("loss", ["cross entropy", "bounded ascent", "kl", "npo", "simnpo"])
+@pytest.mark.parametrize("loss", ["cross entropy", "odds", "kl", "npo", "simnpo"])
 def test_a_batch_is_the_weighted_mean_of_its_parts(
     loss: str, logits: torch.Tensor, mask: torch.Tensor, generator: torch.Generator
 ) -> None:
@@ -224,9 +215,10 @@ def test_a_batch_is_the_weighted_mean_of_its_parts(
             tokens = int(kept[:, 1:].sum())
             where = kept[:, 1:]
             return token_kl(logits[rows, :-1][where], others[rows, :-1][where]).mean(), tokens
-        value = cross_entropy(chosen, kept) if loss == "cross entropy" else None
-        value = bounded_ascent(chosen, kept, 1.0) if value is None else value
-        return value, int(kept.sum())
+        if loss == "odds":
+            distances = odds_distance(chosen[kept], others[rows, :, 0][kept], 2.0)
+            return distances.mean(), int(kept.sum())
+        return cross_entropy(chosen, kept), int(kept.sum())
 
     whole, total = of(slice(0, ROWS))
     parts = [of(slice(0, 2)), of(slice(2, ROWS))]

@@ -86,9 +86,6 @@ class GradientObjective:
     ) -> None:
         self._model = context.model
         self._tokens = settings.tokens
-        # Sharded weights are gathered in every pass, so all processes must make as many passes,
-        # whichever kinds of rows their shares hold.
-        self._equal_passes = context.processes.shards and settings.random_rows > 0
         self._recomputed = (
             list(context.model.get_submodule(context.layout.layers).children())
             if settings.gradient_checkpointing
@@ -161,21 +158,10 @@ class GradientObjective:
         return cross_entropy(*self.log_probs(batch))
 
     def with_retain(self, forget_term: torch.Tensor, retain: Batch | None, weight: float) -> Terms:
-        """Adds the retain term: weight * CE(retain), for random tokens weight * KL to the target."""
+        """Adds the retain term: weight * CE(retain)."""
         if retain is None or weight == 0:
             return Terms(forget_term, None)
-        listed, random = retain.split_listed()
-        if random is None and not self._equal_passes:
-            return Terms(forget_term, weight * self.cross_entropy(retain))
-        total = torch.zeros((), device=forget_term.device)
-        if random is not None or self._equal_passes:
-            drift = self.drift(random or retain.rows(0, 1)).sum()
-            total = total + drift * (random is not None)
-        if listed is not None or self._equal_passes:
-            part = listed or retain.rows(0, 1)
-            size = self.retain_size(part) * (listed is not None)
-            total = total + self.cross_entropy(part) * size
-        return Terms(forget_term, weight * total / self.retain_size(retain))
+        return Terms(forget_term, weight * self.cross_entropy(retain))
 
     def drift(self, batch: Batch) -> torch.Tensor:
         """KL(target || model) of every counted token, in nats: (counted tokens,)."""

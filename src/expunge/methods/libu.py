@@ -13,11 +13,12 @@ is halved until the measured rise does too.
 
 Phase 2, Sophia (arXiv 2305.14342) on
 
-    L = mean_t |logit p_t - logit exp(-c_t)| + w * CE(retain)
+    L = mean_F |logit p_t - logit exp(-c_t)| + w * mean_R |logit p_t - logit p_t_target|
 
-with p_t the probability of a forget token and c_t the loss that it should have: a forget term that ends
-per token, and the retain term that the published code lacks. On the log-odds, as the gradient of the
-NLL is 1 - p, nearly 0 for what is known by heart.
+with p_t the probability of a token and c_t the loss that it should have once it is forgotten: a forget
+term that ends per token, and the retain term that the published code lacks. Both on the log-odds, as
+the gradient of the NLL is 1 - p, nearly 0 for what is known by heart: by the time that a cross-entropy
+resists, retain text known by heart is lost. |x| is Huber's.
 A fresh adapter has B = 0, so the gradient of A is zero and phase 1 moves B only; phase 2 moves both.
 """
 
@@ -38,13 +39,15 @@ from expunge.methods.calibration import NeverSeen
 from expunge.methods.fisher import SquaredGradients
 from expunge.methods.gradient import GradientObjective, GradientSettings
 from expunge.methods.influence import predicted_rise, removal_step, size_within
-from expunge.methods.losses import odds_distance
+from expunge.methods.losses import log_odds_at, odds_distance, token_kl
 from expunge.methods.numerics import row_means, target_log_odds, target_log_probs
 
 _HALVINGS = 12
 _PROBE_ROWS = 64
 _CEILING = 0.8
 _RANGE = (0.5, 1.25)
+_WIDTH = 2.0
+"""Of Huber's distance, in nats of log-odds: a factor of 7 in the odds."""
 _PUBLISHED = {
     "rank": 16,
     "lora_alpha": 32.0,
@@ -177,8 +180,12 @@ class LIBUObjective(GradientObjective):
         guessing = math.log(vocabulary)
         self.ceiling = _CEILING * guessing if settings.ceiling is None else settings.ceiling
         self._ceilings: dict[str, float] = {}
+        # Sharded weights are gathered in every pass, so all processes must make as many passes,
+        # whichever kinds of rows their shares hold.
+        self._equal_passes = context.processes.shards and settings.random_rows > 0
         if settings.direction == "remove":
-            self._losses_before = self._token_losses(context.forget)
+            self._forget_before = self._odds_before(context.forget, settings.forget_tokens)
+            self._retain_before = self._odds_before(context.retain, settings.tokens)
         self._probe = [e for e in context.retain if e.listed][:_PROBE_ROWS]
         self.fisher: Mapping[str, torch.Tensor] = {}
         if context.resumed is not None:  # the adapter and the curvature are put back
@@ -220,15 +227,40 @@ class LIBUObjective(GradientObjective):
 
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """Phase 2's loss; as published, the forget loss itself."""
-        if self._settings.direction == "as-published":
-            term = self.cross_entropy(forget)
-        else:
-            mask = forget.mask(self._settings.forget_tokens)[:, 1:]
-            targets = forget.input_ids[:, 1:][mask]
-            logits = self.counted_logits(forget, self._settings.forget_tokens)
-            log_odds = target_log_odds(logits, targets)
-            term = odds_distance(log_odds, self._wanted_losses(forget)[mask])
-        return self.with_retain(term, retain, self._settings.retain_weight)
+        settings = self._settings
+        if settings.direction == "as-published":
+            return self.with_retain(self.cross_entropy(forget), retain, settings.retain_weight)
+        mask = forget.mask(settings.forget_tokens)[:, 1:]
+        log_odds = target_log_odds(
+            self.counted_logits(forget, settings.forget_tokens), forget.input_ids[:, 1:][mask]
+        )
+        distances = odds_distance(log_odds, self._wanted_odds(forget)[mask], _WIDTH)
+        term = distances.sum() / max(1, len(distances))
+        if retain is None or settings.retain_weight == 0:
+            return Terms(term, None)
+        return Terms(term, settings.retain_weight * self._drift(retain))
+
+    def _drift(self, retain: Batch) -> torch.Tensor:
+        """How far retain text is from what the target says of it, mean over counted tokens.
+
+        The user's tokens by their log-odds, random ones by KL(target || model), as a random token itself
+        has no log-odds worth holding.
+        """
+        mask = retain.mask(self._settings.tokens)[:, 1:]
+        listed = torch.tensor([example.listed for example in retain.examples], device=mask.device)
+        logits = self.counted_logits(retain)
+        of_user = listed[:, None].expand_as(mask)[mask]
+        targets = retain.input_ids[:, 1:][mask]
+        log_odds = target_log_odds(logits[of_user], targets[of_user])
+        before = self._retain_before[list(retain.indices), : mask.shape[1]][mask][of_user]
+        total = odds_distance(log_odds, before, _WIDTH).sum()
+        _, random = retain.split_listed()
+        if random is not None or self._equal_passes:
+            with self.reference():
+                reference = self.counted_logits(random or retain.rows(0, 1))
+            if random is not None:
+                total = total + token_kl(logits[~of_user], reference).sum()
+        return total / max(1, len(logits))
 
     @property
     def strengths(self) -> Mapping[str, float]:
@@ -255,25 +287,36 @@ class LIBUObjective(GradientObjective):
                 max(moved, wanted * _RANGE[0]), wanted * _RANGE[1], self.ceiling
             )
 
-    def _wanted_losses(self, batch: Batch) -> torch.Tensor:
-        """The loss that each token should have, (rows, tokens - 1).
+    def _wanted_odds(self, batch: Batch) -> torch.Tensor:
+        """The log-odds that each token should have, (rows, tokens - 1).
 
-        Its row's ceiling, or what it was in the target where that was more: no token of a forget row is
-        made more likely than the target had it.
+        Those of its row's ceiling, or what they were in the target where that was less: no token of a
+        forget row is made more likely than the target had it.
         """
+        before = self._forget_before[list(batch.indices), : batch.input_ids.shape[1] - 1]
         ceilings = [self._ceilings.get(row, self.ceiling) for row in batch.row_ids]
-        before = self._losses_before[list(batch.indices), : batch.input_ids.shape[1] - 1]
-        return torch.maximum(before, torch.tensor(ceilings, device=before.device)[:, None])
+        wanted = log_odds_at(torch.tensor(ceilings, device=before.device))
+        return torch.minimum(before, wanted[:, None])
 
-    def _token_losses(self, examples: Sequence[Example]) -> torch.Tensor:
-        """The target's loss of every token that is forgotten, (examples, longest - 1), 0 elsewhere."""
-        width = max(map(len, examples)) - 1
-        losses = torch.zeros(len(examples), width, device=self._context.device)
-        for batch in self._passes(examples, None):
+    def _odds_before(self, examples: Sequence[Example], tokens: Tokens) -> torch.Tensor:
+        """The target's log-odds of every counted token of the user's rows, 0 elsewhere.
+
+        (examples, longest - 1).
+        """
+        width = max(map(len, examples), default=1) - 1
+        odds = torch.zeros(len(examples), width, device=self._context.device)
+        listed = [index for index, example in enumerate(examples) if example.listed]
+        for batch in self._passes([examples[index] for index in listed], None):
+            mask = batch.mask(tokens)[:, 1:]
             with self.reference(), self._context.autocast():
-                log_probs, _ = self.log_probs(batch, self._settings.forget_tokens)
-            losses[list(batch.indices), : log_probs.shape[1]] = -log_probs
-        return losses
+                counted = target_log_odds(
+                    self.counted_logits(batch, tokens), batch.input_ids[:, 1:][mask]
+                )
+            rows = [listed[index] for index in batch.indices]
+            odds[rows, : mask.shape[1]] = counted.new_zeros(mask.shape).masked_scatter(
+                mask, counted
+            )
+        return odds
 
     def forget_size(self, batch: Batch) -> int:
         """The forget term is a mean over the tokens that are forgotten."""

@@ -18,24 +18,19 @@ def cross_entropy(log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return -masked_mean(log_probs, mask)
 
 
-def bounded_ascent(
-    log_probs: torch.Tensor, mask: torch.Tensor, ceiling: float | torch.Tensor
-) -> torch.Tensor:
-    """Mean over tokens of max(0, ceiling - NLL): ascent that stops, token by token, at `ceiling`.
+def log_odds_at(nll: torch.Tensor) -> torch.Tensor:
+    """log(p / (1 - p)) of a token whose negative log-likelihood is `nll` > 0, of any shape."""
+    return -(nll + torch.log(-torch.expm1(-nll)))
 
-    One ceiling for all tokens, or one for each row, (rows, 1).
+
+def odds_distance(log_odds: torch.Tensor, wanted: torch.Tensor, width: float) -> torch.Tensor:
+    """Distance of each token's log-odds from those wanted: Huber's, divided by its width; (tokens,).
+
+    |x| - width / 2 beyond `width`, x^2 / (2 width) within it, so that nothing rattles about its aim. On
+    the log-odds a token known by heart is pushed, or held, as hard as any other, where the gradient of
+    its NLL is 1 - p.
     """
-    return masked_mean(functional.relu(ceiling + log_probs), mask)
-
-
-def odds_distance(log_odds: torch.Tensor, nll: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of the distance of the log-odds from their value where the NLL is `nll`.
-
-    Both (tokens,). Pushes tokens that are known by heart as hard as others, where ascent on the NLL has
-    a gradient of 1 - p, and brings back those that went too far.
-    """
-    wanted = -(nll + torch.log(-torch.expm1(-nll)))
-    return (log_odds - wanted).abs().sum() / max(1, len(log_odds))
+    return functional.huber_loss(log_odds, wanted, reduction="none", delta=width) / width
 
 
 def token_kl(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:
