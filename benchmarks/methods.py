@@ -55,8 +55,8 @@ MEASURES = {
 NOTE = """\
 Mean ± standard deviation over the seeds {seeds}; default settings. Regurgitation and knowledge are means
 over the tasks. Distance to the oracle: mean absolute difference over every part of the scorecard that
-both have (regurgitation and knowledge of each task and side, MIA AUC, utility), seed by seed. Peak memory
-is that of the run's process. {machine}. Commit {commits}.
+both have (regurgitation and knowledge of each task and side, MIA AUC, utility), seed by seed. Memory is
+the peak of the run's process. {machine}. Commit {commits}.
 """
 
 

@@ -31,13 +31,13 @@ def chunked(rows: int, batch: int, chunk: int, rounds: int, epochs: int) -> Chun
 
 
 def test_a_chunk_has_all_its_passes_before_the_next_one_begins() -> None:
-    batches = chunked(rows=10, batch=2, chunk=4, rounds=1, epochs=3)
-    steps = [batches.indices(step) for step in range(1, 16)]
-    for begin, end, rows in ((0, 6, range(4)), (6, 12, range(4, 8)), (12, 15, range(8, 10))):
+    batches = chunked(rows=20, batch=2, chunk=8, rounds=1, epochs=3)
+    steps = [batches.indices(step) for step in range(1, 31)]
+    for begin, end, rows in ((0, 12, range(8)), (12, 24, range(8, 16)), (24, 30, range(16, 20))):
         for first in range(begin, end, len(rows) // 2):
             one_pass = steps[first : first + len(rows) // 2]
             assert sorted(row for batch in one_pass for row in batch) == list(rows)
-    assert len({tuple(map(tuple, steps[i : i + 2])) for i in range(0, 6, 2)}) > 1
+    assert len({tuple(map(tuple, steps[i : i + 4])) for i in range(0, 12, 4)}) > 1
 
 
 @pytest.mark.parametrize(("rounds", "epochs"), [(1, 4), (2, 5), (3, 2), (7, 3)])

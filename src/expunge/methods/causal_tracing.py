@@ -20,6 +20,7 @@ from expunge.methods.base import Context
 from expunge.methods.forward import all_logits
 from expunge.methods.numerics import row_means, token_log_probs
 from expunge.models.decoder import forward_hook
+from expunge.models.sharding import whole
 
 Hook = Callable[..., torch.Tensor]
 
@@ -38,8 +39,7 @@ def layer_effects(
     if not told:
         return [0.0 for _ in layers]
     embeddings = context.model.get_input_embeddings()
-    assert isinstance(embeddings, nn.Module)
-    scale = noise * float(embeddings.weight.detach().float().std())  # type: ignore[operator]
+    scale = noise * float(whole(embeddings.weight.detach()).float().std())
     totals = torch.zeros(len(layers))
     done = 0
     for cpu_batch in in_order(told, context.batch_size, context.pad_id):
