@@ -43,7 +43,7 @@ class ChunkedGradientDifference(GradientSettings):
     seen again once the next one has begun."""
 
     name: ClassVar[str] = "chunked-gradient-difference"
-    defaults: ClassVar[RunDefaults] = RunDefaults(epochs=7, batch_size=4, learning_rate=2e-4)
+    defaults: ClassVar[RunDefaults] = RunDefaults(epochs=7, batch_size=4, learning_rate=6e-4)
     presets: ClassVar[Mapping[str, Preset]] = {
         "semeval-7b": Preset(
             {

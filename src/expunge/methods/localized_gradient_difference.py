@@ -40,17 +40,17 @@ class LocalizedGradientDifference(GradientSettings):
     """Which linear maps of the chosen layers are trained."""
     localization: Literal["traced", "first"] = "traced"
     """Choose the neighbouring layers with the largest effect in causal tracing, or the first ones."""
-    trained_share: float = 0.19
-    """Share of the decoder layers that is trained (6 of 32)."""
+    trained_share: float = 0.5
+    """Share of the decoder layers that is trained; published is 6 of 32, too few of a small model."""
     noise: float = 3.0
     """Noise of causal tracing, in standard deviations of the embeddings."""
-    retain_weight: float = 1.2
+    retain_weight: float = 2.0
     """Least weight of a retain row."""
-    retain_weight_most: float = 2.8
-    """Largest weight of a retain row, for one whose loss has risen by a nat or more."""
+    retain_weight_most: float = 7.0
+    """Largest weight of a retain row, for one whose loss has risen by 1.7 nats or more."""
 
     name: ClassVar[str] = "localized-gradient-difference"
-    defaults: ClassVar[RunDefaults] = RunDefaults(epochs=8, batch_size=16, learning_rate=5e-4)
+    defaults: ClassVar[RunDefaults] = RunDefaults(epochs=8, batch_size=16, learning_rate=3e-4)
     presets: ClassVar[Mapping[str, Preset]] = {
         "semeval": Preset(
             {

@@ -47,7 +47,7 @@ class NPOMerging(GradientSettings):
     """Share of each factor's entries, the largest, that TIES keeps."""
 
     name: ClassVar[str] = "npo-merging"
-    defaults: ClassVar[RunDefaults] = RunDefaults(epochs=20, batch_size=16, learning_rate=1e-3)
+    defaults: ClassVar[RunDefaults] = RunDefaults(epochs=20, batch_size=16, learning_rate=2e-3)
     presets: ClassVar[Mapping[str, Preset]] = {
         "semeval": Preset(
             {

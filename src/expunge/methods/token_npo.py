@@ -23,9 +23,9 @@ from expunge.methods.losses import token_npo
 class TokenNPO(GradientSettings):
     """Settings of token-wise NPO."""
 
-    rank: int = 2
+    rank: int = 8
     """Rank of the adapter."""
-    lora_alpha: float = 2.0
+    lora_alpha: float = 8.0
     """The adapter's product is scaled by lora_alpha / rank."""
     beta: float = 0.5
     """Sharpness: towards 0 this becomes gradient ascent."""
@@ -35,7 +35,7 @@ class TokenNPO(GradientSettings):
     """Weight of the divergence from the target's predictions on retain text."""
 
     name: ClassVar[str] = "token-npo"
-    defaults: ClassVar[RunDefaults] = RunDefaults(epochs=20, batch_size=16, learning_rate=2e-3)
+    defaults: ClassVar[RunDefaults] = RunDefaults(epochs=20, batch_size=16, learning_rate=4e-3)
     presets: ClassVar[Mapping[str, Preset]] = {
         "semeval": Preset(
             {
