@@ -214,7 +214,18 @@ def test_a_narrow_cache_gives_nearly_the_same_weights(
 
 @pytest.mark.parametrize(
     "method",
-    ["adaptive-rmu", "npo", "simnpo", "kl-minimization", "gradient-difference", "libu"],
+    [
+        "adaptive-rmu",
+        "npo",
+        "simnpo",
+        "kl-minimization",
+        "gradient-difference",
+        "libu",
+        "token-npo",
+        "npo-merging",
+        "chunked-gradient-difference",
+        "localized-gradient-difference",
+    ],
 )
 @pytest.mark.parametrize("size", [1, 3])
 def test_micro_batches_do_not_change_the_weights(

@@ -67,7 +67,16 @@ def assert_same(one: Path, two: Path, target: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "sharded"),
-    [("adaptive-rmu", False), ("libu", False), ("npo", False), ("npo", True), ("libu", True)],
+    [
+        ("adaptive-rmu", False),
+        ("libu", False),
+        ("npo", False),
+        ("npo", True),
+        ("libu", True),
+        ("npo-merging", True),
+        ("chunked-gradient-difference", False),
+        ("localized-gradient-difference", False),
+    ],
 )
 def test_two_processes_give_the_result_of_one(
     method: str, sharded: bool, arguments: list[object], tmp_path: Path, memorised_dir: Path

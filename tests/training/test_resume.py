@@ -24,6 +24,12 @@ from expunge.training.state import load_state, optimizer_tensors, restore_optimi
 Cli = Callable[..., tuple[int, str, str]]
 Run = Callable[..., tuple[int, str, str]]
 METHODS = ("adaptive-rmu", "libu", "npo")
+BASELINES = (
+    "token-npo",
+    "npo-merging",
+    "chunked-gradient-difference",
+    "localized-gradient-difference",
+)
 SPECIAL = ("--method.lora_dropout", 0.3)
 
 
@@ -70,8 +76,11 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signa
     monkeypatch.setattr(Loop, "_step", stepping)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("step", [1, 5, 12])
+@pytest.mark.parametrize(
+    ("method", "step"),
+    [(method, step) for method in METHODS for step in (1, 5, 12)]
+    + [(method, 5) for method in BASELINES],
+)
 def test_an_interrupted_run_continues_to_the_same_bytes(
     method: str, step: int, start: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

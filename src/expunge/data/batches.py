@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import accumulate, pairwise
+from typing import Literal, Protocol
 
 import torch
 
@@ -14,6 +16,18 @@ Tokens = Literal["all", "answer", "content"]
 """The whole text; the output given the input; continuations whole and of questions the answer."""
 _POOL = 16
 """Batches whose rows are sorted by length together: enough to save padding, yet random."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a method draws its rows, beside the batch size."""
+
+    retain_ratio: int = 1
+    """Retain rows of a step for each forget row."""
+    chunk_size: int | None = None
+    """Forget rows of a chunk; chunks follow each other. None: all rows are one."""
+    rounds: int = 1
+    """Times that the chunks are gone through, each with its part of the epochs."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -152,8 +166,8 @@ class EpochBatches:
         self._epoch = -1
         self._order: list[list[int]] = []
 
-    def at(self, step: int) -> Batch:
-        """The batch of a step, counted from 1."""
+    def indices(self, step: int) -> list[int]:
+        """Positions of the rows of a step, counted from 1."""
         epoch, position = divmod(step - 1, -(-len(self._examples) // self._batch_size))
         if epoch != self._epoch:
             lengths = [len(example) for example in self._examples]
@@ -161,7 +175,116 @@ class EpochBatches:
                 lengths, self._batch_size, self._generator(epoch), by_length=self._by_length
             )
             self._epoch = epoch
-        return collate(self._examples, self._order[position], self._pad_id)
+        return self._order[position]
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step, counted from 1."""
+        return collate(self._examples, self.indices(step), self._pad_id)
+
+
+class StepBatches(Protocol):
+    """One side's batch of every step."""
+
+    def indices(self, step: int) -> list[int]:
+        """Positions of the rows of a step, counted from 1."""
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step, counted from 1."""
+
+
+def steps_an_epoch(rows: int, batch_size: int, chunk_size: int | None) -> int:
+    """Batches that a pass over all forget rows takes; none has rows of two chunks."""
+    return sum(-(-len(chunk) // batch_size) for chunk in chunks_of(rows, chunk_size))
+
+
+def chunks_of(rows: int, chunk_size: int | None) -> list[range]:
+    """The rows in file order, so many a chunk; the last may have fewer."""
+    size = chunk_size or rows
+    return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+class ChunkedBatches:
+    """Chunk after chunk, each with all passes of a round before the next one begins.
+
+    A function of the seed and the step alone. A run of less than an epoch sees the first chunks only.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        pad_id: int,
+        generator: Callable[[int], torch.Generator],
+        sampling: Sampling,
+        steps: int,
+        *,
+        by_length: bool = True,
+    ) -> None:
+        """`steps` of the whole run: what is left of whole epochs begins with the first chunk again."""
+        self._examples, self._batch_size, self._pad_id = examples, batch_size, pad_id
+        self._generator, self._by_length = generator, by_length
+        self._chunks = chunks_of(len(examples), sampling.chunk_size)
+        epochs = max(1, steps // steps_an_epoch(len(examples), batch_size, sampling.chunk_size))
+        cuts = [epochs * done // sampling.rounds for done in range(sampling.rounds + 1)]
+        self._visits = [
+            (epoch, chunk)
+            for begin, end in pairwise(cuts)
+            for chunk in range(len(self._chunks))
+            for epoch in range(begin, end)
+        ]
+        self._ends = list(
+            accumulate(-(-len(self._chunks[chunk]) // batch_size) for _, chunk in self._visits)
+        )
+        self._epochs = epochs
+        self._visit: tuple[int, int] | None = None
+        self._order: list[list[int]] = []
+
+    def indices(self, step: int) -> list[int]:
+        """Positions of the rows of a step, counted from 1."""
+        again, place = divmod(step - 1, self._ends[-1])
+        visit = bisect_right(self._ends, place)
+        epoch, chunk = self._visits[visit]
+        epoch += again * self._epochs
+        if self._visit != (epoch, chunk):
+            self._order = self._order_of(epoch, chunk)
+            self._visit = epoch, chunk
+        return self._order[place - (self._ends[visit - 1] if visit else 0)]
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step, counted from 1."""
+        return collate(self._examples, self.indices(step), self._pad_id)
+
+    def _order_of(self, epoch: int, chunk: int) -> list[list[int]]:
+        generator = self._generator(epoch)
+        for rows in self._chunks[: chunk + 1]:  # one generator draws for all chunks of an epoch
+            lengths = [len(self._examples[row]) for row in rows]
+            order = epoch_order(lengths, self._batch_size, generator, by_length=self._by_length)
+        return [[rows[index] for index in batch] for batch in order]
+
+
+def step_batches(
+    side: Literal["forget", "retain"],
+    examples: Sequence[Example],
+    batch_size: int,
+    pad_id: int,
+    generator: Callable[[str], torch.Generator],
+    sampling: Sampling,
+    steps: int,
+    *,
+    by_length: bool = True,
+) -> StepBatches:
+    """What every step of a run takes of one side; `generator` gives that of a purpose."""
+
+    def of_epoch(epoch: int) -> torch.Generator:
+        return generator(f"{side} order of epoch {epoch}")
+
+    if side == "forget" and sampling.chunk_size is not None:
+        return ChunkedBatches(
+            examples, batch_size, pad_id, of_epoch, sampling, steps, by_length=by_length
+        )
+    ratio = sampling.retain_ratio if side == "retain" else 1
+    rows = rows_a_step(examples, batch_size * ratio)
+    return EpochBatches(examples, rows, pad_id, of_epoch, by_length=by_length)
 
 
 def in_order(examples: Sequence[Example], batch_size: int, pad_id: int) -> Iterator[Batch]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import torch
 from torch import nn
 
-from expunge.data.batches import Batch
+from expunge.data.batches import Batch, Sampling
 from expunge.data.tokenization import Example
 from expunge.methods.calibration import NeverSeen
 from expunge.methods.numerics import token_log_probs
@@ -93,6 +93,8 @@ class Context:
     """Runs the trained layers alone; None where the whole model runs."""
     processes: Processes = field(default_factory=OneProcess)
     """Those that share the rows of every step."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How the method draws its rows."""
     resumed: Mapping[str, Any] | None = None
     """The notes of a start whose parameters and optimiser will be put back; None for a new run."""
 
@@ -186,6 +188,10 @@ class Method(Protocol):
     @property
     def random_rows(self) -> int:
         """How many rows of random tokens are held beside the retain set."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How rows are drawn, beside the batch size."""
 
     @property
     def has_adapter(self) -> bool:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from expunge.methods.adaptive_rmu import AdaptiveRMU
+from expunge.methods.chunked_gradient_difference import ChunkedGradientDifference
 from expunge.methods.gradient_ascent import GradientAscent
 from expunge.methods.gradient_difference import GradientDifference
 from expunge.methods.kl_minimization import KLMinimization
 from expunge.methods.libu import LIBU
+from expunge.methods.localized_gradient_difference import LocalizedGradientDifference
 from expunge.methods.npo import NPO
+from expunge.methods.npo_merging import NPOMerging
 from expunge.methods.rmu import RMU
 from expunge.methods.simnpo import SimNPO
+from expunge.methods.token_npo import TokenNPO
 
 METHODS = {
     method.name: method
@@ -22,5 +26,9 @@ METHODS = {
         KLMinimization,
         NPO,
         SimNPO,
+        TokenNPO,
+        NPOMerging,
+        ChunkedGradientDifference,
+        LocalizedGradientDifference,
     )
 }

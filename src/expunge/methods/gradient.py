@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from expunge.data.batches import Batch, Tokens
+from expunge.data.batches import Batch, Sampling, Tokens, in_order
+from expunge.data.tokenization import Example
 from expunge.errors import InputError
 from expunge.methods.base import Context, Finished, OptimizerSpec, Terms
 from expunge.methods.calibration import NeverSeen
 from expunge.methods.forward import all_logits, head_takes_places, logits_at, recomputed
 from expunge.methods.losses import cross_entropy, token_kl
-from expunge.methods.numerics import target_log_probs
+from expunge.methods.numerics import row_sums, target_log_probs
 from expunge.models.decoder import DecoderLayout
 from expunge.models.lora import Adapter, LoraShape, Targets
 from expunge.models.weights import snapshot, swapped_in, train_only
@@ -51,6 +52,8 @@ class GradientSettings:
             value = getattr(self, option, None)
             if value is not None and (value < 0 or (value == 0 and option != "retain_weight")):
                 raise InputError(f"--method.{option} {value}: must be positive")
+        if getattr(self, "kl_weight", 0) < 0:
+            raise InputError(f"--method.kl_weight {self.kl_weight}: must be 0 or more")  # type: ignore[attr-defined]
 
     @property
     def needs_retain(self) -> bool:
@@ -61,6 +64,11 @@ class GradientSettings:
     def random_rows(self) -> int:
         """None: a random token has no loss worth holding."""
         return 0
+
+    @property
+    def sampling(self) -> Sampling:
+        """As many retain rows as forget rows, all of them in turn."""
+        return Sampling()
 
     @property
     def has_adapter(self) -> bool:
@@ -82,8 +90,15 @@ class GradientObjective:
     optimizer = OptimizerSpec("adamw", {"weight_decay": 0.0})
 
     def __init__(
-        self, settings: GradientSettings, context: Context, *, needs_reference: bool = False
+        self,
+        settings: GradientSettings,
+        context: Context,
+        *,
+        needs_reference: bool = False,
+        layers: Sequence[int] | None = None,
+        weights: Sequence[str] | None = None,
     ) -> None:
+        """`layers` are those that an adapter is put on, `weights` what is trained without one."""
         self._model = context.model
         self._tokens = settings.tokens
         self._recomputed = (
@@ -100,14 +115,18 @@ class GradientObjective:
         self._frozen: dict[str, torch.Tensor] = {}
         if settings.parameters == "lora":
             shape = LoraShape(
-                settings.rank, settings.lora_alpha, settings.lora_dropout, settings.targets
+                settings.rank,
+                settings.lora_alpha,
+                settings.lora_dropout,
+                settings.targets,
+                None if layers is None else tuple(layers),
             )
             seed = context.generator("adapter").initial_seed() % 2**63
             self.adapter = Adapter(context.model, context.layout, shape, seed)
             self.parameters = self.adapter.parameters
         else:
             names = [name for name, _ in context.model.named_parameters()]
-            self.parameters = train_only(context.model, names)
+            self.parameters = train_only(context.model, names if weights is None else weights)
             if needs_reference:
                 self._frozen = {n: p.detach().clone() for n, p in self.parameters.items()}
 
@@ -162,6 +181,33 @@ class GradientObjective:
         if retain is None or weight == 0:
             return Terms(forget_term, None)
         return Terms(forget_term, weight * self.cross_entropy(retain))
+
+    def held(self, retain: Batch, ce_weight: float, kl_weight: float) -> torch.Tensor:
+        """ce_weight * CE + kl_weight * KL(target || model) of retain text, from one pass: a scalar."""
+        mask = retain.mask(self._tokens)[:, 1:]
+        logits = self.counted_logits(retain)
+        nll = -target_log_probs(logits, retain.input_ids[:, 1:][mask])
+        total = ce_weight * nll.sum()
+        if kl_weight > 0:
+            with self.reference():
+                before = self.counted_logits(retain)
+            total = total + kl_weight * token_kl(logits, before).sum()
+        return total / max(1, len(nll))
+
+    def log_probs_before(
+        self, context: Context, examples: Sequence[Example], phase: str
+    ) -> torch.Tensor:
+        """Each row's summed log-probability and its counted tokens, (examples, 2), as the model is."""
+        found = torch.zeros(len(examples), 2, device=context.device)
+        done = 0
+        for batch in in_order(examples, context.batch_size, context.pad_id):
+            with torch.no_grad(), context.autocast():
+                log_probs, mask = self.log_probs(batch.to(context.device))
+            sums = torch.stack([row_sums(log_probs, mask), mask.sum(1).float()], dim=1)
+            found[list(batch.indices)] = sums
+            done += len(batch.indices)
+            context.progress(phase, done, len(examples))
+        return found
 
     def drift(self, batch: Batch) -> torch.Tensor:
         """KL(target || model) of every counted token, in nats: (counted tokens,)."""

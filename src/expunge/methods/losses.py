@@ -48,6 +48,27 @@ def npo(log_prob: torch.Tensor, reference_log_prob: torch.Tensor, beta: float) -
     return 2 / beta * functional.softplus(beta * (log_prob - reference_log_prob).float()).mean()
 
 
+def token_npo(
+    log_probs: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """NPO of every masked token by itself: mean over tokens of (2 / beta) log(1 + (pi / pi_ref)^beta).
+
+    All (rows, tokens). Bronec and Helcl, arXiv 2503.13690.
+    """
+    return masked_mean(2 / beta * functional.softplus(beta * (log_probs - reference).float()), mask)
+
+
+def adaptive_weights(
+    rises: torch.Tensor, least: float, most: float, base: float = 6.0, scale: float = 0.3
+) -> torch.Tensor:
+    """clip(scale * base^rise + 0.8, least, most): (rows,), without a gradient.
+
+    `rises` are how far each retain row's mean NLL is above the target's, nats. Agrawal and Huang, arXiv
+    2504.12996, section 4, where the rise is one number for a batch.
+    """
+    return (scale * base ** rises.detach().float() + 0.8).clamp(least, most)
+
+
 def simnpo(mean_log_prob: torch.Tensor, beta: float, gamma: float) -> torch.Tensor:
     """SimNPO: -(2 / beta) * mean log sigmoid(-beta * mean log pi - gamma), without a reference.
 

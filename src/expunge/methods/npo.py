@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from expunge.data.batches import Batch, in_order
+from expunge.data.batches import Batch
 from expunge.methods.base import Context, Preset, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective, GradientSettings
 from expunge.methods.losses import npo
@@ -45,14 +43,7 @@ class NPOObjective(GradientObjective):
         super().__init__(settings, context)
         self._beta, self._weight = settings.beta, settings.retain_weight
         # The model is its own reference before the first step, so one pass replaces a second model.
-        self._reference = torch.zeros(len(context.forget), device=context.device)
-        done = 0
-        for batch in in_order(context.forget, context.batch_size, context.pad_id):
-            with torch.no_grad(), context.autocast():
-                sums = row_sums(*self.log_probs(batch.to(context.device)))
-            self._reference[list(batch.indices)] = sums
-            done += len(batch.indices)
-            context.progress("reference", done, len(context.forget))
+        self._reference = self.log_probs_before(context, context.forget, "reference")[:, 0]
 
     def forget_size(self, batch: Batch) -> int:
         """The forget term is a mean over rows."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from expunge.data.batches import Batch, Tokens
+from expunge.data.batches import Batch, Sampling, Tokens
 from expunge.errors import InputError
 from expunge.methods.base import Context, Finished, OptimizerSpec, Terms
 from expunge.methods.calibration import NeverSeen
@@ -66,6 +66,11 @@ class SteeringSettings:
     def needs_retain(self) -> bool:
         """Whether the loss has a retain term."""
         return self.alpha > 0
+
+    @property
+    def sampling(self) -> Sampling:
+        """As many retain rows as forget rows, all of them in turn."""
+        return Sampling()
 
     @property
     def has_adapter(self) -> bool:

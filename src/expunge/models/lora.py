@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +28,17 @@ class LoraShape:
     alpha: float
     dropout: float
     targets: Targets
+    layers: tuple[int, ...] | None = None
+    """Decoder layers that are adapted; None: all."""
+
+
+def linears_of(layout: DecoderLayout, targets: Targets) -> tuple[str, ...]:
+    """Names, inside a layer, of its linear maps of a kind."""
+    return {
+        "attention": layout.attention_linears,
+        "mlp": layout.mlp_linears,
+        "all": layout.attention_linears + layout.mlp_linears,
+    }[targets]
 
 
 class Adapter:
@@ -39,13 +50,10 @@ class Adapter:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
-        linears = {
-            "attention": layout.attention_linears,
-            "mlp": layout.mlp_linears,
-            "all": layout.attention_linears + layout.mlp_linears,
-        }[shape.targets]
         targets = [
-            f"{layout.layers}.{index}.{name}" for index in range(layout.count) for name in linears
+            f"{layout.layers}.{index}.{name}"
+            for index in (range(layout.count) if shape.layers is None else shape.layers)
+            for name in linears_of(layout, shape.targets)
         ]
         self.config = LoraConfig(
             r=shape.rank,
@@ -71,6 +79,17 @@ class Adapter:
                 parameter.data = parameter.data.float()
                 self.parameters[f"{name}.{factor}.weight"] = parameter.requires_grad_(True)
         self.set_dropout(False)  # new modules are born in training mode
+
+    @contextmanager
+    def using(self, factors: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """Runs the body with other factors of the same shapes, by the names of `parameters`."""
+        try:
+            for name, module in self.factors():
+                module.weight = factors[name]
+            yield
+        finally:
+            for name, module in self.factors():
+                module.weight = self.parameters[name]
 
     def factors(self) -> Iterator[tuple[str, nn.Module]]:
         """The two linear maps of every adapted layer, by the name of their parameter."""

@@ -9,6 +9,12 @@ import torch
 from torch import nn
 
 
+def named_within(model: nn.Module, modules: Iterable[str]) -> list[str]:
+    """Names of the parameters of some modules, in the model's order."""
+    prefixes = tuple(f"{module}." for module in modules)
+    return [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
+
+
 def train_only(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
     """Freezes the model but for the named parameters, which become float32 masters.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
-from typing import cast
+from typing import Literal, cast
 
-from expunge.data.batches import Batch, collate, epoch_order, rows_a_step
+from expunge.data.batches import Batch, collate, step_batches
 from expunge.data.tokenization import Example
 from expunge.methods.base import Context
 from expunge.training.loop import micro_batches, part
@@ -16,6 +17,7 @@ from expunge.training.preparation import Prepared
 _EPOCHS = 100
 """Epochs whose batches are looked at; those of more would hardly be larger."""
 Lengths = Sequence[int]
+Examples = Sequence[Example]
 Part = tuple[Batch, Batch | None]
 
 
@@ -87,23 +89,32 @@ def pass_sizes(sides: Sequence[Lengths], *, packed: bool) -> set[tuple[int, ...]
 
 def _batches(prepared: Prepared, *, by_length: bool) -> Iterator[tuple[list[int], list[int]]]:
     """Numbers of the forget and the retain rows of every step."""
-    steps = prepared.used["steps"]
+    used, sampling = prepared.used, prepared.method.sampling
     seeded = cast("Context", SimpleNamespace(seed=prepared.options.seed))
+    forget, retain = (
+        step_batches(
+            side,
+            examples,
+            used["batch_size"],
+            prepared.pad_id,
+            partial(Context.generator, seeded),
+            sampling,
+            used["steps"],
+            by_length=by_length,
+        )
+        if examples
+        else None
+        for side, examples in _sides(prepared)
+    )
+    assert forget is not None
+    for step in range(1, min(used["steps"], _EPOCHS * used["steps_per_epoch"]) + 1):
+        yield forget.indices(step), [] if retain is None else retain.indices(step)
 
-    def order(side: str, rows: Sequence[Example]) -> Iterator[list[int]]:
-        lengths = [len(row) for row in rows]
-        size = rows_a_step(rows, prepared.used["batch_size"])
-        for epoch in range(_EPOCHS):
-            generator = Context.generator(seeded, f"{side} order of epoch {epoch}")
-            yield from epoch_order(lengths, size, generator, by_length=by_length)
 
-    retain: Iterable[list[int]] = ([] for _ in range(steps))
-    if prepared.retain:
-        retain = order("retain", prepared.retain)
-    for _, forget, kept in zip(
-        range(steps), order("forget", prepared.forget), retain, strict=False
-    ):
-        yield forget, kept
+def _sides(
+    prepared: Prepared,
+) -> tuple[tuple[Literal["forget"], Examples], tuple[Literal["retain"], Examples]]:
+    return ("forget", prepared.forget), ("retain", prepared.retain)
 
 
 def _lengths(indices: Sequence[int], rows: Sequence[Example]) -> list[int]:

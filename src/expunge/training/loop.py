@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
-from expunge.data.batches import Batch, EpochBatches, rows_a_step
+from expunge.data.batches import Batch, StepBatches, step_batches
 from expunge.errors import RunError
 from expunge.methods.base import Context, Objective, Schedule
 from expunge.models.weights import restore, snapshot
@@ -134,6 +134,7 @@ class Loop:
         """Goes on from a saved state."""
         restore(self._parameters, state.under("parameters"))
         restore_optimizer(self._optimizer, state.under("optimizer"))
+        self._objective.set_training(False)  # what is measured follows the parameters
         best = state.under("best")
         self._best = best or None
         facts = state.facts
@@ -349,14 +350,16 @@ class Loop:
         history.chosen_step = chosen.step
         history.chosen_why = f"highest score {chosen.score:.4f} of {len(usable)} usable candidates"
 
-    def _batches(self, side: str) -> EpochBatches:
+    def _batches(self, side: Literal["forget", "retain"]) -> StepBatches:
         context = self._context
-        examples = context.forget if side == "forget" else context.retain
-        return EpochBatches(
-            examples,
-            rows_a_step(examples, context.batch_size),
+        return step_batches(
+            side,
+            context.forget if side == "forget" else context.retain,
+            context.batch_size,
             context.pad_id,
-            lambda epoch: context.generator(f"{side} order of epoch {epoch}"),
+            context.generator,
+            context.sampling,
+            self._options.steps,
             # Packed rows need no company of their own length.
             by_length=context.engine is None,
         )

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from expunge.data.batches import steps_an_epoch
 from expunge.data.tokenization import LongRows
 from expunge.errors import InputError
 from expunge.methods.base import Method, Schedule
@@ -112,7 +113,7 @@ def resolved(
     """Every option of the loop with the method's defaults filled in."""
     defaults = method.defaults
     batch_size = options.batch_size or defaults.batch_size
-    per_epoch = math.ceil(forget_examples / batch_size)
+    per_epoch = steps_an_epoch(forget_examples, batch_size, method.sampling.chunk_size)
     steps = (options.epochs or defaults.epochs) * per_epoch
     if options.max_steps is not None:
         steps = min(steps, options.max_steps)

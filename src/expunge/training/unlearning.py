@@ -196,6 +196,7 @@ def unlearn_prepared(
             progress=progress.phase,
             engine=engine,
             processes=place.processes,
+            sampling=prepared.method.sampling,
             resumed=None if place.saved is None else place.saved.facts["notes"],
         )
         if prepared.options.trackers:

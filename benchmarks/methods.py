@@ -1,0 +1,337 @@
+"""Every method with its default settings, on benchmarks and seeds: a table and a figure of each.
+
+    python benchmarks/methods.py builtin ../shared/models/lume-mini --output runs/methods
+    python benchmarks/methods.py builtin --methods libu npo --seeds 0 --output runs/methods \\
+        --write docs/benchmark.md
+
+`builtin` is built anew for every seed, rows and models. DIRECTORY holds a model (in `target/` or itself)
+with forget.jsonl, retain.jsonl and, where they exist, calibration.jsonl, nonmembers.jsonl, mmlu/ and
+oracle/; its seeds are those of the runs alone. Runs are calibrated against calibration.jsonl, which
+scoring does not use, or else against nonmembers.jsonl. Nothing is tuned for a benchmark or a seed.
+
+Each run is a process of its own, so that its peak memory is its own. What is in the output already is
+not run again; an interrupted run goes on. A method that failed is a row that says why; delete
+METHOD.failed.json to try again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from figure import Point, write_figure
+from machine import describe_machine
+
+from expunge.evaluation.score_files import SCORES, read_scores
+from expunge.evaluation.scorecard import Scorecard
+from expunge.methods.catalog import METHODS
+from expunge.reporting.tables import markdown
+from expunge.training.run import MANIFEST
+
+BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
+FAILED = "failed.json"
+MEASURES = {
+    "forget regurgitation": "forget regurgitation ↓",
+    "forget knowledge": "forget knowledge ↓",
+    "retain regurgitation": "retain regurgitation ↑",
+    "retain knowledge": "retain knowledge ↑",
+    "task aggregate": "task aggregate ↑",
+    "MIA AUC": "MIA AUC → 0.5",
+    "utility": "utility ↑",
+    "final": "final ↑",
+    "distance": "distance to the oracle ↓",
+    "seconds": "seconds",
+    "memory": "peak GiB",
+}
+NOTE = """\
+Mean ± standard deviation over the seeds {seeds}; default settings. Regurgitation and knowledge are means
+over the tasks. Distance to the oracle: mean absolute difference over every part of the scorecard that
+both have (regurgitation and knowledge of each task and side, MIA AUC, utility), seed by seed. Memory is
+the peak of the run's process. {machine}. Commit {commits}.
+"""
+
+
+@dataclass(frozen=True)
+class Material:
+    """A target model and what it is unlearned and scored with."""
+
+    directory: Path
+
+    @property
+    def target(self) -> Path:
+        """The target model's directory."""
+        inside = self.directory / "target"
+        return inside if inside.is_dir() else self.directory
+
+    def options(self, **names: str) -> list[str]:
+        """The rows as options of a command, those that exist; `names` are of files, by option."""
+        found = []
+        for option, name in {"forget": "forget.jsonl", "retain": "retain.jsonl", **names}.items():
+            if (self.directory / name).exists():
+                found += [f"--{option}", str(self.directory / name)]
+        return found
+
+    @property
+    def run_options(self) -> list[str]:
+        """Rows of a run; never-seen text that scoring does not use where there is some."""
+        calibrated = (self.directory / "calibration.jsonl").exists()
+        return self.options(nonmembers="calibration.jsonl" if calibrated else "nonmembers.jsonl")
+
+    @property
+    def score_options(self) -> list[str]:
+        """What a model is scored with."""
+        return self.options(nonmembers="nonmembers.jsonl", mmlu="mmlu")
+
+
+@dataclass
+class Row:
+    """A model's values by measure, one for each seed that worked, and why the others did not."""
+
+    values: dict[str, list[float]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, values: Mapping[str, float | None]) -> None:
+        """One seed's values; what was not measured is left out."""
+        for name, value in values.items():
+            if value is not None:
+                self.values.setdefault(name, []).append(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "benchmarks", nargs="+", help="builtin, or a directory with a model and rows"
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--write", type=Path, help="page whose section between the markers is replaced"
+    )
+    arguments = parser.parse_args()
+    if arguments.write is not None:
+        replaced(arguments.write.read_text(encoding="utf-8"), "")  # refused now, not after hours
+
+    sections = []
+    for benchmark in arguments.benchmarks:
+        name = "builtin" if benchmark == "builtin" else Path(benchmark).resolve().name
+        place = arguments.output / name
+        place.mkdir(parents=True, exist_ok=True)
+        rows = measured(benchmark, arguments.methods, arguments.seeds, place)
+        text = table(rows) + "\n" + note(arguments.seeds, place)
+        write_figure(points(rows), f"{name}: what was forgotten and what was kept", place)
+        values = {model: {**row.values, "failures": row.failures} for model, row in rows.items()}
+        (place / "results.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (place / "table.md").write_text(text, encoding="utf-8")
+        print(f"## {name}\n\n{text}", flush=True)
+        picture = f"methods-{name}.svg"
+        sections.append(f"### {name}\n\n![forgetting and retention]({picture})\n\n{text}")
+        if arguments.write is not None:
+            drawn = (place / "figure.svg").read_text(encoding="utf-8")
+            (arguments.write.parent / picture).write_text(drawn, encoding="utf-8")
+    if arguments.write is not None:
+        page = arguments.write.read_text(encoding="utf-8")
+        arguments.write.write_text(replaced(page, "\n".join(sections)), encoding="utf-8")
+
+
+def measured(
+    benchmark: str, methods: Sequence[str], seeds: Sequence[int], place: Path
+) -> dict[str, Row]:
+    """Carries out what is missing, and returns every model's values."""
+    rows = {name: Row() for name in ("target", "oracle", *methods)}
+    for seed in seeds:
+        material = built(seed) if benchmark == "builtin" else Material(Path(benchmark))
+        here = place / f"seed{seed}" if benchmark == "builtin" else place
+        here.mkdir(exist_ok=True)
+        oracle = None
+        # A directory's own models are the same for all seeds.
+        if benchmark == "builtin" or seed == seeds[0]:
+            rows["target"].add(parts_of(scored(material.target, material, here / "target.json")))
+        if (material.directory / "oracle").is_dir():
+            oracle = scored(material.directory / "oracle", material, here / "oracle.json")
+            if benchmark == "builtin" or seed == seeds[0]:
+                rows["oracle"].add(parts_of(oracle))
+        for method in methods:
+            output = place / f"seed{seed}" / method
+            output.parent.mkdir(exist_ok=True)
+            reason = unlearned(method, seed, material, output)
+            if reason is not None:
+                rows[method].failures.append(f"seed {seed}: {reason}")
+                continue
+            card = scored(output, material, output / SCORES)
+            values = {**parts_of(card), **costs_of(output)}
+            rows[method].add({**values, "distance": distance(card, oracle)})
+            print(f"{method}, seed {seed}: {numbers(values)}", file=sys.stderr, flush=True)
+    return {name: row for name, row in rows.items() if row.values or row.failures}
+
+
+def built(seed: int) -> Material:
+    """The built-in benchmark of a seed, from the cache where it is there."""
+    from expunge.benchmark.build import build, default_directory
+    from expunge.benchmark.generator import BenchmarkSettings
+    from expunge.cli.console import progress_on_stderr
+
+    settings = BenchmarkSettings(seed=seed)
+    with progress_on_stderr(quiet=False) as progress:
+        return Material(build(default_directory(settings), settings, progress.phase).directory)
+
+
+def unlearned(method: str, seed: int, material: Material, output: Path) -> str | None:
+    """Runs a method unless it was; why it failed, or None."""
+    failed = output.parent / f"{method}.{FAILED}"
+    if failed.is_file():
+        reason: str = json.loads(failed.read_text(encoding="utf-8"))["reason"]
+        return reason
+    if (output / MANIFEST).is_file():
+        return None
+    command = ["run", str(material.target), *material.run_options]
+    options = ["--method", method, "--seed", str(seed), "--output", str(output), "--resume"]
+    done = expunge([*command, *options, "--quiet"])
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    if done.returncode in (130, 143) or done.returncode < 0:
+        raise SystemExit(f"{method}, seed {seed}: {lines[-1]}")  # asked to stop: goes on next time
+    failed.write_text(json.dumps({"reason": lines[-1]}) + "\n", encoding="utf-8")
+    return lines[-1]
+
+
+def scored(model: Path, material: Material, file: Path) -> Scorecard:
+    """The scorecard of a model, measured unless it was."""
+    if not file.is_file():
+        options = [*material.score_options, "--output", str(file), "--quiet"]
+        done = expunge(["evaluate", str(model), *options])
+        if done.returncode != 0:
+            raise SystemExit(f"{model}: {done.stderr.strip()}")
+    return read_scores(str(file))
+
+
+def expunge(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "expunge", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def parts_of(card: Scorecard) -> dict[str, float | None]:
+    """The means over tasks and the totals, by measure."""
+    values: dict[str, float | None] = {
+        "task aggregate": card.task_aggregate,
+        "MIA AUC": card.mia_auc,
+        "utility": card.utility,
+        "final": card.final_score,
+        "forget": card.mean("forget"),
+        "retain": card.mean("retain"),
+    }
+    cells = cells_of(card)
+    for side in ("forget", "retain"):
+        for kind in ("regurgitation", "knowledge"):
+            found = [v for (s, _, k), v in cells.items() if (s, k) == (side, kind)]
+            values[f"{side} {kind}"] = statistics.fmean(found) if found else None
+    return values | {" ".join(key): value for key, value in cells.items()}
+
+
+def cells_of(card: Scorecard) -> dict[tuple[str, str, str], float]:
+    """Every measured cell by side, task and kind."""
+    return {
+        (side, task, kind): value
+        for side, tasks in (("forget", card.forget), ("retain", card.retain))
+        for task, cell in tasks.items()
+        for kind, value in cell.items()
+        if value is not None
+    }
+
+
+def distance(card: Scorecard, oracle: Scorecard | None) -> float | None:
+    """Mean absolute difference over all cells, the MIA AUC and the utility that both have."""
+    if oracle is None:
+        return None
+    mine, wanted = cells_of(card), cells_of(oracle)
+    differences = [abs(mine[key] - wanted[key]) for key in mine.keys() & wanted.keys()]
+    for one, other in ((card.mia_auc, oracle.mia_auc), (card.utility, oracle.utility)):
+        if one is not None and other is not None:
+            differences.append(abs(one - other))
+    return statistics.fmean(differences) if differences else None
+
+
+def costs_of(output: Path) -> dict[str, float | None]:
+    """Seconds of the whole run, null for one that was interrupted, and its peak memory in GiB."""
+    manifest: dict[str, Any] = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
+    whole = not manifest["resumed_from_steps"]
+    return {
+        "seconds": manifest["seconds"]["total"] if whole else None,
+        "memory": manifest["peak_memory_bytes"]["process"] / 2**30,
+    }
+
+
+def numbers(values: Mapping[str, float | None]) -> str:
+    """One line of the values that the table has."""
+    return ", ".join(f"{k} {v:.3g}" for k, v in values.items() if k in MEASURES and v is not None)
+
+
+def cell(name: str, values: Sequence[float]) -> str:
+    """Mean and spread; a dash for what was not measured."""
+    if not values:
+        return "-"
+    digits = {"seconds": 0, "memory": 2}.get(name, 3)
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
+
+
+def table(rows: Mapping[str, Row]) -> str:
+    """The table in Markdown; below it why runs failed."""
+    lines = []
+    for name, row in rows.items():
+        done = len(row.values.get("forget", []))
+        label = name if not row.failures else f"{name} ({done} of {done + len(row.failures)} seeds)"
+        lines.append([label, *(cell(measure, row.values.get(measure, [])) for measure in MEASURES)])
+    failures = [f"- {name}, {reason}" for name, row in rows.items() for reason in row.failures]
+    told = "\nFailed:\n\n" + "\n".join(failures) + "\n" if failures else ""
+    return markdown(["model", *MEASURES.values()], lines) + told
+
+
+def note(seeds: Sequence[int], place: Path) -> str:
+    """How the table came about."""
+    import torch
+
+    commits = set()
+    for path in place.glob(f"seed*/*/{MANIFEST}"):
+        git = json.loads(path.read_text(encoding="utf-8"))["environment"]["git"]
+        commits.add("of a package" if git is None else git["commit"][:9] + "+" * git["changes"])
+    threads = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
+    machine = describe_machine(threads)
+    listed = ", ".join(map(str, seeds))
+    return NOTE.format(
+        seeds=listed, machine=machine, commits=", ".join(sorted(commits)) or "unknown"
+    )
+
+
+def replaced(page: str, section: str) -> str:
+    """The page with another section between the markers."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise SystemExit(f"--write: the page needs one line {BEGIN} and below it one line {END}")
+    pattern = re.escape(BEGIN) + ".*" + re.escape(END)
+    return re.sub(pattern, lambda _: f"{BEGIN}\n\n{section}\n{END}", page, flags=re.DOTALL)
+
+
+def points(rows: Mapping[str, Row]) -> list[Point]:
+    """Every model that was measured, on the two sides of its scorecard."""
+    found = []
+    for name, row in rows.items():
+        kept, left = row.values.get("retain", []), row.values.get("forget", [])
+        if kept and left:
+            spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in (kept, left)]
+            found.append(Point(name, statistics.fmean(kept), 1 - statistics.fmean(left), *spread))
+    return found
+
+
+if __name__ == "__main__":
+    main()
