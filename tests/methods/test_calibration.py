@@ -124,14 +124,6 @@ def test_a_ceiling_follows_the_never_seen_loss_and_stays_near_it(make_context: C
     assert set(objective.strengths.values()) == {5.0}
 
 
-def test_no_document_is_pushed_beyond_the_ceiling(make_context: Contexts) -> None:
-    context = make_context()
-    objective = LIBU(ceiling=2.0).start(context)
-    for _ in range(3):
-        objective.calibrate(far(context, 0.0))
-        assert set(objective.strengths.values()) == {2.0}
-
-
 @pytest.mark.parametrize("method", [AdaptiveRMU(calibration_gain=0), LIBU(calibration_gain=0)])
 def test_without_a_gain_nothing_moves(method: AdaptiveRMU | LIBU, make_context: Contexts) -> None:
     context = make_context()

@@ -46,8 +46,10 @@ _HALVINGS = 12
 _PROBE_ROWS = 64
 _CEILING = 0.8
 _RANGE = (0.5, 1.25)
-_WIDTH = 2.0
-"""Of Huber's distance, in nats of log-odds: a factor of 7 in the odds."""
+_FORGET_WIDTH = 16.0
+"""Nats of log-odds, as far as a token known by heart has to go: what is furthest off is pushed hardest."""
+_RETAIN_WIDTH = 2.0
+"""Nats of log-odds, a factor of 7 in the odds: what is lost is pulled back with all weight soon."""
 _PUBLISHED = {
     "rank": 16,
     "lora_alpha": 32.0,
@@ -82,7 +84,7 @@ class LIBU(GradientSettings):
     """Phase 1 step size s; null: the largest within the step budget."""
     ceiling: float | None = None
     """Phase 2 raises each forget token's loss to this many nats; null: 0.8 log(vocabulary)."""
-    retain_weight: float = 5.0
+    retain_weight: float = 2.0
     """Weight of the retain term."""
     random_rows: int = 128
     """Rows of random tokens on which the target's predictions are held, beside the retain set. They
@@ -90,7 +92,7 @@ class LIBU(GradientSettings):
     calibration_gain: float = 1.0
     """With non-members: how far a row's ceiling moves for each nat that its loss is wrong by; 0 leaves
     all of them where they are."""
-    gamma: float = 20.0
+    gamma: float = 200.0
     """Sophia divides the momentum by gamma times the curvature."""
     rho: float = 1.0
     """Sophia clips each element of its step here; times the learning rate it bounds the step."""
@@ -105,7 +107,7 @@ class LIBU(GradientSettings):
 
     name: ClassVar[str] = "libu"
     defaults: ClassVar[RunDefaults] = RunDefaults(
-        epochs=20, batch_size=16, learning_rate=1e-3, schedule="cosine"
+        epochs=24, batch_size=16, learning_rate=2e-3, schedule="cosine"
     )
     presets: ClassVar[Mapping[str, Preset]] = {
         "setup-2": Preset(
@@ -234,7 +236,7 @@ class LIBUObjective(GradientObjective):
         log_odds = target_log_odds(
             self.counted_logits(forget, settings.forget_tokens), forget.input_ids[:, 1:][mask]
         )
-        distances = odds_distance(log_odds, self._wanted_odds(forget)[mask], _WIDTH)
+        distances = odds_distance(log_odds, self._wanted_odds(forget)[mask], _FORGET_WIDTH)
         term = distances.sum() / max(1, len(distances))
         if retain is None or settings.retain_weight == 0:
             return Terms(term, None)
@@ -253,7 +255,7 @@ class LIBUObjective(GradientObjective):
         targets = retain.input_ids[:, 1:][mask]
         log_odds = target_log_odds(logits[of_user], targets[of_user])
         before = self._retain_before[list(retain.indices), : mask.shape[1]][mask][of_user]
-        total = odds_distance(log_odds, before, _WIDTH).sum()
+        total = odds_distance(log_odds, before, _RETAIN_WIDTH).sum()
         _, random = retain.split_listed()
         if random is not None or self._equal_passes:
             with self.reference():
@@ -277,15 +279,11 @@ class LIBUObjective(GradientObjective):
         if gain == 0:
             return
         for row, loss in rows.losses.items():
-            # Never-seen text can be beyond the ceiling where a model is wrong rather than ignorant.
-            # A token must not be pushed there: it costs the retain set.
-            wanted = min(rows.wanted[row], self.ceiling)
+            wanted = rows.wanted[row]
             start = self._ceilings.get(row)
             moved = wanted if start is None else start + gain * (wanted - loss)
             # A ceiling far off would go on pushing long after the loss has arrived.
-            self._ceilings[row] = min(
-                max(moved, wanted * _RANGE[0]), wanted * _RANGE[1], self.ceiling
-            )
+            self._ceilings[row] = min(max(moved, wanted * _RANGE[0]), wanted * _RANGE[1])
 
     def _wanted_odds(self, batch: Batch) -> torch.Tensor:
         """The log-odds that each token should have, (rows, tokens - 1).
