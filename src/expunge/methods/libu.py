@@ -47,7 +47,7 @@ _PROBE_ROWS = 64
 _CEILING = 0.8
 _RANGE = (0.5, 1.25)
 _FORGET_WIDTH = 16.0
-"""Nats of log-odds, as far as a token known by heart has to go: what is furthest off is pushed hardest."""
+"""Nats of log-odds, as far as a token known by heart has to go: the furthest off are pushed hardest."""
 _RETAIN_WIDTH = 2.0
 """Nats of log-odds, a factor of 7 in the odds: what is lost is pulled back with all weight soon."""
 _PUBLISHED = {
