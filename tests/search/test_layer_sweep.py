@@ -250,12 +250,26 @@ def test_an_output_that_is_something_else_is_left_alone(
 
 
 def test_two_sweeps_do_not_work_on_one_output(inputs: LayerInputs, tmp_path: Path) -> None:
-    import fcntl
-
-    with layer_sweep._held(tmp_path / "out", discard=False):
+    with layer_sweep._held(tmp_path / "out"):
         message = refusal(lambda: sweep_layers(inputs, AdaptiveRMU(), OPTIONS))
-    assert "another process is at work on it" in message or "holds no layers.json" in message
-    assert fcntl is not None
+        assert "another process is at work on it" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwrite_discards_what_an_earlier_sweep_left(inputs: LayerInputs, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / ".layer-02.unfinished").mkdir(parents=True)
+    (out / "layer-03").mkdir()
+    (out / "layers.json").write_text("{}")
+    (out / "layers.html").write_text("old")
+    resume = dataclasses.replace(inputs, resume=True)
+    message = refusal(lambda: sweep_layers(resume, AdaptiveRMU(), OPTIONS))
+    assert "is not what a sweep wrote; discard it with --overwrite" in message
+    overwrite = dataclasses.replace(inputs, overwrite=True, layers=(2,), keep="none")
+    assert sweep_layers(overwrite, AdaptiveRMU(), OPTIONS).complete
+    assert sorted(path.name for path in out.iterdir()) == ["layer-02", "layers.html", "layers.json"]
+    assert not list(out.rglob("*.safetensors.index.json"))
+    assert not (out / "layer-02" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ from expunge.training.scratch import differences
 from expunge.training.unlearning import autocast_of
 
 LAYERS = "layers.json"
+_LOCK = ".lock"
 _PARTS = ("task_aggregate", "mia_score", "utility")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _FREE = ("output", "overwrite", "resume", "layers", "every", "keep", "predict_only")
@@ -234,9 +235,10 @@ def sweep_layers(
     wanted = chosen_layers(inputs, task.layout)
     output = Path(inputs.output)
     asked = _asked(task)
-    found = _found(output, inputs, asked)
-    with _held(output, discard=inputs.overwrite and not inputs.resume):
+    with _held(output):
+        found = _found(output, inputs, asked)
         if found is None:
+            _clear(output)
             found = LayerSweep(asked, _prediction(task, progress), (), complete=False)
             _write(output, found)
         try:
@@ -268,11 +270,14 @@ def _check(inputs: LayerInputs, method: Method, options: TrainingOptions) -> _Ta
     device = resolve_device(inputs.device)
     if processes_of(device).count > 1:
         raise InputError("analyze layers: works in one process; start it without accelerate launch")
-    if inputs.retain is None and inputs.nonmembers is None and not inputs.predict_only:
+    texts = (inputs.retain, inputs.nonmembers, inputs.score_nonmembers, inputs.mmlu)
+    if texts == (None,) * len(texts) and not inputs.predict_only:
         raise InputError("--retain: is needed to score a layer; give rows that are to stay")
     method = dataclasses.replace(method, layer="auto")
     if inputs.output:
         check_writable(Path(inputs.output))
+        if Path(inputs.output).is_file():
+            raise InputError(f"--output {inputs.output}: is a file; choose a directory")
     checked, sets, prepared = check_run(inputs, method, options, writes=False)
     task = _Task(inputs, method, options, checked, sets, prepared, device)
     if not inputs.predict_only:
@@ -284,7 +289,7 @@ def _check(inputs: LayerInputs, method: Method, options: TrainingOptions) -> _Ta
 def _found(output: Path, inputs: LayerInputs, asked: Mapping[str, Any]) -> LayerSweep | None:
     """What an earlier call left, where it is to be continued."""
     path = output / LAYERS
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if all(entry.name == _LOCK for entry in output.iterdir()):
         return None
     if not path.is_file():
         raise InputError(
@@ -453,12 +458,19 @@ def _write(output: Path, found: LayerSweep) -> None:
     unfinished.replace(output / LAYERS)
 
 
+def _clear(output: Path) -> None:
+    """Removes what an earlier sweep left."""
+    for entry in [*output.glob("layer-*"), *output.glob(".layer-*"), _prefix_directory(output)]:
+        shutil.rmtree(entry, ignore_errors=True)
+    (output / LAYERS).unlink(missing_ok=True)
+
+
 @contextmanager
-def _held(output: Path, *, discard: bool) -> Iterator[None]:
+def _held(output: Path) -> Iterator[None]:
     """The output is this process's alone. Raises InputError where another one is at work on it."""
     made = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
-    path = output / ".lock"
+    path = output / _LOCK
     with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -466,10 +478,6 @@ def _held(output: Path, *, discard: bool) -> Iterator[None]:
             raise InputError(
                 f"--output {output}: another process is at work on it; wait for it or choose another"
             ) from None
-        if discard:
-            for entry in [*output.glob("layer-*"), *output.glob(".layer-*"), output / ".states"]:
-                shutil.rmtree(entry, ignore_errors=True)
-            (output / LAYERS).unlink(missing_ok=True)
         try:
             yield
         finally:
