@@ -362,20 +362,21 @@ class LayerPass:
         apart = self._separations()
         readings = []
         for number, layer in enumerate(self._candidates):
-            shares = [
-                None if decodable is None else float(decodable[number]),
-                None if restored is None else float(restored[number]),
-                apart[layer],
-                statistics.fmean(self._written[number]),
-            ]
-            known = [value for value in shares if value is not None]
-            decided = decodable is not None and restored is not None
+            found = None if decodable is None else float(decodable[number])
+            brought = None if restored is None else float(restored[number])
+            own = statistics.fmean(self._written[number])
+            score = None
+            if found is not None and brought is not None:
+                distance = [] if apart[layer] is None else [apart[layer] or 0.0]
+                score = combined([found, brought, *distance, own])
             readings.append(
                 LayerReading(
-                    layer,
-                    combined(known) if decided else None,
-                    *shares[:3],
-                    written=statistics.fmean(self._written[number]),
+                    layer=layer,
+                    score=score,
+                    decodable=found,
+                    restored=brought,
+                    separate=apart[layer],
+                    written=own,
                     log_prob=float(lens[:, number].mean()),
                     rank=float(torch.stack(self._ranks)[:, number].mean()),
                     norm=statistics.fmean(self._norms[layer]),

@@ -41,7 +41,7 @@ from expunge.training.manifest import finite, settings_of
 from expunge.training.options import TrainingOptions
 from expunge.training.preparation import Prepared
 from expunge.training.progress import Progress, Silent
-from expunge.training.run import RunInputs, check_run, check_writable, open_parts, run
+from expunge.training.run import DIRECTIONS, RunInputs, check_run, check_writable, open_parts, run
 from expunge.training.scratch import differences
 from expunge.training.unlearning import autocast_of
 
@@ -163,28 +163,25 @@ class LayerSweep:
 def agreement(prediction: LayerChoice, results: Sequence[LayerResult]) -> Agreement:
     """Compares predicted with measured scores; layers without either are left out."""
     predicted = {reading.layer: reading.score for reading in prediction.readings}
-    both = [
-        (result.layer, predicted[result.layer], result.value)
-        for result in results
-        if result.value is not None and predicted.get(result.layer) is not None
-    ]
+    valued = [(result.layer, result.value) for result in results if result.value is not None]
+    scored: list[tuple[int, float, float]] = []
+    for layer, value in valued:
+        score = predicted.get(layer)
+        if score is not None:
+            scored.append((layer, score, value))
     names = sorted({part for result in results for part in _measured(result)}, key=_PARTS.index)
     measured_by = "final score" if len(names) == len(_PARTS) else "mean of " + " and ".join(names)
-    valued = [(result.value, result.layer) for result in results if result.value is not None]
-    best_value, best = max(valued, default=(None, None))
-    chosen = max(both, key=lambda entry: (entry[1], entry[0]), default=None)
-    loss = None
-    if chosen is not None and best_value is not None and chosen[2] is not None:
-        loss = best_value - chosen[2]
+    best = max(valued, key=lambda entry: (entry[1], entry[0]), default=None)
+    chosen = max(scored, key=lambda entry: (entry[1], entry[0]), default=None)
     return Agreement(
         measured_by=measured_by if names else "nothing",
-        layers=len(both),
+        layers=len(scored),
         rank_correlation=rank_correlation(
-            [score or 0.0 for _, score, _ in both], [value or 0.0 for _, _, value in both]
+            [score for _, score, _ in scored], [value for _, _, value in scored]
         ),
-        best=best,
+        best=None if best is None else best[0],
         predicted=None if chosen is None else chosen[0],
-        loss=loss,
+        loss=None if best is None or chosen is None else best[1] - chosen[2],
     )
 
 
@@ -199,7 +196,7 @@ class _Task:
     """A sweep whose inputs are checked."""
 
     inputs: LayerInputs
-    method: SteeringSettings
+    method: Method
     options: TrainingOptions
     checked: CheckedModel
     sets: Mapping[str, RowSet]
@@ -387,7 +384,8 @@ def _one_layer(
         output=str(directory),
         resume=True,
     )
-    method: Any = dataclasses.replace(task.method, layer=layer)
+    steering: Any = task.method
+    method: Method = dataclasses.replace(steering, layer=layer)
     try:
         manifest = run(inputs, method, task.options, progress, preset, prefix)
     except RunError as error:
@@ -440,7 +438,8 @@ def _drop_models(output: Path, found: LayerSweep, keep: Keep) -> None:
             continue
         for pattern in _WEIGHTS:
             for path in (output / _name(result.layer)).glob(pattern):
-                path.unlink()
+                if path.name != DIRECTIONS:
+                    path.unlink()
 
 
 def _name(layer: int) -> str:
