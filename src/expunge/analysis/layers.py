@@ -31,6 +31,8 @@ ROWS = 24
 """Rows that are read of each side."""
 ANSWER_TOKENS = 8
 """Tokens of an answer that are read; later ones can be guessed from these, which the row shows."""
+_HEAD = 8
+"""Tokens of a pass through the layers that take about the memory of one through the head."""
 
 
 @dataclass(frozen=True)
@@ -265,10 +267,13 @@ class LayerPass:
     def _chunks(self, rows: Sequence[_Row], variants: int) -> list[list[int]]:
         """Indices of rows, longest first, so many at once as a pass should hold."""
         chunks: list[list[int]] = []
+        # States that the head runs on: a vocabulary is many times as wide as a layer.
+        read = (variants + len(self._patched) if variants > 1 else 1) * ANSWER_TOKENS * _HEAD
         for index in sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i)):
             chunk = chunks[-1] if chunks else []
             longest = len(rows[chunk[0]].ids) if chunk else 0
-            if chunk and (len(chunk) + 1) * variants * longest <= self._pass_tokens:
+            size = (len(chunk) + 1) * max(variants * longest, read)
+            if chunk and size <= self._pass_tokens:
                 chunk.append(index)
             else:
                 chunks.append([index])
