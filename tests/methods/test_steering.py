@@ -16,6 +16,7 @@ from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.base import Context
 from expunge.methods.kl_minimization import KLMinimization
 from expunge.methods.rmu import RMU
+from expunge.methods.steering import candidate_layers, usual_layer
 from expunge.models.decoder import find_layout
 from expunge.training.unlearning import autocast_of
 
@@ -141,9 +142,20 @@ def test_rmu_has_one_fixed_target(make_context: Contexts) -> None:
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(6, 4), (16, 12), (32, 26), (3, 2)])
-def test_the_default_layer_is_at_84_percent_of_the_depth(layers: int, expected: int) -> None:
+def test_the_usual_layer_is_at_84_percent_of_the_depth(layers: int, expected: int) -> None:
     layout = dataclasses.replace(find_layout(tiny_model("olmo", 300)), count=layers)
-    assert AdaptiveRMU().layer_in(layout) == expected
+    assert usual_layer(layout) == expected
+    assert list(candidate_layers(layout)) == list(range(2, layers))
+    assert AdaptiveRMU().layer_in(layout) == layers - 1  # the deepest, until one is chosen
+
+
+def test_a_layer_is_a_number_or_auto_and_chosen_before_the_start(make_context: Contexts) -> None:
+    assert AdaptiveRMU().layer == "auto"
+    wrong: Any = "deepest"
+    with pytest.raises(InputError, match=r"--method.layer deepest: give a layer's number, or auto"):
+        AdaptiveRMU(layer=wrong)
+    with pytest.raises(RuntimeError, match="must be chosen"):
+        AdaptiveRMU().start(make_context())
 
 
 @pytest.mark.parametrize("layer", [-1, 0, 1, 4])

@@ -113,6 +113,14 @@ def measure(
     return card
 
 
+def check_measure(inputs: MeasureInputs) -> None:
+    """Everything that `measure` can refuse before it loads the model. Raises InputError."""
+    _check_outputs(inputs)
+    checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
+    policy = text_policy(checked, chat_template=inputs.chat_template, long_rows=inputs.long_rows)
+    _read_material(inputs, checked, policy)
+
+
 @dataclass(frozen=True)
 class _Material:
     forget: RowSet

@@ -34,8 +34,9 @@ _DEPTH = 0.84
 class SteeringSettings:
     """Settings of every method of the RMU family."""
 
-    layer: int | None = None
-    """Decoder layer l whose output is steered, from 0; null: at 84% of the depth (26 of 32)."""
+    layer: int | Literal["auto"] = "auto"
+    """Decoder layer l whose output is steered, from 0; auto: chosen by a pass over a sample of rows
+    before the run, as `expunge analyze layers --predict-only` shows."""
     alpha: float = 40.0
     """Weight of the retain term."""
     direction_kind: Literal["gaussian", "uniform"] = "gaussian"
@@ -53,6 +54,8 @@ class SteeringSettings:
     0 steers every row all the way."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.layer, str) and self.layer != "auto":
+            raise InputError(f"--method.layer {self.layer}: give a layer's number, or auto")
         if self.calibration_gain < 0:
             raise InputError(
                 f"--method.calibration_gain {self.calibration_gain}: must be 0 or more"
@@ -87,10 +90,18 @@ class SteeringSettings:
         return last - TRAINED_LAYERS + 1, last
 
     def layer_in(self, layout: DecoderLayout) -> int:
-        """The layer to steer: the chosen one, or the SemEval 7B choice at this depth."""
-        if self.layer is not None:
-            return self.layer
-        return max(TRAINED_LAYERS - 1, round(_DEPTH * layout.count) - 1)
+        """The layer to steer; where it is yet to be chosen, the deepest that can be."""
+        return layout.count - 1 if self.layer == "auto" else self.layer
+
+
+def candidate_layers(layout: DecoderLayout) -> range:
+    """The layers that can be steered: those with enough layers below them to be trained."""
+    return range(TRAINED_LAYERS - 1, layout.count)
+
+
+def usual_layer(layout: DecoderLayout) -> int:
+    """The layer at the depth of the SemEval 7B choice, 26 of 32."""
+    return max(TRAINED_LAYERS - 1, round(_DEPTH * layout.count) - 1)
 
 
 class HiddenStates(Protocol):
@@ -150,6 +161,8 @@ class SteeringObjective:
     optimizer = OptimizerSpec("adamw", {"weight_decay": 0.0})
 
     def __init__(self, settings: SteeringSettings, context: Context) -> None:
+        if settings.layer == "auto":
+            raise RuntimeError("the layer must be chosen before a steering method starts")
         self._alpha = settings.alpha
         self._tokens, self._forget_tokens = settings.tokens, settings.forget_tokens
         self._gain = settings.calibration_gain

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -139,8 +139,8 @@ def hidden_states(
 
 
 @contextmanager
-def forward_hook(module: nn.Module, hook: Callable[..., torch.Tensor | None]) -> Iterator[None]:
-    """A forward hook that is removed whatever happens."""
+def forward_hook(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """A forward hook that is removed whatever happens; what it returns replaces the output."""
     handle = module.register_forward_hook(hook)
     try:
         yield

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from expunge.models.segment import Segment, relative_error
 from expunge.models.states import StateFile
 from expunge.models.weights import swapped_in
 from expunge.processes import OneProcess, Processes
+
+if TYPE_CHECKING:
+    from expunge.models.prefix import Prefix
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 _PASS_TOKENS = {"cpu": 1024}
@@ -128,7 +131,7 @@ class SegmentEngine:
         """
         self._parts, self._layout, self._autocast = parts, layout, autocast
         self._first, self._last, self._measures = first, last, measures
-        self._names = _module_names(parts.model, layout)
+        self._names = module_names(parts.model, layout)
         self._segment = Segment(parts.model, layout, first, last)
         self._upper = Segment(parts.model, layout, first, layout.count - 1)
         self._prefix = Segment(parts.model, layout, 0, first - 1)
@@ -214,17 +217,28 @@ class SegmentEngine:
         progress: Callable[[str, int, int], None],
         *,
         filled: bool = False,
+        prefix: Prefix | None = None,
     ) -> None:
         """Computes what `cache` holds into files in `directory` and brings the segment into memory.
 
-        With `filled` the files are those of an earlier, complete fill. Raises OSError.
+        With `filled` the files are those of an earlier, complete fill. With `prefix` the fill begins
+        where the states are that an earlier run on the same rows left there, and leaves its own. Raises
+        OSError.
         """
         self._cache = cache
+        # A cache narrower than the model would round what passes through it once more.
+        if cache.dtype != self._parts.model.dtype:
+            prefix = None
+        begun = 0
+        if prefix is not None and not filled:
+            if self._processes.is_main:
+                begun = prefix.take(cache, self._first, directory / "below")
+            begun = self._processes.gather(begun)[0]
         dtype, width = cache.dtype, cache.width
         self._below = self._state_file(directory / "below", cache.tokens, width, dtype)
         self._targets = self._state_file(directory / "targets", cache.trained, width, dtype)
         self._norms = self._state_file(directory / "norms", cache.trained, 1, torch.float32)
-        groups = self._groups()
+        groups = self._groups(begun)
         trained = sum(slot.start < cache.trained for slot in cache.slots.values())
         total = len(cache.slots) * len(groups) + trained
         done = 0
@@ -242,6 +256,8 @@ class SegmentEngine:
         self._parts.load(*self._layers(self._first, self._last))
         if not filled:
             self._fill_targets(advance)
+        if prefix is not None and self._processes.is_main:
+            prefix.keep(cache, self._first, directory / "below")
         if self._measures:
             above = self._layers(self._last + 1, self._layout.count - 1)
             self._parts.load(*above, *self._names.head)
@@ -306,16 +322,16 @@ class SegmentEngine:
         slots = [self._cache.slots.get(example.input_ids) for example in batch.examples]
         return None if None in slots else slots  # type: ignore[return-value]
 
-    def _groups(self) -> list[tuple[int, int]]:
-        """Layers below the segment that are in memory together while the cache is filled."""
+    def _groups(self, begun: int = 0) -> list[tuple[int, int]]:
+        """Layers from `begun` to the segment that are in memory together while the cache is filled."""
         assert self._cache is not None
         size = self._last - self._first + 1
         # States that pass through a narrower file between two groups would be rounded each time.
         if not self._parts.streamed or self._cache.dtype != self._parts.model.dtype:
             size = max(1, self._first)
         return [
-            (first, min(first + size, self._first) - 1) for first in range(0, self._first, size)
-        ] or [(0, -1)]
+            (first, min(first + size, self._first) - 1) for first in range(begun, self._first, size)
+        ] or ([] if begun else [(0, -1)])
 
     def _fill_below(self, first: int, last: int, advance: Callable[[int], None]) -> None:
         segment = Segment(self._parts.model, self._layout, first, last)
@@ -397,7 +413,7 @@ def _cut_off() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Names:
+class ModuleNames:
     """The modules outside the list of layers, by what they are for."""
 
     embedding: str
@@ -405,11 +421,12 @@ class _Names:
     others: tuple[str, ...]
 
 
-def _module_names(model: Any, layout: DecoderLayout) -> _Names:
+def module_names(model: Any, layout: DecoderLayout) -> ModuleNames:
+    """Names of what is outside the list of layers."""
     names = {module: name for name, module in model.named_modules()}
     embedding = names[model.get_input_embeddings()]
     base = model.base_model_prefix
     inner = [f"{base}.{child}" for child, _ in model.base_model.named_children()]
     outer = [child for child, _ in model.named_children() if child != base]
     others = tuple(name for name in inner if name not in (embedding, layout.layers))
-    return _Names(embedding, tuple(outer), others)
+    return ModuleNames(embedding, tuple(outer), others)

@@ -21,6 +21,7 @@ from expunge.errors import InputError
 from expunge.models.loading import CheckedModel
 from expunge.models.parts import give_back_freed_memory
 from expunge.models.tensors import stored_tensors
+from expunge.training.layer_choice import extreme_layers, is_open, with_layer
 from expunge.training.metering import COPIES
 from expunge.training.options import TrainingOptions, resolved, size_in_bytes
 from expunge.training.preparation import Prepared
@@ -185,8 +186,30 @@ def machine_memory() -> int:
 
 
 def plan(checked: CheckedModel, prepared: Prepared, dtype: str, budget: Budget) -> Plan:
-    """Rehearses the run and adds up what it takes. No weights are read and nothing is written."""
-    rehearsal = rehearse(checked, prepared, getattr(torch, dtype), budget.device_type)
+    """Rehearses the run and adds up what it takes. No weights are read and nothing is written.
+
+    Which layer `auto` chooses only the weights can say: both ends are planned for, and the one that
+    takes more is given.
+    """
+    if is_open(prepared):
+        ends = extreme_layers(checked.layout)
+        plans = [
+            _planned(checked, with_layer(prepared, end), dtype, budget, prepared) for end in ends
+        ]
+        worst = max(range(len(ends)), key=lambda index: plans[index].peak.bytes)
+        said = (
+            f"--method.layer auto: planned for layer {ends[worst]}, as no layer of"
+            f" {min(ends)} to {max(ends)} takes more; the run chooses one by the weights"
+        )
+        return dataclasses.replace(plans[worst], warnings=[*plans[worst].warnings, said])
+    return _planned(checked, prepared, dtype, budget, None)
+
+
+def _planned(
+    checked: CheckedModel, prepared: Prepared, dtype: str, budget: Budget, chosen: Prepared | None
+) -> Plan:
+    """The plan of a run whose layer is known; `chosen` is the run that chooses it, if one does."""
+    rehearsal = rehearse(checked, prepared, getattr(torch, dtype), budget.device_type, chosen)
     process = _process_bytes()
     accelerator = budget.device_type == "cuda"  # others share the memory of the processor
     phases = [

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from expunge.analysis.layers import LayerChoice
 from expunge.data.random_text import random_examples
 from expunge.data.rows import Row, RowSet, as_rows, check_disjoint, documents
 from expunge.data.tokenization import Example, TextPolicy, count_windowed, encode_rows
@@ -41,6 +42,8 @@ class Prepared:
     retain_kept_out: bool
     pad_id: int
     warnings: Sequence[str]
+    layer_choice: LayerChoice | None = None
+    """How the method's layer was chosen; None where it was given."""
 
     @property
     def measures(self) -> bool:

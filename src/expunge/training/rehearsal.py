@@ -17,9 +17,11 @@ from typing import Any
 import psutil
 import torch
 
+from expunge.analysis.layers import LayerPass
 from expunge.data.batches import Batch
 from expunge.data.tokenization import Example
 from expunge.methods.base import Context, OptimizerSpec, Terms
+from expunge.methods.steering import TRAINED_LAYERS
 from expunge.models.decoder import skeleton_of
 from expunge.models.engine import CacheLayout, SegmentEngine, pass_tokens_on
 from expunge.models.loading import CheckedModel
@@ -80,9 +82,16 @@ class Rehearsal:
 
 
 def rehearse(
-    checked: CheckedModel, prepared: Prepared, dtype: torch.dtype, device_type: str
+    checked: CheckedModel,
+    prepared: Prepared,
+    dtype: torch.dtype,
+    device_type: str,
+    choosing: Prepared | None = None,
 ) -> Rehearsal:
-    """Runs everything between the checks and the writing, on fake tensors."""
+    """Runs everything between the checks and the writing, on fake tensors.
+
+    `choosing` is the same run before its layer was chosen, where it was left open.
+    """
     meter = Meter(
         checked.config.get_text_config().vocab_size,
         accelerator=device_type == "cuda",
@@ -90,7 +99,7 @@ def rehearse(
     )
     token = arranged_for.set(device_type)
     try:
-        return _Rehearsal(checked, prepared, dtype, device_type, meter).run()
+        return _Rehearsal(checked, prepared, dtype, device_type, meter, choosing).run()
     finally:
         arranged_for.reset(token)
 
@@ -122,7 +131,9 @@ class _Rehearsal:
         dtype: torch.dtype,
         device_type: str,
         meter: Meter,
+        choosing: Prepared | None,
     ) -> None:
+        self._choosing = choosing
         self._checked, self._prepared, self._dtype = checked, prepared, dtype
         self._device_type, self._meter = device_type, meter
         self._peaks: list[Peak] = []
@@ -146,6 +157,9 @@ class _Rehearsal:
             if not streamed:
                 with self._phase("load"):
                     model.load_whole()
+            if self._choosing is not None:
+                with self._phase("choose"):
+                    self._choose(self._choosing, model)
             if layers is not None:
                 try:
                     with self._phase("check"):
@@ -203,6 +217,19 @@ class _Rehearsal:
         engine.pass_tokens = pass_tokens_on(self._device_type)
         engine.check([*prepared.forget, *prepared.retain])
         return engine
+
+    def _choose(self, choosing: Prepared, model: PlannedModel) -> None:
+        """The largest passes of those that choose the layer."""
+        LayerPass(
+            model,
+            self._checked.layout,
+            choosing.forget,
+            choosing.retain,
+            TRAINED_LAYERS,
+            seed=choosing.options.seed,
+            autocast=autocast_of(model.device, self._dtype),
+            pass_tokens=pass_tokens_on(self._device_type),
+        ).run(_silent, largest_only=True)
 
     def _context(self, model: PlannedModel, engine: SegmentEngine | None) -> Context:
         """A start is given the longest rows, as many as are in one pass, and one of every task."""

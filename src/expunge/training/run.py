@@ -28,6 +28,7 @@ from expunge.models.parts import (
     give_back_freed_memory,
     why_not_streamed,
 )
+from expunge.models.prefix import Prefix
 from expunge.models.sharding import shard_frozen
 from expunge.models.writing import (
     check_disk_space,
@@ -39,6 +40,7 @@ from expunge.models.writing import (
 )
 from expunge.processes import Processes, processes_of, refused_together
 from expunge.training.keeping import Keeper, plain_errors
+from expunge.training.layer_choice import resolved_layer
 from expunge.training.manifest import describe_run, digests, finite, settings_of
 from expunge.training.options import TrainingOptions
 from expunge.training.preparation import Prepared, prepare
@@ -48,6 +50,7 @@ from expunge.training.stopping import stop_requests
 from expunge.training.unlearning import (
     Outcome,
     Place,
+    autocast_of,
     open_engine,
     plan_cache,
     unlearn_prepared,
@@ -93,8 +96,11 @@ def run(
     options: TrainingOptions,
     progress: Progress | None = None,
     preset: str | None = None,
+    prefix: Prefix | None = None,
 ) -> dict[str, Any]:
     """Carries out one run, or goes on with an unfinished one, and returns its manifest.
+
+    `prefix` holds hidden states that runs at several layers hand to each other.
 
     Raises InputError before a model is loaded and anything is written, Interrupted where it was asked
     to stop and can be continued, RunError otherwise. The output appears by rename once the reloaded
@@ -137,7 +143,19 @@ def run(
             scratch.mark("copied")
             progress.phase("copying the model", 1, 1)
         opening = time.monotonic()
-        parts, engine, why_whole = _open(checked, inputs, prepared, device, processes)
+        parts = open_parts(checked, inputs, prepared, device, processes)
+        choosing = time.monotonic()
+        prepared = resolved_layer(
+            prepared,
+            checked.layout,
+            parts,
+            autocast_of(parts.device, parts.model.dtype),
+            progress,
+            processes=processes,
+            record=scratch.layer,
+        )
+        opening += time.monotonic() - choosing  # a pass over rows is no reading of the model
+        parts, engine, why_whole = _cut(checked, inputs, prepared, device, parts, processes)
         # Writing reads the model as often: once for hashes, twice to compare, once to run it.
         reserve = 1.25 * (3 * hash_seconds + time.monotonic() - opening)
         saved = scratch.saved()
@@ -153,6 +171,7 @@ def run(
             keeper=keeper,
             saved=saved,
             tracker_directory=scratch.output / "trackers",
+            prefix=prefix,
             processes=processes,
         )
         with keeper.metrics(scratch.output / METRICS, saved):
@@ -264,29 +283,39 @@ def _bytes_of_cache(prepared: Prepared, checked: CheckedModel, inputs: RunInputs
     return plan_cache(prepared, width, getattr(torch, inputs.dtype)).bytes
 
 
-def _open(
+def open_parts(
     checked: CheckedModel,
     inputs: RunInputs,
     prepared: Prepared,
     device: str,
     processes: Processes,
-) -> tuple[Parts, SegmentEngine | None, str | None]:
-    """The model as a whole, or in parts where the method and the model allow it; or why not."""
-    layout = checked.layout
-    if prepared.method.trained_layers(layout) is None:
+) -> Parts:
+    """The model as a whole, or in parts where the method and the model allow it."""
+    if prepared.method.trained_layers(checked.layout) is None:
         if not processes.shards:
-            return WholeModel(load_model(checked, inputs.dtype, device)), None, None
+            return WholeModel(load_model(checked, inputs.dtype, device))
         model = load_model(checked, inputs.dtype, "cpu")
-        shard_frozen(model, layout)
-        return WholeModel(model), None, None
+        shard_frozen(model, checked.layout)
+        return WholeModel(model)
     skeleton = skeleton_of(checked.config, trust_remote_code=checked.trust_remote_code)
-    parts: Parts
     if why_not_streamed(skeleton, own_code=checked.trust_remote_code) is None:
-        parts = StreamedModel(checked, getattr(torch, inputs.dtype), device)
-    else:
-        parts = WholeModel(load_model(checked, inputs.dtype, device))
+        return StreamedModel(checked, getattr(torch, inputs.dtype), device)
+    return WholeModel(load_model(checked, inputs.dtype, device))
+
+
+def _cut(
+    checked: CheckedModel,
+    inputs: RunInputs,
+    prepared: Prepared,
+    device: str,
+    parts: Parts,
+    processes: Processes,
+) -> tuple[Parts, SegmentEngine | None, str | None]:
+    """The engine for the method's layers where they can be run alone, or the whole model and why."""
+    if prepared.method.trained_layers(checked.layout) is None:
+        return parts, None, None
     try:
-        return parts, open_engine(prepared, layout, parts, processes), None
+        return parts, open_engine(prepared, checked.layout, parts, processes), None
     except NotASegment as reason:
         if processes.shards:
             raise InputError(
@@ -317,6 +346,11 @@ def _check_output(output: Path, overwrite: bool) -> None:
             f"--output {output}: --overwrite replaces earlier runs only, and this holds no"
             f" {MANIFEST}; choose another directory"
         )
+    check_writable(output)
+
+
+def check_writable(output: Path) -> None:
+    """Raises InputError where the output's directory cannot be made."""
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent

@@ -2,6 +2,7 @@
 
     .OUT.unfinished/
       run.json     what was asked for; a run is continued with the same only
+      layer.json   the layer that was chosen, where that was left open
       output/      the run directory in the making, renamed to OUT at the end
       cache/       hidden states of rows
       state/       the last saved state
@@ -37,6 +38,7 @@ class Scratch:
         self.output = self.root / "output"
         self.cache = self.root / "cache"
         self.state = self.root / "state"
+        self.layer = self.root / "layer.json"
         self._replaced = self.root / "replaced"
 
     def is_marked(self, mark: str) -> bool:
@@ -182,20 +184,21 @@ def _check_same(root: Path, asked: Mapping[str, Any]) -> None:
         _write_whole(root / _ASKED, json.dumps(asked, indent=2))
         return
     now = json.loads(json.dumps(asked))
-    for name, old, new in _differences(before, now, ""):
+    for name, old, new in differences(before, now, ""):
         raise InputError(
             f"--resume: the unfinished run had {name} {json.dumps(old)}, this one has"
             f" {json.dumps(new)}; give the same, or discard it with --overwrite and no --resume"
         )
 
 
-def _differences(
+def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], prefix: str
 ) -> Iterator[tuple[str, Any, Any]]:
+    """Every entry in which two records differ: its dotted name, and both values."""
     for key in [*before, *(key for key in now if key not in before)]:
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{key}.")
+            yield from differences(old, new, f"{prefix}{key}.")
         elif old != new:
             yield f"{prefix}{key}", old, new
 

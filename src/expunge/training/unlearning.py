@@ -22,8 +22,10 @@ from expunge.models.engine import CacheLayout, SegmentEngine, lay_out
 from expunge.models.kernels import fast_linear
 from expunge.models.packing import NotASegment
 from expunge.models.parts import Parts, WholeModel
+from expunge.models.prefix import Prefix
 from expunge.processes import OneProcess, Processes
 from expunge.training.ending import judge
+from expunge.training.layer_choice import resolved_layer
 from expunge.training.loop import History, Keeper, Loop, LoopOptions
 from expunge.training.options import TrainingOptions, seconds, size_in_bytes
 from expunge.training.preparation import Prepared, prepare
@@ -69,6 +71,8 @@ class Place:
     saved: SavedState | None = None
     """What to go on from."""
     tracker_directory: Path | None = None
+    prefix: Prefix | None = None
+    """Hidden states that runs on the same rows hand to each other."""
     processes: Processes = field(default_factory=OneProcess)
 
 
@@ -106,13 +110,14 @@ def unlearn_model(
     )
     engine = whole = None
     parts = WholeModel(model.eval())
+    progress = progress or Silent()
+    autocast = autocast_of(parts.device, model.dtype)
+    prepared = resolved_layer(prepared, layout, parts, autocast, progress)
     try:
         engine = open_engine(prepared, layout, parts)
     except NotASegment as reason:
         whole = str(reason)
-    return unlearn_prepared(
-        prepared, layout, parts, engine, whole, Place(started), progress or Silent(), log
-    )
+    return unlearn_prepared(prepared, layout, parts, engine, whole, Place(started), progress, log)
 
 
 def open_engine(
@@ -178,6 +183,8 @@ def unlearn_prepared(
         progress.message(f"warning: {warning}")
     used, model, device = prepared.used, parts.model, parts.device
     notes: dict[str, Any] = {}
+    if prepared.layer_choice is not None:
+        notes["layer_choice"] = prepared.layer_choice.to_json()
     with ExitStack() as stack:
         stack.enter_context(fast_linear(model.dtype, device))
         if engine is not None:
@@ -297,7 +304,7 @@ def _fill(
         f"cache of hidden states: {cache.bytes / 2**20:.0f} MiB on disk,"
         f" {len(cache.slots)} rows{missing}"
     )
-    engine.fill(cache, directory, progress.phase, filled=place.cache_filled)
+    engine.fill(cache, directory, progress.phase, filled=place.cache_filled, prefix=place.prefix)
     place.cache_done()
     return {
         "bytes": cache.bytes,

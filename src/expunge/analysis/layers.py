@@ -1,0 +1,454 @@
+"""Which layer to steer, from one pass over a sample of rows of the target model.
+
+Of every sampled forget row several variants run side by side in one batch: the row itself (clean), the
+row with its prompt's tokens exchanged (corrupted), and for each layer the corrupted row into which the
+clean states of that layer are put back, at the places that predict the answer (patching; Meng et al.,
+arXiv 2202.05262). Behind the last layer stand, instead of its output, the states that are to be read.
+The model's own final norm and head then give the log-probabilities of every variant, and of every
+layer's states as if they were the last's (logit lens), so that nothing here is made for one family. What
+the numbers mean and how they become one score: layer_scores.py.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from expunge.analysis.layer_scores import combined, separate, share, written
+from expunge.data.tokenization import Example
+from expunge.methods.numerics import target_log_probs
+from expunge.models.decoder import DecoderLayout, forward_hook
+from expunge.models.engine import Autocast, module_names, pass_tokens_on
+from expunge.models.parts import Parts, loaded_in_turn
+
+ROWS = 24
+"""Rows that are read of each side."""
+ANSWER_TOKENS = 8
+"""Tokens of an answer that are read; later ones can be guessed from these, which the row shows."""
+_HEAD = 8
+"""Tokens of a pass through the layers that take about the memory of one through the head."""
+
+
+@dataclass(frozen=True)
+class LayerReading:
+    """What was measured of one layer, and its score; shares are in [0, 1]."""
+
+    layer: int
+    """Counted from 0."""
+    score: float | None
+    """Geometric mean of the shares; None where the sample shows nothing that was memorised."""
+    decodable: float | None
+    """Share of the answers' log-probability that the final norm and head find in the layer's states."""
+    restored: float | None
+    """Share of the answers' log-probability that the layer's clean states bring to a corrupted row."""
+    separate: float | None
+    """How far inputs of the trained projections are from those of retain rows; None without them."""
+    written: float
+    """Share of the layer's states that the trained layers wrote."""
+    log_prob: float
+    """Mean log-probability of the answers' tokens by the logit lens, in nats."""
+    rank: float
+    """Mean over rows of the answer tokens' median rank by the logit lens; 0 is the likeliest."""
+    norm: float
+    """Mean norm of the layer's states."""
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """The layer to steer and what it was chosen by."""
+
+    layer: int
+    why: str
+    warning: str | None
+    """Said to the user where the scores do not decide."""
+    readings: tuple[LayerReading, ...]
+    """One for each layer that can be steered; empty where there is only one."""
+    rows: Mapping[str, int]
+    clean: float | None
+    """Mean log-probability of the answers' tokens in the target model, in nats."""
+    corrupted: float | None
+    """The same after an exchanged prompt."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers only; what a manifest and layers.json hold."""
+        return asdict(self) | {"readings": [asdict(reading) for reading in self.readings]}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> LayerChoice:
+        """Reads what `to_json` gave."""
+        readings = tuple(LayerReading(**reading) for reading in values["readings"])
+        return cls(**{**values, "readings": readings})
+
+
+def choose_layer(
+    parts: Parts,
+    layout: DecoderLayout,
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    trained: int,
+    usual: int,
+    *,
+    seed: int,
+    autocast: Autocast,
+    progress: Callable[[str, int, int], None],
+) -> LayerChoice:
+    """Reads every layer that has `trained` - 1 layers below it, and chooses the one of highest score.
+
+    Of equal scores the deeper layer is taken. `usual` is taken, with a warning, where the target knows
+    no more of the sampled answers with their prompts than without.
+    """
+    if layout.count == trained:
+        why = f"the only layer with {trained - 1} below it"
+        return LayerChoice(trained - 1, why, None, (), {}, None, None)
+    reading = LayerPass(parts, layout, forget, retain, trained, seed=seed, autocast=autocast)
+    if not reading.rows["forget"]:
+        warning = f"--method.layer auto: no forget row can be read; layer {usual} is steered"
+        return LayerChoice(usual, "84% of the depth", warning, (), reading.rows, None, None)
+    reading.run(progress)
+    readings, clean, corrupted = reading.readings(), reading.mean_clean, reading.mean_corrupted
+    scored = [reading for reading in readings if reading.score]
+    if not scored:
+        warning = (
+            "--method.layer auto: the target knows no more of the sampled answers than without their"
+            f" prompts (mean log-probability {clean:.2f} and {corrupted:.2f}), so no layer stands out;"
+            f" layer {usual} is steered"
+        )
+        why = "84% of the depth"
+        return LayerChoice(usual, why, warning, readings, reading.rows, clean, corrupted)
+    best = max(scored, key=lambda reading: (reading.score or 0.0, reading.layer))
+    why = f"highest score {best.score:.4f} of {len(readings)} layers"
+    return LayerChoice(best.layer, why, None, readings, reading.rows, clean, corrupted)
+
+
+@dataclass(frozen=True, repr=False)
+class _Row:
+    """A row as far as it is read."""
+
+    ids: tuple[int, ...]
+    places: tuple[int, ...]
+    """Places whose states predict an answer token: the token after each."""
+    prompt: tuple[int, ...]
+    """Places of tokens that are exchanged to corrupt the row; all before the first answer token."""
+
+    @property
+    def targets(self) -> list[int]:
+        return [self.ids[place + 1] for place in self.places]
+
+
+def _row(example: Example) -> _Row | None:
+    """Text without a prompt is split in its middle; None for rows of which nothing can be asked."""
+    answer = [t for t in range(1, len(example)) if example.answer_mask[t]]
+    prompt = [t for t in range(answer[0] if answer else 0) if example.token_mask[t]]
+    if not prompt:
+        middle = len(example) // 2
+        answer = [t for t in answer if t >= middle]
+        prompt = [t for t in range(middle) if example.token_mask[t]]
+    if not answer or not prompt:
+        return None
+    answer = answer[:ANSWER_TOKENS]
+    return _Row(example.input_ids[: answer[-1] + 1], tuple(t - 1 for t in answer), tuple(prompt))
+
+
+def _sample(examples: Sequence[Example], generator: torch.Generator) -> list[_Row]:
+    """Up to ROWS rows, as many of every task and kind as there are; of a long row the first window."""
+    groups: dict[tuple[str, str], list[_Row]] = {}
+    seen: set[str] = set()
+    for example in examples:
+        if not example.listed or example.row_id in seen:
+            continue
+        seen.add(example.row_id)
+        row = _row(example)
+        if row is not None:
+            groups.setdefault((example.task, example.kind), []).append(row)
+    shuffled = []
+    for key in sorted(groups):
+        order = torch.randperm(len(groups[key]), generator=generator).tolist()
+        shuffled.append([groups[key][index] for index in order])
+    turns = range(max(map(len, shuffled), default=0))
+    dealt = [group[turn] for turn in turns for group in shuffled if turn < len(group)]
+    return dealt[:ROWS]
+
+
+def _corrupted(rows: Sequence[_Row], generator: torch.Generator) -> list[tuple[int, ...]]:
+    """Every row's ids with the prompt's tokens exchanged for others of all sampled prompts."""
+    pool = [row.ids[place] for row in rows for place in row.prompt]
+    exchanged = []
+    for row in rows:
+        drawn = torch.randint(len(pool), (len(row.prompt),), generator=generator).tolist()
+        ids = list(row.ids)
+        for place, index in zip(row.prompt, drawn, strict=True):
+            ids[place] = pool[index]
+        exchanged.append(tuple(ids))
+    return exchanged
+
+
+class LayerPass:
+    """Runs the sampled rows and their variants, and gathers what is measured of them."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        layout: DecoderLayout,
+        forget: Sequence[Example],
+        retain: Sequence[Example],
+        trained: int,
+        *,
+        seed: int,
+        autocast: Autocast,
+        pass_tokens: int | None = None,
+    ) -> None:
+        """`pass_tokens`: how many tokens a pass should hold; None: what the device should."""
+        self._parts, self._layout, self._autocast = parts, layout, autocast
+        self._pass_tokens = pass_tokens or pass_tokens_on(parts.device.type)
+        self._trained = trained
+        self._candidates = range(trained - 1, layout.count)
+        self._patched = self._candidates[:-1]  # the last layer's clean states are the row's own
+        self._variants = 2 + len(self._patched)
+        drawn = torch.Generator().manual_seed(seed)
+        self._sides = {"forget": _sample(forget, drawn), "retain": _sample(retain, drawn)}
+        self._spoilt = _corrupted(self._sides["forget"], drawn)
+        self._clean: list[torch.Tensor] = []
+        self._corrupted: list[torch.Tensor] = []
+        self._patches: list[torch.Tensor] = []
+        self._lens: list[torch.Tensor] = []
+        self._ranks: list[torch.Tensor] = []
+        self._vocabulary = 0
+        self._norms: list[list[float]] = [[] for _ in range(layout.count)]
+        self._written: list[list[float]] = [[] for _ in self._candidates]
+        self._inputs: dict[str, list[list[torch.Tensor]]] = {
+            side: [[] for _ in range(layout.count)] for side in self._sides
+        }
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """How many rows are read of each side."""
+        return {side: len(rows) for side, rows in self._sides.items()}
+
+    @property
+    def mean_clean(self) -> float:
+        """Mean log-probability of the answers' tokens."""
+        return float(torch.stack(self._clean).mean())
+
+    @property
+    def mean_corrupted(self) -> float:
+        """The same after an exchanged prompt."""
+        return float(torch.stack(self._corrupted).mean())
+
+    def run(self, progress: Callable[[str, int, int], None], *, largest_only: bool = False) -> None:
+        """Every pass, or of each side only the largest, which is enough to plan for."""
+        done, total = 0, sum(self.rows.values())
+        with self._loaded():
+            for side, rows in self._sides.items():
+                chunks = self._chunks(rows, self._variants if side == "forget" else 1)
+                for chunk in chunks[:1] if largest_only else chunks:
+                    self._read(side, chunk)
+                    done += len(chunk)
+                    progress("layers", done, total)
+
+    @contextmanager
+    def _loaded(self) -> Iterator[None]:
+        """Has in memory what every pass needs, and each layer while a pass is in it."""
+        names = module_names(self._parts.model, self._layout)
+        outside = (*names.others, *names.head)
+        layers = [f"{self._layout.layers}.{index}" for index in range(self._layout.count)]
+        try:
+            self._parts.load(*outside)
+            with loaded_in_turn(self._parts, [names.embedding, *layers]):
+                yield
+        finally:
+            self._parts.release(*outside)
+
+    def _chunks(self, rows: Sequence[_Row], variants: int) -> list[list[int]]:
+        """Indices of rows, longest first, so many at once as a pass should hold."""
+        chunks: list[list[int]] = []
+        # States that the head runs on: a vocabulary is many times as wide as a layer.
+        read = (variants + len(self._patched) if variants > 1 else 1) * ANSWER_TOKENS * _HEAD
+        for index in sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i)):
+            chunk = chunks[-1] if chunks else []
+            longest = len(rows[chunk[0]].ids) if chunk else 0
+            size = (len(chunk) + 1) * max(variants * longest, read)
+            if chunk and size <= self._pass_tokens:
+                chunk.append(index)
+            else:
+                chunks.append([index])
+        return chunks
+
+    def _read(self, side: str, chunk: Sequence[int]) -> None:
+        """One pass over some rows of a side; those to keep have no variants."""
+        rows, varied = self._sides[side], side == "forget"
+        variants = self._variants if varied else 1
+        batch = []
+        for index in chunk:
+            batch.append(rows[index].ids)
+            if varied:
+                batch += [self._spoilt[index]] * (variants - 1)
+        width = max(map(len, batch))
+        device = self._parts.device
+        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch], device=device)
+        lengths = torch.tensor([len(row) for row in batch], device=device)
+        mask = (torch.arange(width, device=device)[None] < lengths[:, None]).long()
+        places = [(n, place) for n, index in enumerate(chunk) for place in rows[index].places]
+        taken = _Taken(
+            self._layout.count,
+            variants,
+            torch.tensor([n * variants for n, _ in places], device=device),
+            torch.tensor([place for _, place in places], device=device),
+            {layer: 2 + i for i, layer in enumerate(self._patched)} if varied else {},
+            self._patched if varied else (),
+        )
+        with ExitStack() as stack:
+            for layer in range(self._layout.count):
+                module = self._layout.layer(self._parts.model, layer)
+                stack.enter_context(forward_hook(module, taken.hook(layer)))
+                projection = module.get_submodule(self._layout.mlp_output)
+                handle = projection.register_forward_pre_hook(taken.input_hook)
+                stack.callback(handle.remove)
+            first = self._layout.layer(self._parts.model, 0)
+            handle = first.register_forward_pre_hook(taken.below_hook, with_kwargs=True)
+            stack.callback(handle.remove)
+            with torch.no_grad(), self._autocast():
+                logits = self._parts.model(
+                    input_ids=ids, attention_mask=mask, use_cache=False
+                ).logits[0]
+        for layer, inputs in enumerate(taken.inputs):
+            self._inputs[side][layer].append(inputs.float().cpu())
+        if varied:
+            targets = [target for index in chunk for target in rows[index].targets]
+            counts = [len(rows[index].places) for index in chunk]
+            self._take(logits, torch.tensor(targets, device=device), counts)
+            self._take_states(taken, counts)
+
+    def _take(self, logits: torch.Tensor, targets: torch.Tensor, counts: Sequence[int]) -> None:
+        """Log-probabilities of the variants and of the lens: logits (pieces * places, vocabulary)."""
+        self._vocabulary = logits.shape[-1]
+        pieces = len(logits) // len(targets)
+        repeated = targets.repeat(pieces)
+        log_probs = target_log_probs(logits, repeated).view(pieces, -1).cpu()
+        chosen = logits.gather(1, repeated[:, None])
+        ranks = (logits > chosen).sum(1).view(pieces, -1).float().cpu()
+        by_row = zip(log_probs.split(list(counts), 1), ranks.split(list(counts), 1), strict=True)
+        for found, rank in by_row:
+            means = found.mean(1)
+            lens, (clean, corrupted), patched = means.split(
+                [len(self._patched), 2, len(self._patched)]
+            )
+            self._clean.append(clean)
+            self._corrupted.append(corrupted)
+            self._lens.append(torch.cat([lens, clean[None]]))
+            self._patches.append(torch.cat([patched, clean[None]]))
+            medians = rank.median(1).values
+            self._ranks.append(medians[: len(self._candidates)])
+
+    def _take_states(self, taken: _Taken, counts: Sequence[int]) -> None:
+        below = [taken.below, *taken.states]  # below[i] is what layer i is given
+        for layer, states in enumerate(taken.states):
+            norms = states.float().norm(dim=1).split(list(counts))
+            self._norms[layer] += [float(row.mean()) for row in norms]
+        for number, layer in enumerate(self._candidates):
+            under = below[layer + 1 - self._trained].float().split(list(counts))
+            over = below[layer + 1].float().split(list(counts))
+            self._written[number] += [
+                written(top, bottom) for top, bottom in zip(over, under, strict=True)
+            ]
+
+    def readings(self) -> tuple[LayerReading, ...]:
+        """Everything that was measured, layer by layer."""
+        clean, corrupted = torch.stack(self._clean), torch.stack(self._corrupted)
+        guess = torch.full_like(clean, -float(torch.tensor(self._vocabulary).log()))
+        lens = torch.stack(self._lens)
+        decodable = share(lens, guess, clean)
+        restored = share(torch.stack(self._patches), corrupted, clean)
+        apart = self._separations()
+        readings = []
+        for number, layer in enumerate(self._candidates):
+            found = None if decodable is None else float(decodable[number])
+            brought = None if restored is None else float(restored[number])
+            own = statistics.fmean(self._written[number])
+            score = None
+            if found is not None and brought is not None:
+                distance = [] if apart[layer] is None else [apart[layer] or 0.0]
+                score = combined([found, brought, *distance, own])
+            readings.append(
+                LayerReading(
+                    layer=layer,
+                    score=score,
+                    decodable=found,
+                    restored=brought,
+                    separate=apart[layer],
+                    written=own,
+                    log_prob=float(lens[:, number].mean()),
+                    rank=float(torch.stack(self._ranks)[:, number].mean()),
+                    norm=statistics.fmean(self._norms[layer]),
+                )
+            )
+        return tuple(readings)
+
+    def _separations(self) -> dict[int, float | None]:
+        """By candidate, the mean over the layers that would be trained."""
+        if not self._inputs["retain"][0]:
+            return dict.fromkeys(self._candidates)
+        of_layer = [
+            separate(torch.cat(forget), torch.cat(retain))
+            for forget, retain in zip(self._inputs["forget"], self._inputs["retain"], strict=True)
+        ]
+        return {
+            layer: statistics.fmean(of_layer[layer + 1 - self._trained : layer + 1])
+            for layer in self._candidates
+        }
+
+
+class _Taken:
+    """What the hooks of one pass take, and what they put in its place."""
+
+    def __init__(
+        self,
+        layers: int,
+        variants: int,
+        rows: torch.Tensor,
+        places: torch.Tensor,
+        patches: Mapping[int, int],
+        lens: Sequence[int],
+    ) -> None:
+        """rows (n,) and places (n,): where the clean states that are read are in the batch."""
+        self._last, self._variants = layers - 1, variants
+        self._rows, self._places = rows, places
+        self._patches, self._lens = patches, lens
+        self.below = torch.empty(0)
+        self.states: list[torch.Tensor] = []
+        """Clean states that each layer gives at the places, (n, width)."""
+        self.inputs: list[torch.Tensor] = []
+        """Inputs of each layer's MLP output projection there, (n, its width)."""
+
+    def below_hook(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        """What the first layer is given."""
+        given = args[0] if args else kwargs["hidden_states"]
+        self.below = given[self._rows, self._places]
+
+    def input_hook(self, _module: nn.Module, args: Any) -> None:
+        """What a projection is given."""
+        self.inputs.append(args[0][self._rows, self._places])
+
+    def hook(self, layer: int) -> Callable[..., Any]:
+        """Patches what a layer gives; behind the last layer only what is to be read remains."""
+
+        def run(_module: nn.Module, _inputs: object, output: Any) -> Any:
+            # Decoder layers return a tensor in recent transformers and a tuple in older ones.
+            given: torch.Tensor = output[0] if isinstance(output, tuple) else output
+            self.states.append(given[self._rows, self._places])
+            changed = given
+            if layer in self._patches:
+                changed = given.clone()
+                changed[self._rows + self._patches[layer], self._places] = self.states[-1]
+            if layer == self._last:
+                variants = [given[self._rows + v, self._places] for v in range(self._variants)]
+                pieces = [*(self.states[read] for read in self._lens), *variants]
+                changed = torch.cat(pieces)[None]
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return run
