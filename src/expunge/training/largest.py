@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import cast
 
-from expunge.data.batches import Batch, collate, epoch_order, rows_a_step
+from expunge.data.batches import Batch, EpochBatches, collate, rows_a_step
 from expunge.data.tokenization import Example
 from expunge.methods.base import Context
 from expunge.training.loop import micro_batches, part
@@ -91,11 +91,15 @@ def _batches(prepared: Prepared, *, by_length: bool) -> Iterator[tuple[list[int]
     seeded = cast("Context", SimpleNamespace(seed=prepared.options.seed))
 
     def order(side: str, rows: Sequence[Example]) -> Iterator[list[int]]:
-        lengths = [len(row) for row in rows]
-        size = rows_a_step(rows, prepared.used["batch_size"])
-        for epoch in range(_EPOCHS):
-            generator = Context.generator(seeded, f"{side} order of epoch {epoch}")
-            yield from epoch_order(lengths, size, generator, by_length=by_length)
+        batches = EpochBatches(
+            rows,
+            rows_a_step(rows, prepared.used["batch_size"]),
+            prepared.pad_id,
+            lambda epoch: Context.generator(seeded, f"{side} order of epoch {epoch}"),
+            by_length=by_length,
+        )
+        for step in range(1, _EPOCHS * batches.batches_an_epoch + 1):
+            yield batches.indices(step)
 
     retain: Iterable[list[int]] = ([] for _ in range(steps))
     if prepared.retain:
