@@ -30,7 +30,7 @@ from expunge.data.tokenization import Example
 from expunge.models.decoder import find_layout
 from expunge.reporting.tables import markdown
 
-VOCABULARY, LENGTH, TOPICS = 24, 9, 4
+VOCABULARY, LENGTH, TOPICS, WIDTH = 24, 9, 4, 16
 KINDS = (("diagonal", "data"), ("diagonal", "model"), ("ekfac", "data"), ("ekfac", "model"))
 
 
@@ -56,7 +56,7 @@ class Truth:
 
 
 def make_problem(seed: int, rows: int = 32, penalty: float = 1e-3) -> Problem:
-    """Rows of a few topics, with words that vary, learned by a two-layer OLMo of width 16."""
+    """Rows of a few topics, with words that vary, learned by a two-layer GPT-NeoX of width 16."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     generator = torch.Generator().manual_seed(seed)
@@ -69,17 +69,15 @@ def make_problem(seed: int, rows: int = 32, penalty: float = 1e-3) -> Problem:
         token = (False,) + (True,) * (LENGTH - 1)
         answer = tuple(place > LENGTH // 2 for place in range(LENGTH))
         examples.append(Example(f"row-{number}", "t", tuple(ids.tolist()), token, answer))
+    # GPT-NeoX computes all of it in the model's dtype: others cast their norms to float32.
     config = AutoConfig.for_model(
-        "olmo",
+        "gpt_neox",
         vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=2,
         max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
-        pad_token_id=0,
         bos_token_id=None,
         eos_token_id=None,
     )
@@ -87,8 +85,8 @@ def make_problem(seed: int, rows: int = 32, penalty: float = 1e-3) -> Problem:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).double().eval()
         for parameter in model.parameters():
-            # So large that the frozen embedding tells tokens apart.
-            parameter.data = torch.randn(parameter.shape).double() / parameter.shape[-1] ** 0.5
+            if parameter.ndim == 2:  # so large that the frozen embedding tells tokens apart
+                parameter.data = torch.randn(parameter.shape).double() / WIDTH**0.5
     problem = Problem(model, examples, penalty, seed)
     _train(problem, list(range(rows)), steps=2000)
     return problem
@@ -155,7 +153,7 @@ def correlations(
 def _trained(problem: Problem) -> list[torch.nn.Parameter]:
     layout = find_layout(problem.model)
     maps = linear_maps(problem.model, layout, 0, layout.count - 1)
-    return [module.get_parameter("weight") for module in maps.values()]
+    return [parameter for module in maps.values() for parameter in module.parameters()]
 
 
 def _batch(problem: Problem) -> Batch:

@@ -1,8 +1,8 @@
 """Retain rows that overlap with the forget set: near repeats, the same document, the same subject.
 
 A near repeat holds much of what a forget row says, so keeping it keeps that too. Containment is the
-share of the shorter text's runs of five normalised words that the other holds; it is counted exactly, over an
-index of all runs. Broder, "On the resemblance and containment of documents", 1997.
+share of the shorter text's runs of five normalised words that the other holds; it is counted exactly,
+over an index of all runs. Broder, "On the resemblance and containment of documents", 1997.
 """
 
 from __future__ import annotations
@@ -28,10 +28,15 @@ _CAPITALISED = r"[^\W\d_a-z][\w'-]*[^\W\d_A-Z][\w'-]*"
 _PARTICLE = r"(?:de|van|von|der|den|du|la|le|di|da|del|bin|ibn|al)"
 _NAME = re.compile(rf"{_CAPITALISED}(?: (?:{_PARTICLE} )*{_CAPITALISED})+")
 _OPENERS = frozenset(
-    """A An And As At Before But By Did Do Does During For From Has Have He Her His How If In Is It Its No
-    Of On Or She Since That The Their There These They This Those To Was Were What When Where Which While
-    Who Whom Whose Why With""".split()
+    word.capitalize()
+    for word in re.findall(
+        r"\w+",
+        "a an and as at before but by did do does during for from has have he her his how if in is it"
+        " its no of on or she since that the their there these they this those to was were what when"
+        " where which while who whom whose why with",
+    )
 )
+"""Words that open a sentence and are no part of a name."""
 
 
 @dataclass(frozen=True)
