@@ -10,7 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expunge.data.batches import EpochBatches, collate, epoch_order, in_order
+from expunge.data.batches import (
+    EpochBatches,
+    collate,
+    epoch_order,
+    in_order,
+    systematic_sample,
+)
 from expunge.data.tokenization import Example
 
 PAD = 9
@@ -132,3 +138,81 @@ def test_content_is_all_of_a_continuation_and_the_answer_of_a_question() -> None
     assert batch.mask("content").tolist() == [[False, True, True, True], [False, False, True, True]]
     assert batch.mask("all")[1].tolist() == [False, True, True, True]
     assert batch.mask("answer")[0].tolist() == [False, False, True, True]
+
+
+def weighted(weights: list[float]) -> list[Example]:
+    rows = examples([3 + number % 5 for number in range(len(weights))])
+    return [dataclasses.replace(e, weight=w) for e, w in zip(rows, weights, strict=True)]
+
+
+def epochs(rows: list[Example], batch_size: int, seed: int, count: int) -> list[list[list[int]]]:
+    batches = EpochBatches(
+        rows, batch_size, PAD, lambda epoch: torch.Generator().manual_seed(seed * 1000 + epoch)
+    )
+    size = batches.batches_an_epoch
+    return [
+        [batches.indices(step) for step in range(e * size + 1, (e + 1) * size + 1)]
+        for e in range(count)
+    ]
+
+
+@given(
+    weights=st.lists(st.floats(1, 4.5), min_size=1, max_size=40),
+    batch_size=st.integers(1, 9),
+    seed=st.integers(0, 999),
+)
+def test_a_weighted_epoch_holds_every_row_and_none_twice_in_a_batch(
+    weights: list[float], batch_size: int, seed: int
+) -> None:
+    for epoch in epochs(weighted(weights), batch_size, seed, 2):
+        assert {index for batch in epoch for index in batch} == set(range(len(weights)))
+        for batch in epoch:
+            assert 1 <= len(set(batch)) == len(batch) <= batch_size
+        taken = Counter(index for batch in epoch for index in batch)
+        for index, count in taken.items():
+            assert count <= -(-weights[index] // 1)  # never more often than its weight rounded up
+
+
+def test_rows_are_taken_as_often_as_their_weights_say() -> None:
+    weights = [1.0] * 20 + [1.5] * 20 + [3.0] * 20
+    count = 200
+    taken = Counter(
+        index for epoch in epochs(weighted(weights), 8, 0, count) for b in epoch for index in b
+    )
+    for index, weight in enumerate(weights):
+        # Three standard errors of 400 draws of chance 1/4 are 26, an eighth of 200 epochs.
+        assert taken[index] / count == pytest.approx(weight, abs=0.13)
+    assert {taken[index] for index in range(20)} == {count}
+
+
+def test_weights_of_one_change_no_order() -> None:
+    plain = epochs(examples([3 + number % 5 for number in range(11)]), 4, 3, 3)
+    assert plain == epochs(weighted([1.0] * 11), 4, 3, 3)
+
+
+def test_a_weighted_step_depends_on_the_seed_and_the_step_alone() -> None:
+    rows = weighted([1.0, 2.5, 4.0, 1.2, 3.0, 1.0, 2.0])
+
+    def batches() -> EpochBatches:
+        return EpochBatches(rows, 2, PAD, lambda epoch: torch.Generator().manual_seed(epoch))
+
+    one = batches()
+    order = [one.at(step).row_ids for step in range(1, 40)]
+    for step in (39, 1, 17, 17):
+        assert batches().at(step).row_ids == order[step - 1]
+
+
+def test_a_weight_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="below 1"):
+        EpochBatches(weighted([0.5]), 1, PAD, lambda _: torch.Generator())
+
+
+@given(
+    shares=st.lists(st.integers(0, 2**20), min_size=1, max_size=30).filter(any),
+    seed=st.integers(0, 999),
+)
+def test_a_systematic_sample_has_its_size_and_no_row_twice(shares: list[int], seed: int) -> None:
+    count = sum(shares) // max(shares)
+    chosen = systematic_sample(shares, count, torch.Generator().manual_seed(seed))
+    assert len(chosen) == len(set(chosen)) == count
+    assert all(shares[index] > 0 for index in chosen)

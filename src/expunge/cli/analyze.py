@@ -10,6 +10,7 @@ from expunge.errors import InputError
 
 SUBCOMMANDS = {
     "layers": ("expunge.cli.analyze_layers", "which layer to steer: predicted, or measured"),
+    "influence": ("expunge.cli.analyze_influence", "which rows matter, and which are at risk"),
 }
 
 

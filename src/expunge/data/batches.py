@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from expunge.data.tokenization import Example
 
 Tokens = Literal["all", "answer", "content"]
 """The whole text; the output given the input; continuations whole and of questions the answer."""
+_UNIT = 2**20
+"""Parts that a row's weight is counted in."""
 _POOL = 16
 """Batches whose rows are sorted by length together: enough to save padding, yet random."""
 
@@ -148,8 +151,41 @@ def epoch_order(
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
+def extra_rounds(weights: Sequence[float]) -> tuple[int, int, list[int]]:
+    """Rounds of rows that an epoch has on top of the one that takes all, rows a round, shares of them.
+
+    A row of weight w is taken w times an epoch on average: once with all, and in each round with
+    probability (w - 1) / rounds, at most 1, so that no round holds a row twice. The shares are whole
+    numbers in proportion to w - 1, for `systematic_sample`. Raises ValueError for a weight below 1.
+    """
+    if min(weights, default=1.0) < 1:
+        raise ValueError("a weight is below 1: every row is taken at least once an epoch")
+    rounds = math.ceil(max(weights, default=1.0) - 1)
+    shares = [round((weight - 1) * _UNIT) for weight in weights]
+    rows = sum(shares) // (rounds * _UNIT) if rounds else 0
+    return (rounds if rows else 0), rows, shares
+
+
+def systematic_sample(shares: Sequence[int], count: int, generator: torch.Generator) -> list[int]:
+    """`count` different indices, each with probability count * share / sum(shares), which is 1 at most.
+
+    Systematic sampling over a random order (Madow, 1949): one draw, then equal steps. In whole numbers,
+    so that there are always `count`.
+    """
+    order = torch.randperm(len(shares), generator=generator)
+    ordered = torch.tensor(shares)[order]
+    total = int(ordered.sum())
+    offset = int(torch.randint(total, (), generator=generator))
+    ends = (ordered.cumsum(0) * count + offset) // total
+    begins = torch.cat([torch.zeros(1, dtype=torch.long), ends[:-1]])
+    return sorted(order[ends > begins].tolist())
+
+
 class EpochBatches:
-    """The batch of any step, a new order every epoch; a function of the seed and the step alone."""
+    """The batch of any step, a new order every epoch; a function of the seed and the step alone.
+
+    Rows of a weight above 1 are taken more than once an epoch, never twice in a batch.
+    """
 
     def __init__(
         self,
@@ -163,23 +199,39 @@ class EpochBatches:
         """`generator` gives that of an epoch; `by_length` puts rows of similar length together."""
         self._examples, self._batch_size, self._pad_id = examples, batch_size, pad_id
         self._generator, self._by_length = generator, by_length
+        self._rounds, self._extra, self._shares = extra_rounds([e.weight for e in examples])
         self._epoch = -1
         self._order: list[list[int]] = []
 
+    @property
+    def batches_an_epoch(self) -> int:
+        """The same in every epoch."""
+        extra = self._rounds * -(-self._extra // self._batch_size)
+        return -(-len(self._examples) // self._batch_size) + extra
+
     def indices(self, step: int) -> list[int]:
         """Positions of the rows of a step, counted from 1."""
-        epoch, position = divmod(step - 1, -(-len(self._examples) // self._batch_size))
+        epoch, position = divmod(step - 1, self.batches_an_epoch)
         if epoch != self._epoch:
-            lengths = [len(example) for example in self._examples]
-            self._order = epoch_order(
-                lengths, self._batch_size, self._generator(epoch), by_length=self._by_length
-            )
+            self._order = self._epoch_order(self._generator(epoch))
             self._epoch = epoch
         return self._order[position]
 
     def at(self, step: int) -> Batch:
         """The batch of a step, counted from 1."""
         return collate(self._examples, self.indices(step), self._pad_id)
+
+    def _epoch_order(self, generator: torch.Generator) -> list[list[int]]:
+        lengths = [len(example) for example in self._examples]
+        size, by_length = self._batch_size, self._by_length
+        batches = epoch_order(lengths, size, generator, by_length=by_length)
+        if not self._rounds:
+            return batches
+        for _ in range(self._rounds):
+            chosen = systematic_sample(self._shares, self._extra, generator)
+            order = epoch_order([lengths[i] for i in chosen], size, generator, by_length=by_length)
+            batches += [[chosen[i] for i in batch] for batch in order]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 class StepBatches(Protocol):

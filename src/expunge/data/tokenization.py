@@ -36,6 +36,8 @@ class Example:
     """A continuation, all of which is content, or a question with its answer."""
     listed: bool = True
     """Whether it is of the user's rows; False for random tokens."""
+    weight: float = 1.0
+    """How often it is taken in an epoch, on average; 1 or more."""
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -9,8 +9,9 @@ The products G_n cost what autograd spends on the gradient of W, which the pass 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,40 +56,58 @@ class SquaredGradients:
 
         The weights get no gradient of their own meanwhile.
         """
-        weights = [module.get_parameter("weight") for module in self._modules.values()]
-        wanted = [weight.requires_grad for weight in weights]
-        handles: list[RemovableHandle] = []
-        try:
-            for weight in weights:
-                weight.requires_grad_(False)
-            for name, module in self._modules.items():
-                handles.append(module.register_forward_hook(self._tap(name)))
+
+        def add(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+            self._sums[name] += squared_example_gradients(inputs, gradients)
+
+        with tapped(self._modules, add):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for weight, want in zip(weights, wanted, strict=True):
-                weight.requires_grad_(want)
         self._rows += rows
 
     def mean(self) -> dict[str, torch.Tensor]:
         """The mean over all examples added so far, by name."""
         return {name: total / max(1, self._rows) for name, total in self._sums.items()}
 
-    def _tap(self, name: str) -> Callable[..., torch.Tensor]:
-        def add(inputs: torch.Tensor, gradient: torch.Tensor) -> None:
-            self._sums[name] += squared_example_gradients(inputs, gradient)
 
-        def hook(
-            _module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
-        ) -> torch.Tensor:
-            # Without it nothing under the first adapted map would ask for a gradient.
-            anchor = torch.zeros((), device=output.device, requires_grad=True)
-            # Autocast gave the map its input in the dtype of its output.
-            tapped: torch.Tensor = _Tap.apply(output, args[0].to(output.dtype), anchor, add)
-            return tapped
+@contextmanager
+def tapped(
+    modules: Mapping[str, nn.Module], receive: Callable[[str, torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
+    """Backward passes in the body hand `receive` each map's name and its two factors.
 
-        return hook
+    Inputs (rows, tokens, in) and output gradients (rows, tokens, out), the last map first. The weights
+    get no gradient of their own meanwhile.
+    """
+    weights = [module.get_parameter("weight") for module in modules.values()]
+    wanted = [weight.requires_grad for weight in weights]
+    handles: list[RemovableHandle] = []
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        for name, module in modules.items():
+            handles.append(module.register_forward_hook(_tap(name, receive)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for weight, want in zip(weights, wanted, strict=True):
+            weight.requires_grad_(want)
+
+
+def _tap(
+    name: str, receive: Callable[[str, torch.Tensor, torch.Tensor], None]
+) -> Callable[..., torch.Tensor]:
+    def hook(
+        _module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> torch.Tensor:
+        # Without it nothing under the first of the maps would ask for a gradient.
+        anchor = torch.zeros((), device=output.device, requires_grad=True)
+        # Autocast gave the map its input in the dtype of its output.
+        inputs = args[0].to(output.dtype)
+        tapped: torch.Tensor = _Tap.apply(output, inputs, anchor, partial(receive, name))
+        return tapped
+
+    return hook
 
 
 class _Tap(torch.autograd.Function):

@@ -49,3 +49,13 @@ def row_sums(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def row_means(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over each row's masked tokens: (rows, tokens) -> (rows,); 0 for rows without any."""
     return row_sums(values, mask) / mask.sum(dim=1).clamp(min=1)
+
+
+def unbroken_share(right: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    """Share of each row's answer before its first wrong token: (rows, tokens) twice -> (rows,).
+
+    What greedy decoding would write of it, for after a mistake it goes astray. `right` says whether it
+    gives the token, `answers` marks the answer; 0 for rows without any.
+    """
+    unbroken = (answers & ~right).cumsum(1) == 0
+    return row_means(unbroken, answers)

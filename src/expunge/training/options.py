@@ -18,8 +18,10 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Select = Literal["best", "last"]
 _CANDIDATES = (10, 25)
+_MOST_RISK = 10.0
 _COUNTS = ("epochs", "max_steps", "batch_size", "validate_every", "micro_batch_size", "save_every")
 CacheDtype = Literal["float32", "bfloat16"]
+RetainSampling = Literal["uniform", "influence"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,14 @@ class TrainingOptions:
     """Render rows with the tokenizer's chat template."""
     long_rows: LongRows = "refuse"
     """Refuse rows longer than the model's context, or cut them into overlapping windows."""
+    influence: str | None = None
+    """An influence.json of `expunge analyze influence` on the same model and rows."""
+    retain_sampling: RetainSampling = "uniform"
+    """Take every retain row equally often, or those more often that --influence says are at risk."""
+    risk_factor: float = 3.0
+    """How many times as often the retain rows most at risk are taken, with influence sampling."""
+    skip_gone: bool = False
+    """Leave out forget rows that --influence says the target does not know any more."""
     trackers: list[Tracker] = field(default_factory=list)
     """Experiment trackers to log to, through Accelerate."""
 
@@ -84,6 +94,23 @@ class TrainingOptions:
             seconds(self.time_limit)
         if self.cache_limit is not None:
             size_in_bytes(self.cache_limit)
+        if not 1 < self.risk_factor <= _MOST_RISK:
+            raise InputError(
+                f"--risk-factor {self.risk_factor}: must be over 1 and at most {_MOST_RISK:g}"
+            )
+        for option, asked in (
+            ("--retain-sampling influence", self.retain_sampling == "influence"),
+            ("--skip-gone", self.skip_gone),
+        ):
+            if asked and self.influence is None:
+                raise InputError(
+                    f"{option}: needs --influence FILE; write one with expunge analyze influence"
+                )
+        if self.influence is not None and self.retain_sampling == "uniform" and not self.skip_gone:
+            raise InputError(
+                f"--influence {self.influence}: nothing uses it; add --retain-sampling influence or"
+                " --skip-gone"
+            )
         for tracker in self.trackers:
             if importlib.util.find_spec(_TRACKERS[tracker]) is None:
                 raise InputError(
@@ -139,4 +166,7 @@ def resolved(
         "micro_batch_size": options.micro_batch_size,
         "cache_limit": options.cache_limit,
         "cache_dtype": options.cache_dtype,
+        "retain_sampling": options.retain_sampling,
+        "risk_factor": options.risk_factor if options.retain_sampling == "influence" else None,
+        "skip_gone": options.skip_gone,
     }

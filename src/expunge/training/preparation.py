@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from expunge.analysis.influence_file import (
+    RowsAtRisk,
+    check_same_rows,
+    read_influence,
+    sampling_weights,
+)
 from expunge.analysis.layers import LayerChoice
 from expunge.data.random_text import random_examples
 from expunge.data.rows import Row, RowSet, as_rows, check_disjoint, documents
@@ -23,6 +30,36 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _VALIDATION_ROWS = 64
+
+
+@dataclass(frozen=True)
+class InfluenceUsed:
+    """What a run took from an influence.json."""
+
+    sha256: str
+    """Of the file."""
+    model_sha256: Mapping[str, str]
+    """Of the files of the model that it is about."""
+    skipped: int
+    """Forget rows that are not trained on, as the target does not know them."""
+    mean_weight: float
+    """How often a retain row is taken in an epoch, on average."""
+
+    @property
+    def said(self) -> str:
+        """What the user is told of skipped rows."""
+        return (
+            f"{self.skipped} forget rows are gone already and not trained on (--skip-gone); they are"
+            " still measured"
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return {
+            "sha256": self.sha256,
+            "forget_rows_skipped": self.skipped,
+            "mean_retain_weight": self.mean_weight,
+        }
 
 
 @dataclass(frozen=True)
@@ -44,6 +81,8 @@ class Prepared:
     warnings: Sequence[str]
     layer_choice: LayerChoice | None = None
     """How the method's layer was chosen; None where it was given."""
+    influence: InfluenceUsed | None = None
+    """None without --influence."""
 
     @property
     def measures(self) -> bool:
@@ -61,6 +100,7 @@ class Prepared:
                 "retain_kept_out": self.retain_kept_out,
                 "nonmembers": len(self.validation.nonmembers),
             },
+            "influence": None if self.influence is None else self.influence.describe(),
         }
 
 
@@ -80,6 +120,13 @@ def prepare(
     retain_rows = None if retain is None else as_rows(retain, "retain")
     nonmember_rows = None if nonmembers is None else as_rows(nonmembers, "nonmembers")
     warnings = _check_rows(method, forget_rows, retain_rows, nonmember_rows)
+    influence = None
+    if options.influence is not None:
+        influence = read_influence(Path(options.influence))
+        nothing = RowSet((), "", {})
+        check_same_rows(options.influence, influence, forget_rows, retain_rows or nothing)
+        if retain_rows is None and options.retain_sampling == "influence":
+            raise InputError("--retain-sampling influence: needs a retain set; give --retain")
     policy = TextPolicy(context_of(config), options.chat_template, options.long_rows)
     forget_examples = encode_rows(forget_rows, tokenizer, policy, eos=False)
     retain_examples = encode_rows(retain_rows or [], tokenizer, policy, eos=True)
@@ -97,6 +144,12 @@ def prepare(
         policy.context,
         options.seed,
     )
+    forgotten, facts = forget_examples, None
+    if influence is not None:
+        forgotten, trained_on, held, facts = _applied(
+            influence, options, forget_examples, trained_on, held
+        )
+        warnings += [facts.said] if facts.skipped else []
     generator = torch.Generator().manual_seed(options.seed)
     validation = ValidationSet(
         _sample(forget_examples, generator),
@@ -109,15 +162,49 @@ def prepare(
     return Prepared(
         method=method,
         options=options,
-        used=resolved(method, options, config.hidden_size, len(forget_examples)),
+        used=resolved(method, options, config.hidden_size, len(forgotten)),
         text=policy.describe(tokenizer),
-        forget=forget_examples,
+        forget=forgotten,
         retain=[*trained_on, *held],
         validation=validation,
         retain_kept_out=bool(kept_out),
         pad_id=pad_id_of(tokenizer),
         warnings=warnings,
+        influence=facts,
     )
+
+
+def _applied(
+    influence: RowsAtRisk,
+    options: TrainingOptions,
+    forget: list[Example],
+    retain: list[Example],
+    random: list[Example],
+) -> tuple[list[Example], list[Example], list[Example], InfluenceUsed]:
+    """The examples without forget rows that are gone, and with weights on the retain rows.
+
+    Random tokens get the mean weight, so that their share of a batch stays. Raises InputError where no
+    forget row is left.
+    """
+    skipped: set[str] = set()
+    if options.skip_gone:
+        skipped = {example.row_id for example in forget} & influence.gone
+        forget = [example for example in forget if example.row_id not in skipped]
+        if not forget:
+            raise InputError(
+                f"--skip-gone: all {len(skipped)} forget rows are gone already, there is nothing to"
+                " unlearn; leave it out to unlearn them all the same"
+            )
+    mean = 1.0
+    if options.retain_sampling == "influence" and retain:
+        trained = {example.row_id for example in retain}
+        values = {row: value for row, value in influence.collateral.items() if row in trained}
+        weights = sampling_weights(values, options.risk_factor)
+        retain = [replace(e, weight=weights[e.row_id]) for e in retain]
+        mean = sum(example.weight for example in retain) / len(retain)
+        random = [replace(example, weight=mean) for example in random]
+    used = InfluenceUsed(influence.sha256, influence.model_sha256, len(skipped), mean)
+    return forget, retain, random, used
 
 
 def _check_rows(

@@ -129,6 +129,8 @@ def run(
     hashing = time.monotonic()
     model_sha256 = checked.files.sha256()
     hash_seconds = time.monotonic() - hashing
+    with refused_together(processes):
+        _check_influence(options, prepared, model_sha256)
     asked = _asked(inputs, method, prepared, sets, model_sha256)
     with (
         shared_scratch(
@@ -237,6 +239,18 @@ def check_run(
     return checked, sets, prepared
 
 
+def _check_influence(
+    options: TrainingOptions, prepared: Prepared, model_sha256: Mapping[str, str]
+) -> None:
+    """Raises InputError where the influence.json is about another model."""
+    used = prepared.influence
+    if used is not None and dict(used.model_sha256) != dict(model_sha256):
+        raise InputError(
+            f"--influence {options.influence}: is about another model than the one given (their"
+            " SHA-256 differ); run expunge analyze influence on this one"
+        )
+
+
 def _completed(output: Path, inputs: RunInputs, processes: Processes) -> dict[str, Any] | None:
     """The manifest of a run that was complete when it was resumed."""
     if not inputs.resume:
@@ -271,6 +285,7 @@ def _asked(
         "inputs": {key: value for key, value in asdict(inputs).items() if key not in free},
         "method": settings_of(method),
         "training": training,
+        "influence_sha256": None if prepared.influence is None else prepared.influence.sha256,
         "data_sha256": {name: dict(rows.sha256) for name, rows in sets.items()},
         "model_sha256": dict(model_sha256),
     }

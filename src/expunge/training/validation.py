@@ -23,7 +23,7 @@ from expunge.data.tokenization import Example
 from expunge.methods.base import Context
 from expunge.methods.calibration import NeverSeen, never_seen
 from expunge.methods.membership import RowLosses, membership_auc
-from expunge.methods.numerics import row_means
+from expunge.methods.numerics import unbroken_share
 
 DESTROYED_BELOW = 0.5
 _FLOOR = 1e-3
@@ -128,8 +128,7 @@ def _pass(context: Context, examples: Sequence[Example]) -> _Pass:
         with torch.no_grad(), context.autocast():
             log_probs, right = context.next_tokens(batch)
         answers = batch.answer_mask[:, 1:]
-        unbroken = (answers & ~right).cumsum(1) == 0
-        accuracies += row_means(unbroken, answers)[answers.any(1)].tolist()
+        accuracies += unbroken_share(right, answers)[answers.any(1)].tolist()
         losses.add(batch, log_probs)
     everywhere = processes.gather((accuracies, losses))
     accuracies = [accuracy for found, _ in everywhere for accuracy in found]

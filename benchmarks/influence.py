@@ -1,0 +1,231 @@
+"""Influence functions against the truth: a tiny model retrained without the rows, again and again.
+
+    python benchmarks/influence.py --seeds 5 --output influence.md
+
+Truth: a two-layer decoder is trained to its minimum on all rows (full batches, L-BFGS, a quadratic
+penalty that makes the minimum one), then from there again without a row, or without a group of rows,
+and the change of a row's loss is what leaving out did. Predictions are those of `expunge analyze
+influence`, damped by the penalty. Self: the left-out row's own loss, over all rows, each left out alone.
+Collateral: the losses of all other rows as a group is left out, the mean of the rank correlations over
+the groups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from torch.nn import functional
+
+from expunge.analysis.leave_out import CurvatureOptions, LeaveOut, leave_out
+from expunge.analysis.row_gradients import RowGradients, linear_maps
+from expunge.data.batches import Batch, collate
+from expunge.data.tokenization import Example
+from expunge.models.decoder import find_layout
+from expunge.reporting.tables import markdown
+
+VOCABULARY, LENGTH, TOPICS, WIDTH = 24, 9, 4, 16
+KINDS = (("diagonal", "data"), ("diagonal", "model"), ("ekfac", "data"), ("ekfac", "model"))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A trained tiny model and its rows."""
+
+    model: Any
+    examples: Sequence[Example]
+    penalty: float
+    """Weight of half the squared norm of the trained weights, beside the mean token loss."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class Truth:
+    """How losses changed, in nats a token."""
+
+    own: Sequence[float]
+    """Of each row, when it alone was left out."""
+    groups: Sequence[tuple[Sequence[int], Sequence[float]]]
+    """The rows left out together, and the change of every row's loss."""
+
+
+def make_problem(seed: int, rows: int = 32, penalty: float = 1e-3) -> Problem:
+    """Rows of a few topics, with words that vary, learned by a two-layer GPT-NeoX of width 16."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    generator = torch.Generator().manual_seed(seed)
+    topics = torch.randint(1, VOCABULARY, (TOPICS, LENGTH), generator=generator)
+    examples = []
+    for number in range(rows):
+        ids = topics[int(torch.randint(TOPICS, (), generator=generator))].clone()
+        changed = torch.rand(LENGTH, generator=generator) < 0.3
+        ids[changed] = torch.randint(1, VOCABULARY, (LENGTH,), generator=generator)[changed]
+        token = (False,) + (True,) * (LENGTH - 1)
+        answer = tuple(place > LENGTH // 2 for place in range(LENGTH))
+        examples.append(Example(f"row-{number}", "t", tuple(ids.tolist()), token, answer))
+    # GPT-NeoX computes all of it in the model's dtype: others cast their norms to float32.
+    config = AutoConfig.for_model(
+        "gpt_neox",
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).double().eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 2:  # so large that the frozen embedding tells tokens apart
+                parameter.data = torch.randn(parameter.shape).double() / WIDTH**0.5
+    problem = Problem(model, examples, penalty, seed)
+    _train(problem, list(range(rows)), steps=2000)
+    return problem
+
+
+def measure_truth(problem: Problem, groups: int = 8, group_size: int = 8) -> Truth:
+    """Leaves every row out alone, then some groups, each time from the weights trained on all."""
+    rows = len(problem.examples)
+    generator = torch.Generator().manual_seed(problem.seed + 1)
+    before = _losses(problem)
+    start = [parameter.detach().clone() for parameter in _trained(problem)]
+
+    def changed(left_out: Sequence[int]) -> list[float]:
+        _train(problem, [row for row in range(rows) if row not in left_out], steps=500)
+        change = (_losses(problem) - before).tolist()
+        for parameter, value in zip(_trained(problem), start, strict=True):
+            parameter.data.copy_(value)
+        return change
+
+    own = [changed([row])[row] for row in range(rows)]
+    chosen = [
+        sorted(torch.randperm(rows, generator=generator)[:group_size].tolist())
+        for _ in range(groups)
+    ]
+    return Truth(own, [(group, changed(group)) for group in chosen])
+
+
+def predict(
+    problem: Problem, kind: str, labels: str, forget: Sequence[int], damping: float | None = None
+) -> LeaveOut:
+    """What the library says of leaving out `forget`, damped by the penalty unless told otherwise."""
+    layout = find_layout(problem.model)
+    maps = linear_maps(problem.model, layout, 0, layout.count - 1)
+    options = CurvatureOptions(
+        kind,  # type: ignore[arg-type]
+        labels,  # type: ignore[arg-type]
+        problem.penalty if damping is None else damping,
+        "absolute" if damping is None else "mean-fisher",
+    )
+    kept = [row for row in range(len(problem.examples)) if row not in forget]
+    return leave_out(
+        RowGradients(problem.model, maps, pad_id=0, batch_size=8),
+        [[problem.examples[row]] for row in forget],
+        [[problem.examples[row]] for row in kept],
+        options,
+    )
+
+
+def correlations(
+    problem: Problem, truth: Truth, kind: str, labels: str, damping: float | None = None
+) -> tuple[float, float]:
+    """Spearman's rank correlation with the truth: of self-influence, and of collateral."""
+    rows = list(range(len(problem.examples)))
+    found = predict(problem, kind, labels, rows, damping)
+    own = float(spearmanr(found.self_influence, truth.own).statistic)
+    others = []
+    for group, change in truth.groups:
+        kept = [row for row in rows if row not in group]
+        rises = predict(problem, kind, labels, group, damping).collateral
+        others.append(float(spearmanr(rises, [change[row] for row in kept]).statistic))
+    return own, statistics.fmean(others)
+
+
+def _trained(problem: Problem) -> list[torch.nn.Parameter]:
+    layout = find_layout(problem.model)
+    maps = linear_maps(problem.model, layout, 0, layout.count - 1)
+    return [parameter for module in maps.values() for parameter in module.parameters()]
+
+
+def _batch(problem: Problem) -> Batch:
+    return collate(problem.examples, range(len(problem.examples)), 0)
+
+
+def _token_losses(problem: Problem) -> torch.Tensor:
+    """(rows, tokens - 1), float64."""
+    ids = _batch(problem).input_ids
+    logits = problem.model(input_ids=ids, use_cache=False).logits[:, :-1]
+    losses = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.view(len(ids), -1)
+
+
+@torch.no_grad()
+def _losses(problem: Problem) -> torch.Tensor:
+    return _token_losses(problem).mean(1)
+
+
+def _train(problem: Problem, kept: Sequence[int], steps: int) -> None:
+    """To the minimum of sum over kept tokens / all tokens + penalty / 2 * |weights|^2."""
+    weights = _trained(problem)
+    optimizer = torch.optim.LBFGS(
+        weights,
+        max_iter=steps,
+        history_size=50,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-14,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        losses = _token_losses(problem)
+        loss = losses[list(kept)].sum() / losses.numel()
+        loss = loss + problem.penalty / 2 * sum(w.square().sum() for w in weights)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    optimizer.zero_grad()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--penalty", type=float, default=1e-3)
+    parser.add_argument("--dampings", type=float, nargs="*", default=[])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="write the table here as markdown")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    settings = [(*kind, damping) for kind in KINDS for damping in (None, *arguments.dampings)]
+    found: dict[Any, list[tuple[float, float]]] = {setting: [] for setting in settings}
+    for seed in range(arguments.seeds):
+        problem = make_problem(seed, arguments.rows, arguments.penalty)
+        truth = measure_truth(problem)
+        for setting in settings:
+            found[setting].append(correlations(problem, truth, *setting))
+    lines = []
+    for (kind, labels, damping), values in found.items():
+        unit = "penalty" if damping is None else f"{damping:g} x mean"
+        for name, column in zip(("self", "collateral"), zip(*values, strict=True), strict=True):
+            cells = [f"{value:.2f}" for value in column]
+            lines.append([kind, labels, unit, name, f"{statistics.fmean(column):.2f}", *cells])
+    header = ["curvature", "labels", "damping", "what", "mean"]
+    text = markdown([*header, *(f"seed {seed}" for seed in range(arguments.seeds))], lines)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""Influence of rows, from files to a report: checks, loads the model, predicts, lists overlaps."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import expunge
+from expunge.analysis.curvature import DampingUnit
+from expunge.analysis.ekfac import check_ekfac
+from expunge.analysis.influence_file import (
+    ForgetRow,
+    Influence,
+    RetainRow,
+    is_gone,
+    thresholds_of,
+    write_influence,
+)
+from expunge.analysis.leave_out import CurvatureKind, CurvatureOptions, LeaveOut, leave_out
+from expunge.analysis.overlap import overlaps
+from expunge.analysis.row_gradients import (
+    Labels,
+    RowGradients,
+    Windows,
+    block_shape,
+    linear_maps,
+    rows_of,
+)
+from expunge.data.batches import Tokens
+from expunge.data.rows import RowSet, check_disjoint, read_rows
+from expunge.data.tokenization import LongRows, encode_rows
+from expunge.errors import InputError
+from expunge.models.decoder import DecoderLayout, skeleton_of
+from expunge.models.kernels import fast_linear
+from expunge.models.loading import (
+    Dtype,
+    check_model,
+    load_model,
+    resolve_device,
+    text_policy,
+)
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class InfluenceInputs:
+    """What is analysed, how, and where the result goes."""
+
+    model: str
+    """The target model: a directory, or a hub id."""
+    forget: str
+    """Rows that are to be removed."""
+    retain: str | None = None
+    """Rows that are to stay; without them there is no collateral and no overlap."""
+    nonmembers: str | None = None
+    """Never-seen text; tells from which loss on a forget row counts as gone."""
+    output: str | None = None
+    """Write influence.json here: ids and numbers, never text."""
+    figure: str | None = None
+    """Write the figure here, one HTML file that needs no network."""
+    curvature: CurvatureKind = "diagonal"
+    """The Fisher's diagonal, or EK-FAC (arXiv 2308.03296), which needs kronfluence."""
+    labels: Labels = "data"
+    """Labels of the Fisher: the rows' own tokens, or tokens drawn from the model."""
+    damping: float = 1.0
+    """lambda, what is added to the curvature before it is inverted."""
+    damping_unit: DampingUnit = "mean-fisher"
+    """Unit of the damping: the mean of the curvature's eigenvalues, or 1."""
+    layers: str | None = None
+    """Decoder layers whose linear maps count, such as 8-15, from 0; null: all."""
+    tokens: Tokens = "all"
+    """Tokens that a row's loss counts: all, the answer, or of questions the answer only (content)."""
+    containment: float = 0.5
+    """Retain rows that share this much of a forget row's word runs, or it of theirs, are listed."""
+    batch_size: int = 8
+    """Rows a batch; it changes speed and memory, never a number."""
+    seed: int = 0
+    """Seed of drawn labels."""
+    dtype: Dtype = "float32"
+    """Dtype that the model is loaded and run in; sums are in float32."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    chat_template: bool = False
+    """Render rows with the tokenizer's chat template."""
+    long_rows: LongRows = "refuse"
+    """Refuse rows longer than the context, or cut them into windows."""
+    trust_remote_code: bool = False
+    """Run code that the model's directory brings along."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"--batch-size {self.batch_size}: must be 1 or more")
+        if not 0 < self.damping < float("inf"):
+            raise InputError(f"--damping {self.damping}: must be positive")
+        if not 0 < self.containment <= 1:
+            raise InputError(f"--containment {self.containment}: must be in (0, 1]")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed {self.seed}: must be in [0, 2^32)")
+        if self.dtype == "float16":
+            raise InputError("--dtype float16: gradients overflow in it; use bfloat16 or float32")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the analysis takes, known before the model is loaded."""
+
+    parameters: int
+    """Numbers whose gradients are used."""
+    bytes: int
+    """Memory beside activations, at most."""
+    tokens: int
+    """Tokens of all forward and backward passes."""
+
+    def __str__(self) -> str:
+        return (
+            f"gradients of {self.parameters / 1e6:.1f} million parameters; about"
+            f" {self.bytes / 2**30:.1f} GiB for the model and its curvature, whatever the number of"
+            f" rows; {self.tokens} tokens forward and backward"
+        )
+
+
+def analyze_influence(
+    inputs: InfluenceInputs,
+    progress: Report = lambda _name, _done, _total: None,
+    message: Callable[[str], None] = lambda _: None,
+) -> tuple[Influence, dict[str, RowSet]]:
+    """Checks every input, loads the model, predicts, and writes influence.json if it was asked for.
+
+    Returns the rows too, for those who may see them. Raises InputError before a model is loaded and
+    anything is written, RunError where a prediction is not finite.
+    """
+    started = time.monotonic()
+    device = resolve_device(inputs.device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("analyze influence: runs in one process; start it without a launcher")
+    for option in ("output", "figure"):
+        _check_output(option, getattr(inputs, option))
+    checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
+    first, last = layer_range(inputs.layers, checked.layout)
+    sets = _read_sets(inputs)
+    policy = text_policy(checked, chat_template=inputs.chat_template, long_rows=inputs.long_rows)
+    rows: dict[str, list[Windows]] = {
+        # Retained text was trained with its end, forgotten text is counted without, as in a run.
+        name: rows_of(encode_rows(found, checked.tokenizer, policy, eos=name == "retain"))
+        for name, found in sets.items()
+    }
+    skeleton = skeleton_of(checked.config, trust_remote_code=checked.trust_remote_code)
+    maps = linear_maps(skeleton, checked.layout, first, last)
+    if inputs.curvature == "ekfac":
+        check_ekfac(maps)
+    cost = cost_of(inputs, skeleton, maps, rows)
+    message(f"influence of rows: {cost}")
+    model = load_model(checked, inputs.dtype, device)
+    maps = linear_maps(model, checked.layout, first, last)
+    passes = RowGradients(model, maps, checked.pad_id, inputs.batch_size, inputs.tokens)
+    forget, retain = rows["forget"], rows.get("retain", [])
+    with fast_linear(model.dtype, torch.device(device)):
+        message(f"about {_duration(_timed(passes, forget, retain, cost))} (from one batch)")
+        options = CurvatureOptions(
+            inputs.curvature, inputs.labels, inputs.damping, inputs.damping_unit, inputs.seed
+        )
+        found = leave_out(passes, forget, retain, options, progress)
+        unseen = passes.run(rows["nonmembers"]) if "nonmembers" in rows else []
+    kinds = [row.kind for row in sets.get("nonmembers", ())]
+    vocabulary = model.config.get_text_config().vocab_size
+    influence = Influence(
+        model=inputs.model,
+        model_sha256=checked.files.sha256(),
+        data_sha256={name: dict(rows.sha256) for name, rows in sets.items()},
+        settings=_settings(inputs, first, last),
+        curvature={
+            "maps": len(maps),
+            "parameters": cost.parameters,
+            "tokens": found.tokens,
+            "mean_fisher": found.mean_fisher,
+            "damping": found.damping,
+        },
+        thresholds=thresholds_of(list(zip(kinds, unseen, strict=True)), vocabulary),
+        forget=[],
+        retain=[],
+        overlaps=overlaps(list(sets["forget"]), list(sets.get("retain", ())), inputs.containment),
+        expunge=expunge.__version__,
+    )
+    influence = _with_rows(influence, sets, found)
+    message(f"done in {_duration(time.monotonic() - started)}")
+    if inputs.output is not None:
+        write_influence(influence, Path(inputs.output))
+    return influence, sets
+
+
+def layer_range(layers: str | None, layout: DecoderLayout) -> tuple[int, int]:
+    """First and last layer of `a-b` or `a`. Raises InputError."""
+    if layers is None:
+        return 0, layout.count - 1
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", layers.strip())
+    if match is None:
+        raise InputError(f"--layers {layers}: is no range; write for example 8-15")
+    first = int(match[1])
+    last = first if match[2] is None else int(match[2])
+    if not first <= last < layout.count:
+        raise InputError(
+            f"--layers {layers}: the model has the layers 0 to {layout.count - 1}; the first must not"
+            " be above the last"
+        )
+    return first, last
+
+
+def cost_of(
+    inputs: InfluenceInputs,
+    skeleton: torch.nn.Module,
+    maps: Mapping[str, torch.nn.Module],
+    rows: Mapping[str, Sequence[Windows]],
+) -> Cost:
+    """What the analysis will take, from shapes and row lengths alone."""
+    shapes = [block_shape(module) for module in maps.values()]
+    parameters = sum(out * inside for out, inside in shapes)
+    # The curvature and the step, and the largest block's gradient of one row twice.
+    held = 4 * (2 * parameters + 2 * max(out * inside for out, inside in shapes))
+    if inputs.curvature == "ekfac":
+        squares = sum(out * out + inside * inside for out, inside in shapes)
+        # Covariances in float32, while the eigenvectors that replace them are computed in float64.
+        held += 4 * squares + 2 * 8 * max(out * out + inside * inside for out, inside in shapes)
+        held += 4 * squares
+    width = getattr(torch, inputs.dtype).itemsize
+    model_bytes = width * sum(parameter.numel() for parameter in skeleton.parameters())
+    tokens = {name: sum(len(w) for row in side for w in row) for name, side in rows.items()}
+    forget, retain = tokens["forget"], tokens.get("retain", 0)
+    passes = 3 if inputs.curvature == "ekfac" else 2
+    total = passes * (forget + retain) + (forget if retain else 0)
+    return Cost(parameters, model_bytes + held, total)
+
+
+def _timed(
+    passes: RowGradients, forget: Sequence[Windows], retain: Sequence[Windows], cost: Cost
+) -> float:
+    """Seconds that all passes will take, from one batch of middling rows."""
+    every = sorted([*forget, *retain], key=lambda row: sum(map(len, row)))
+    middle = len(every) // 2
+    sample = every[max(0, middle - passes.batch_size // 2) :][: passes.batch_size]
+
+    def work(_name: str, _place: int, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        (gradients.T @ inputs).square_()
+
+    started = time.monotonic()
+    passes.run(sample, work)
+    if passes.model.device.type == "cuda":
+        torch.cuda.synchronize()
+    tokens = sum(len(window) for row in sample for window in row)
+    return (time.monotonic() - started) * cost.tokens / max(1, tokens)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _read_sets(inputs: InfluenceInputs) -> dict[str, RowSet]:
+    sets = {"forget": read_rows(inputs.forget, "forget")}
+    if inputs.retain is not None:
+        sets["retain"] = read_rows(inputs.retain, "retain")
+        check_disjoint(sets["forget"], sets["retain"])
+    if inputs.nonmembers is not None:
+        sets["nonmembers"] = read_rows(inputs.nonmembers, "nonmembers")
+        check_disjoint(sets["forget"], sets["nonmembers"])
+    return sets
+
+
+def _settings(inputs: InfluenceInputs, first: int, last: int) -> dict[str, object]:
+    names = ("curvature", "labels", "damping", "damping_unit", "tokens", "containment", "seed")
+    names += ("dtype", "chat_template", "long_rows")
+    return {"layers": [first, last]} | {name: getattr(inputs, name) for name in names}
+
+
+def _with_rows(influence: Influence, sets: Mapping[str, RowSet], found: LeaveOut) -> Influence:
+    """The report with an entry for each row."""
+    forget = [
+        ForgetRow(
+            row.id,
+            row.task,
+            row.kind,
+            **vars(known),
+            self_influence=value,
+            gone=is_gone(known, influence.thresholds[row.kind]),
+        )
+        for row, known, value in zip(
+            sets["forget"], found.forget, found.self_influence, strict=True
+        )
+    ]
+    retain = [
+        RetainRow(row.id, row.task, row.kind, **vars(known), collateral=value)
+        for row, known, value in zip(
+            sets.get("retain", ()), found.retain, found.collateral, strict=True
+        )
+    ]
+    return dataclasses.replace(influence, forget=forget, retain=retain)
+
+
+def _check_output(option: str, path: str | None) -> None:
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise InputError(f"--{option} {path}: its directory does not exist; make it first")
+    if path is not None and Path(path).is_dir():
+        raise InputError(f"--{option} {path}: is a directory; name a file")

@@ -1,0 +1,163 @@
+"""What leaving rows out of training would do, by influence functions on the linear maps of a model.
+
+    self-influence of a forget row n    I_n = grad l_n^T (H + lambda)^-1 grad S_n / N
+    collateral of a retain row m        C_m = grad l_m^T (H + lambda)^-1 sum_n grad S_n / N, n in forget
+
+S is a row's loss summed over its T counted tokens, l = S / T, N the counted tokens of both sets, which
+stand for the training set. Both predict by how many nats a token the row's loss *rises*, the first if
+this row alone, the second if the whole forget set had never been trained on: positive is a loss that
+gets worse. Koh and Liang, arXiv 1703.04730, eq. 2, with the sign of removal. H is the Fisher matrix of
+the mean token loss over both sets, see `curvature`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from expunge.analysis.curvature import Curvature, DampingUnit, DiagonalCurvature
+from expunge.analysis.ekfac import fit_ekfac
+from expunge.analysis.row_gradients import (
+    Known,
+    Labels,
+    RowGradients,
+    Windows,
+    along,
+    blocks_of_zeros,
+    gradient_of,
+)
+from expunge.errors import RunError
+
+CurvatureKind = Literal["diagonal", "ekfac"]
+Report = Callable[[str, int, int], None]
+"""Called with a phase's name, what is done and what there is to do."""
+
+
+@dataclass(frozen=True)
+class CurvatureOptions:
+    """Which curvature, and how it is damped."""
+
+    kind: CurvatureKind = "diagonal"
+    """The Fisher's diagonal, or EK-FAC, a diagonal in its eigenbasis."""
+    labels: Labels = "data"
+    """Labels of the Fisher: the rows' own tokens, or tokens drawn from the model."""
+    damping: float = 1.0
+    """lambda, what is added to the curvature before it is inverted."""
+    unit: DampingUnit = "mean-fisher"
+    """Unit of the damping: the mean of the curvature's eigenvalues, or 1."""
+    seed: int = 0
+    """Seed of drawn labels."""
+
+
+@dataclass(frozen=True)
+class LeaveOut:
+    """What is predicted and measured of the rows, in their order."""
+
+    forget: Sequence[Known]
+    retain: Sequence[Known]
+    self_influence: Sequence[float]
+    """Of each forget row, in nats a token; never negative."""
+    collateral: Sequence[float]
+    """Of each retain row, in nats a token; positive where its loss rises."""
+    mean_fisher: float
+    damping: float
+    """lambda, in the units of the curvature."""
+    tokens: int
+    """N, the counted tokens of both sets."""
+
+
+def leave_out(
+    passes: RowGradients,
+    forget: Sequence[Windows],
+    retain: Sequence[Windows],
+    options: CurvatureOptions,
+    report: Report = lambda _name, _done, _total: None,
+) -> LeaveOut:
+    """Predicts for each forget row what it owes to itself, for each retain row what removal costs it.
+
+    Two passes over all rows and one over the forget rows; with EK-FAC one more over all. Memory beside
+    the model: two float32 copies of the maps, with EK-FAC the bases too. Raises RunError where no
+    prediction is finite.
+    """
+    every = [*forget, *retain]
+    removed = blocks_of_zeros(passes.maps)
+    if options.kind == "ekfac":
+        curvature: Curvature = fit_ekfac(passes, every, options.labels, options.seed, report)
+    else:
+        curvature = _diagonal(passes, every, options, report)
+    tokens = passes.counted(every)
+    mean_fisher = curvature.mean()
+    curvature.damping = options.damping * (mean_fisher if options.unit == "mean-fisher" else 1.0)
+    if not 0 < curvature.damping < float("inf"):
+        raise RunError(
+            f"the mean of the curvature is {mean_fisher:.3g}, no damping follows from it; give"
+            " --damping with --damping-unit absolute, or use --dtype float32"
+        )
+
+    def gather(name: str, _place: int, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        removed[name].add_(gradient_of(inputs, gradients))
+
+    if retain:
+        passes.run(forget, gather, _counting(report, "forget gradient", len(forget)))
+    for name in passes.maps:
+        removed[name] = curvature.solve(name, removed[name].div_(tokens))
+    energies = [0.0] * len(forget)
+    rises = [0.0] * len(retain)
+
+    def predict(name: str, place: int, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        if place < len(forget):
+            energies[place] += float(curvature.energy(name, gradient_of(inputs, gradients)))
+        else:
+            rises[place - len(forget)] += float(along(inputs, gradients, removed[name]))
+
+    known = passes.run(every, predict, _counting(report, "influence", len(every)))
+    counts = [max(1, row.tokens) for row in known]
+    found = LeaveOut(
+        forget=known[: len(forget)],
+        retain=known[len(forget) :],
+        self_influence=[
+            energy / (tokens * count) for energy, count in zip(energies, counts, strict=False)
+        ],
+        collateral=[rise / count for rise, count in zip(rises, counts[len(forget) :], strict=True)],
+        mean_fisher=mean_fisher,
+        damping=curvature.damping,
+        tokens=tokens,
+    )
+    if not all(torch.isfinite(torch.tensor([*found.self_influence, *found.collateral]))):
+        raise RunError("an influence is not finite; use --dtype float32, or set --damping higher")
+    return found
+
+
+def _diagonal(
+    passes: RowGradients, rows: Sequence[Windows], options: CurvatureOptions, report: Report
+) -> DiagonalCurvature:
+    """Sum of every row's squared gradient over the tokens of all: the mean token loss's Fisher.
+
+    With the tokens' gradients uncorrelated, as those of drawn labels are.
+    """
+    fisher = blocks_of_zeros(passes.maps)
+
+    def square(name: str, _place: int, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        gradient = gradient_of(inputs, gradients)
+        fisher[name].addcmul_(gradient, gradient)
+
+    advance = _counting(report, "Fisher", len(rows))
+    passes.run(rows, square, advance, labels=options.labels, seed=options.seed)
+    tokens = passes.counted(rows)
+    for block in fisher.values():
+        block.div_(tokens)
+    return DiagonalCurvature(fisher)
+
+
+def _counting(report: Report, phase: str, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def advance(rows: int) -> None:
+        nonlocal done
+        done += rows
+        report(phase, done, total)
+
+    return advance

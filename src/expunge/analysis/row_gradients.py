@@ -1,0 +1,251 @@
+"""Passes over rows that give each row's gradient of some linear maps, one map and row at a time.
+
+A row's gradient of a map is G = sum_t g_t x_t^T over its tokens, from the map's inputs x and the
+gradients g at its output. It exists while it is used and no longer, so that memory does not grow with
+the number of rows. The loss of a row is the sum over its counted tokens; its windows are one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from expunge.data.batches import Tokens, collate
+from expunge.data.tokenization import Example
+from expunge.methods.fisher import tapped
+from expunge.methods.forward import all_logits, head_takes_places, logits_at
+from expunge.methods.numerics import target_log_probs, unbroken_share
+from expunge.models.decoder import DecoderLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Windows = Sequence[Example]
+"""All examples of one row."""
+Labels = Literal["data", "model"]
+"""Whose labels a loss is on: the rows' own tokens, or tokens drawn from the model."""
+Receive = Callable[[str, int, torch.Tensor, torch.Tensor], None]
+"""Called with a map's name, the row's place, its inputs (tokens, in) and its gradients (tokens, out)."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """How well a model knows one row."""
+
+    tokens: int
+    """Counted tokens, over which the loss is a mean."""
+    loss: float
+    """Mean negative log-likelihood of the counted tokens, in nats."""
+    answer_loss: float
+    """The same of the answer's tokens."""
+    recall: float
+    """Share of the answer before its first token that greedy decoding, teacher-forced, gets wrong."""
+
+
+def rows_of(examples: Sequence[Example]) -> list[Windows]:
+    """The examples of each row together, in the order of the rows."""
+    rows: dict[str, list[Example]] = {}
+    for example in examples:
+        rows.setdefault(example.row_id, []).append(example)
+    return list(rows.values())
+
+
+def linear_maps(
+    model: nn.Module, layout: DecoderLayout, first: int, last: int
+) -> dict[str, nn.Module]:
+    """The linear maps of decoder layers `first` to `last`, by full name."""
+    names = (*layout.attention_linears, *layout.mlp_linears)
+    return {
+        f"{layout.layers}.{index}.{name}": layout.layer(model, index).get_submodule(name)
+        for index in range(first, last + 1)
+        for name in names
+    }
+
+
+class RowGradients:
+    """Passes of one model over rows, with the gradients of some of its linear maps."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        maps: Mapping[str, nn.Module],
+        pad_id: int,
+        batch_size: int,
+        tokens: Tokens = "all",
+    ) -> None:
+        """`tokens` are those that a row's loss counts."""
+        self.model, self.maps = model, maps
+        self.pad_id, self.batch_size, self.tokens = pad_id, batch_size, tokens
+        self._head_takes_places = head_takes_places(model)
+
+    def run(
+        self,
+        rows: Sequence[Windows],
+        receive: Receive | None = None,
+        advance: Callable[[int], None] = lambda _: None,
+        *,
+        labels: Labels = "data",
+        seed: int = 0,
+    ) -> list[Known]:
+        """One pass, in which `receive` is given every row's factors of every map.
+
+        Without `receive` there is no backward pass. The gradients are those of the loss on the row's own
+        tokens, or on `labels` drawn from the model, which depend on the seed and the row's place alone.
+        Longest rows first, so that memory peaks at once.
+        """
+        known: dict[int, Known] = {}
+        order = sorted(range(len(rows)), key=lambda place: -max(map(len, rows[place])))
+        with _frozen(self.model), torch.set_grad_enabled(receive is not None):
+            for start in range(0, len(order), self.batch_size):
+                places = order[start : start + self.batch_size]
+                drawn = [seed * 2**31 + place for place in places] if labels == "model" else None
+                known.update(zip(places, self._batch(rows, places, receive, drawn), strict=True))
+                advance(len(places))
+        return [known[place] for place in range(len(rows))]
+
+    def counted(self, rows: Sequence[Windows]) -> int:
+        """How many tokens the losses of these rows count; at least 1."""
+        examples = [window for row in rows for window in row]
+        batches = (collate([example], [0], self.pad_id) for example in examples)
+        return max(1, sum(int(b.mask(self.tokens)[:, 1:].sum()) for b in batches))
+
+    def _batch(
+        self,
+        rows: Sequence[Windows],
+        places: Sequence[int],
+        receive: Receive | None,
+        seeds: Sequence[int] | None,
+    ) -> list[Known]:
+        """Runs some rows, each with all its windows; with `seeds` of the rows on drawn labels."""
+        examples = [window for place in places for window in rows[place]]
+        spans = _spans([len(rows[place]) for place in places])
+        batch = collate(examples, range(len(examples)), self.pad_id).to(self.model.device)
+        counted = batch.mask(self.tokens)[:, 1:]
+        answers = batch.answer_mask[:, 1:]
+        where = counted | answers
+
+        def split(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+            assert receive is not None
+            inputs, gradients = wide(with_ones(inputs, self.maps[name])), wide(gradients)
+            for place, span in zip(places, spans, strict=True):
+                receive(name, place, inputs[span].flatten(0, 1), gradients[span].flatten(0, 1))
+
+        with tapped({} if receive is None else self.maps, split):
+            chosen = self._logits(where, batch.input_ids, batch.attention_mask)
+            targets = batch.input_ids[:, 1:][where]
+            values = -target_log_probs(chosen, targets)
+            if receive is not None:
+                loss = values
+                if seeds is not None:
+                    marked = [int(where[span].sum()) for span in spans]
+                    loss = -target_log_probs(chosen, drawn_labels(chosen, marked, seeds))
+                loss[counted[where]].sum().backward()
+        losses = values.detach().new_zeros(where.shape).masked_scatter(where, values.detach())
+        right = torch.zeros_like(where).masked_scatter(where, chosen.argmax(-1) == targets)
+        return [_known(losses[span], right[span], counted[span], answers[span]) for span in spans]
+
+    def _logits(
+        self, where: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits that predict the marked tokens, (marked, vocabulary); `where` is (rows, tokens - 1)."""
+        if not self._head_takes_places:
+            return all_logits(self.model, input_ids, attention_mask)[:, :-1][where]
+        before = nn.functional.pad(where, (0, 1))
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return logits_at(self.model, before, **inputs, use_cache=False)
+
+
+@torch.no_grad()
+def drawn_labels(logits: torch.Tensor, counts: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
+    """A label for every line of logits (n, vocabulary), drawn from the model's own softmax: (n,).
+
+    The first `counts[0]` lines use the generator of `seeds[0]`, and so on, whatever shares the batch.
+    """
+    uniform = torch.cat(
+        [
+            torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            for count, seed in zip(counts, seeds, strict=True)
+        ]
+    )
+    cumulative = logits.float().softmax(-1).cumsum(-1)
+    # The last entry is 1 up to rounding, and what is drawn must stay below it.
+    limits = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
+    labels = torch.searchsorted(cumulative, limits)[:, 0]
+    return labels.clamp(max=logits.shape[-1] - 1)
+
+
+def gradient_of(inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """sum_t g_t x_t^T: inputs (tokens, in), gradients (tokens, out) -> (out, in)."""
+    return gradients.T @ inputs
+
+
+def along(inputs: torch.Tensor, gradients: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """A row's gradient times `step` (out, in), summed to a scalar; the gradient is never formed."""
+    return ((inputs @ step.T) * gradients).sum()
+
+
+def block_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a map's gradient, its bias as a last column."""
+    out, inside = module.get_parameter("weight").shape
+    if type(module).__name__ == "Conv1D":  # transformers' own, which holds its weight turned
+        out, inside = inside, out
+    return out, inside + (getattr(module, "bias", None) is not None)
+
+
+def with_ones(inputs: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """A map's inputs (..., in), with a last column of ones where it has a bias."""
+    if getattr(module, "bias", None) is None:
+        return inputs
+    return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)
+
+
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """float32, or float64 where it is that already."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def blocks_of_zeros(maps: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """For every map a sum of gradients, (out, in), still 0."""
+    return {
+        name: wide(module.get_parameter("weight").detach().new_zeros(block_shape(module)))
+        for name, module in maps.items()
+    }
+
+
+def _spans(counts: Sequence[int]) -> list[slice]:
+    spans, start = [], 0
+    for count in counts:
+        spans.append(slice(start, start + count))
+        start += count
+    return spans
+
+
+def _known(
+    losses: torch.Tensor, right: torch.Tensor, counted: torch.Tensor, answers: torch.Tensor
+) -> Known:
+    """Of one row's windows, (windows, tokens - 1) each; an answer has a token, a loss may count none."""
+    whole = unbroken_share(right.flatten()[None], answers.flatten()[None])
+    return Known(
+        tokens=int(counted.sum()),
+        loss=float(losses[counted].sum()) / max(1, int(counted.sum())),
+        answer_loss=float(losses[answers].sum()) / max(1, int(answers.sum())),
+        recall=float(whole),
+    )
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient in the body: only the taps do."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)

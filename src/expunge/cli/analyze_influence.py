@@ -1,0 +1,67 @@
+"""`expunge analyze influence`: which rows a model depends on, and which removal would hurt."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from expunge.analysis.influence import InfluenceInputs, analyze_influence
+from expunge.analysis.influence_file import Influence
+from expunge.cli.console import progress_on_stderr
+from expunge.cli.options import parse, take_flag
+from expunge.data.rows import RowSet
+from expunge.errors import InputError
+from expunge.reporting.influence import influence_tables, summary_lines, write_figure
+
+
+@dataclass(frozen=True)
+class AnalyzeInfluence(InfluenceInputs):
+    """expunge analyze influence MODEL --forget F [--retain R] [--nonmembers N] [--output influence.json]
+
+    Says of each forget row how strongly the model depends on it and how well it is known, of each
+    retain row how much its loss would rise without the forget set, and lists retain rows that overlap
+    with it. Prints tables, or JSON with --json. --quiet shows no progress.
+    """
+
+    top: int = 10
+    """Rows that each table shows."""
+    json: bool = False
+    """Print JSON instead of tables."""
+    reveal: bool = False
+    """Show the text of the rows in the tables; files never hold any."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top < 1:
+            raise InputError(f"--top {self.top}: must be 1 or more")
+        if self.reveal and self.json:
+            raise InputError("--reveal: shows text in the tables; leave --json out")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses, analyses, prints."""
+    arguments, quiet = take_flag(list(arguments), "--quiet")
+    settings = parse(AnalyzeInfluence, arguments, "expunge analyze influence")
+    with progress_on_stderr(quiet=quiet) as progress:
+        influence, sets = analyze_influence(settings, progress.phase, progress.message)
+    if settings.figure is not None:
+        write_figure(influence, Path(settings.figure))
+    _show(influence, sets, settings)
+    return 0
+
+
+def _show(influence: Influence, sets: Mapping[str, RowSet], settings: AnalyzeInfluence) -> None:
+    if settings.json:
+        sys.stdout.write(json.dumps(influence.to_json(), indent=2) + "\n")
+        return
+    console = Console(markup=False, highlight=False)
+    texts = {row.id: row for rows in sets.values() for row in rows} if settings.reveal else None
+    for table in influence_tables(influence, settings.top, texts):
+        console.print(table)
+    for line in summary_lines(influence):
+        console.print(line, soft_wrap=True)

@@ -1,0 +1,163 @@
+"""The influence of rows for people: tables of the rows that matter most, and a figure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expunge.analysis.influence_file import Influence
+from expunge.data.rows import Row
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_SHOWN = 120
+"""Characters of a revealed text."""
+
+
+def summary_lines(influence: Influence) -> list[str]:
+    """What the tables do not say: counts, thresholds, overlaps by reason."""
+    gone = sum(row.gone for row in influence.forget)
+    lines = [
+        f"{len(influence.forget)} forget rows, {gone} of them gone already;"
+        f" {len(influence.retain)} retain rows,"
+        f" {sum(row.collateral > 0 for row in influence.retain)} predicted to get worse"
+    ]
+    kinds = {row.kind for row in influence.forget}
+    for kind, limit in influence.thresholds.items():
+        if kind in kinds:
+            lines.append(
+                f"gone ({kind}): answer loss {limit.answer_loss:.2f} or more and recall"
+                f" {limit.recall:.2f} or less ({limit.source})"
+            )
+    reasons = Counter(overlap.reason for overlap in influence.overlaps)
+    found = ", ".join(f"{reason} {count}" for reason, count in reasons.items()) or "none"
+    lines.append(f"retain rows that overlap with the forget set: {found}")
+    curvature = influence.curvature
+    lines.append(
+        f"curvature {influence.settings['curvature']} of {curvature['parameters']} parameters in"
+        f" {curvature['maps']} maps, damping {curvature['damping']:.3g}"
+        f" (mean of the curvature {curvature['mean_fisher']:.3g})"
+    )
+    return lines
+
+
+def influence_tables(
+    influence: Influence, top: int, texts: Mapping[str, Row] | None = None
+) -> list[Table]:
+    """The strongest forget rows, the retain rows most at risk, the overlaps; at most `top` of each.
+
+    `texts` are the rows by id where their text may be shown; without them no text is.
+    """
+    tables = []
+    strongest = sorted(influence.forget, key=lambda row: (-row.self_influence, row.id))
+    rows = [
+        [
+            row.id,
+            row.task,
+            row.kind,
+            f"{row.self_influence:.3g}",
+            f"{row.loss:.3f}",
+            f"{row.recall:.2f}",
+            "yes" if row.gone else "no",
+        ]
+        for row in strongest[:top]
+    ]
+    header = ("id", "task", "kind", "self-influence, nats", "loss, nats", "recall", "gone")
+    tables.append(_table(f"Forget rows, strongest {len(rows)}", header, rows, texts))
+    at_risk = sorted(influence.retain, key=lambda row: (-row.collateral, row.id))
+    if at_risk:
+        rows = [
+            [
+                row.id,
+                row.task,
+                row.kind,
+                f"{row.collateral:+.3g}",
+                f"{row.loss:.3f}",
+                f"{row.recall:.2f}",
+            ]
+            for row in at_risk[:top]
+        ]
+        header = ("id", "task", "kind", "collateral, nats", "loss, nats", "recall")
+        tables.append(_table(f"Retain rows, most at risk {len(rows)}", header, rows, texts))
+    if influence.overlaps:
+        rows = []
+        for overlap in influence.overlaps[:top]:
+            more = f" and {overlap.count - 1} more" if overlap.count > 1 else ""
+            share = "-" if overlap.containment is None else f"{overlap.containment:.2f}"
+            cells = [overlap.retain, overlap.reason, overlap.forget[0] + more, share]
+            rows.append([*cells, *([", ".join(overlap.subjects)] if texts is not None else [])])
+        header = ("id", "reason", "forget rows", "containment")
+        header += ("subjects",) if texts is not None else ()
+        title = f"Retain rows that overlap, {len(rows)} of {len(influence.overlaps)}"
+        tables.append(_table(title, header, rows, texts))
+    return tables
+
+
+def write_figure(influence: Influence, path: Path, top: int = 30) -> None:
+    """One HTML file that needs no network: forget rows by self-influence, retain rows at risk."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    at_risk = sorted(influence.retain, key=lambda row: (-row.collateral, row.id))[:top]
+    titles = ["Forget rows: what they owe to themselves"]
+    titles += [f"Retain rows: the {len(at_risk)} most at risk"] if at_risk else []
+    figure: Any = make_subplots(rows=len(titles), cols=1, subplot_titles=titles)
+    for task in sorted({row.task for row in influence.forget}):
+        rows = [row for row in influence.forget if row.task == task]
+        figure.add_trace(
+            go.Histogram(x=[row.self_influence for row in rows], name=task, nbinsx=40), row=1, col=1
+        )
+    figure.update_xaxes(title_text="self-influence, nats a token", row=1, col=1)
+    figure.update_yaxes(title_text="rows", row=1, col=1)
+    if at_risk:
+        figure.add_trace(
+            go.Bar(
+                x=[row.collateral for row in at_risk][::-1],
+                y=[row.id for row in at_risk][::-1],
+                orientation="h",
+                showlegend=False,
+                customdata=[[row.task, row.loss, row.recall] for row in at_risk][::-1],
+                hovertemplate=(
+                    "%{y}<br>collateral %{x:.3g}<br>%{customdata[0]}, loss %{customdata[1]:.3f},"
+                    " recall %{customdata[2]:.2f}<extra></extra>"
+                ),
+            ),
+            row=2,
+            col=1,
+        )
+        figure.update_xaxes(
+            title_text="collateral: predicted rise of the loss, nats a token", row=2, col=1
+        )
+    height = 420 + 18 * len(at_risk) * bool(at_risk) + 200 * bool(at_risk)
+    figure.update_layout(
+        barmode="stack", height=height, title_text="Influence of rows", template="plotly_white"
+    )
+    # A fixed id: the same input gives the same bytes.
+    html = figure.to_html(include_plotlyjs=True, full_html=True, div_id="influence")
+    path.write_text(html, encoding="utf-8")
+
+
+def _table(
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    texts: Mapping[str, Row] | None,
+) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in header:
+        table.add_column(heading, justify="right" if "nats" in heading else "left", overflow="fold")
+    if texts is not None:
+        table.add_column("text", overflow="fold")
+    for cells in rows:
+        revealed = []
+        if texts is not None:
+            text = " ".join(texts[cells[0]].text.split())
+            revealed = [text[:_SHOWN] + "…" * (len(text) > _SHOWN)]
+        table.add_row(*cells, *revealed)
+    return table
