@@ -222,7 +222,8 @@ def _published(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str,
     import torch
     from transformers import AutoModelForCausalLM
 
-    from expunge.data.batches import EpochBatches, collate
+    from expunge.data.batches import collate
+    from expunge.data.sampling import EpochBatches
     from expunge.methods.adaptive_rmu import AdaptiveRMU
     from expunge.methods.base import Context
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from expunge.data.batches import collate, rows_a_step
+from expunge.data.batches import collate
 from expunge.data.random_text import LENGTH, random_examples
+from expunge.data.sampling import rows_a_step
 
 
 def test_rows_are_seeded_and_as_long_as_the_context_allows(tokenizer: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import tiny_model
-from expunge.data.batches import EpochBatches
+from expunge.data.sampling import step_batches
 from expunge.models.engine import SegmentEngine
 from expunge.models.packing import NotASegment
 from expunge.models.parts import StreamedModel
@@ -92,11 +92,11 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
 def same_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed runs shuffle rows freely; padded ones put rows of similar length together."""
 
-    def batches(*arguments: Any, by_length: bool) -> EpochBatches:
+    def batches(*arguments: Any, by_length: bool) -> Any:
         del by_length
-        return EpochBatches(*arguments, by_length=False)
+        return step_batches(*arguments, by_length=False)
 
-    monkeypatch.setattr("expunge.training.loop.EpochBatches", batches)
+    monkeypatch.setattr("expunge.training.loop.step_batches", batches)
 
 
 @pytest.mark.parametrize("method", ["adaptive-rmu", "rmu"])

@@ -234,7 +234,7 @@ def test_what_would_fit_is_found_by_planning_it(
 def test_the_largest_batches_are_those_of_the_run(
     model_dir: Callable[[str], Path], row_files: dict[str, Path], method: NPO | LIBU
 ) -> None:
-    from expunge.data.batches import EpochBatches, rows_a_step
+    from expunge.data.sampling import Sampling, step_batches
     from expunge.methods.base import Context
 
     inputs = RunInputs(
@@ -248,17 +248,17 @@ def test_the_largest_batches_are_those_of_the_run(
         seed = 0
 
     sums = []
-    sides = [
-        EpochBatches(
-            rows,
-            rows_a_step(rows, 3),
-            0,
-            lambda epoch, side=side: Context.generator(Seed, f"{side} order of epoch {epoch}"),  # type: ignore[misc, arg-type]
-        )
-        for side, rows in (("forget", prepared.forget), ("retain", prepared.retain))
-    ]
+    sides = step_batches(
+        prepared.forget,
+        prepared.retain,
+        3,
+        0,
+        lambda purpose: Context.generator(Seed, purpose),  # type: ignore[arg-type]
+        Sampling(),
+        7,
+    )
     for step in range(1, 8):
-        batches = [side.at(step) for side in sides]
+        batches = [side.at(step) for side in sides if side is not None]
         sums.append(sum(batch.input_ids.numel() for batch in batches))
     found = [
         sum(side.input_ids.numel() for side in sides if side is not None) for sides in largest.parts

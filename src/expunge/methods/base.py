@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import torch
 from torch import nn
 
-from expunge.data.batches import Batch, Sampling
+from expunge.data.batches import Batch
+from expunge.data.sampling import Sampling
 from expunge.data.tokenization import Example
 from expunge.methods.calibration import NeverSeen
 from expunge.methods.numerics import token_log_probs

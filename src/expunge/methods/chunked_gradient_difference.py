@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from expunge.data.batches import Batch, Sampling
+from expunge.data.batches import Batch
+from expunge.data.sampling import Sampling
 from expunge.errors import InputError
 from expunge.methods.base import Context, Preset, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective, GradientSettings

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from expunge.data.batches import Batch, Sampling, Tokens, in_order
+from expunge.data.batches import Batch, Tokens, in_order
+from expunge.data.sampling import Sampling
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
 from expunge.methods.base import Context, Finished, OptimizerSpec, Terms

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from expunge.data.batches import Batch, Sampling, Tokens
+from expunge.data.batches import Batch, Tokens
+from expunge.data.sampling import Sampling
 from expunge.errors import InputError
 from expunge.methods.base import Context, Finished, OptimizerSpec, Terms
 from expunge.methods.calibration import NeverSeen

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Literal, cast
+from typing import cast
 
-from expunge.data.batches import Batch, collate, step_batches
+from expunge.data.batches import Batch, collate
+from expunge.data.sampling import step_batches
 from expunge.data.tokenization import Example
 from expunge.methods.base import Context
 from expunge.training.loop import micro_batches, part
@@ -17,7 +18,6 @@ from expunge.training.preparation import Prepared
 _EPOCHS = 100
 """Epochs whose batches are looked at; those of more would hardly be larger."""
 Lengths = Sequence[int]
-Examples = Sequence[Example]
 Part = tuple[Batch, Batch | None]
 
 
@@ -91,30 +91,18 @@ def _batches(prepared: Prepared, *, by_length: bool) -> Iterator[tuple[list[int]
     """Numbers of the forget and the retain rows of every step."""
     used, sampling = prepared.used, prepared.method.sampling
     seeded = cast("Context", SimpleNamespace(seed=prepared.options.seed))
-    forget, retain = (
-        step_batches(
-            side,
-            examples,
-            used["batch_size"],
-            prepared.pad_id,
-            partial(Context.generator, seeded),
-            sampling,
-            used["steps"],
-            by_length=by_length,
-        )
-        if examples
-        else None
-        for side, examples in _sides(prepared)
+    forget, retain = step_batches(
+        prepared.forget,
+        prepared.retain,
+        used["batch_size"],
+        prepared.pad_id,
+        partial(Context.generator, seeded),
+        sampling,
+        used["steps"],
+        by_length=by_length,
     )
-    assert forget is not None
     for step in range(1, min(used["steps"], _EPOCHS * used["steps_per_epoch"]) + 1):
         yield forget.indices(step), [] if retain is None else retain.indices(step)
-
-
-def _sides(
-    prepared: Prepared,
-) -> tuple[tuple[Literal["forget"], Examples], tuple[Literal["retain"], Examples]]:
-    return ("forget", prepared.forget), ("retain", prepared.retain)
 
 
 def _lengths(indices: Sequence[int], rows: Sequence[Example]) -> list[int]:

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from expunge.data.batches import Batch, StepBatches, step_batches
+from expunge.data.batches import Batch
+from expunge.data.sampling import step_batches
 from expunge.errors import RunError
 from expunge.methods.base import Context, Objective, Schedule
 from expunge.models.weights import restore, snapshot
@@ -123,8 +124,17 @@ class Loop:
         self._options, self._keeper, self._progress, self._log = options, keeper, progress, log
         self._parameters = objective.parameters
         self._optimizer = _optimizer(objective, options.learning_rate)
-        self._forget = self._batches("forget")
-        self._retain = self._batches("retain") if context.retain else None
+        self._forget, self._retain = step_batches(
+            context.forget,
+            context.retain,
+            context.batch_size,
+            context.pad_id,
+            context.generator,
+            context.sampling,
+            options.steps,
+            # Packed rows need no company of their own length.
+            by_length=context.engine is None,
+        )
         self.history = History(target)
         self._best: dict[str, torch.Tensor] | None = None
         self._slowest_step = 0.0
@@ -349,20 +359,6 @@ class Loop:
         restore(self._parameters, self._best)
         history.chosen_step = chosen.step
         history.chosen_why = f"highest score {chosen.score:.4f} of {len(usable)} usable candidates"
-
-    def _batches(self, side: Literal["forget", "retain"]) -> StepBatches:
-        context = self._context
-        return step_batches(
-            side,
-            context.forget if side == "forget" else context.retain,
-            context.batch_size,
-            context.pad_id,
-            context.generator,
-            context.sampling,
-            self._options.steps,
-            # Packed rows need no company of their own length.
-            by_length=context.engine is None,
-        )
 
 
 def micro_batches(sides: Sequence[Sequence[int]], rows: int | None, tokens: int | None) -> int:

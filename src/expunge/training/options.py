@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from expunge.data.batches import steps_an_epoch
+from expunge.data.sampling import steps_an_epoch
 from expunge.data.tokenization import LongRows
 from expunge.errors import InputError
 from expunge.methods.base import Method, Schedule

@@ -1,0 +1,294 @@
+"""Which rows each step of a run takes: in a seeded order, of similar length, some more often."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Protocol
+
+import torch
+
+from expunge.data.batches import Batch, collate
+from expunge.data.tokenization import Example
+
+_UNIT = 2**20
+"""Parts that a row's weight is counted in."""
+_POOL = 16
+"""Batches whose rows are sorted by length together: enough to save padding, yet random."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a method draws its rows, beside the batch size."""
+
+    retain_ratio: int = 1
+    """Retain rows of a step for each forget row."""
+    chunk_size: int | None = None
+    """Forget rows of a chunk; chunks follow each other. None: all rows are one."""
+    rounds: int = 1
+    """Times that the chunks are gone through, each with its part of the epochs."""
+
+
+def rows_a_step(examples: Sequence[Example], batch_size: int) -> int:
+    """Rows that a step takes of a set: `batch_size` of the user's, and random ones on top.
+
+    So many that an epoch of both is as long as one of the user's alone.
+    """
+    listed = sum(example.listed for example in examples)
+    return round(batch_size * len(examples) / listed) if listed else batch_size
+
+
+def epoch_order(
+    lengths: Sequence[int], batch_size: int, generator: torch.Generator, *, by_length: bool = True
+) -> list[list[int]]:
+    """One epoch's batches of indices, shuffled; `by_length` sorts inside pools of 16 batches."""
+    shuffled = torch.randperm(len(lengths), generator=generator).tolist()
+    if not by_length:
+        return [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]
+    pool = batch_size * _POOL
+    batches = []
+    for start in range(0, len(shuffled), pool):
+        ordered = sorted(shuffled[start : start + pool], key=lambda index: lengths[index])
+        batches += [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def extra_rounds(weights: Sequence[float]) -> tuple[int, int, list[int]]:
+    """Rounds of rows that an epoch has on top of the one that takes all, rows a round, shares of them.
+
+    A row of weight w is taken w times an epoch on average: once with all, and in each round with
+    probability (w - 1) / rounds, at most 1, so that no round holds a row twice. The shares are whole
+    numbers in proportion to w - 1, for `systematic_sample`. Raises ValueError for a weight below 1.
+    """
+    if min(weights, default=1.0) < 1:
+        raise ValueError("a weight is below 1: every row is taken at least once an epoch")
+    rounds = math.ceil(max(weights, default=1.0) - 1)
+    shares = [round((weight - 1) * _UNIT) for weight in weights]
+    rows = sum(shares) // (rounds * _UNIT) if rounds else 0
+    return (rounds if rows else 0), rows, shares
+
+
+def systematic_sample(shares: Sequence[int], count: int, generator: torch.Generator) -> list[int]:
+    """`count` different indices, each with probability count * share / sum(shares), which is 1 at most.
+
+    Systematic sampling over a random order (Madow, 1949): one draw, then equal steps. In whole numbers,
+    so that there are always `count`.
+    """
+    order = torch.randperm(len(shares), generator=generator)
+    ordered = torch.tensor(shares)[order]
+    total = int(ordered.sum())
+    offset = int(torch.randint(total, (), generator=generator))
+    ends = (ordered.cumsum(0) * count + offset) // total
+    begins = torch.cat([torch.zeros(1, dtype=torch.long), ends[:-1]])
+    return sorted(order[ends > begins].tolist())
+
+
+class EpochBatches:
+    """The batch of any step, a new order every epoch; a function of the seed and the step alone.
+
+    Rows of a weight above 1 are taken more than once an epoch, never twice in a batch.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        pad_id: int,
+        generator: Callable[[int], torch.Generator],
+        *,
+        by_length: bool = True,
+    ) -> None:
+        """`generator` gives that of an epoch; `by_length` puts rows of similar length together."""
+        self.examples, self._batch_size, self._pad_id = examples, batch_size, pad_id
+        self._generator, self._by_length = generator, by_length
+        self._rounds, self._extra, self._shares = extra_rounds([e.weight for e in examples])
+        self._epoch = -1
+        self._order: list[list[int]] = []
+
+    @property
+    def batches_an_epoch(self) -> int:
+        """The same in every epoch."""
+        extra = self._rounds * -(-self._extra // self._batch_size)
+        return -(-len(self.examples) // self._batch_size) + extra
+
+    def indices(self, step: int) -> list[int]:
+        """Positions of the rows of a step, counted from 1."""
+        epoch, position = divmod(step - 1, self.batches_an_epoch)
+        if epoch != self._epoch:
+            self._order = self._epoch_order(self._generator(epoch))
+            self._epoch = epoch
+        return self._order[position]
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step, counted from 1."""
+        return collate(self.examples, self.indices(step), self._pad_id)
+
+    def _epoch_order(self, generator: torch.Generator) -> list[list[int]]:
+        lengths = [len(example) for example in self.examples]
+        size, by_length = self._batch_size, self._by_length
+        batches = epoch_order(lengths, size, generator, by_length=by_length)
+        if not self._rounds:
+            return batches
+        for _ in range(self._rounds):
+            chosen = systematic_sample(self._shares, self._extra, generator)
+            order = epoch_order([lengths[i] for i in chosen], size, generator, by_length=by_length)
+            batches += [[chosen[i] for i in batch] for batch in order]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+class StepBatches(Protocol):
+    """One side's batch of every step."""
+
+    def indices(self, step: int) -> list[int]:
+        """Positions of the rows of a step, counted from 1."""
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step, counted from 1."""
+
+
+def steps_an_epoch(rows: int, batch_size: int, chunk_size: int | None) -> int:
+    """Batches that a pass over all forget rows takes; none has rows of two chunks."""
+    return sum(-(-len(chunk) // batch_size) for chunk in chunks_of(rows, chunk_size))
+
+
+def chunks_of(rows: int, chunk_size: int | None) -> list[range]:
+    """The rows in file order, so many a chunk; the last may have fewer."""
+    size = chunk_size or rows
+    return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+class ChunkedBatches:
+    """Chunk after chunk, each with all passes of a round before the next one begins.
+
+    A function of the seed and the step alone. A run of less than an epoch sees the first chunks only.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        pad_id: int,
+        generator: Callable[[int], torch.Generator],
+        sampling: Sampling,
+        steps: int,
+        *,
+        by_length: bool = True,
+    ) -> None:
+        """`steps` of the whole run: what is left of whole epochs begins with the first chunk again."""
+        self._examples, self._batch_size, self._pad_id = examples, batch_size, pad_id
+        self._generator, self._by_length = generator, by_length
+        self._chunks = chunks_of(len(examples), sampling.chunk_size)
+        epochs = max(1, steps // steps_an_epoch(len(examples), batch_size, sampling.chunk_size))
+        cuts = [epochs * done // sampling.rounds for done in range(sampling.rounds + 1)]
+        self._visits = [
+            (epoch, chunk)
+            for begin, end in pairwise(cuts)
+            for chunk in range(len(self._chunks))
+            for epoch in range(begin, end)
+        ]
+        self._ends = list(
+            accumulate(-(-len(self._chunks[chunk]) // batch_size) for _, chunk in self._visits)
+        )
+        self._epochs = epochs
+        self._visit: tuple[int, int] | None = None
+        self._order: list[list[int]] = []
+
+    def indices(self, step: int) -> list[int]:
+        """Positions of the rows of a step, counted from 1."""
+        again, place = divmod(step - 1, self._ends[-1])
+        visit = bisect_right(self._ends, place)
+        epoch, chunk = self._visits[visit]
+        epoch += again * self._epochs
+        if self._visit != (epoch, chunk):
+            self._order = self._order_of(epoch, chunk)
+            self._visit = epoch, chunk
+        return self._order[place - (self._ends[visit - 1] if visit else 0)]
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step, counted from 1."""
+        return collate(self._examples, self.indices(step), self._pad_id)
+
+    def _order_of(self, epoch: int, chunk: int) -> list[list[int]]:
+        generator = self._generator(epoch)
+        for rows in self._chunks[: chunk + 1]:  # one generator draws for all chunks of an epoch
+            lengths = [len(self._examples[row]) for row in rows]
+            order = epoch_order(lengths, self._batch_size, generator, by_length=self._by_length)
+        return [[rows[index] for index in batch] for batch in order]
+
+
+class MatchedBatches:
+    """Batches in the order that puts those of long rows beside long rows of the other side.
+
+    What is learnt from documents is then held on documents. Every epoch has the same batches as without.
+    """
+
+    def __init__(
+        self, batches: EpochBatches, beside: StepBatches, lengths: Sequence[int], pad_id: int
+    ) -> None:
+        """`lengths` are those of the examples that `beside` draws from."""
+        self._batches, self._beside, self._lengths = batches, beside, lengths
+        self._pad_id = pad_id
+        self._epoch = -1
+        self._order: list[list[int]] = []
+
+    def indices(self, step: int) -> list[int]:
+        """Positions of the rows of a step, counted from 1."""
+        count = self._batches.batches_an_epoch
+        epoch, position = divmod(step - 1, count)
+        if epoch != self._epoch:
+            steps = range(epoch * count + 1, (epoch + 1) * count + 1)
+            own = [len(example) for example in self._batches.examples]
+            mine = [self._batches.indices(at) for at in steps]
+            mine.sort(key=lambda batch: _mean_length(batch, own))
+            theirs = [_mean_length(self._beside.indices(at), self._lengths) for at in steps]
+            self._order = [[] for _ in steps]
+            for rank, place in enumerate(sorted(range(count), key=theirs.__getitem__)):
+                self._order[place] = mine[rank]
+            self._epoch = epoch
+        return self._order[position]
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step, counted from 1."""
+        return collate(self._batches.examples, self.indices(step), self._pad_id)
+
+
+def step_batches(
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    batch_size: int,
+    pad_id: int,
+    generator: Callable[[str], torch.Generator],
+    sampling: Sampling,
+    steps: int,
+    *,
+    by_length: bool = True,
+) -> tuple[StepBatches, StepBatches | None]:
+    """What every step of a run takes of both sides; `generator` gives that of a purpose.
+
+    `by_length` puts rows of similar length together, in a side and in a step.
+    """
+
+    def orders(side: str) -> Callable[[int], torch.Generator]:
+        return lambda epoch: generator(f"{side} order of epoch {epoch}")
+
+    forgotten: StepBatches = (
+        EpochBatches(forget, batch_size, pad_id, orders("forget"), by_length=by_length)
+        if sampling.chunk_size is None
+        else ChunkedBatches(
+            forget, batch_size, pad_id, orders("forget"), sampling, steps, by_length=by_length
+        )
+    )
+    if not retain:
+        return forgotten, None
+    rows = rows_a_step(retain, batch_size * sampling.retain_ratio)
+    kept = EpochBatches(retain, rows, pad_id, orders("retain"), by_length=by_length)
+    if not by_length:
+        return forgotten, kept
+    return forgotten, MatchedBatches(kept, forgotten, [len(e) for e in forget], pad_id)
+
+
+def _mean_length(batch: Sequence[int], lengths: Sequence[int]) -> float:
+    return sum(lengths[index] for index in batch) / len(batch)
