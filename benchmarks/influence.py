@@ -30,7 +30,8 @@ from expunge.data.tokenization import Example
 from expunge.models.decoder import find_layout
 from expunge.reporting.tables import markdown
 
-VOCABULARY, LENGTH, TOPICS, WIDTH = 24, 9, 4, 16
+_ROUNDS = 4
+VOCABULARY, LENGTH, TOPICS, WIDTH = 24, 9, 4, 8
 KINDS = (("diagonal", "data"), ("diagonal", "model"), ("ekfac", "data"), ("ekfac", "model"))
 
 
@@ -56,7 +57,7 @@ class Truth:
 
 
 def make_problem(seed: int, rows: int = 32, penalty: float = 1e-3) -> Problem:
-    """Rows of a few topics, with words that vary, learned by a two-layer GPT-NeoX of width 16."""
+    """Rows of a few topics, with words that vary, learned by a two-layer GPT-NeoX of width 8."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     generator = torch.Generator().manual_seed(seed)
@@ -80,6 +81,7 @@ def make_problem(seed: int, rows: int = 32, penalty: float = 1e-3) -> Problem:
         max_position_embeddings=LENGTH,
         bos_token_id=None,
         eos_token_id=None,
+        attn_implementation="eager",  # which can be differentiated twice
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -88,7 +90,9 @@ def make_problem(seed: int, rows: int = 32, penalty: float = 1e-3) -> Problem:
             if parameter.ndim == 2:  # so large that the frozen embedding tells tokens apart
                 parameter.data = torch.randn(parameter.shape).double() / WIDTH**0.5
     problem = Problem(model, examples, penalty, seed)
-    _train(problem, list(range(rows)), steps=2000)
+    _train(problem, range(rows), steps=300)
+    for _ in range(_ROUNDS):
+        _train(problem, range(rows), steps=60, preconditioner=_preconditioner(problem))
     return problem
 
 
@@ -98,9 +102,11 @@ def measure_truth(problem: Problem, groups: int = 8, group_size: int = 8) -> Tru
     generator = torch.Generator().manual_seed(problem.seed + 1)
     before = _losses(problem)
     start = [parameter.detach().clone() for parameter in _trained(problem)]
+    preconditioner = _preconditioner(problem)
 
     def changed(left_out: Sequence[int]) -> list[float]:
-        _train(problem, [row for row in range(rows) if row not in left_out], steps=500)
+        kept = [row for row in range(rows) if row not in left_out]
+        _train(problem, kept, 60, preconditioner)
         change = (_losses(problem) - before).tolist()
         for parameter, value in zip(_trained(problem), start, strict=True):
             parameter.data.copy_(value)
@@ -173,28 +179,66 @@ def _losses(problem: Problem) -> torch.Tensor:
     return _token_losses(problem).mean(1)
 
 
-def _train(problem: Problem, kept: Sequence[int], steps: int) -> None:
-    """To the minimum of sum over kept tokens / all tokens + penalty / 2 * |weights|^2."""
+def _objective(problem: Problem, kept: Sequence[int]) -> torch.Tensor:
+    """Sum over the kept rows' tokens / all tokens + penalty / 2 * |weights|^2."""
+    losses = _token_losses(problem)
+    squares = torch.stack([weight.square().sum() for weight in _trained(problem)]).sum()
+    return losses[list(kept)].sum() / losses.numel() + problem.penalty / 2 * squares
+
+
+def _gradient(problem: Problem, kept: Sequence[int], *, graph: bool = False) -> torch.Tensor:
+    """Of the objective, (parameters,)."""
+    parts = torch.autograd.grad(_objective(problem, kept), _trained(problem), create_graph=graph)
+    return torch.cat([part.flatten() for part in parts])
+
+
+def _preconditioner(problem: Problem) -> torch.Tensor:
+    """P with P P^T the inverse of the Hessian on all rows, eigenvalues by size: (parameters, same)."""
+    gradient = _gradient(problem, range(len(problem.examples)), graph=True)
+    rows = []
+    for vectors in torch.eye(len(gradient), dtype=gradient.dtype).split(64):
+        parts = torch.autograd.grad(
+            gradient, _trained(problem), vectors, is_grads_batched=True, retain_graph=True
+        )
+        rows.append(torch.cat([part.flatten(1) for part in parts], dim=1))
+    hessian = torch.cat(rows)
+    values, axes = torch.linalg.eigh((hessian + hessian.T) / 2)
+    return axes / values.abs().clamp(min=0.1 * problem.penalty).sqrt()
+
+
+def _train(
+    problem: Problem, kept: Sequence[int], steps: int, preconditioner: torch.Tensor | None = None
+) -> None:
+    """L-BFGS from where the weights are; along the preconditioner's axes where there is one."""
     weights = _trained(problem)
+    start = torch.cat([weight.detach().flatten() for weight in weights])
+    turn = torch.eye(len(start), dtype=start.dtype) if preconditioner is None else preconditioner
+    moved = torch.zeros_like(start).requires_grad_(True)
+
+    def place() -> None:
+        sizes = [weight.numel() for weight in weights]
+        values = (start + turn @ moved.detach()).split(sizes)
+        for weight, value in zip(weights, values, strict=True):
+            weight.data.copy_(value.view_as(weight))
+
     optimizer = torch.optim.LBFGS(
-        weights,
+        [moved],
         max_iter=steps,
         history_size=50,
-        tolerance_grad=1e-7,
+        tolerance_grad=1e-10,
         tolerance_change=1e-14,
         line_search_fn="strong_wolfe",
     )
 
     def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        losses = _token_losses(problem)
-        loss = losses[list(kept)].sum() / losses.numel()
-        loss = loss + problem.penalty / 2 * sum(w.square().sum() for w in weights)
-        loss.backward()
+        place()
+        loss = _objective(problem, kept)
+        parts = torch.autograd.grad(loss, weights)
+        moved.grad = turn.T @ torch.cat([part.flatten() for part in parts])
         return loss
 
     optimizer.step(closure)
-    optimizer.zero_grad()
+    place()
 
 
 def main() -> None:

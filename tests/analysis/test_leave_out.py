@@ -8,14 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from analysis.conftest import Setting, make_setting
 from expunge.analysis import ekfac
 from expunge.analysis.leave_out import CurvatureOptions, LeaveOut, leave_out
 from expunge.data.batches import collate
 from expunge.errors import RunError
 from expunge.methods.numerics import target_log_probs
+from row_setting import Setting, make_setting
 
 FORGET = 2
+
+
+@pytest.fixture
+def setting() -> Setting:
+    return make_setting()
 
 
 def found(setting: Setting, batch_size: int = 3, **options: Any) -> LeaveOut:

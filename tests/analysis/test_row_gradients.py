@@ -7,9 +7,14 @@ import dataclasses
 import pytest
 import torch
 
-from analysis.conftest import Setting, make_setting
 from conftest import FAMILIES
 from expunge.analysis.row_gradients import along, block_shape, drawn_labels, gradient_of, rows_of
+from row_setting import Setting, make_setting
+
+
+@pytest.fixture
+def setting() -> Setting:
+    return make_setting()
 
 
 def collected(setting: Setting, batch_size: int = 3) -> dict[tuple[str, int], torch.Tensor]:

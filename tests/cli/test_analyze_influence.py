@@ -52,7 +52,9 @@ def test_it_prints_tables_and_writes_ids_and_numbers(
     assert "GiB for the model and its curvature" in err
     assert "(from one batch)" in err
     html = figure.read_text()
-    assert silent(texts, out, err, path.read_text(), html)
+    assert silent(texts, out, err, path.read_text())
+    assert silent([row["input"] for row in forget_rows], html)
+    assert silent([row["output"] for row in forget_rows], html)
     assert "https://cdn" not in html
     assert forget_rows[0]["id"] not in html  # the distribution names no forget row
     values = json.loads(path.read_text())

@@ -122,8 +122,8 @@ class Cost:
     def __str__(self) -> str:
         return (
             f"gradients of {self.parameters / 1e6:.1f} million parameters; about"
-            f" {self.bytes / 2**30:.1f} GiB for the model and its curvature, whatever the number of"
-            f" rows; {self.tokens} tokens forward and backward"
+            f" {self.bytes / 2**30:.1f} GiB for the model and its curvature, however many rows;"
+            f" {self.tokens} tokens forward and backward"
         )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 
 from conftest import random_examples, shaken, tiny_model
@@ -64,8 +63,3 @@ def make_setting(family: str = "olmo", lengths: Sequence[int] = (9, 5, 7, 6, 8))
     model = shaken(tiny_model(family, VOCABULARY, layers=2))
     rows: list[list[Example]] = [[example] for example in random_examples(lengths, VOCABULARY)]
     return Setting(model, linear_maps(model, find_layout(model), 0, 1), rows)
-
-
-@pytest.fixture
-def setting() -> Setting:
-    return make_setting()
