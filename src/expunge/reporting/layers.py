@@ -153,7 +153,7 @@ def write_figure(sweep: LayerSweep, path: Path) -> None:
             full_html=False,
             include_plotlyjs=True,
             div_id="layers",  # a random one would make every file another
-            config={"displaylogo": False, "responsive": True},
+            config={"displayModeBar": False, "responsive": True},
         ),
         table=_html_table(header, rows),
     )
@@ -225,7 +225,7 @@ def _figure(sweep: LayerSweep) -> Any:
         if layer is not None:
             figure.add_vline(x=layer, line={"color": "#888888", "width": 1, "dash": dash})
             figure.add_annotation(
-                text=said, x=layer, y=1.02 if said == "best" else 0.02, xref="x", yref="y domain",
+                text=said, x=layer, y=0.12 if said == "best" else 0.02, xref="x", yref="y domain",
                 showarrow=False, xanchor="right", yanchor="bottom",
             )  # fmt: skip
     for row in (1, 2):
