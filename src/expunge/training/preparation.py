@@ -61,6 +61,21 @@ class Prepared:
         }
 
 
+@dataclass(frozen=True)
+class EncodedSets:
+    """The rows of a run as tokens: what many runs on the same rows have in common."""
+
+    policy: TextPolicy
+    text: Mapping[str, Any]
+    """How rows became tokens."""
+    forget: Sequence[Example]
+    retain: Sequence[Example] | None
+    """None where there is no retain set."""
+    members: Sequence[Example]
+    """The forget set's documents; empty without non-members."""
+    nonmembers: Sequence[Example]
+
+
 def prepare(
     method: Method,
     options: TrainingOptions,
@@ -76,11 +91,50 @@ def prepare(
     forget_rows = as_rows(forget, "forget")
     retain_rows = None if retain is None else as_rows(retain, "retain")
     nonmember_rows = None if nonmembers is None else as_rows(nonmembers, "nonmembers")
-    warnings = _check_rows(method, forget_rows, retain_rows, nonmember_rows)
+    _check_retain(method, retain_rows)
+    sets = encode_sets(options, config, tokenizer, forget_rows, retain_rows, nonmember_rows)
+    return prepare_encoded(method, options, config, layout, tokenizer, sets)
+
+
+def encode_sets(
+    options: TrainingOptions,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: RowSet,
+    retain: RowSet | None,
+    nonmembers: RowSet | None,
+) -> EncodedSets:
+    """Tokenises every row once. Raises InputError for sets that overlap and rows that do not fit."""
+    for other in (retain, nonmembers):
+        if other is not None:
+            check_disjoint(forget, other)
     policy = TextPolicy(context_of(config), options.chat_template, options.long_rows)
-    forget_examples = encode_rows(forget_rows, tokenizer, policy, eos=False)
-    retain_examples = encode_rows(retain_rows or [], tokenizer, policy, eos=True)
-    windowed = count_windowed(forget_examples) + count_windowed(retain_examples)
+    return EncodedSets(
+        policy=policy,
+        text=policy.describe(tokenizer),
+        forget=encode_rows(forget, tokenizer, policy, eos=False),
+        retain=None if retain is None else encode_rows(retain, tokenizer, policy, eos=True),
+        members=encode_rows(documents(forget), tokenizer, policy, eos=False) if nonmembers else (),
+        nonmembers=encode_rows(documents(nonmembers), tokenizer, policy, eos=False)
+        if nonmembers
+        else (),
+    )
+
+
+def prepare_encoded(
+    method: Method,
+    options: TrainingOptions,
+    config: PretrainedConfig,
+    layout: DecoderLayout,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: EncodedSets,
+) -> Prepared:
+    """A run of these settings on rows that are tokens already. Raises InputError."""
+    method.check(layout)
+    warnings = _check_retain(method, sets.retain)
+    policy = sets.policy
+    retain_examples = sets.retain or ()
+    windowed = count_windowed(sets.forget) + count_windowed(retain_examples)
     if windowed:
         warnings.append(
             f"{windowed} rows are longer than the context of {policy.context} and were windowed"
@@ -96,19 +150,17 @@ def prepare(
     )
     generator = torch.Generator().manual_seed(options.seed)
     validation = ValidationSet(
-        _sample(forget_examples, generator),
+        _sample(sets.forget, generator),
         _validation_retain(kept_out, trained_on, generator),
-        encode_rows(documents(forget_rows), tokenizer, policy, eos=False) if nonmember_rows else (),
-        encode_rows(documents(nonmember_rows), tokenizer, policy, eos=False)
-        if nonmember_rows
-        else (),
+        sets.members,
+        sets.nonmembers,
     )
     return Prepared(
         method=method,
         options=options,
-        used=resolved(method, options, config.hidden_size, len(forget_examples)),
-        text=policy.describe(tokenizer),
-        forget=forget_examples,
+        used=resolved(method, options, config.hidden_size, len(sets.forget)),
+        text=sets.text,
+        forget=sets.forget,
         retain=[*trained_on, *held],
         validation=validation,
         retain_kept_out=bool(kept_out),
@@ -117,14 +169,8 @@ def prepare(
     )
 
 
-def _check_rows(
-    method: Method, forget: RowSet, retain: RowSet | None, nonmembers: RowSet | None
-) -> list[str]:
-    """Raises InputError for sets that overlap or are missing; returns warnings."""
-    if retain is not None:
-        check_disjoint(forget, retain)
-    if nonmembers is not None:
-        check_disjoint(forget, nonmembers)
+def _check_retain(method: Method, retain: object | None) -> list[str]:
+    """Raises InputError where a retain set is missing; returns warnings."""
     if retain is None and method.needs_retain:
         raise InputError(
             f"--method {method.name}: needs a retain set, none was given; give --retain with rows"

@@ -137,7 +137,7 @@ def run(
             scratch.mark("copied")
             progress.phase("copying the model", 1, 1)
         opening = time.monotonic()
-        parts, engine, why_whole = _open(checked, inputs, prepared, device, processes)
+        parts, engine, why_whole = open_parts(checked, inputs.dtype, prepared, device, processes)
         # Writing reads the model as often: once for hashes, twice to compare, once to run it.
         reserve = 1.25 * (3 * hash_seconds + time.monotonic() - opening)
         saved = scratch.saved()
@@ -264,9 +264,9 @@ def _bytes_of_cache(prepared: Prepared, checked: CheckedModel, inputs: RunInputs
     return plan_cache(prepared, width, getattr(torch, inputs.dtype)).bytes
 
 
-def _open(
+def open_parts(
     checked: CheckedModel,
-    inputs: RunInputs,
+    dtype: Literal["float32", "bfloat16"],
     prepared: Prepared,
     device: str,
     processes: Processes,
@@ -275,16 +275,16 @@ def _open(
     layout = checked.layout
     if prepared.method.trained_layers(layout) is None:
         if not processes.shards:
-            return WholeModel(load_model(checked, inputs.dtype, device)), None, None
-        model = load_model(checked, inputs.dtype, "cpu")
+            return WholeModel(load_model(checked, dtype, device)), None, None
+        model = load_model(checked, dtype, "cpu")
         shard_frozen(model, layout)
         return WholeModel(model), None, None
     skeleton = skeleton_of(checked.config, trust_remote_code=checked.trust_remote_code)
     parts: Parts
     if why_not_streamed(skeleton, own_code=checked.trust_remote_code) is None:
-        parts = StreamedModel(checked, getattr(torch, inputs.dtype), device)
+        parts = StreamedModel(checked, getattr(torch, dtype), device)
     else:
-        parts = WholeModel(load_model(checked, inputs.dtype, device))
+        parts = WholeModel(load_model(checked, dtype, device))
     try:
         return parts, open_engine(prepared, layout, parts, processes), None
     except NotASegment as reason:
@@ -294,7 +294,7 @@ def _open(
                 " then its trained weights cannot be sharded; use a configuration without FSDP"
             ) from None
         if parts.streamed:
-            parts = WholeModel(load_model(checked, inputs.dtype, device))
+            parts = WholeModel(load_model(checked, dtype, device))
         return parts, None, str(reason)
 
 
