@@ -58,7 +58,8 @@ def test_better_is_higher(side: str) -> None:
     values = []
     for value in (0.1, 0.4, 0.8):
         cells = {"A": {"knowledge": value, "regurgitation": 0.5}}
-        values.append(objective_value(name, dataclasses.replace(CARD, **{side: cells})))
+        sides: Any = {side: cells}
+        values.append(objective_value(name, dataclasses.replace(CARD, **sides)))
     assert values == sorted(values, reverse=side == "forget")  # type: ignore[type-var]
     assert len(set(values)) == 3
 

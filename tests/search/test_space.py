@@ -56,7 +56,7 @@ def test_drawn_values_keep_to_their_range_and_type() -> None:
         trial = study.ask()
         drawn.append({d.name: d.suggest(trial) for d in found.dimensions})
         method, options = found.with_values(drawn[-1])
-        assert method.alpha == drawn[-1]["method.alpha"]  # type: ignore[attr-defined]
+        assert method.alpha == drawn[-1]["method.alpha"]
         assert options.epochs == drawn[-1]["epochs"]
     assert all(5 <= d["method.alpha"] <= 100 for d in drawn)  # type: ignore[operator]
     # Even on the logarithmic scale: half of the draws lie below the geometric mean.

@@ -33,7 +33,13 @@ WORDS = ("method.alpha=log:5:100", "learning_rate=log:1e-3:1e-1", "schedule=choi
 def card(forgot: float, kept: float) -> Scorecard:
     aggregate = 2 * forgot * kept / (forgot + kept)
     return Scorecard(
-        {"A": {"knowledge": 1 - forgot}}, {"A": {"knowledge": kept}}, aggregate, 0.5, 1.0, None, None
+        {"A": {"knowledge": 1 - forgot}},
+        {"A": {"knowledge": kept}},
+        aggregate,
+        0.5,
+        1.0,
+        None,
+        None,
     )
 
 
@@ -90,7 +96,7 @@ def start(
     def call(output: str = "out", **changes: Any) -> dict[str, Any]:
         seed = changes.pop("seed", 0)
         options = changes.pop("options", {})
-        values = {
+        values: dict[str, Any] = {
             "model": str(model_dir("olmo")),
             "forget": str(row_files["forget"]),
             "retain": str(row_files["retain"]),
@@ -350,7 +356,7 @@ def test_the_timeout_begins_nothing_that_would_end_after_it(
         clock[0] += 10
 
     trials.events = dict.fromkeys(range(1, 20), lasts)
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("expunge.search.sweep.time.monotonic", lambda: clock[0])
     result = start(trials=20, timeout="35s")
     assert result["counts"]["ended"] == 3
     assert result["stopped"] == "--timeout 35s"
@@ -362,7 +368,10 @@ def test_a_worker_of_other_settings_is_refused_with_what_differs(
     start(trials=1)
     for changes, words in (
         ({"search": WORDS[:2]}, ("search schedule",)),
-        ({"search": ("method.alpha=log:5:90", *WORDS[1:])}, ("search method.alpha high 100.0", "90.0")),
+        (
+            {"search": ("method.alpha=log:5:90", *WORDS[1:])},
+            ("search method.alpha high 100.0", "90.0"),
+        ),
         ({"objectives": ("forgetting",)}, ("objectives", "forgetting")),
         ({"seed": 3}, ("training seed 0", "3")),
         ({"options": {"epochs": 2}}, ("training epochs null", "2")),
@@ -376,9 +385,10 @@ def test_a_worker_of_other_settings_is_refused_with_what_differs(
             assert word in message
     before = (tmp_path / "out" / "sweep.json").read_bytes()
     start(trials=1, options={"micro_batch_size": 2})
-    assert json.loads(before)["trials"] == json.loads(
-        (tmp_path / "out" / "sweep.json").read_bytes()
-    )["trials"]
+    assert (
+        json.loads(before)["trials"]
+        == json.loads((tmp_path / "out" / "sweep.json").read_bytes())["trials"]
+    )
 
 
 def test_a_shared_database_takes_workers_of_any_output(

@@ -36,7 +36,12 @@ def test_without_pruning_nothing_ends_it_and_nothing_is_reported() -> None:
 
 def test_the_best_usable_score_is_reported_once_a_tenth_and_not_at_the_end() -> None:
     told: list[tuple[int, float]] = []
-    watch = Watch(50, prune=True, report=lambda tenth, best: bool(told.append((tenth, best))))
+
+    def report(tenth: int, best: float) -> bool:
+        told.append((tenth, best))
+        return False
+
+    watch = Watch(50, prune=True, report=report)
     for step, score, destroyed in (
         (2, 0.9, True),
         (5, 0.2, False),

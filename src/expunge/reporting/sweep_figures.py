@@ -55,7 +55,7 @@ dress();
 
 def write_figures(result: Mapping[str, Any], path: Path) -> None:
     """Writes the page for what sweep.json holds."""
-    figures = []
+    figures: list[str] = []
     for figure in (history(result), importance(result), front(result)):
         if figure is not None:
             # The library is in the page once, so that it opens anywhere without a network.

@@ -98,8 +98,7 @@ def _result(task: Task, study: Study, stopped: str) -> dict[str, Any]:
     usable = {
         trial["number"]: [trial["values"][objective] for objective in objectives]
         for trial in trials
-        if trial["state"] == "complete"
-        and not trial["destroyed"]
+        if trial["state"] == "complete" and not trial["destroyed"]
     }
     front = pareto_front(usable)
     states = [trial["state"] for trial in trials]

@@ -22,7 +22,7 @@ from expunge.evaluation.scorecard import Scorecard, evaluate_model
 from expunge.methods.base import Method
 from expunge.models.loading import CheckedModel, load_model
 from expunge.models.parts import give_back_freed_memory
-from expunge.models.tensors import stored_tensors
+from expunge.models.tensors import StoredTensor, stored_tensors
 from expunge.processes import OneProcess
 from expunge.search.inputs import Task
 from expunge.training.options import TrainingOptions
@@ -168,7 +168,7 @@ def score(task: Task, weights: Mapping[str, torch.Tensor], progress: Progress) -
 
 def put(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], checked: CheckedModel) -> None:
     """Gives the model `weights` as a checkpoint would: rounded to the dtype of the files first."""
-    stored = {}
+    stored: dict[str, StoredTensor] = {}
     for shard in checked.files.shards:
         stored |= stored_tensors(shard)
     parameters = dict(model.named_parameters(remove_duplicate=False))
