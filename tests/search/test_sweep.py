@@ -442,6 +442,40 @@ def test_overwrite_begins_anew_and_spares_what_is_no_sweep(
         assert "a worker is at work" in refusal(lambda: start(trials=1, overwrite=True))
 
 
+def test_a_worker_that_was_taken_for_gone_leaves_its_trial_and_goes_on(
+    start: Any, trials: FakeTrials, tmp_path: Path
+) -> None:
+    """A machine that slept: another worker has failed its trial and put the settings in line."""
+
+    def fail_it() -> None:
+        study = stored(tmp_path / "out")
+        running = next(t for t in study.trials if t.state.name == "RUNNING")
+        study.tell(running.number, state=optuna.trial.TrialState.FAIL)
+        studies.put_in_line(study, study.trials[running.number])
+
+    trials.events = {2: fail_it}
+    result = start(trials=4)
+    states = [trial["state"] for trial in result["trials"]]
+    assert states == ["complete", "lost", "complete", "complete", "complete"]
+    assert result["trials"][2]["instead_of"] == 1
+
+
+def test_a_database_that_breaks_in_the_middle_is_said_so(
+    start: Any, trials: FakeTrials, tmp_path: Path
+) -> None:
+    import sqlite3
+
+    def drop() -> None:
+        with sqlite3.connect(tmp_path / "out" / "study.db") as database:
+            database.execute("drop table trial_user_attributes")
+        database.close()
+
+    trials.events = {2: drop}
+    with pytest.raises(RunError, match="the study's database failed"):
+        start(trials=4)
+    assert not list((tmp_path / "out").glob(".worker-*"))
+
+
 @pytest.mark.parametrize(
     ("url", "words"),
     [

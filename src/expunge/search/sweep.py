@@ -29,6 +29,7 @@ from expunge.search.study import (
     check_same_settings,
     check_url,
     counts,
+    is_lost,
     is_worked_on,
     open_study,
     put_in_line,
@@ -67,6 +68,9 @@ def sweep(
     Raises InputError before a model is loaded and anything is written, Interrupted where it was
     asked to stop, RunError where too many trials failed in a row.
     """
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
     progress = progress or Silent()
     output = Path(inputs.output)
     _check_output(output, inputs)
@@ -91,7 +95,13 @@ def sweep(
     worker = Worker(output)
     with stop_requests() as stop, worker.at_work():
         stop.can_resume = True
-        stopped = _Session(task, study, worker, stop, progress).work()
+        try:
+            stopped = _Session(task, study, worker, stop, progress).work()
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+            raise RunError(
+                f"the study's database failed ({type(error).__name__}); go on with the same command"
+                " when it works again"
+            ) from None
     result = write_results(task, study, stopped)
     if stop.requested:
         done = result["counts"]["ended"]
@@ -152,9 +162,8 @@ class _Session:
     def _is_next(self) -> bool:
         """Whether a trial is to be begun; one that waits to be tried again is."""
         trials = all_trials(self.study)
-        if any(trial.state.name == "WAITING" for trial in trials):
-            return True
-        done = sum(map(counts, trials))
+        waiting = sum(trial.state.name == "WAITING" for trial in trials)
+        done = sum(map(counts, trials)) - waiting
         self.progress.phase("trials", min(done, self.task.inputs.trials), self.task.inputs.trials)
         return done < self.task.inputs.trials
 
@@ -178,6 +187,8 @@ class _Session:
 
     def _one(self) -> bool:
         """One trial; False where it was one too many."""
+        import optuna
+
         started = time.monotonic()
         failed = len(self.failures)
         try:
@@ -185,14 +196,24 @@ class _Session:
         except _Surplus:
             return False
         except KeyboardInterrupt:
-            for trial in all_trials(self.study):
-                if trial.number == self.current:
-                    put_in_line(self.study, trial)
+            ended = self._begun_last()
+            if ended is not None and is_lost(ended):
+                put_in_line(self.study, ended)
             raise
+        except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+            ended = self._begun_last()
+            if ended is None or not is_lost(ended):
+                raise
+            self.progress.message(
+                f"trial {ended.number}: another worker took this one for gone, and tries it again"
+            )
         self.longest = max(self.longest, time.monotonic() - started)
         if len(self.failures) == failed:
             self.failures.clear()
         return True
+
+    def _begun_last(self) -> FrozenTrial | None:
+        return next((t for t in all_trials(self.study) if t.number == self.current), None)
 
     def _objective(self, trial: Trial) -> list[float]:
         """What Optuna calls: values, or the exception that says why there are none."""
@@ -273,8 +294,16 @@ class _Session:
             )
 
         progress = _Stoppable(self.progress, self.stop)
+        trackers = Path(self.task.inputs.output) / "trackers" / f"trial-{trial.number}"
         return run_trial(
-            self.task, method, options, self.worker.directory, watch, progress, self.target
+            self.task,
+            method,
+            options,
+            self.worker.directory,
+            watch,
+            progress,
+            self.target,
+            trackers,
         )
 
     def _measured(self, trial: Trial, result: TrialResult) -> list[float] | None:

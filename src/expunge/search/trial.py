@@ -101,10 +101,12 @@ def run_trial(
     watch: Callable[[int], Watch],
     progress: Progress,
     target: Scorecard | None = None,
+    trackers: Path | None = None,
 ) -> TrialResult:
     """Unlearns with these settings and measures the result.
 
-    `directory` holds hidden states meanwhile; `watch` makes the watch of a run of so many steps.
+    `directory` holds hidden states meanwhile, `trackers` what experiment trackers write; `watch` makes
+    the watch of a run of so many steps.
     Raises InputError for settings that do not go together, RunError where no checkpoint can be kept,
     Hopeless where the watch ends the run.
     """
@@ -121,7 +123,7 @@ def run_trial(
             parts,
             engine,
             why_whole,
-            Place(started, cache_directory=Path(states), tracker_directory=directory / "trackers"),
+            Place(started, cache_directory=Path(states), tracker_directory=trackers),
             progress,
             watch(prepared.used["steps"]),
         )
