@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -143,6 +142,7 @@ def test_yaml_flags_and_json(
     assert set(found["trials"][0]["params"]) == {"learning_rate", "schedule", "method.parameters"}
 
 
+@pytest.mark.slow
 def test_write_best_leaves_the_model(run_cli: Cli, command: list[object], tmp_path: Path) -> None:
     words = (*command, "--quiet", "--write-best", "--trials", 1, "--search", *SEARCH)
     assert run_cli(*words)[0] == 0
@@ -314,7 +314,6 @@ sweep.run_trial = together
     for process in workers:
         _, err = process.communicate(timeout=170)
         assert (process.returncode, err) == (0, "")
-    time.sleep(0)
     found = result(tmp_path / "out")
     assert found["counts"]["ended"] == 6
     assert len({json.dumps(t["params"]) for t in found["trials"] if t["values"]}) == 6

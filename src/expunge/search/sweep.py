@@ -17,7 +17,7 @@ from expunge.evaluation.scorecard import Scorecard
 from expunge.methods.base import Method
 from expunge.search.inputs import SweepInputs, Task, check_sweep
 from expunge.search.objectives import objective_value
-from expunge.search.results import RESULT, best_run, write_results
+from expunge.search.results import RESULT, RUNNING, best_run, write_results
 from expunge.search.study import (
     DATABASE,
     REASON,
@@ -145,7 +145,7 @@ class _Session:
                 check_same_settings(self.study, self.task)
                 if not self._one():
                     break
-                write_results(self.task, self.study, "running")
+                write_results(self.task, self.study, RUNNING)
                 if len(self.failures) >= inputs.max_failures:
                     write_results(self.task, self.study, "too many failures")
                     raise RunError(
