@@ -78,6 +78,20 @@ def test_history_shows_every_trial_the_best_so_far_target_and_oracle() -> None:
     assert lines == [0.0, 0.95, 0.99, 1.0]
 
 
+def test_a_destroyed_trial_is_shown_apart_and_is_not_the_best_so_far() -> None:
+    destroyed = copy.deepcopy(RESULT)
+    destroyed["trials"][1]["destroyed"] = True
+    destroyed["front"], destroyed["best"] = [2], 2
+    figure = history(destroyed)
+    assert figure is not None
+    traces = {t.name: t for t in figure.data if t.yaxis == "y"}
+    assert list(traces["best so far"].y) == [0.3, 0.9]
+    assert list(traces["destroyed (never best)"].x) == [1]
+    points = named(front(destroyed))
+    assert list(points["destroyed (never best)"].x) == [0.7]
+    assert list(points["other trials"].x) == [0.3]
+
+
 def test_the_front_marks_what_is_on_it_the_target_and_the_oracle() -> None:
     traces = named(front(RESULT))
     assert set(traces) == {"other trials", "Pareto front", "target", "oracle"}

@@ -59,7 +59,13 @@ def write_figures(result: Mapping[str, Any], path: Path) -> None:
     for figure in (history(result), importance(result), front(result)):
         if figure is not None:
             # The library is in the page once, so that it opens anywhere without a network.
-            figures.append(figure.to_html(full_html=False, include_plotlyjs=not figures))
+            figures.append(
+                figure.to_html(
+                    full_html=False,
+                    include_plotlyjs=not figures,
+                    config={"displayModeBar": False, "responsive": True},
+                )
+            )
     notes = "".join(
         f"<li>{html.escape(note)}</li>" for note in sweep_notes(result, str(path.parent))
     )
@@ -79,11 +85,11 @@ def history(result: Mapping[str, Any]) -> go.Figure | None:
         rows=len(objectives),
         cols=1,
         shared_xaxes=True,
-        subplot_titles=objectives,
+        subplot_titles=objectives if len(objectives) > 1 else None,
         vertical_spacing=0.1,
     )
     for row, objective in enumerate(objectives, start=1):
-        complete = [trial for trial in trials if trial["values"] is not None]
+        complete = [t for t in trials if t["values"] is not None and not t["destroyed"]]
         values = [trial["values"][objective] for trial in complete]
         numbers = [trial["number"] for trial in complete]
         shown = row == 1
@@ -103,6 +109,21 @@ def history(result: Mapping[str, Any]) -> go.Figure | None:
             row=row,
             col=1,
         )
+        destroyed = [trial for trial in trials if trial["destroyed"]]
+        if destroyed:
+            figure.add_trace(
+                _points(
+                    [trial["number"] for trial in destroyed],
+                    [trial["values"][objective] for trial in destroyed],
+                    destroyed,
+                    "destroyed (never best)",
+                    _GREY,
+                    "diamond-open",
+                    shown,
+                ),
+                row=row,
+                col=1,
+            )
         for state, colour, symbol in (("pruned", _ORANGE, "triangle-up"), ("failed", _PINK, "x")):
             others = [trial for trial in trials if trial["state"] == state]
             if others:
@@ -217,9 +238,11 @@ def _front_traces(
 ) -> Iterator[Any]:
     several = len(result["objectives"]) > 1
     complete = [trial for trial in result["trials"] if trial["state"] == "complete"]
+    destroyed = {trial["number"] for trial in complete if trial["destroyed"]}
     on_front = set(result["front"]) if several else {result["best"]}
     groups = (
-        ("other trials", _GREY, "circle-open", lambda n: n not in on_front),
+        ("other trials", _GREY, "circle-open", lambda n: n not in on_front | destroyed),
+        ("destroyed (never best)", _GREY, "diamond-open", lambda n: n in destroyed),
         ("Pareto front" if several else "best trial", _BLUE, "circle", lambda n: n in on_front),
     )
     for name, colour, symbol, belongs in groups:
