@@ -171,7 +171,7 @@ def test_layers_can_be_added_to_a_sweep(inputs: LayerInputs) -> None:
 def test_a_layer_that_keeps_no_checkpoint_is_a_result(
     inputs: LayerInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = layer_sweep.run
+    from expunge.training.run import run as original
 
     def failing(run_inputs: Any, method: Any, *rest: Any) -> Any:
         if method.layer == 2:

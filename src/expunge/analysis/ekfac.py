@@ -134,7 +134,7 @@ def _task(
             self, batch: Any, model: nn.Module, sample: bool = False
         ) -> torch.Tensor:
             where = batch["counted"][:, 1:]
-            logits: Any = all_logits(model, batch["input_ids"], batch["attention_mask"])  # type: ignore[arg-type]
+            logits: Any = all_logits(model, batch["input_ids"], batch["attention_mask"])
             chosen = logits[:, :-1][where]
             targets = batch["input_ids"][:, 1:][where]
             if sample:

@@ -76,6 +76,6 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
         raise ValueError(f"{len(first)} values beside {len(second)}")
     if len(set(first)) < 2 or len(set(second)) < 2:
         return None
-    from scipy.stats import spearmanr  # type: ignore[import-untyped]
+    from scipy.stats import spearmanr
 
     return float(spearmanr(list(first), list(second)).statistic)

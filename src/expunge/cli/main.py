@@ -21,6 +21,7 @@ COMMANDS = {
     "analyze": ("expunge.cli.analyze", "look before unlearning: analyze layers, analyze influence"),
     "compare": ("expunge.cli.compare", "print the scorecards of several runs side by side"),
     "data": ("expunge.cli.data", "check rows and show how they are tokenised (data inspect)"),
+    "sweep": ("expunge.cli.sweep", "search over options of a run; resumable, with many workers"),
     "benchmark": ("expunge.cli.benchmark", "make the built-in benchmark (benchmark build)"),
 }
 

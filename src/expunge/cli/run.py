@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -55,14 +55,18 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parsed(
-    arguments: Sequence[str], prog: str, inputs: type[RunInputs], about: str
+    arguments: Sequence[str],
+    prog: str,
+    inputs: type[Any],
+    about: str,
+    read: Callable[[Path], Mapping[str, Any]] = yaml_fields,
 ) -> tuple[Any, str | None]:
     """The options of a run, as `inputs`, `training` and `settings` of the method, and its preset.
 
-    `about` opens the help. Raises InputError.
+    `about` opens the help; `read` gives the fields of a YAML file. Raises InputError.
     """
     arguments, config = take_option(arguments, "--config")
-    fields = {} if config is None else yaml_fields(Path(config))
+    fields = {} if config is None else dict(read(Path(config)))
     arguments, chosen = take_option(arguments, "--method")
     arguments, preset = take_option(arguments, "--preset")
     yaml_method, yaml_preset = fields.pop("method", None), fields.pop("preset", None)
@@ -92,7 +96,7 @@ def _preset_arguments(method: Any, preset: str, command: type[Any]) -> list[str]
     return as_arguments(fields, f"preset {preset}", command)
 
 
-def _command(method: Any, inputs: type[RunInputs], about: str) -> type[Any]:
+def _command(method: Any, inputs: type[Any], about: str) -> type[Any]:
     """The command's options for one method: `--method` decides which `--method.*` there are."""
     command = make_dataclass(
         "Run",

@@ -65,6 +65,7 @@ def influence_tables(
         ]
         for row in strongest[:top]
     ]
+    header: tuple[str, ...]
     header = ("id", "task", "kind", "self-influence, nats", "loss, nats", "recall", "gone")
     tables.append(_table(f"Forget rows, strongest {len(rows)}", header, rows, texts))
     at_risk = sorted(influence.retain, key=lambda row: (-row.collateral, row.id))

@@ -338,7 +338,7 @@ def _asked(task: _Task) -> dict[str, Any]:
 def _prediction(task: _Task, progress: Progress) -> LayerChoice:
     """Reads the target's layers, and drops the target again."""
     inputs, checked = task.inputs, task.checked
-    parts = open_parts(checked, inputs, task.prepared, task.device, processes_of(task.device))
+    parts = open_parts(checked, inputs.dtype, task.prepared, task.device, processes_of(task.device))
     autocast = autocast_of(parts.device, parts.model.dtype)
     return read_layers(task.prepared, checked.layout, parts, autocast, progress)
 

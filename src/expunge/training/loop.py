@@ -325,7 +325,14 @@ class Loop:
         )
         usable = [c.score for c in self.history.candidates if not c.destroyed]
         self.history.candidates.append(candidate)
-        self._log({"step": step, "validation": asdict(measured), "score": candidate.score})
+        self._log(
+            {
+                "step": step,
+                "validation": asdict(measured),
+                "score": candidate.score,
+                "destroyed": candidate.destroyed,
+            }
+        )
         if not candidate.destroyed and candidate.score >= max(usable, default=0.0):
             self._best = snapshot(self._parameters)
         if reading.never_seen is not None:

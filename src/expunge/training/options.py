@@ -118,11 +118,11 @@ class TrainingOptions:
                 )
 
 
-def seconds(limit: str) -> float:
+def seconds(limit: str, option: str = "--time-limit") -> float:
     """Reads a duration such as 90s, 20m, 1.5h or a plain number of seconds."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", limit)
     if match is None or float(match[1]) == 0:
-        raise InputError(f"--time-limit {limit}: not a duration; write for example 90s, 20m or 1h")
+        raise InputError(f"{option} {limit}: not a duration; write for example 90s, 20m or 1h")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 

@@ -104,6 +104,23 @@ class Prepared:
         }
 
 
+@dataclass(frozen=True)
+class EncodedSets:
+    """The rows of a run as tokens: what many runs on the same rows have in common."""
+
+    policy: TextPolicy
+    text: Mapping[str, Any]
+    """How rows became tokens."""
+    forget: Sequence[Example]
+    retain: Sequence[Example] | None
+    """None where there is no retain set."""
+    members: Sequence[Example]
+    """The forget set's documents; empty without non-members."""
+    nonmembers: Sequence[Example]
+    influence: RowsAtRisk | None = None
+    """None without --influence."""
+
+
 def prepare(
     method: Method,
     options: TrainingOptions,
@@ -119,18 +136,58 @@ def prepare(
     forget_rows = as_rows(forget, "forget")
     retain_rows = None if retain is None else as_rows(retain, "retain")
     nonmember_rows = None if nonmembers is None else as_rows(nonmembers, "nonmembers")
-    warnings = _check_rows(method, forget_rows, retain_rows, nonmember_rows)
+    _check_retain(method, retain_rows)
+    sets = encode_sets(options, config, tokenizer, forget_rows, retain_rows, nonmember_rows)
+    return prepare_encoded(method, options, config, layout, tokenizer, sets)
+
+
+def encode_sets(
+    options: TrainingOptions,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: RowSet,
+    retain: RowSet | None,
+    nonmembers: RowSet | None,
+) -> EncodedSets:
+    """Tokenises every row once. Raises InputError for sets that overlap and rows that do not fit."""
+    for other in (retain, nonmembers):
+        if other is not None:
+            check_disjoint(forget, other)
     influence = None
     if options.influence is not None:
         influence = read_influence(Path(options.influence))
         nothing = RowSet((), "", {})
-        check_same_rows(options.influence, influence, forget_rows, retain_rows or nothing)
-        if retain_rows is None and options.retain_sampling == "influence":
-            raise InputError("--retain-sampling influence: needs a retain set; give --retain")
+        check_same_rows(options.influence, influence, forget, retain or nothing)
     policy = TextPolicy(context_of(config), options.chat_template, options.long_rows)
-    forget_examples = encode_rows(forget_rows, tokenizer, policy, eos=False)
-    retain_examples = encode_rows(retain_rows or [], tokenizer, policy, eos=True)
-    windowed = count_windowed(forget_examples) + count_windowed(retain_examples)
+    return EncodedSets(
+        policy=policy,
+        text=policy.describe(tokenizer),
+        forget=encode_rows(forget, tokenizer, policy, eos=False),
+        retain=None if retain is None else encode_rows(retain, tokenizer, policy, eos=True),
+        members=encode_rows(documents(forget), tokenizer, policy, eos=False) if nonmembers else (),
+        nonmembers=encode_rows(documents(nonmembers), tokenizer, policy, eos=False)
+        if nonmembers
+        else (),
+        influence=influence,
+    )
+
+
+def prepare_encoded(
+    method: Method,
+    options: TrainingOptions,
+    config: PretrainedConfig,
+    layout: DecoderLayout,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: EncodedSets,
+) -> Prepared:
+    """A run of these settings on rows that are tokens already. Raises InputError."""
+    method.check(layout)
+    warnings = _check_retain(method, sets.retain)
+    if sets.retain is None and options.retain_sampling == "influence":
+        raise InputError("--retain-sampling influence: needs a retain set; give --retain")
+    policy = sets.policy
+    retain_examples = sets.retain or ()
+    windowed = count_windowed(sets.forget) + count_windowed(retain_examples)
     if windowed:
         warnings.append(
             f"{windowed} rows are longer than the context of {policy.context} and were windowed"
@@ -144,28 +201,24 @@ def prepare(
         policy.context,
         options.seed,
     )
-    forgotten, facts = forget_examples, None
-    if influence is not None:
-        forgotten, trained_on, held, facts = _applied(
-            influence, options, forget_examples, trained_on, held
-        )
+    forgotten, kept, facts = sets.forget, [*trained_on, *held], None
+    if sets.influence is not None:
+        forgotten, kept, facts = _applied(sets.influence, options, sets.forget, trained_on, held)
         warnings += [facts.said] if facts.skipped else []
     generator = torch.Generator().manual_seed(options.seed)
     validation = ValidationSet(
-        _sample(forget_examples, generator),
+        _sample(sets.forget, generator),
         _validation_retain(kept_out, trained_on, generator),
-        encode_rows(documents(forget_rows), tokenizer, policy, eos=False) if nonmember_rows else (),
-        encode_rows(documents(nonmember_rows), tokenizer, policy, eos=False)
-        if nonmember_rows
-        else (),
+        sets.members,
+        sets.nonmembers,
     )
     return Prepared(
         method=method,
         options=options,
         used=resolved(method, options, config.hidden_size, len(forgotten)),
-        text=policy.describe(tokenizer),
+        text=sets.text,
         forget=forgotten,
-        retain=[*trained_on, *held],
+        retain=kept,
         validation=validation,
         retain_kept_out=bool(kept_out),
         pad_id=pad_id_of(tokenizer),
@@ -177,10 +230,10 @@ def prepare(
 def _applied(
     influence: RowsAtRisk,
     options: TrainingOptions,
-    forget: list[Example],
-    retain: list[Example],
-    random: list[Example],
-) -> tuple[list[Example], list[Example], list[Example], InfluenceUsed]:
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    random: Sequence[Example],
+) -> tuple[Sequence[Example], list[Example], InfluenceUsed]:
     """The examples without forget rows that are gone, and with weights on the retain rows.
 
     Random tokens get the mean weight, so that their share of a batch stays. Raises InputError where no
@@ -204,17 +257,11 @@ def _applied(
         mean = sum(example.weight for example in retain) / len(retain)
         random = [replace(example, weight=mean) for example in random]
     used = InfluenceUsed(influence.sha256, influence.model_sha256, len(skipped), mean)
-    return forget, retain, random, used
+    return forget, [*retain, *random], used
 
 
-def _check_rows(
-    method: Method, forget: RowSet, retain: RowSet | None, nonmembers: RowSet | None
-) -> list[str]:
-    """Raises InputError for sets that overlap or are missing; returns warnings."""
-    if retain is not None:
-        check_disjoint(forget, retain)
-    if nonmembers is not None:
-        check_disjoint(forget, nonmembers)
+def _check_retain(method: Method, retain: object | None) -> list[str]:
+    """Raises InputError where a retain set is missing; returns warnings."""
     if retain is None and method.needs_retain:
         raise InputError(
             f"--method {method.name}: needs a retain set, none was given; give --retain with rows"

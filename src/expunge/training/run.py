@@ -38,7 +38,7 @@ from expunge.models.writing import (
     verify_checkpoint,
     write_checkpoint,
 )
-from expunge.processes import Processes, processes_of, refused_together
+from expunge.processes import OneProcess, Processes, processes_of, refused_together
 from expunge.training.keeping import Keeper, plain_errors
 from expunge.training.layer_choice import resolved_layer
 from expunge.training.manifest import describe_run, digests, finite, settings_of
@@ -144,22 +144,20 @@ def run(
             copy_target(checked, scratch.output)
             scratch.mark("copied")
             progress.phase("copying the model", 1, 1)
-        opening = time.monotonic()
-        parts = open_parts(checked, inputs, prepared, device, processes)
-        choosing = time.monotonic()
-        prepared = resolved_layer(
+        opened = open_run(
+            checked,
+            inputs.dtype,
             prepared,
-            checked.layout,
-            parts,
-            autocast_of(parts.device, parts.model.dtype),
+            device,
             progress,
             processes=processes,
-            record=scratch.layer,
+            layer_record=scratch.layer,
         )
-        opening += time.monotonic() - choosing  # a pass over rows is no reading of the model
-        parts, engine, why_whole = _cut(checked, inputs, prepared, device, parts, processes)
+        prepared, parts, engine = opened.prepared, opened.parts, opened.engine
+        why_whole, opening = opened.why_whole, opened.seconds
+        del opened  # the parts are let go before the result is loaded beside them
         # Writing reads the model as often: once for hashes, twice to compare, once to run it.
-        reserve = 1.25 * (3 * hash_seconds + time.monotonic() - opening)
+        reserve = 1.25 * (3 * hash_seconds + opening)
         saved = scratch.saved()
         processes.wait()  # the main one saves soon, and the others must not take that for old
         keeper = Keeper(scratch, stop, prepared.options.save_every, writes=processes.is_main)
@@ -298,9 +296,54 @@ def _bytes_of_cache(prepared: Prepared, checked: CheckedModel, inputs: RunInputs
     return plan_cache(prepared, width, getattr(torch, inputs.dtype)).bytes
 
 
+@dataclass
+class Opened:
+    """A model that is read, ready for one run."""
+
+    prepared: Prepared
+    """The run, with its layer chosen."""
+    parts: Parts
+    engine: SegmentEngine | None
+    why_whole: str | None
+    """Why a method that could run its layers alone does not."""
+    seconds: float
+    """That reading the model took; a pass over rows that chooses a layer is not among them."""
+
+
+def open_run(
+    checked: CheckedModel,
+    dtype: Literal["float32", "bfloat16"],
+    prepared: Prepared,
+    device: str,
+    progress: Progress,
+    *,
+    processes: Processes | None = None,
+    layer_record: Path | None = None,
+) -> Opened:
+    """Reads the model as the method needs it, chooses the layer where that is left open."""
+    processes = processes or OneProcess()
+    started = time.monotonic()
+    parts = open_parts(checked, dtype, prepared, device, processes)
+    choosing = time.monotonic()
+    autocast = autocast_of(parts.device, parts.model.dtype)
+    prepared = resolved_layer(
+        prepared,
+        checked.layout,
+        parts,
+        autocast,
+        progress,
+        processes=processes,
+        record=layer_record,
+    )
+    chosen = time.monotonic()
+    parts, engine, why_whole = _cut(checked, dtype, prepared, device, parts, processes)
+    seconds = choosing - started + time.monotonic() - chosen
+    return Opened(prepared, parts, engine, why_whole, seconds)
+
+
 def open_parts(
     checked: CheckedModel,
-    inputs: RunInputs,
+    dtype: Literal["float32", "bfloat16"],
     prepared: Prepared,
     device: str,
     processes: Processes,
@@ -308,19 +351,19 @@ def open_parts(
     """The model as a whole, or in parts where the method and the model allow it."""
     if prepared.method.trained_layers(checked.layout) is None:
         if not processes.shards:
-            return WholeModel(load_model(checked, inputs.dtype, device))
-        model = load_model(checked, inputs.dtype, "cpu")
+            return WholeModel(load_model(checked, dtype, device))
+        model = load_model(checked, dtype, "cpu")
         shard_frozen(model, checked.layout)
         return WholeModel(model)
     skeleton = skeleton_of(checked.config, trust_remote_code=checked.trust_remote_code)
     if why_not_streamed(skeleton, own_code=checked.trust_remote_code) is None:
-        return StreamedModel(checked, getattr(torch, inputs.dtype), device)
-    return WholeModel(load_model(checked, inputs.dtype, device))
+        return StreamedModel(checked, getattr(torch, dtype), device)
+    return WholeModel(load_model(checked, dtype, device))
 
 
 def _cut(
     checked: CheckedModel,
-    inputs: RunInputs,
+    dtype: Literal["float32", "bfloat16"],
     prepared: Prepared,
     device: str,
     parts: Parts,
@@ -338,7 +381,7 @@ def _cut(
                 " then its trained weights cannot be sharded; use a configuration without FSDP"
             ) from None
         if parts.streamed:
-            parts = WholeModel(load_model(checked, inputs.dtype, device))
+            parts = WholeModel(load_model(checked, dtype, device))
         return parts, None, str(reason)
 
 

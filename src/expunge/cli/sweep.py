@@ -1,0 +1,90 @@
+"""`expunge sweep`: search over the options of a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from expunge.cli.console import progress_on_stderr
+from expunge.cli.options import take_flag, yaml_fields
+from expunge.cli.run import parsed
+from expunge.errors import InputError
+from expunge.methods.base import Method
+from expunge.reporting.sweep_figures import FIGURES, write_figures
+from expunge.reporting.sweep_tables import print_sweep
+from expunge.search.inputs import SweepInputs
+from expunge.search.sweep import sweep
+from expunge.training.options import TrainingOptions
+
+_ABOUT = (
+    "expunge sweep MODEL --forget F --retain R --output DIR --method M --trials N"
+    " --search method.alpha=log:5:100 learning_rate=log:1e-3:1e-2 schedule=choice:constant,cosine\n\n"
+    "Searches over options of a run: each trial is a run and its scorecard. Takes every option of"
+    " `expunge run` as a fixed setting. The same command goes on with an unfinished sweep; several at"
+    " once share it. Prints a table, or JSON with --json. --quiet shows no progress."
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses, searches, writes the figures, prints."""
+    import optuna
+
+    arguments, quiet = take_flag(list(arguments), "--quiet")
+    arguments, as_json = take_flag(arguments, "--json")
+    settings, _ = parsed(arguments, "expunge sweep", SweepInputs, _ABOUT, with_search)
+    inputs = cast("SweepInputs", settings.inputs)
+    _check_not_fixed(inputs, arguments)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with progress_on_stderr(quiet=quiet) as progress:
+        result = sweep(
+            inputs,
+            cast("Method", settings.settings),
+            cast("TrainingOptions", settings.training),
+            progress,
+        )
+    write_figures(result, Path(inputs.output) / FIGURES)
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    else:
+        print_sweep(result, inputs.output)
+    return 0
+
+
+def with_search(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file, its `search` mapping as the words of --search."""
+    fields = yaml_fields(path)
+    words = []
+    for key in [key for key in fields if key.startswith("search.")]:
+        value = fields.pop(key)
+        name = key.removeprefix("search.")
+        if isinstance(value, list):
+            value = "choice:" + ",".join(_word(choice) for choice in value)
+        if not isinstance(value, str):
+            raise InputError(
+                f"--config {path}: search {name} is no range; write for example log:1e-4:1e-2, or"
+                " a list of choices"
+            )
+        words.append(f"{name}={value}")
+    if words:
+        fields["search"] = words
+    return fields
+
+
+def _word(choice: object) -> str:
+    if choice is None:
+        return "null"
+    return str(choice).lower() if isinstance(choice, bool) else str(choice)
+
+
+def _check_not_fixed(inputs: SweepInputs, arguments: Sequence[str]) -> None:
+    """Raises InputError for an option that the command line both fixes and varies."""
+    given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    for word in inputs.search:
+        name = word.partition("=")[0].strip()
+        if f"--{name}".replace("_", "-") in given:
+            raise InputError(
+                f"--{name}: is given as an option and in --search; give one of the two"
+            )

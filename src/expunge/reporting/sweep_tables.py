@@ -1,0 +1,126 @@
+"""A sweep as a table for the terminal: trials by value, the target, what mattered."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from expunge.reporting.tables import number
+
+_SHOWN = 20
+_WIDE = 240
+"""Columns of what is not a terminal, which wraps nothing."""
+
+
+def sweep_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """One list a trial: number, state, values, settings, seconds; by value, those without one last."""
+    objectives, names = result["objectives"], list(result["settings"]["search"])
+
+    def order(trial: Mapping[str, Any]) -> tuple[bool, bool, float, int]:
+        values = trial["values"]
+        mean = 0.0 if values is None else statistics.harmonic_mean(list(values.values()))
+        return values is None, trial["destroyed"], -mean, trial["number"]
+
+    rows = []
+    for trial in sorted(result["trials"], key=order):
+        mark = " *" if trial["number"] == result["best"] else ""
+        if not mark and len(objectives) > 1 and trial["number"] in result["front"]:
+            mark = " +"
+        values = trial["values"] or {}
+        rows.append(
+            [
+                f"{trial['number']}{mark}",
+                "destroyed" if trial["destroyed"] else trial["state"],
+                *(number(values.get(objective)) for objective in objectives),
+                *(setting(trial["params"].get(name, "-")) for name in names),
+                "-" if trial["seconds"] is None else f"{trial['seconds']:.0f}",
+            ]
+        )
+    return rows
+
+
+def setting(value: object) -> str:
+    """A setting with four digits; null as null."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "null" if value is None else str(value)
+
+
+def sweep_notes(result: Mapping[str, Any], output: str) -> list[str]:
+    """What a line each says below the table."""
+    counts, objectives = result["counts"], result["objectives"]
+    more = ", ".join(
+        f"{counts[state]} {state}" for state in ("running", "waiting", "lost") if counts[state]
+    )
+    notes = [
+        f"{counts['ended']} of {counts['asked']} trials: {counts['complete']} complete,"
+        f" {counts['pruned']} pruned, {counts['failed']} failed{f'; {more}' if more else ''}"
+        f" ({result['stopped']})"
+    ]
+    notes += [
+        f"{model}: {_values(result[model]['values'])}"
+        for model in ("target", "oracle")
+        if result[model] is not None
+    ]
+    if result["best"] is None:
+        notes.append("best: no trial is complete and left the model whole")
+    else:
+        best = next(t for t in result["trials"] if t["number"] == result["best"])
+        notes.append(
+            f"best (*): trial {best['number']}, {_values(best['values'])}; {result['why_best']};"
+            f" expunge run --config {output}/best.yaml"
+        )
+        notes += [f"best: {finding}" for finding in best["findings"]]
+    if len(objectives) > 1 and result["front"]:
+        notes.append(f"Pareto front (+, *): trials {', '.join(map(str, result['front']))}")
+    if result["importance"] is None:
+        notes.append(f"importance: none ({result['importance_note']})")
+    else:
+        for objective, shares in result["importance"].items():
+            named = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
+            notes.append(f"importance for {objective}: {named}")
+    failures = [t for t in result["trials"] if t["state"] == "failed"]
+    notes += [f"trial {t['number']} failed: {t['reason']}" for t in failures[:5]]
+    return notes
+
+
+def print_sweep(result: Mapping[str, Any], output: str) -> None:
+    """Prints the table to standard output."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDE
+    table = Table(
+        title="Trials (0-1, high is good)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    columns: Sequence[str] = (
+        "trial",
+        "state",
+        *result["objectives"],
+        *result["settings"]["search"],
+        "seconds",
+    )
+    for column in columns:
+        left = column in ("trial", "state")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    rows = sweep_rows(result)
+    for row in rows[:_SHOWN]:
+        table.add_row(*row)
+    console.print(table)
+    if len(rows) > _SHOWN:
+        console.print(f"{len(rows) - _SHOWN} more trials are in {output}/sweep.json")
+    for note in sweep_notes(result, output):
+        console.print(note, soft_wrap=True)
+
+
+def _values(values: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {number(value)}" for name, value in values.items())

@@ -1,0 +1,236 @@
+"""What a sweep leaves on disk: sweep.json, and best.yaml for `expunge run --config`.
+
+sweep.json         every trial with its settings, values, parts and time; the target; importance
+best.yaml          the best trial's run
+front/trial-N.yaml the run of every trial on the Pareto front, where there are several objectives
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import expunge
+from expunge.evaluation.scorecard import Scorecard
+from expunge.search.inputs import Task
+from expunge.search.objectives import objective_value
+from expunge.search.study import (
+    DATABASE,
+    REASON,
+    TARGET,
+    WORKER,
+    all_trials,
+    is_given_up,
+    is_lost,
+    shown_url,
+)
+from expunge.training.manifest import finite, settings_of
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+RESULT = "sweep.json"
+BEST_CONFIG = "best.yaml"
+FRONT = "front"
+RUNNING = "running"
+"""What `stopped` says between two trials."""
+_STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "RUNNING": "running", "WAITING": "waiting"}
+
+
+def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether `one` is nowhere lower and somewhere higher."""
+    pairs = list(zip(one, other, strict=True))
+    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+
+
+def pareto_front(values: Mapping[int, Sequence[float]]) -> list[int]:
+    """The keys of those that no other dominates; all objectives are to be high."""
+    return [
+        key
+        for key, mine in values.items()
+        if not any(dominates(other, mine) for other in values.values())
+    ]
+
+
+def chosen(values: Mapping[int, Sequence[float]]) -> int | None:
+    """The trial with the highest harmonic mean of its values; of equals the first."""
+    means = {key: statistics.harmonic_mean(list(mine)) for key, mine in values.items()}
+    return max(means, key=lambda key: means[key]) if means else None
+
+
+def write_results(task: Task, study: Study, stopped: str) -> dict[str, Any]:
+    """Writes the files as the study is now and returns what sweep.json holds."""
+    output = Path(task.inputs.output)
+    result = finite(_result(task, study, stopped))
+    _write(output / RESULT, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    for path in (output / FRONT).glob("trial-*.yaml"):
+        if path.name not in [_front_name(number) for number in result["front"]]:
+            path.unlink(missing_ok=True)
+    for number in result["front"] if len(task.inputs.objectives) > 1 else ():
+        (output / FRONT).mkdir(exist_ok=True)
+        _write(output / FRONT / _front_name(number), _config(task, _trial(result, number)))
+    if result["best"] is None:
+        (output / BEST_CONFIG).unlink(missing_ok=True)
+    else:
+        _write(output / BEST_CONFIG, _config(task, best_run(result)))
+    return dict(result)
+
+
+def best_run(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The trial that was chosen."""
+    return _trial(result, result["best"])
+
+
+def _trial(result: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+    return next(trial for trial in result["trials"] if trial["number"] == number)
+
+
+def _result(task: Task, study: Study, stopped: str) -> dict[str, Any]:
+    inputs = task.inputs
+    objectives = list(inputs.objectives)
+    trials = [_describe_trial(trial, objectives) for trial in all_trials(study)]
+    target = study.user_attrs.get(TARGET)
+    # What a destroyed model forgot counts for nothing, whatever its mean.
+    usable = {
+        trial["number"]: [trial["values"][objective] for objective in objectives]
+        for trial in trials
+        if trial["state"] == "complete" and not trial["destroyed"]
+    }
+    front = pareto_front(usable)
+    states = [trial["state"] for trial in trials]
+    counted = {state: states.count(state) for state in ("complete", "pruned", "failed")}
+    importance, why_none = (
+        (None, "not computed while trials run")
+        if stopped == RUNNING
+        else _importance(study, objectives)
+    )
+    return {
+        "expunge": expunge.__version__,
+        "stopped": stopped,
+        "study": {
+            "name": study.study_name,
+            "database": DATABASE if inputs.study is None else shown_url(inputs.study),
+        },
+        "objectives": objectives,
+        "direction": "every objective is in [0, 1] and to be high",
+        "settings": dict(task.settings),
+        "counts": {
+            "asked": inputs.trials,
+            "ended": sum(counted.values()),
+            **counted,
+            **{state: states.count(state) for state in ("running", "waiting", "lost")},
+        },
+        "target": None if target is None else _described(Scorecard.from_json(target), objectives),
+        "oracle": None if task.oracle is None else _described(task.oracle, objectives),
+        "best": chosen({number: usable[number] for number in front}),
+        "why_best": "highest value"
+        if len(objectives) == 1
+        else "highest harmonic mean of the objectives on the Pareto front",
+        "front": front,
+        "importance": importance,
+        "importance_note": why_none
+        or f"fANOVA over {counted['complete']} complete trials; shares of the variance, sum 1",
+        "trials": trials,
+    }
+
+
+def _described(card: Scorecard, objectives: Sequence[Any]) -> dict[str, Any]:
+    return {
+        "values": {objective: objective_value(objective, card) for objective in objectives},
+        "parts": card.to_json(),
+    }
+
+
+def _describe_trial(trial: FrozenTrial, objectives: Sequence[str]) -> dict[str, Any]:
+    attributes = trial.user_attrs
+    state = _STATES.get(trial.state.name, "lost" if is_lost(trial) else "failed")
+    reason = attributes.get(REASON)
+    if is_given_up(trial):
+        state, reason = "failed", "its process ended each time that these settings were tried"
+    complete = state == "complete"
+    duration = trial.duration
+    return {
+        "number": trial.number,
+        "state": state,
+        "reason": reason,
+        "params": dict(trial.params or trial.system_attrs.get("fixed_params", {})),
+        "values": dict(zip(objectives, trial.values, strict=True)) if complete else None,
+        "parts": attributes.get("parts"),
+        "selection": attributes.get("selection"),
+        "findings": attributes.get("findings", []),
+        "destroyed": any(f.startswith("destroyed") for f in attributes.get("findings", [])),
+        "intermediate": {str(tenth): v for tenth, v in trial.intermediate_values.items()},
+        "seconds": None if duration is None else round(duration.total_seconds(), 3),
+        "seconds_of": attributes.get("seconds"),
+        "worker": attributes.get(WORKER),
+        "instead_of": attributes.get("instead_of"),
+        "same_as": attributes.get("same_as"),
+    }
+
+
+def _importance(
+    study: Study, objectives: Sequence[str]
+) -> tuple[dict[str, dict[str, float]] | None, str | None]:
+    """Share of each objective's variance that each option accounts for, or why there is none."""
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
+    complete = [trial for trial in all_trials(study) if trial.state.name == "COMPLETE"]
+    if len(complete) < 2:
+        return None, "fewer than two complete trials"
+    found = {}
+    for index, objective in enumerate(objectives):
+        if len({trial.values[index] for trial in complete}) < 2:
+            return None, f"every trial has the same {objective}"
+
+        def value(trial: FrozenTrial, index: int = index) -> float:
+            return float(trial.values[index])
+
+        evaluator = FanovaImportanceEvaluator(seed=0)
+        found[objective] = dict(get_param_importances(study, evaluator=evaluator, target=value))
+    return found, None
+
+
+def _config(task: Task, trial: Mapping[str, Any]) -> str:
+    """A trial's run as `expunge run --config` takes it: every setting, and the paths of this machine."""
+    import yaml
+
+    inputs = task.inputs
+    method, options = task.space.with_values(trial["params"])
+    fields: dict[str, Any] = {
+        "model": _place(inputs.model),
+        "forget": _place(inputs.forget),
+        "retain": None if inputs.retain is None else _place(inputs.retain),
+        "nonmembers": None if inputs.nonmembers is None else _place(inputs.nonmembers),
+        "output": str((Path(inputs.output) / f"trial-{trial['number']}").absolute()),
+        "dtype": inputs.dtype,
+        "device": inputs.device,
+        "trust_remote_code": inputs.trust_remote_code,
+        "method": settings_of(method),
+        **dataclasses.asdict(options),
+    }
+    fields = {key: value for key, value in fields.items() if value != []}  # no value for a flag
+    values = ", ".join(f"{name} {value:.4f}" for name, value in trial["values"].items())
+    head = f"# Trial {trial['number']} of the sweep: {values}\n# expunge run --config THIS_FILE\n"
+    return head + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+
+
+def _place(source: str) -> str:
+    """A path that works from any directory; a hub id as it is."""
+    return str(Path(source).absolute()) if Path(source).exists() else source
+
+
+def _front_name(number: int) -> str:
+    return f"trial-{number}.yaml"
+
+
+def _write(path: Path, text: str) -> None:
+    """Replaces the file as a whole, for several workers write it."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

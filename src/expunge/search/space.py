@@ -1,0 +1,278 @@
+"""The search space: which options a sweep varies, and between which values.
+
+One dimension a word, `name=kind:...`:
+
+    method.alpha=log:5:100        a number, even on a logarithmic scale
+    method.beta=float:1:8         a number, even; float:1:8:0.5 in steps of 0.5
+    method.layer=int:2:5          a whole number, both ends included; int:8:64:8 in steps of 8
+    schedule=choice:constant,cosine
+
+Each is checked against the type of the option's own definition, and the settings are constructed with
+every end of it, so that a sweep does not find out at its tenth trial.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from expunge.errors import InputError
+from expunge.methods.base import Method
+from expunge.models.decoder import DecoderLayout
+from expunge.training.options import TrainingOptions
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+Value = bool | int | float | str | None
+Kind = Literal["log", "float", "int", "choice"]
+_KINDS: tuple[Kind, ...] = ("log", "float", "int", "choice")
+METHOD_PREFIX = "method."
+_SAME_MEASURE = "it changes how rows become text, so that trials could not be compared"
+_SAME_RESULT = "it changes time and memory, not the result"
+_FIXED = {
+    "chat_template": _SAME_MEASURE,
+    "long_rows": _SAME_MEASURE,
+    "micro_batch_size": _SAME_RESULT,
+    "save_every": _SAME_RESULT,
+}
+"""Options that a sweep takes, but does not vary."""
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One option that is varied."""
+
+    name: str
+    """Dotted, as in YAML: `learning_rate`, `method.alpha`."""
+    kind: Kind
+    low: float = math.nan
+    high: float = math.nan
+    step: float | None = None
+    choices: tuple[Value, ...] = ()
+    is_whole: bool = False
+    """Whether its values are whole numbers."""
+
+    @property
+    def extremes(self) -> tuple[Value, ...]:
+        """Both ends, or every choice."""
+        if self.kind == "choice":
+            return self.choices
+        return (int(self.low), int(self.high)) if self.is_whole else (self.low, self.high)
+
+    def to_json(self) -> dict[str, Any]:
+        """What is stored of it."""
+        if self.kind == "choice":
+            return {"kind": self.kind, "choices": list(self.choices)}
+        return {"kind": self.kind, "low": self.low, "high": self.high, "step": self.step}
+
+    def suggest(self, trial: Trial) -> Value:
+        """The trial's value."""
+        if self.kind == "choice":
+            chosen: Value = trial.suggest_categorical(self.name, self.choices)
+            return chosen
+        log = self.kind == "log"
+        if self.is_whole:
+            low, high, step = int(self.low), int(self.high), int(self.step or 1)
+            return trial.suggest_int(self.name, low, high, step=step, log=log)
+        return trial.suggest_float(self.name, self.low, self.high, step=self.step, log=log)
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is varied, over what stays: a method's settings and a run's options."""
+
+    dimensions: tuple[Dimension, ...]
+    method: Method
+    options: TrainingOptions
+
+    def with_values(self, values: Mapping[str, Value]) -> tuple[Method, TrainingOptions]:
+        """The settings of one trial. Raises InputError for values that do not go together."""
+        method: dict[str, Any] = {}
+        options: dict[str, Any] = {}
+        for name, value in values.items():
+            if name.startswith(METHOD_PREFIX):
+                method[name.removeprefix(METHOD_PREFIX)] = value
+            else:
+                options[name] = value
+        return replaced(self.method, method), dataclasses.replace(self.options, **options)
+
+    def check(self, layout: DecoderLayout | None = None) -> None:
+        """Constructs the settings with every end of every dimension.
+
+        With a layout each is also checked against the model. Raises InputError that names the
+        dimension.
+        """
+        for dimension in self.dimensions:
+            for value in dimension.extremes:
+                try:
+                    method, _ = self.with_values({dimension.name: value})
+                    if layout is not None:
+                        method.check(layout)
+                except InputError as error:
+                    raise InputError(f"--search {dimension.name}: {error}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """What is stored of it, by name."""
+        return {dimension.name: dimension.to_json() for dimension in self.dimensions}
+
+
+def replaced(method: Method, values: Mapping[str, Any]) -> Method:
+    """A method's settings with some of them changed. Raises InputError as the method does."""
+    changed: Method = dataclasses.replace(typing.cast("Any", method), **values)
+    return changed
+
+
+def read_space(words: Sequence[str], method: Method, options: TrainingOptions) -> Space:
+    """Reads one dimension a word. Raises InputError that names the word, what is wrong and the mend."""
+    if not words:
+        raise InputError(
+            "--search: nothing to vary; give for example --search learning_rate=log:1e-4:1e-2"
+        )
+    known = dict(searchable(type(method)))
+    dimensions = tuple(_dimension(word, known, method) for word in words)
+    names = [dimension.name for dimension in dimensions]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--search {name}: is given twice; give one range")
+    space = Space(dimensions, method, options)
+    space.check()
+    return space
+
+
+def searchable(method: type[Any]) -> Iterator[tuple[str, Any]]:
+    """Every option of a run and of the method by its dotted name, with its type."""
+    for definition, prefix in ((TrainingOptions, ""), (method, METHOD_PREFIX)):
+        hints = typing.get_type_hints(definition)
+        for field in dataclasses.fields(definition):
+            yield f"{prefix}{field.name}", hints[field.name]
+
+
+def _dimension(word: str, known: Mapping[str, Any], method: Method) -> Dimension:
+    name, equals, text = word.partition("=")
+    name = name.strip().replace("-", "_")
+    if not equals:
+        raise InputError(
+            f"--search {word}: has no range; write for example {name}=log:1e-4:1e-2,"
+            f" {name}=int:2:5 or {name}=choice:A,B"
+        )
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        mend = f"did you mean {near[0]}?" if near else "see expunge run --help for the options"
+        raise InputError(f"--search {name}: {method.name} has no such option; {mend}")
+    if name in _FIXED:
+        raise InputError(f"--search {name}: {_FIXED[name]}; give it once, as an option")
+    given, _, rest = text.strip().partition(":")
+    kind = next((kind for kind in _KINDS if kind == given), None)
+    if kind is None:
+        near = difflib.get_close_matches(given, _KINDS, n=1, cutoff=0.5)
+        mend = f"did you mean {near[0]}?" if near else "write log:, float:, int: or choice:"
+        raise InputError(f"--search {word}: unknown kind {given!r}; {mend}")
+    plain, optional = _plain_type(known[name])
+    if kind == "choice":
+        return Dimension(name, kind, choices=_choices(word, name, rest, plain, optional))
+    return _range(word, name, kind, rest, plain)
+
+
+def _plain_type(hint: Any) -> tuple[Any, bool]:
+    """The type without None, and whether None is allowed."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        parts = typing.get_args(hint)
+        inner = [part for part in parts if part is not type(None)]
+        return (inner[0] if len(inner) == 1 else hint), len(inner) < len(parts)
+    return hint, False
+
+
+def _range(word: str, name: str, kind: Kind, text: str, plain: Any) -> Dimension:
+    if plain not in (int, float):
+        raise InputError(
+            f"--search {word}: {name} is no number; "
+            + (f"write {name}=choice:{_example(plain)}" if _example(plain) else "leave it out")
+        )
+    if plain is float and kind == "int":
+        raise InputError(
+            f"--search {word}: {name} is a decimal number; write {name}=float:LOW:HIGH, with a third"
+            " number for steps"
+        )
+    if plain is int and kind == "float":
+        raise InputError(f"--search {word}: {name} is a whole number; write {name}=int:LOW:HIGH")
+    parts = text.split(":")
+    if len(parts) not in ((2,) if kind == "log" else (2, 3)):
+        steps = "" if kind == "log" else f" or {name}={kind}:LOW:HIGH:STEP"
+        raise InputError(f"--search {word}: write {name}={kind}:LOW:HIGH{steps}")
+    numbers = [_number(word, part, plain) for part in parts]
+    low, high = numbers[:2]
+    step = numbers[2] if len(numbers) == 3 else None
+    if not low < high:
+        raise InputError(
+            f"--search {word}: {low:g} is not below {high:g}; write {name}={kind}:LOW:HIGH"
+        )
+    if kind == "log" and low <= 0:
+        raise InputError(f"--search {word}: a logarithmic range lies above 0; raise its low end")
+    if step is not None and not 0 < step <= high - low:
+        raise InputError(
+            f"--search {word}: the step {step:g} must be above 0 and at most {high - low:g}"
+        )
+    if step is not None:
+        # Optuna lowers an end that no step meets, with a warning that nobody reads.
+        high = low + step * math.floor((high - low) / step + 1e-9)
+    return Dimension(name, kind, low, high, step, is_whole=plain is int)
+
+
+def _number(word: str, text: str, plain: Any) -> float | int:
+    try:
+        value: float | int = plain(text)
+    except ValueError:
+        what = "whole number" if plain is int else "number"
+        raise InputError(f"--search {word}: {text!r} is no {what}; give one") from None
+    if not math.isfinite(value):
+        raise InputError(f"--search {word}: {text} is not finite; give a number")
+    return value
+
+
+def _choices(word: str, name: str, text: str, plain: Any, optional: bool) -> tuple[Value, ...]:
+    if not _example(plain) and plain not in (int, float):
+        raise InputError(
+            f"--search {word}: {name} is text or a list; a sweep varies numbers, switches and named"
+            " choices"
+        )
+    values = tuple(
+        _choice(word, name, choice.strip(), plain, optional) for choice in text.split(",")
+    )
+    different = len(set(map(repr, values)))
+    if different < len(values):
+        raise InputError(f"--search {word}: names a choice twice; name each once")
+    if different < 2:
+        raise InputError(f"--search {word}: needs two choices or more; write {name}=choice:A,B")
+    return values
+
+
+def _choice(word: str, name: str, text: str, plain: Any, optional: bool) -> Value:
+    if text.lower() in ("null", "none"):
+        if not optional:
+            raise InputError(f"--search {word}: {name} cannot be null; leave it out")
+        return None
+    if plain is bool:
+        if text.lower() not in ("true", "false"):
+            raise InputError(f"--search {word}: {text!r} is no switch; write choice:true,false")
+        return text.lower() == "true"
+    if typing.get_origin(plain) is Literal:
+        if text not in typing.get_args(plain):
+            raise InputError(f"--search {word}: {text!r} is none of {_example(plain)}")
+        return text
+    return _number(word, text, plain)
+
+
+def _example(plain: Any) -> str:
+    """Every choice of an option that has few; empty for others."""
+    if plain is bool:
+        return "true,false"
+    if typing.get_origin(plain) is Literal:
+        return ",".join(map(str, typing.get_args(plain)))
+    return ""

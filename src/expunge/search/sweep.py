@@ -1,0 +1,414 @@
+"""A sweep: one worker's share of a study, from the first trial to the files that say what came out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from expunge.errors import ExpungeError, InputError, Interrupted, RunError
+from expunge.evaluation.scorecard import Scorecard
+from expunge.methods.base import Method
+from expunge.search.inputs import SweepInputs, Task, check_sweep
+from expunge.search.objectives import objective_value
+from expunge.search.results import RESULT, RUNNING, best_run, write_results
+from expunge.search.study import (
+    DATABASE,
+    REASON,
+    SET_ASIDE,
+    TARGET,
+    WORKER,
+    Worker,
+    all_trials,
+    check_same_settings,
+    check_url,
+    counts,
+    is_lost,
+    is_worked_on,
+    open_study,
+    put_in_line,
+    take_over,
+)
+from expunge.search.trial import Hopeless, TrialResult, Watch, run_trial, score
+from expunge.training.manifest import finite
+from expunge.training.options import TrainingOptions, seconds
+from expunge.training.progress import Progress, Silent
+from expunge.training.run import RunInputs, check_run, run
+from expunge.training.stopping import StopRequest, stop_requests
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial, Trial
+
+BEST = "best"
+
+
+class _Failed(Exception):
+    """A trial without a result; its reason is stored with it."""
+
+
+class _Surplus(Exception):
+    """Another worker took the last trial at the same moment."""
+
+
+def sweep(
+    inputs: SweepInputs,
+    method: Method,
+    options: TrainingOptions,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Works on a study until it has so many trials, and returns what sweep.json holds.
+
+    Raises InputError before a model is loaded and anything is written, Interrupted where it was
+    asked to stop, RunError where too many trials failed in a row.
+    """
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    progress = progress or Silent()
+    output = Path(inputs.output)
+    _check_output(output, inputs)
+    if inputs.study is not None:
+        check_url(inputs.study)
+    task = check_sweep(inputs, method, options)
+    if inputs.write_best:
+        _check_best(task)
+    if inputs.overwrite and output.exists():
+        _clear(output)
+    made = not output.exists()
+    output.mkdir(parents=True, exist_ok=True)
+    url = inputs.study or f"sqlite:///{(output / DATABASE).absolute()}"
+    try:
+        study = open_study(url, inputs.study_name, task)
+    except ExpungeError:
+        if made:
+            shutil.rmtree(output)
+        raise
+    for warning in task.warnings:
+        progress.message(f"warning: {warning}")
+    worker = Worker(output)
+    with stop_requests() as stop, worker.at_work():
+        stop.can_resume = True
+        try:
+            stopped = _Session(task, study, worker, stop, progress).work()
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+            raise RunError(
+                f"the study's database failed ({type(error).__name__}); go on with the same command"
+                " when it works again"
+            ) from None
+    result = write_results(task, study, stopped)
+    if stop.requested:
+        done = result["counts"]["ended"]
+        raise Interrupted(
+            f"stopped with {done} of {inputs.trials} trials done; go on with the same command",
+            stop.exit_code,
+        )
+    if inputs.write_best and result["best"] is not None:
+        _write_best(task, result, progress)
+    return result
+
+
+@dataclass
+class _Session:
+    """One worker's trials."""
+
+    task: Task
+    study: Study
+    worker: Worker
+    stop: StopRequest
+    progress: Progress
+    failures: list[str] = field(default_factory=list)
+    """Reasons of the last trials in a row that failed."""
+    longest: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+    target: Scorecard | None = None
+    current: int | None = None
+    """The trial that was begun last."""
+
+    def work(self) -> str:
+        """Trials, until there are enough; returns why it ended. Raises RunError after failures."""
+        inputs = self.task.inputs
+        take_over(self.study, self.worker, self.progress.message)
+        try:
+            self.target = self._target()
+            while self._is_next():
+                if self.stop.requested:
+                    return "interrupted"
+                if self._out_of_time():
+                    return f"--timeout {inputs.timeout}"
+                check_same_settings(self.study, self.task)
+                if not self._one():
+                    break
+                write_results(self.task, self.study, RUNNING)
+                if len(self.failures) >= inputs.max_failures:
+                    write_results(self.task, self.study, "too many failures")
+                    raise RunError(
+                        f"{len(self.failures)} trials in a row failed, the last one because:"
+                        f" {self.failures[-1]}; narrow --search or raise --max-failures, then go on"
+                        " with the same command where the settings are the same"
+                    )
+                take_over(self.study, self.worker, self.progress.message)
+        except KeyboardInterrupt:
+            self.stop.requested = True
+            return "interrupted"
+        return "all trials done"
+
+    def _is_next(self) -> bool:
+        """Whether a trial is to be begun; one that waits to be tried again is."""
+        trials = all_trials(self.study)
+        waiting = sum(trial.state.name == "WAITING" for trial in trials)
+        done = sum(map(counts, trials)) - waiting
+        self.progress.phase("trials", min(done, self.task.inputs.trials), self.task.inputs.trials)
+        return done < self.task.inputs.trials
+
+    def _out_of_time(self) -> bool:
+        """Whether a trial as long as the longest would end after the limit; the first one begins."""
+        if self.task.inputs.timeout is None:
+            return False
+        limit = seconds(self.task.inputs.timeout, "--timeout")
+        spent = time.monotonic() - self.began
+        return self.longest > 0 and spent + self.longest > limit
+
+    def _target(self) -> Scorecard:
+        """The target's own scorecard, measured once for all workers."""
+        stored = self.study.user_attrs.get(TARGET)
+        if stored is None:
+            self.progress.message("measuring the target")
+            card = score(self.task, {}, _Stoppable(self.progress, self.stop))
+            stored = finite(card.to_json())
+            self.study.set_user_attr(TARGET, stored)
+        return Scorecard.from_json(stored)
+
+    def _one(self) -> bool:
+        """One trial; False where it was one too many."""
+        import optuna
+
+        started = time.monotonic()
+        failed = len(self.failures)
+        try:
+            self.study.optimize(self._objective, n_trials=1, catch=(_Failed,))
+        except _Surplus:
+            return False
+        except KeyboardInterrupt:
+            ended = self._begun_last()
+            if ended is not None and is_lost(ended):
+                put_in_line(self.study, ended)
+            raise
+        except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+            ended = self._begun_last()
+            if ended is None or not is_lost(ended):
+                raise
+            self.progress.message(
+                f"trial {ended.number}: another worker took this one for gone, and tries it again"
+            )
+        self.longest = max(self.longest, time.monotonic() - started)
+        if len(self.failures) == failed:
+            self.failures.clear()
+        return True
+
+    def _begun_last(self) -> FrozenTrial | None:
+        return next((t for t in all_trials(self.study) if t.number == self.current), None)
+
+    def _objective(self, trial: Trial) -> list[float]:
+        """What Optuna calls: values, or the exception that says why there are none."""
+        import optuna
+
+        self.current = trial.number
+        trial.set_user_attr(WORKER, self.worker.name)
+        before = [other for other in all_trials(self.study) if other.number < trial.number]
+        if (
+            "instead_of" not in trial.user_attrs
+            and sum(map(counts, before)) >= self.task.inputs.trials
+        ):
+            trial.set_user_attr(SET_ASIDE, "one too many")
+            raise _Surplus
+        values = {dim.name: dim.suggest(trial) for dim in self.task.space.dimensions}
+        same = next(
+            (t for t in before if t.state.name == "COMPLETE" and t.params == trial.params), None
+        )
+        if same is not None:
+            return self._repeat(trial, same)
+        # No exception of the run may live on as the context of another: its frames hold the model.
+        ended, reason = "", ""
+        result = None
+        try:
+            result = self._run(trial, values)
+        except KeyboardInterrupt:
+            ended = "interrupted"
+        except Hopeless as hopeless:
+            ended, reason = "pruned", str(hopeless)
+        except (InputError, RunError) as error:
+            ended, reason = "failed", str(error)
+        except torch.OutOfMemoryError:
+            ended, reason = "failed", "out of memory on the device"
+        except OSError as error:
+            ended, reason = "failed", f"{error.strerror or type(error).__name__}"
+        except Exception as error:
+            # The message of an unexpected error may quote a row, so its type and place must do.
+            ended, reason = "failed", f"internal error ({_place(error)})"
+        if ended == "interrupted":
+            trial.set_user_attr(SET_ASIDE, "interrupted")
+            raise KeyboardInterrupt
+        if result is not None:
+            measured = self._measured(trial, result)
+            if measured is not None:
+                return measured
+            ended, reason = "failed", "an objective is not a finite number"
+        trial.set_user_attr(REASON, reason)
+        self.progress.message(f"trial {trial.number}: {ended}: {reason}")
+        if ended == "pruned":
+            raise optuna.TrialPruned
+        self.failures.append(reason)
+        raise _Failed
+
+    def _repeat(self, trial: Trial, same: FrozenTrial) -> list[float]:
+        """The same settings give the same run, so that it is not run again."""
+        for name in ("parts", "selection", "findings"):
+            trial.set_user_attr(name, same.user_attrs[name])
+        trial.set_user_attr("same_as", same.number)
+        self.progress.message(f"trial {trial.number}: the settings of trial {same.number} again")
+        return list(same.values)
+
+    def _run(self, trial: Trial, values: Mapping[str, Any]) -> TrialResult:
+        method, options = self.task.space.with_values(values)
+        alone = len(self.task.inputs.objectives) == 1
+
+        def report(tenth: int, best: float) -> bool:
+            if not alone:
+                return False  # Optuna has no pruning of several objectives
+            trial.report(best, tenth)
+            return bool(trial.should_prune())
+
+        def watch(steps: int) -> Watch:
+            return Watch(
+                steps,
+                prune=self.task.inputs.prune,
+                report=report,
+                asked_to_stop=lambda: self.stop.requested,
+            )
+
+        progress = _Stoppable(self.progress, self.stop)
+        trackers = Path(self.task.inputs.output) / "trackers" / f"trial-{trial.number}"
+        return run_trial(
+            self.task,
+            method,
+            options,
+            self.worker.directory,
+            watch,
+            progress,
+            self.target,
+            trackers,
+        )
+
+    def _measured(self, trial: Trial, result: TrialResult) -> list[float] | None:
+        """Stores what was measured and returns the objectives' values."""
+        trial.set_user_attr("parts", finite(result.card.to_json()))
+        trial.set_user_attr("selection", finite(result.selection))
+        trial.set_user_attr("findings", list(result.findings))
+        trial.set_user_attr("seconds", dict(result.seconds))
+        objectives = self.task.inputs.objectives
+        values = [objective_value(objective, result.card) for objective in objectives]
+        found = [value for value in values if value is not None and value == value]
+        if len(found) < len(objectives):
+            return None
+        named = ", ".join(f"{o} {v:.3f}" for o, v in zip(objectives, found, strict=True))
+        self.progress.message(f"trial {trial.number}: {named}")
+        return found
+
+
+class _Stoppable:
+    """A trial's progress, which also ends it between two steps where somebody asked to stop."""
+
+    def __init__(self, progress: Progress, stop: StopRequest) -> None:
+        self._progress, self._stop = progress, stop
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Passed on."""
+        self._end_if_asked()
+        self._progress.phase(name, done, total)
+
+    def step(self, step: int, total: int, forget: float, retain: float | None) -> None:
+        """Passed on."""
+        self._progress.step(step, total, forget, retain)
+
+    def message(self, text: str) -> None:
+        """Kept back: every trial would say the same."""
+
+    def _end_if_asked(self) -> None:
+        if self._stop.requested:
+            raise KeyboardInterrupt
+
+
+def _place(error: BaseException) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return type(error).__name__
+    file = trace.tb_frame.f_code.co_filename.rsplit("/", 1)[-1]
+    return f"{type(error).__name__} in {file} line {trace.tb_lineno}"
+
+
+def _check_output(output: Path, inputs: SweepInputs) -> None:
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: is a file; choose a directory")
+    if output.is_dir() and any(output.iterdir()) and not _is_a_sweep(output):
+        raise InputError(
+            f"--output {output}: holds no sweep but other files; choose another directory"
+        )
+    if inputs.overwrite and output.is_dir() and is_worked_on(output):
+        raise InputError(
+            f"--overwrite: a worker is at work in {output}; stop it first, or choose another output"
+        )
+    parent = output.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise InputError(f"--output {output}: {parent} is a file; choose another place")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"--output {output}: {parent} cannot be written to; choose another place")
+
+
+def _is_a_sweep(output: Path) -> bool:
+    return (output / RESULT).is_file() or (output / DATABASE).is_file()
+
+
+def _clear(output: Path) -> None:
+    for path in output.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _best_inputs(task: Task) -> RunInputs:
+    inputs = task.inputs
+    return RunInputs(
+        model=inputs.model,
+        forget=inputs.forget,
+        output=str(Path(inputs.output) / BEST),
+        retain=inputs.retain,
+        nonmembers=inputs.nonmembers,
+        dtype=inputs.dtype,
+        device=inputs.device,
+        overwrite=True,
+        trust_remote_code=inputs.trust_remote_code,
+    )
+
+
+def _check_best(task: Task) -> None:
+    check_run(_best_inputs(task), task.space.method, task.space.options)
+
+
+def _write_best(task: Task, result: Mapping[str, Any], progress: Progress) -> None:
+    """Runs the best settings once more and writes the model."""
+    values = best_run(result)["params"]
+    method, options = task.space.with_values(values)
+    progress.message(f"writing the model of trial {best_run(result)['number']}")
+    run(_best_inputs(task), method, options, progress)
