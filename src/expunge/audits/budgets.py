@@ -1,0 +1,49 @@
+"""How much each audit computes: rows, steps and samples by the name of a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+BudgetName = Literal["quick", "standard", "thorough"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Sizes of every attack; whole documents are drawn, so a few rows more than asked may be taken."""
+
+    facts: int | None
+    """Forget rows that are asked for; None is all."""
+    retain: int | None
+    """Retain rows that are asked for, as a control."""
+    nonmembers: int | None
+    """Never-seen texts of membership inference."""
+    steps: int
+    """Steps that an attack by tuning takes."""
+    tuning_rows: int
+    """Rows of each of these steps."""
+    folds: int
+    """1: half of the subjects is tuned on and the other measured; 2: also the other way round."""
+    samples: int
+    """Sampled answers for each fact and temperature."""
+    layers: int | None
+    """Layers whose direction is ablated, evenly spaced; None is all."""
+    resamples: int
+    """Resamples of the documents for each interval."""
+
+
+BUDGETS: Mapping[BudgetName, Budget] = {
+    "quick": Budget(
+        facts=48, retain=32, nonmembers=48, steps=24, tuning_rows=8, folds=1, samples=8, layers=3,
+        resamples=1000,
+    ),
+    "standard": Budget(
+        facts=200, retain=100, nonmembers=200, steps=80, tuning_rows=16, folds=2, samples=32,
+        layers=8, resamples=2000,
+    ),
+    "thorough": Budget(
+        facts=None, retain=400, nonmembers=None, steps=300, tuning_rows=16, folds=2, samples=128,
+        layers=None, resamples=10000,
+    ),
+}  # fmt: skip
