@@ -193,7 +193,6 @@ def _facts(
         "attack": attack.name,
         "model": model,
         "weights": dict(digests),
-        # A digest: what stands in a partial file must not tell rows apart by guessing.
         "rows": content.hexdigest(),
         "budget": asdict(case.budget),
         "learning_rate": case.learning_rate,

@@ -94,7 +94,10 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
             }
         counts = [row[variant]["leaks"] for row in rows.values()]
         numbers["leak_at_k"][variant] = {
-            str(k): round(statistics.fmean(leak_at_k(c, samples, k) for c in counts), 6)
+            str(k): {
+                "value": round(statistics.fmean(leak_at_k(c, samples, k) for c in counts), 6),
+                "bound": round(statistics.fmean(leak_at_k_bound(c, samples, k) for c in counts), 6),
+            }
             for k in _powers(samples)
         }
         exact = [math.exp(row[variant]["log_probability"]) for row in rows.values()]

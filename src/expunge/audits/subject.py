@@ -156,7 +156,7 @@ class Subject:
         self.name, self.checked, self.dtype, self.policy = name, checked, dtype, policy
         self._device, self._batch_size = device, batch_size
         self._reader: Reader | None = None
-        self._direct: dict[tuple[str, ...], Answers] = {}
+        self._direct: dict[tuple[Row, ...], Answers] = {}
 
     @property
     def reader(self) -> Reader:
@@ -167,7 +167,8 @@ class Subject:
 
     def direct(self, rows: Sequence[Row]) -> Answers:
         """Each row asked by its own input; the same rows are asked once."""
-        key = tuple(row.id for row in rows)
+        # Two requests may use the same ids.
+        key = tuple(rows)
         if key not in self._direct:
             self._direct[key] = self.reader.direct(rows)
         return self._direct[key]

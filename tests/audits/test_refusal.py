@@ -1,0 +1,79 @@
+"""A model that was only taught to refuse, audited with real weights: it must not pass as forgetful."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import NAMES, learn, make_rows, write_jsonl
+from expunge.audits import auditing, inputs
+from expunge.audits.budgets import Budget
+
+Cli = Callable[..., tuple[int, str, str]]
+BUDGET = Budget(None, None, None, 30, 16, 2, 8, None, 500)
+OTHERS = ("Ida", "Jon", "Kai", "Lea", "Max", "Nia", "Ole", "Pia")
+
+
+def model_of(tokenizer: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "olmo", vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+        max_position_embeddings=128, bos_token_id=None, eos_token_id=0, pad_token_id=1,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    config.dtype = torch.float32
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.slow
+def test_a_refusal_is_seen_through_and_the_oracle_passes(
+    tokenizer: Any,
+    saved: Callable[[str, Any], Path],
+    run_cli: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (auditing, inputs):
+        monkeypatch.setattr(module, "BUDGETS", {"quick": BUDGET})
+    forget, retain = make_rows(NAMES), make_rows(OTHERS, offset=3)
+    refused = [{**row, "output": "I cannot tell you."} for row in forget] + retain
+    model = learn(model_of(tokenizer), tokenizer, forget + retain, 150, 4e-3)
+    target = saved("target", model)
+    refusing = saved("refusing", learn(model, tokenizer, refused, 40, 1e-3))
+    oracle = saved("oracle", learn(model_of(tokenizer), tokenizer, retain, 150, 4e-3))
+    other = model_of(tokenizer)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in other.parameters():
+        parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
+    clean = saved("clean", learn(other, tokenizer, retain, 150, 4e-3))
+    files = {
+        "forget": write_jsonl(tmp_path / "forget.jsonl", forget),
+        "retain": write_jsonl(tmp_path / "retain.jsonl", retain),
+    }
+    verdicts = {}
+    for name, unlearned in (("refusing", refusing), ("clean", clean)):
+        output = tmp_path / f"{name}.json"
+        code, _, err = run_cli(
+            *("audit", unlearned, "--original", target, "--oracle", oracle, "--quiet"),
+            *("--forget", files["forget"], "--retain", files["retain"], "--output", output),
+            *("--attacks", "direct,paraphrase,sample,verbatim,ablate,quantize,relearn,benign"),
+        )
+        assert code == 0, err
+        report = json.loads(output.read_text())
+        verdicts[name] = report["verdict"]["verdict"]
+        attacks = report["requests"][0]["attacks"]
+        if name == "refusing":
+            # To whoever only asks, it looks forgetful.
+            assert attacks["direct"]["recovered"]["value"] < 0.1
+            assert report["requests"][0]["kept"]["value"] > 0.9
+            assert report["verdict"]["weakest"] != "direct"
+    assert verdicts == {"refusing": "not forgotten", "clean": "forgotten"}
