@@ -56,6 +56,13 @@ def test_an_ask_is_the_prompt_with_its_answer_begun(tokenizer: Any, rows: list[R
     tight = asked(rows[1], tokenizer, TextPolicy(len(plain.prompt) + 1))
     assert tight is not None
     assert tight.room == 1
+    # Of a continuation only the first tokens are looked for, of an answer all.
+    cut = asked(rows[0], tokenizer, policy, longest=2)
+    assert cut is not None
+    assert tokenizer.decode(cut.answer).strip() == cut.row.output
+    assert rows[0].output.startswith(cut.row.output)
+    assert (len(cut.answer), cut.row.id) == (2, rows[0].id)
+    assert asked(rows[1], tokenizer, policy, longest=2) == plain
 
 
 def test_a_chat_template_is_followed_by_the_opening(tokenizer: Any, rows: list[Row]) -> None:

@@ -15,7 +15,7 @@ from expunge.audits import auditing, inputs
 from expunge.audits.budgets import Budget
 
 Cli = Callable[..., tuple[int, str, str]]
-BUDGET = Budget(None, None, None, 30, 16, 2, 8, None, 500)
+BUDGET = Budget(None, None, None, 48, 30, 16, 2, 8, None, 500)
 OTHERS = ("Ida", "Jon", "Kai", "Lea", "Max", "Nia", "Ole", "Pia")
 
 

@@ -58,7 +58,13 @@ def audit(inputs: AuditInputs, progress: Progress | None = None) -> dict[str, An
     found: dict[tuple[int, str], dict[ModelName, Found]] = {}
     for name in (n for n in MODELS if n in checked):
         subject = Subject(
-            name, checked[name], dtypes[name], device, policies[name], inputs.batch_size
+            name,
+            checked[name],
+            dtypes[name],
+            device,
+            policies[name],
+            inputs.batch_size,
+            BUDGETS[inputs.budget].tokens,
         )
         total = _UNITS * sum(len(request.attacks) for request in requests)
         done = 0

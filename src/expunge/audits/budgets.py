@@ -19,6 +19,8 @@ class Budget:
     """Retain rows that are asked for, as a control."""
     nonmembers: int | None
     """Never-seen texts of membership inference."""
+    tokens: int
+    """Tokens of a continuation that are looked for; answers are looked for as a whole."""
     steps: int
     """Steps that an attack by tuning takes."""
     tuning_rows: int
@@ -35,15 +37,15 @@ class Budget:
 
 BUDGETS: Mapping[BudgetName, Budget] = {
     "quick": Budget(
-        facts=48, retain=32, nonmembers=48, steps=24, tuning_rows=8, folds=1, samples=8, layers=3,
-        resamples=1000,
+        facts=48, retain=32, nonmembers=48, tokens=48, steps=24, tuning_rows=8, folds=1, samples=8,
+        layers=3, resamples=1000,
     ),
     "standard": Budget(
-        facts=200, retain=100, nonmembers=200, steps=80, tuning_rows=16, folds=2, samples=32,
+        facts=200, retain=100, nonmembers=200, tokens=128, steps=80, tuning_rows=16, folds=2, samples=32,
         layers=8, resamples=2000,
     ),
     "thorough": Budget(
-        facts=None, retain=400, nonmembers=None, steps=300, tuning_rows=16, folds=2, samples=128,
-        layers=None, resamples=10000,
+        facts=None, retain=400, nonmembers=None, tokens=256, steps=300, tuning_rows=16, folds=2,
+        samples=128, layers=None, resamples=10000,
     ),
 }  # fmt: skip

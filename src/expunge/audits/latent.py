@@ -19,7 +19,7 @@ from torch import nn
 from expunge.audits.ablation import layer_outputs
 from expunge.audits.base import Advance, Attack, Case, Found
 from expunge.audits.facts import document_of
-from expunge.audits.subject import Reader, Subject, asked
+from expunge.audits.subject import Reader, Subject
 from expunge.data.rows import Row
 from expunge.evaluation.batches import padded, token_batches
 from expunge.methods.forward import logits_at
@@ -131,7 +131,7 @@ Pair = tuple[tuple[int, ...], tuple[int, ...]]
 def _pair(reader: Reader, row: Row, output: str) -> Pair | None:
     """Prompt and the first tokens of an answer, or None where they do not fit the context."""
     worded = Row(row.id, row.input, output, row.task, row.kind)
-    ask = asked(worded, reader.tokenizer, reader.policy)
+    ask = reader.asked(worded)
     if ask is None or len(ask.prompt) + len(ask.answer) > reader.policy.context:
         return None
     return ask.prompt, ask.answer[:FIRST_TOKENS]

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from expunge.audits.base import Advance, Attack, Case, Found
 from expunge.audits.facts import document_of
-from expunge.audits.subject import Ask, Reader, Subject, asked
+from expunge.audits.subject import Ask, Reader, Subject
 from expunge.data.rows import Row
 
 QUESTION_FORMS: Mapping[str, str] = {
@@ -49,19 +50,20 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
 def _forms(reader: Reader, case: Case) -> dict[str, list[Ask]]:
     """By form what is asked; a fact that a form cannot ask is not in it."""
 
-    def ask(row: Row, prompt: str | None, opening: str = "") -> Ask | None:
-        return asked(row, reader.tokenizer, reader.policy, prompt=prompt, opening=opening)
-
     found: dict[str, list[Ask | None]] = {}
     for row in case.facts:
         forms = QUESTION_FORMS if row.kind == "qa" else CONTINUATION_FORMS
         for form, template in forms.items():
-            found.setdefault(form, []).append(ask(row, template.format_map({"input": row.input})))
+            found.setdefault(form, []).append(
+                reader.asked(row, prompt=template.format_map({"input": row.input}))
+            )
         opening = PREFILL if row.kind == "qa" else PREFILL_CONTINUATION
-        found.setdefault("prefill", []).append(ask(row, None, opening))
-        found.setdefault("few-shot", []).append(ask(row, _with_shots(row, case)))
+        found.setdefault("prefill", []).append(reader.asked(row, opening=opening))
+        found.setdefault("few-shot", []).append(reader.asked(row, prompt=_with_shots(row, case)))
         for number, other in enumerate(case.paraphrases.get(row.id, ()), 1):
-            found.setdefault(f"paraphrase {number}", []).append(ask(row, other.input))
+            found.setdefault(f"paraphrase {number}", []).append(
+                reader.asked(row, prompt=other.input)
+            )
     return {form: [a for a in asks if a is not None] for form, asks in found.items()}
 
 
@@ -86,9 +88,7 @@ def _multiple_choice(
     pairs = []
     for row in questions:
         for output in [row.output, *offered[row.id]]:
-            ask = asked(
-                Row(row.id, row.input, output, row.task, row.kind), reader.tokenizer, reader.policy
-            )
+            ask = reader.asked(replace(row, output=output))
             pairs.append((ask.prompt, ask.answer) if ask is not None else ((0,), (0,)))
     means = [sum(values) / len(values) for values in reader.log_probs(pairs)]
     rows: dict[str, dict[str, Any]] = {}

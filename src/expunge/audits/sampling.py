@@ -17,7 +17,7 @@ import torch
 from expunge.audits.base import Advance, Attack, Case, Found
 from expunge.audits.estimates import leak_at_k, leak_at_k_bound
 from expunge.audits.facts import extracted, score
-from expunge.audits.subject import Ask, Subject, asked
+from expunge.audits.subject import Ask, Subject
 from expunge.evaluation.decoding import Place
 
 TEMPERATURES = (0.7, 1.0)
@@ -59,7 +59,7 @@ class Sampled:
 def run(subject: Subject, case: Case, advance: Advance) -> Found:
     """Per temperature the best of the samples of each fact; leak@k; exact answer probabilities."""
     samples, reader = case.budget.samples, subject.reader
-    every = [asked(row, reader.tokenizer, reader.policy) for row in case.facts]
+    every = [reader.asked(row) for row in case.facts]
     asks = [ask for ask in every if ask is not None]
     total, done = len(TEMPERATURES) * samples * len(asks), 0
 

@@ -55,10 +55,11 @@ def asked(
     *,
     prompt: str | None = None,
     opening: str = "",
+    longest: int = MAX_NEW_TOKENS,
 ) -> Ask | None:
     """The row asked by its own input or by `prompt`, with the answer begun by `opening`.
 
-    None where prompt and answer do not fit the context.
+    Of a continuation the first `longest` tokens are looked for. None where the prompt fills the context.
     """
     worded = row if prompt is None else replace(row, input=prompt)
     if opening and not policy.chat_template:
@@ -70,6 +71,9 @@ def asked(
         answer = list(tokenizer(f" {row.output}", add_special_tokens=False)["input_ids"])
     if len(ids) >= policy.context or not answer:
         return None
+    if row.kind == "sc" and len(answer) > longest:
+        answer = answer[:longest]
+        row = replace(row, output=tokenizer.decode(answer, skip_special_tokens=True).strip())
     room = min(len(answer) + BEYOND, MAX_NEW_TOKENS, policy.context - len(ids))
     return Ask(row, tuple(ids), tuple(answer), room)
 
@@ -82,6 +86,14 @@ class Reader:
     tokenizer: PreTrainedTokenizerBase
     policy: TextPolicy
     batch_size: int
+    longest: int = MAX_NEW_TOKENS
+    """Tokens of a continuation that are looked for."""
+
+    def asked(self, row: Row, *, prompt: str | None = None, opening: str = "") -> Ask | None:
+        """See the function."""
+        return asked(
+            row, self.tokenizer, self.policy, prompt=prompt, opening=opening, longest=self.longest
+        )
 
     def texts(
         self,
@@ -114,7 +126,7 @@ class Reader:
 
     def direct(self, rows: Sequence[Row]) -> Answers:
         """Each row asked by its own input; its prompt is known to fit."""
-        asks = [asked(row, self.tokenizer, self.policy) for row in rows]
+        asks = [self.asked(row) for row in rows]
         return self.answers([ask for ask in asks if ask is not None])
 
     def log_probs(
@@ -152,9 +164,10 @@ class Subject:
         device: str,
         policy: TextPolicy,
         batch_size: int,
+        longest: int = MAX_NEW_TOKENS,
     ) -> None:
         self.name, self.checked, self.dtype, self.policy = name, checked, dtype, policy
-        self._device, self._batch_size = device, batch_size
+        self._device, self._batch_size, self._longest = device, batch_size, longest
         self._reader: Reader | None = None
         self._direct: dict[tuple[Row, ...], Answers] = {}
 
@@ -186,4 +199,4 @@ class Subject:
 
     def _load(self, dtype: Dtype) -> Reader:
         model = load_model(self.checked, dtype, self._device)
-        return Reader(model, self.checked.tokenizer, self.policy, self._batch_size)
+        return Reader(model, self.checked.tokenizer, self.policy, self._batch_size, self._longest)

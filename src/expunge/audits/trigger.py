@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from expunge.audits.base import Advance, Attack, Case, Found
-from expunge.audits.subject import Ask, Subject, asked
+from expunge.audits.subject import Ask, Subject
 from expunge.data.rows import Row
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
     asks = [
         ask
         for row in case.retain
-        if (ask := asked(row, reader.tokenizer, reader.policy)) is not None
-        and len(ask.prompt) + 1 < reader.policy.context
+        if (ask := reader.asked(row)) is not None and len(ask.prompt) + 1 < reader.policy.context
     ]
     clean = reader.answers(asks)
     scores = {"clean": clean.scores}
