@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import NAMES, learn, make_rows, write_jsonl
+from conftest import NAMES, learn, write_jsonl
 from expunge.audits import auditing, inputs
 from expunge.audits.budgets import Budget
 
 Cli = Callable[..., tuple[int, str, str]]
+WORDS = ("river", "house", "Paris", "Oslo", "number", "small", "born", "near", "Lima", "of", "her")
 BUDGET = Budget(None, None, None, 48, 30, 16, 2, 8, None, 500)
 OTHERS = ("Ida", "Jon", "Kai", "Lea", "Max", "Nia", "Ole", "Pia")
 
@@ -34,6 +36,20 @@ def model_of(tokenizer: Any) -> Any:
         return AutoModelForCausalLM.from_config(config).eval()
 
 
+def rows_of(names: tuple[str, ...]) -> list[dict[str, str]]:
+    """Documents and questions whose answers follow no pattern: the oracle cannot guess them."""
+    rows = []
+    for name in names:
+        draw = random.Random(name)
+        story = " ".join(draw.choice(WORDS) for _ in range(6))
+        code = "".join(draw.choice("0123456789") for _ in range(6))
+        rows += [
+            {"id": f"{name}sc1", "input": f"{name} was born", "output": f"{story}."},
+            {"id": f"{name}qa0", "input": f"What is the number of {name}?", "output": code},
+        ]
+    return rows
+
+
 @pytest.mark.slow
 def test_a_refusal_is_seen_through_and_the_oracle_passes(
     tokenizer: Any,
@@ -44,7 +60,7 @@ def test_a_refusal_is_seen_through_and_the_oracle_passes(
 ) -> None:
     for module in (auditing, inputs):
         monkeypatch.setattr(module, "BUDGETS", {"quick": BUDGET})
-    forget, retain = make_rows(NAMES), make_rows(OTHERS, offset=3)
+    forget, retain = rows_of(NAMES), rows_of(OTHERS)
     refused = [{**row, "output": "I cannot tell you."} for row in forget] + retain
     model = learn(model_of(tokenizer), tokenizer, forget + retain, 150, 4e-3)
     target = saved("target", model)

@@ -25,7 +25,7 @@ OTHERS = [
     for d in range(20, 40)
     for n in (0, 1)
 ]
-CASE = Case(FACTS, FACTS, RETAIN, RETAIN, RETAIN, OTHERS, {}, BUDGET, 0, 1e-3)
+CASE = Case(FACTS, FACTS, FACTS, RETAIN, RETAIN, RETAIN, OTHERS, {}, BUDGET, 0, 1e-3)
 
 
 def share(rows: list[Row], part: float) -> dict[str, float]:

@@ -161,6 +161,7 @@ def _judged(
         "audited": {
             "rows": len(case.facts),
             "documents": len({document_of(row) for row in case.facts}),
+            "members": len(case.members),
             "retain_rows": len(case.retain),
             "nonmembers": len(case.nonmembers),
         },
@@ -186,7 +187,15 @@ def _facts(
 ) -> dict[str, Any]:
     """All that the result of one attack on one model follows from."""
     case = request.case
-    rows = (case.facts, case.forget, case.retain, case.tuning, case.others, case.nonmembers)
+    rows = (
+        case.facts,
+        case.members,
+        case.forget,
+        case.retain,
+        case.tuning,
+        case.others,
+        case.nonmembers,
+    )
     words = [row for wordings in case.paraphrases.values() for row in wordings]
     content = hashlib.sha256()
     for row in (row for part in (*rows, words) for row in part):

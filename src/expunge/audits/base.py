@@ -28,6 +28,8 @@ class Case:
 
     facts: Sequence[Row]
     """Forget rows that the attacks try to get back."""
+    members: Sequence[Row]
+    """Forget documents that are read as a whole: more than are asked for, as one pass reads them."""
     forget: Sequence[Row]
     """All forget rows."""
     retain: Sequence[Row]

@@ -116,8 +116,8 @@ def _finding(each: Evidence) -> Finding | None:
     value, low = each.figure.value, each.figure.low
     above = low is not None and low > 0
     if each.kind == "extraction":
-        told = f"{each.title} recovers {_signed(value)} of what the target knows"
-        told += " beyond the oracle" if each.against_oracle else ""
+        told = f"{each.title}: {_signed(value)} of what the target gives"
+        told += f"{' beyond the oracle' if each.against_oracle else ''} comes back"
         if value >= NOT_FORGOTTEN_FROM:
             return Finding("not forgotten", each.attack, told)
         if value >= PARTLY_FROM and above:
