@@ -84,7 +84,7 @@ def test_an_unchanged_model_is_not_forgotten_and_nothing_tells_what_it_knew(
     assert set(request["attacks"]) == set(ATTACKS)
     assert request["kept"]["value"] == pytest.approx(1.0)
     ids = {row["id"] for row in forget_rows}
-    for name in ("direct", "paraphrase", "sample", "verbatim", "benign"):
+    for name in ("direct", "sample", "verbatim"):
         attack = request["attacks"][name]
         assert attack["power"]["has_power"], attack["sentence"]
         assert attack["recovered"]["against"] == "oracle"
@@ -94,6 +94,14 @@ def test_an_unchanged_model_is_not_forgotten_and_nothing_tells_what_it_knew(
             attack["models"]["oracle"]["extracted"]["value"] <= 0.5
         )  # continuations share a pattern
         assert {row["id"] for row in attack["rows"]} <= ids
+    # What asking in other ways gets from this target is too little to say anything of another model.
+    paraphrase = request["attacks"]["paraphrase"]
+    assert paraphrase["models"]["target"]["variants"]["input"]["extracted"]["value"] == 1.0
+    if not paraphrase["power"]["has_power"]:
+        assert paraphrase["recovered"] is None
+    benign = request["attacks"]["benign"]["models"]["target"]
+    assert set(benign["variants"]) == {"step 0", "step 2", "step 6"}
+    assert benign["extracted"]["value"] <= benign["variants"]["step 0"]["extracted"]["value"] == 1.0
     assert request["attacks"]["membership"]["models"]["target"]["variants"]["loss"]["auc"]
     assert request["attacks"]["sample"]["models"]["target"]["numbers"]["leak_at_k"]
     for held_out in request["attacks"]["relearn"]["models"].values():

@@ -54,6 +54,8 @@ class Found:
 
     scores: Mapping[str, Scores]
     """By variant of the attack."""
+    beside: Sequence[str] = ()
+    """Variants that are shown and count for no fact: direct questions, where an attack starts from them."""
     control: Mapping[str, Scores] = field(default_factory=dict)
     """The same on retain rows, where an attack asks for them."""
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

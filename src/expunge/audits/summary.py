@@ -69,7 +69,10 @@ def best_of(variants: Mapping[str, Scores]) -> dict[str, tuple[float, str]]:
 
 def _extraction(attack: Attack, models: Models, case: Case) -> Summary:
     """Extracted and recovered shares of facts; the latent probe's layers are variants as well."""
-    best = {name: best_of(found.scores) for name, found in models.items()}
+    best = {
+        name: best_of({v: s for v, s in found.scores.items() if v not in found.beside})
+        for name, found in models.items()
+    }
     known = set(case.facts)
     rows = [*case.facts, *(row for row in case.members if row not in known)]
     ids = [row.id for row in rows if all(row.id in mine for mine in best.values())]
