@@ -55,7 +55,7 @@ class Found:
     scores: Mapping[str, Scores]
     """By variant of the attack."""
     beside: Sequence[str] = ()
-    """Variants that are shown and count for no fact: direct questions, where an attack starts from them."""
+    """Variants that are shown and count for no fact: direct questions, where an attack has them."""
     control: Mapping[str, Scores] = field(default_factory=dict)
     """The same on retain rows, where an attack asks for them."""
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -82,6 +82,3 @@ class Attack:
     how: str
     """Completes the sentence "... of the facts came back ..."."""
     run: Callable[[Subject, Case, Advance], Found]
-    needs_nonmembers: bool = False
-    needs_questions: bool = False
-    """Whether it asks for answers, which only `qa` rows have."""

@@ -220,5 +220,4 @@ ATTACK = Attack(
     reference="arXiv 2309.17410",
     how="",
     run=run,
-    needs_questions=True,
 )

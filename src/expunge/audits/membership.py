@@ -114,5 +114,4 @@ ATTACK = Attack(
     reference="arXiv 2404.02936, 2406.17975",
     how="",
     run=run,
-    needs_nonmembers=True,
 )
