@@ -167,6 +167,34 @@ def test_a_destroyed_model_is_told_from_a_forgetful_one(
     assert report["requests"][0]["attacks"]["direct"]["recovered"]["value"] < 0.5
 
 
+def test_a_model_of_not_a_number_is_destroyed_and_its_report_is_json(
+    audit: Cli,
+    memorised_dir: Path,
+    saved: Callable[[str, Any], Path],
+    row_files: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(memorised_dir, dtype=torch.float32)
+    model.get_input_embeddings().weight.data.fill_(torch.nan)
+    output = tmp_path / "audit.json"
+    code, _, err = audit(
+        saved("nan", model), "--nonmembers", row_files["nonmembers"], "--output", output,
+        "--attacks", "sample,verbatim,membership,ablate,latent", oracle=False,
+    )  # fmt: skip
+    assert code == 0, err
+
+    def refuse(name: str) -> None:
+        pytest.fail(f"{name} is no JSON")
+
+    report = json.loads(output.read_text(), parse_constant=refuse)
+    assert report["verdict"]["verdict"] == "destroyed"
+    probe = report["requests"][0]["attacks"]["latent"]["models"]["unlearned"]["numbers"]
+    assert set(probe["probe_accuracy"].values()) == {None}
+
+
 def test_without_an_oracle_the_floor_is_said_to_be_0(
     audit: Cli, nudged_dir: Path, tmp_path: Path
 ) -> None:

@@ -127,14 +127,14 @@ def probe_outcomes(true: np.ndarray, false: np.ndarray, folds: Sequence[int]) ->
     """For each pair 1 where a probe that saw the other parts only prefers the true one, ties 1/2.
 
     true and false (pairs, width). Logistic regression on standardised states. Chance is 0.5. None
-    for fewer than two parts.
+    for fewer than two parts, and for states that are not finite.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import LeaveOneGroupOut
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if len(set(folds)) < 2:
+    if len(set(folds)) < 2 or not (np.isfinite(true).all() and np.isfinite(false).all()):
         return None
     found = [0.0] * len(folds)
     for train, test in LeaveOneGroupOut().split(true, groups=list(folds)):
