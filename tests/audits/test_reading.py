@@ -82,9 +82,9 @@ def test_a_chat_template_is_followed_by_the_opening(tokenizer: Any, rows: list[R
 def test_log_probs_are_those_of_each_token_alone(reader: Reader) -> None:
     generator = torch.Generator().manual_seed(0)
     pairs = []
-    for prompt, answer in ((5, 3), (1, 1), (12, 7)):
-        ids = torch.randint(2, 300, (prompt + answer,), generator=generator).tolist()
-        pairs.append((ids[:prompt], ids[prompt:]))
+    for start, count in ((5, 3), (1, 1), (12, 7)):
+        drawn = torch.randint(2, 300, (start + count,), generator=generator).tolist()
+        pairs.append((drawn[:start], drawn[start:]))
     for temperature in (1.0, 0.7):
         found = reader.log_probs(pairs, temperature)
         for (prompt, answer), values in zip(pairs, found, strict=True):

@@ -93,8 +93,8 @@ class Resamples:
 
         No resample would differ then, as if there were no doubt. None elsewhere.
         """
-        means = np.bincount(self._document, np.asarray(values, float), self.documents)
-        means /= self._facts
+        sums = np.bincount(self._document, np.asarray(values, float), self.documents)
+        means = sums / self._facts
         if np.ptp(means) > 0:
             return None
         return clopper_pearson(round(float(means[0]) * self.documents), self.documents)
