@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,14 @@ def audit(
         )
 
     return call
+
+
+def schema() -> Any:
+    """Validates against the published schema."""
+    jsonschema = pytest.importorskip("jsonschema", reason="is in the extra dev")
+    published = json.loads(SCHEMA.read_text())
+    jsonschema.Draft202012Validator.check_schema(published)
+    return jsonschema.Draft202012Validator(published)
 
 
 def every_file(directory: Path) -> str:
@@ -114,22 +123,22 @@ def test_an_unchanged_model_is_not_forgotten_and_nothing_tells_what_it_knew(
     for attack in request["attacks"].values():
         assert attack["sentence"] in out
         assert attack["sentence"].endswith(".")
+    if find_spec("jsonschema"):  # else the next test says that it is missing
+        schema().validate(report)
 
 
 def test_the_report_fits_its_schema(
     audit: Cli, nudged_dir: Path, row_files: dict[str, Path], tmp_path: Path
 ) -> None:
-    jsonschema = pytest.importorskip("jsonschema", reason="is in the extra dev")
-    schema = json.loads(SCHEMA.read_text())
-    jsonschema.Draft202012Validator.check_schema(schema)
-    validator = jsonschema.Draft202012Validator(schema)
     output = tmp_path / "audit.json"
     code, out, _ = audit(
         nudged_dir, "--nonmembers", row_files["nonmembers"], "--output", output,
         "--earlier", row_files["forget"], "--reveal", "--json", "--quiet",
+        "--attacks", "sample,membership,trigger",
     )  # fmt: skip
     report = json.loads(out)
     assert (code, report) == (0, json.loads(output.read_text()))
+    validator = schema()
     validator.validate(report)
     assert len(report["requests"]) == 2
     for change in (
@@ -238,7 +247,7 @@ def test_neither_the_batch_size_nor_a_second_run_changes_a_byte(
     audit: Cli, nudged_dir: Path, row_files: dict[str, Path], tmp_path: Path
 ) -> None:
     reports = []
-    for number, batch_size in enumerate((64, 64, 3)):
+    for number, batch_size in enumerate((64, 3)):
         output = tmp_path / f"{number}.json"
         options = (
             "--nonmembers",
@@ -251,7 +260,6 @@ def test_neither_the_batch_size_nor_a_second_run_changes_a_byte(
         assert audit(nudged_dir, *options, "--output", output, oracle=False)[0] == 0
         reports.append(output.read_bytes())
     assert reports[0] == reports[1]
-    assert reports[0] == reports[2]
 
 
 def test_an_interrupted_audit_goes_on_where_it_was(
