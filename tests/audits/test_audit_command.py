@@ -20,7 +20,7 @@ from expunge.audits.catalog import ATTACKS
 Cli = Callable[..., tuple[int, str, str]]
 SCHEMA = Path(auditing.__file__).with_name("audit.schema.json")
 SMALL = Budget(
-    facts=None, retain=8, nonmembers=None, tokens=24, steps=6, tuning_rows=4, folds=2, samples=3,
+    facts=None, retain=8, nonmembers=None, tokens=24, steps=6, measures=2, tuning_rows=4, folds=2, samples=3,
     layers=2, resamples=50,
 )  # fmt: skip
 
@@ -109,12 +109,12 @@ def test_an_unchanged_model_is_not_forgotten_and_nothing_tells_what_it_knew(
     if not paraphrase["power"]["has_power"]:
         assert paraphrase["recovered"] is None
     benign = request["attacks"]["benign"]["models"]["target"]
-    assert set(benign["variants"]) == {"step 0", "step 2", "step 6"}
+    assert set(benign["variants"]) == {"step 0", "step 3", "step 6"}
     assert benign["extracted"]["value"] <= benign["variants"]["step 0"]["extracted"]["value"] == 1.0
     assert request["attacks"]["membership"]["models"]["target"]["variants"]["loss"]["auc"]
     assert request["attacks"]["sample"]["models"]["target"]["numbers"]["leak_at_k"]
     for held_out in request["attacks"]["relearn"]["models"].values():
-        assert set(held_out["variants"]) == {"step 2", "step 6"}
+        assert set(held_out["variants"]) == {"step 3", "step 6"}
         assert held_out["variants"]["step 6"]["rows"] == 8  # two folds measure every fact
     # Neither the file nor what was printed tells a word of any row.
     for place in (output.read_text(), out, err):
@@ -199,6 +199,8 @@ def test_a_model_of_not_a_number_is_destroyed_and_its_report_is_json(
         pytest.fail(f"{name} is no JSON")
 
     report = json.loads(output.read_text(), parse_constant=refuse)
+    if find_spec("jsonschema"):
+        schema().validate(report)
     assert report["verdict"]["verdict"] == "destroyed"
     probe = report["requests"][0]["attacks"]["latent"]["models"]["unlearned"]["numbers"]
     assert set(probe["probe_accuracy"].values()) == {None}

@@ -20,7 +20,7 @@ from expunge.data.rows import as_rows
 from expunge.data.tokenization import TextPolicy
 
 Cli = Callable[..., tuple[int, str, str]]
-BUDGET = Budget(None, None, None, 48, 30, 16, 2, 8, None, 500)
+BUDGET = Budget(None, None, None, 48, 30, 3, 16, 2, 8, None, 500)
 OTHERS = ("Ida", "Jon", "Kai", "Lea", "Max", "Nia", "Ole", "Pia")
 
 

@@ -29,9 +29,10 @@ def default_learning_rate(width: int) -> float:
     return BASE_LEARNING_RATE * 256 / width
 
 
-def measured_steps(steps: int) -> tuple[int, ...]:
-    """When a tuned model is measured: after a third of the steps, and at the end."""
-    return tuple(sorted({max(1, steps // 3), steps}))
+def measured_steps(steps: int, measures: int) -> tuple[int, ...]:
+    """When a tuned model is measured: `measures` times, evenly spaced, the last time at the end."""
+    spaced = (round(steps * number / measures) for number in range(1, measures + 1))
+    return tuple(sorted({max(1, step) for step in spaced}))
 
 
 def tuned(
