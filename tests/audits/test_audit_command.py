@@ -20,8 +20,8 @@ from expunge.audits.catalog import ATTACKS
 Cli = Callable[..., tuple[int, str, str]]
 SCHEMA = Path(auditing.__file__).with_name("audit.schema.json")
 SMALL = Budget(
-    facts=None, retain=8, nonmembers=None, tokens=24, steps=6, measures=2, tuning_rows=4, folds=2, samples=3,
-    layers=2, resamples=50,
+    facts=None, retain=8, nonmembers=None, tokens=24, steps=6, measures=2, tuning_rows=4, folds=2,
+    samples=3, layers=2, resamples=50,
 )  # fmt: skip
 
 
