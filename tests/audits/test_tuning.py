@@ -77,4 +77,5 @@ def test_the_last_measure_is_at_the_end(
 
 def test_a_wider_model_takes_smaller_steps() -> None:
     assert default_learning_rate(256) == pytest.approx(5e-4)
+    assert default_learning_rate(16) == default_learning_rate(256)
     assert default_learning_rate(4096) == pytest.approx(3.125e-5)

@@ -46,7 +46,7 @@ class AuditInputs:
     budget: BudgetName = "quick"
     """How many rows, steps and samples: quick, standard or thorough."""
     learning_rate: float | None = None
-    """Learning rate of attacks by tuning; null: 5e-4 x 256 / hidden size."""
+    """Learning rate of attacks by tuning; null: 5e-4, above width 256 times 256 / width."""
     output: str | None = None
     """Write audit.json here; unfinished, an audit goes on from OUTPUT.partial."""
     reveal: bool = False

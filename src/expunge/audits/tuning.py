@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BASE_LEARNING_RATE = 5e-4
-"""At width 256; a wider model takes proportionally less, 3e-5 at width 4096."""
+"""Up to width 256; a wider model takes proportionally less, 3e-5 at width 4096."""
 _WARMUP = 0.1
 _MAX_NORM = 1.0
 _EPOCH_SEEDS = 1_000_003
@@ -26,7 +26,7 @@ _EPOCH_SEEDS = 1_000_003
 
 def default_learning_rate(width: int) -> float:
     """The rate of relearning for a model of this width, the same for every model of an audit."""
-    return BASE_LEARNING_RATE * 256 / width
+    return BASE_LEARNING_RATE * min(1.0, 256 / width)
 
 
 def measured_steps(steps: int, measures: int) -> tuple[int, ...]:
