@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": ("expunge.cli.plan", "say what a run would take: memory, disk, steps, whether it fits"),
     "evaluate": ("expunge.cli.evaluate", "measure a model's scorecard"),
     "analyze": ("expunge.cli.analyze", "look before unlearning: analyze layers, analyze influence"),
+    "audit": ("expunge.cli.audit", "attack an unlearned model: does forgotten content come back?"),
     "compare": ("expunge.cli.compare", "print the scorecards of several runs side by side"),
     "data": ("expunge.cli.data", "check rows and show how they are tokenised (data inspect)"),
     "sweep": ("expunge.cli.sweep", "search over options of a run; resumable, with many workers"),
