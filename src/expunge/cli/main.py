@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": ("expunge.cli.evaluate", "measure a model's scorecard"),
     "audit": ("expunge.cli.audit", "attack an unlearned model: does forgotten content come back?"),
     "compare": ("expunge.cli.compare", "print the scorecards of several runs side by side"),
+    "report": ("expunge.cli.report", "write what a run did and reached: a page, Markdown, JSON"),
     "data": ("expunge.cli.data", "check rows and show how they are tokenised (data inspect)"),
     "benchmark": ("expunge.cli.benchmark", "make the built-in benchmark (benchmark build)"),
 }
