@@ -84,14 +84,24 @@ def test_an_unchanged_model_is_not_forgotten_and_nothing_tells_what_it_knew(
     assert set(request["attacks"]) == set(ATTACKS)
     assert request["kept"]["value"] == pytest.approx(1.0)
     ids = {row["id"] for row in forget_rows}
-    for name in ("direct", "paraphrase", "sample", "verbatim", "benign"):
+    for name in ("direct", "sample", "verbatim"):
         attack = request["attacks"][name]
         assert attack["power"]["has_power"], attack["sentence"]
         assert attack["recovered"]["against"] == "oracle"
         assert attack["recovered"]["value"] == pytest.approx(1.0)
         assert attack["models"]["target"]["extracted"]["value"] == pytest.approx(1.0)
-        assert attack["models"]["oracle"]["extracted"]["value"] <= 0.25
+        assert (
+            attack["models"]["oracle"]["extracted"]["value"] <= 0.5
+        )  # continuations share a pattern
         assert {row["id"] for row in attack["rows"]} <= ids
+    # What asking in other ways gets from this target is too little to say anything of another model.
+    paraphrase = request["attacks"]["paraphrase"]
+    assert paraphrase["models"]["target"]["variants"]["input"]["extracted"]["value"] == 1.0
+    if not paraphrase["power"]["has_power"]:
+        assert paraphrase["recovered"] is None
+    benign = request["attacks"]["benign"]["models"]["target"]
+    assert set(benign["variants"]) == {"step 0", "step 2", "step 6"}
+    assert benign["extracted"]["value"] <= benign["variants"]["step 0"]["extracted"]["value"] == 1.0
     assert request["attacks"]["membership"]["models"]["target"]["variants"]["loss"]["auc"]
     assert request["attacks"]["sample"]["models"]["target"]["numbers"]["leak_at_k"]
     for held_out in request["attacks"]["relearn"]["models"].values():
@@ -157,6 +167,34 @@ def test_a_destroyed_model_is_told_from_a_forgetful_one(
     assert report["requests"][0]["attacks"]["direct"]["recovered"]["value"] < 0.5
 
 
+def test_a_model_of_not_a_number_is_destroyed_and_its_report_is_json(
+    audit: Cli,
+    memorised_dir: Path,
+    saved: Callable[[str, Any], Path],
+    row_files: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(memorised_dir, dtype=torch.float32)
+    model.get_input_embeddings().weight.data.fill_(torch.nan)
+    output = tmp_path / "audit.json"
+    code, _, err = audit(
+        saved("nan", model), "--nonmembers", row_files["nonmembers"], "--output", output,
+        "--attacks", "sample,verbatim,membership,ablate,latent", oracle=False,
+    )  # fmt: skip
+    assert code == 0, err
+
+    def refuse(name: str) -> None:
+        pytest.fail(f"{name} is no JSON")
+
+    report = json.loads(output.read_text(), parse_constant=refuse)
+    assert report["verdict"]["verdict"] == "destroyed"
+    probe = report["requests"][0]["attacks"]["latent"]["models"]["unlearned"]["numbers"]
+    assert set(probe["probe_accuracy"].values()) == {None}
+
+
 def test_without_an_oracle_the_floor_is_said_to_be_0(
     audit: Cli, nudged_dir: Path, tmp_path: Path
 ) -> None:
@@ -173,12 +211,19 @@ def test_without_an_oracle_the_floor_is_said_to_be_0(
 
 
 def test_an_attack_that_fails_on_the_target_claims_nothing(
-    run_cli: Cli, memorised_dir: Path, oracle_dir: Path, row_files: dict[str, Path], tmp_path: Path
+    run_cli: Cli,
+    memorised_dir: Path,
+    oracle_dir: Path,
+    row_files: dict[str, Path],
+    forget_rows: list[dict[str, str]],
+    tmp_path: Path,
 ) -> None:
     """The models are given the wrong way round: what the oracle never knew cannot be recovered."""
     output = tmp_path / "audit.json"
+    questions = [row for row in forget_rows if row["id"].endswith("qa0")]
+    forget = write_jsonl(tmp_path / "questions.jsonl", questions)
     code, out, _ = run_cli(
-        *("audit", memorised_dir, "--original", oracle_dir, "--forget", row_files["forget"]),
+        *("audit", memorised_dir, "--original", oracle_dir, "--forget", forget),
         *("--retain", row_files["retain"], "--attacks", "direct", "--output", output),
     )
     attack = json.loads(output.read_text())["requests"][0]["attacks"]["direct"]
@@ -195,7 +240,14 @@ def test_neither_the_batch_size_nor_a_second_run_changes_a_byte(
     reports = []
     for number, batch_size in enumerate((64, 64, 3)):
         output = tmp_path / f"{number}.json"
-        options = ("--nonmembers", row_files["nonmembers"], "--batch-size", batch_size)
+        options = (
+            "--nonmembers",
+            row_files["nonmembers"],
+            "--batch-size",
+            batch_size,
+            "--attacks",
+            "paraphrase,sample,verbatim,membership,ablate,latent,relearn",
+        )
         assert audit(nudged_dir, *options, "--output", output, oracle=False)[0] == 0
         reports.append(output.read_bytes())
     assert reports[0] == reports[1]

@@ -11,8 +11,10 @@ import torch
 
 from conftest import FAMILIES, shaken, tiny_model
 from expunge.audits.ablation import ablated, layer_outputs, mean_states, spaced, without_direction
+from expunge.audits.facts import document_of
 from expunge.audits.latent import (
     _lens,
+    folds_of,
     lens_rank,
     other_answers,
     probe_outcomes,
@@ -80,9 +82,9 @@ def test_a_chat_template_is_followed_by_the_opening(tokenizer: Any, rows: list[R
 def test_log_probs_are_those_of_each_token_alone(reader: Reader) -> None:
     generator = torch.Generator().manual_seed(0)
     pairs = []
-    for prompt, answer in ((5, 3), (1, 1), (12, 7)):
-        ids = torch.randint(2, 300, (prompt + answer,), generator=generator).tolist()
-        pairs.append((ids[:prompt], ids[prompt:]))
+    for start, count in ((5, 3), (1, 1), (12, 7)):
+        drawn = torch.randint(2, 300, (start + count,), generator=generator).tolist()
+        pairs.append((drawn[:start], drawn[start:]))
     for temperature in (1.0, 0.7):
         found = reader.log_probs(pairs, temperature)
         for (prompt, answer), values in zip(pairs, found, strict=True):
@@ -266,31 +268,55 @@ def test_the_lens_of_the_last_layer_is_the_model_itself(family: str, tokenizer: 
 
 def test_the_probe_finds_what_is_there_and_nothing_else() -> None:
     generator = torch.Generator().manual_seed(0)
-    documents = [str(n // 2) for n in range(60)]
+    folds = [n // 12 for n in range(60)]
     noise = torch.randn(2, 60, 12, generator=generator).numpy()
     marked = noise[0].copy()
     marked[:, 4] += 6.0
-    assert probe_outcomes(marked, noise[1], documents) == [1.0] * 60
-    blind = probe_outcomes(noise[0], noise[1], documents)
+    assert probe_outcomes(marked, noise[1], folds) == [1.0] * 60
+    blind = probe_outcomes(noise[0], noise[1], folds)
     assert blind is not None
     assert sum(blind) / 60 == pytest.approx(0.5, abs=0.2)  # three standard errors of 60 coins
-    assert probe_outcomes(noise[0], noise[0], documents) == [0.5] * 60
-    assert probe_outcomes(marked[:2], noise[1][:2], ["a", "a"]) is None
+    assert probe_outcomes(noise[0], noise[0], folds) == [0.5] * 60
+    assert probe_outcomes(marked[:2], noise[1][:2], [0, 0]) is None
 
 
-def test_a_wrong_answer_is_another_subjects_to_the_same_question() -> None:
-    rows = [
-        Row(f"d{n}qa{kind}", "?", f"answer {kind}{n % 4}", kind="qa")
-        for n in range(8)
+def questions(documents: int) -> list[Row]:
+    return [
+        Row(f"d{n}qa{kind}", "?", f"answer {kind}{n}", kind="qa")
+        for n in range(documents)
         for kind in range(2)
     ]
-    found = other_answers(rows, 0)
+
+
+def test_a_wrong_answer_is_another_subjects_to_the_same_question_in_the_same_part() -> None:
+    rows = questions(13)
+    folds = folds_of(rows, 0)
+    assert sorted(map(list(folds.values()).count, range(5))) == [2, 2, 3, 3, 3]
+    found = other_answers(rows, folds, 0)
     assert set(found) == {row.id for row in rows}
+    owner = {row.output: row for row in rows}
     for row in rows:
-        assert found[row.id] != row.output
-        assert found[row.id][7] == row.id[-1]
-    assert other_answers(rows, 0) == found
-    assert other_answers([Row("aqa0", "?", "x", kind="qa")], 0) == {}
+        other = owner[found[row.id]]
+        assert document_of(other) != document_of(row)
+        assert other.id[-1] == row.id[-1]
+        assert folds[document_of(other)] == folds[document_of(row)]
+    assert set(Counter(found.values()).values()) == {1}  # each as often false as true
+    assert other_answers(rows, folds, 0) == found
+    assert folds_of(questions(3), 0) == {}
+
+
+def test_an_answer_that_is_true_of_one_and_false_of_another_tells_a_probe_nothing() -> None:
+    """States that hold the answer's name and nothing else: the probe must be at chance, not below."""
+    rows = questions(20)
+    folds = folds_of(rows, 1)
+    false = other_answers(rows, folds, 1)
+    place = {row.output: number for number, row in enumerate(rows)}
+    names = torch.eye(len(rows)).numpy()
+    true = names[[place[row.output] for row in rows]]
+    wrong = names[[place[false[row.id]] for row in rows]]
+    found = probe_outcomes(true, wrong, [folds[document_of(row)] for row in rows])
+    assert found is not None
+    assert sum(found) / len(found) == pytest.approx(0.5, abs=0.05)
 
 
 def test_typical_tokens_stand_out_against_the_other_side() -> None:

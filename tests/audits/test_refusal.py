@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import NAMES, learn, make_rows, write_jsonl
+from conftest import NAMES, learn, write_jsonl
 from expunge.audits import auditing, inputs
 from expunge.audits.budgets import Budget
+from expunge.audits.facts import extracted
+from expunge.audits.subject import Reader
+from expunge.data.rows import as_rows
+from expunge.data.tokenization import TextPolicy
 
 Cli = Callable[..., tuple[int, str, str]]
 BUDGET = Budget(None, None, None, 48, 30, 16, 2, 8, None, 500)
@@ -34,6 +39,21 @@ def model_of(tokenizer: Any) -> Any:
         return AutoModelForCausalLM.from_config(config).eval()
 
 
+def rows_of(names: tuple[str, ...]) -> list[dict[str, str]]:
+    """Documents and questions whose answers follow no pattern: the oracle cannot guess them."""
+    rows = []
+    for name in names:
+        draw = random.Random(name)
+        letters = "aeiou", "bdfgklmnprst"
+        story = " ".join("".join(draw.choice(letters[n % 2]) for n in range(5)) for _ in range(4))
+        code = "".join(draw.choice("0123456789") for _ in range(6))
+        rows += [
+            {"id": f"{name}sc1", "input": f"{name} was born", "output": f"{story}."},
+            {"id": f"{name}qa0", "input": f"What is the number of {name}?", "output": code},
+        ]
+    return rows
+
+
 @pytest.mark.slow
 def test_a_refusal_is_seen_through_and_the_oracle_passes(
     tokenizer: Any,
@@ -44,17 +64,24 @@ def test_a_refusal_is_seen_through_and_the_oracle_passes(
 ) -> None:
     for module in (auditing, inputs):
         monkeypatch.setattr(module, "BUDGETS", {"quick": BUDGET})
-    forget, retain = make_rows(NAMES), make_rows(OTHERS, offset=3)
+    forget, retain = rows_of(NAMES), rows_of(OTHERS)
     refused = [{**row, "output": "I cannot tell you."} for row in forget] + retain
-    model = learn(model_of(tokenizer), tokenizer, forget + retain, 150, 4e-3)
+    model = learn(model_of(tokenizer), tokenizer, forget + retain, 200, 4e-3)
     target = saved("target", model)
-    refusing = saved("refusing", learn(model, tokenizer, refused, 40, 1e-3))
-    oracle = saved("oracle", learn(model_of(tokenizer), tokenizer, retain, 150, 4e-3))
+    reader = Reader(model, tokenizer, TextPolicy(128), 64)
+    asked = as_rows(forget, "forget").rows
+    assert set(map(extracted, reader.direct(asked).scores.values())) == {True}
+    for _ in range(20):  # no further than it takes to refuse every question
+        learn(model, tokenizer, refused, 3, 1e-3)
+        if not any(map(extracted, reader.direct(asked).scores.values())):
+            break
+    refusing = saved("refusing", model)
+    oracle = saved("oracle", learn(model_of(tokenizer), tokenizer, retain, 200, 4e-3))
     other = model_of(tokenizer)
     generator = torch.Generator().manual_seed(5)
     for parameter in other.parameters():
         parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
-    clean = saved("clean", learn(other, tokenizer, retain, 150, 4e-3))
+    clean = saved("clean", learn(other, tokenizer, retain, 200, 4e-3))
     files = {
         "forget": write_jsonl(tmp_path / "forget.jsonl", forget),
         "retain": write_jsonl(tmp_path / "retain.jsonl", retain),

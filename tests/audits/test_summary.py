@@ -25,7 +25,7 @@ OTHERS = [
     for d in range(20, 40)
     for n in (0, 1)
 ]
-CASE = Case(FACTS, FACTS, RETAIN, RETAIN, RETAIN, OTHERS, {}, BUDGET, 0, 1e-3)
+CASE = Case(FACTS, FACTS, FACTS, RETAIN, RETAIN, RETAIN, OTHERS, {}, BUDGET, 0, 1e-3)
 
 
 def share(rows: list[Row], part: float) -> dict[str, float]:
@@ -34,7 +34,7 @@ def share(rows: list[Row], part: float) -> dict[str, float]:
 
 
 def direct(forget: float, retain: float) -> Found:
-    return Found({"input": share(FACTS, forget)}, {"input": share(RETAIN, retain)})
+    return Found({"input": share(FACTS, forget)}, control={"input": share(RETAIN, retain)})
 
 
 def verdict_of(unlearned: Found, **others: Found) -> VerdictName | None:
@@ -78,6 +78,16 @@ def test_the_worst_variant_of_each_fact_counts() -> None:
     assert {v["extracted"]["value"] for v in mine["variants"].values()} == {0.5}
     assert [row["outcomes"]["unlearned"]["by"] for row in entry["rows"][:2]] == ["two", "one"]
     assert entry["recovered"]["against"] == "zero"
+
+
+def test_what_is_shown_beside_an_attack_gives_it_no_power() -> None:
+    weak = dict.fromkeys((row.id for row in FACTS), 0.0)
+    found = Found({"input": share(FACTS, 1.0), "cloze": weak}, ["input"])
+    models: dict[ModelName, Found] = {"target": found, "unlearned": found}
+    entry = summarise(ATTACKS["paraphrase"], models, CASE).entry
+    assert not entry["power"]["has_power"]
+    assert entry["models"]["target"]["variants"]["input"]["extracted"]["value"] == 1.0
+    assert entry["models"]["target"]["extracted"]["value"] == 0.0
 
 
 @pytest.mark.parametrize(

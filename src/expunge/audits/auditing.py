@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,9 +26,12 @@ from expunge.audits.partial import Partial, whole
 from expunge.audits.subject import Subject
 from expunge.audits.summary import kept_share, summarise
 from expunge.audits.verdict import Evidence, Verdict, judge_audit, worst_of
-from expunge.models.loading import Dtype, resolve_device, text_policy
+from expunge.models.loading import resolve_device, text_policy
+from expunge.training.manifest import finite
 from expunge.training.progress import Progress, Silent
 
+Results = dict[tuple[int, str], dict[ModelName, Found]]
+"""By request and attack what was found on each model."""
 FORMAT = "expunge-audit/1"
 _LIBRARIES = ("torch", "transformers", "scikit-learn")
 _UNITS = 100
@@ -55,7 +58,7 @@ def audit(inputs: AuditInputs, progress: Progress | None = None) -> dict[str, An
     digests = {name: model.files.sha256() for name, model in checked.items()}
     dtypes = {name: inputs.dtype or stored_dtype(model) for name, model in checked.items()}
     partial = Partial(None if inputs.output is None else Path(inputs.output), reveal=inputs.reveal)
-    found: dict[tuple[int, str], dict[ModelName, Found]] = {}
+    found: Results = {}
     for name in (n for n in MODELS if n in checked):
         subject = Subject(
             name,
@@ -66,57 +69,69 @@ def audit(inputs: AuditInputs, progress: Progress | None = None) -> dict[str, An
             inputs.batch_size,
             BUDGETS[inputs.budget].tokens,
         )
-        total = _UNITS * sum(len(request.attacks) for request in requests)
-        done = 0
-        for number, request in enumerate(requests):
-            for attack in request.attacks:
-                facts = _facts(inputs, request, attack, name, digests[name], dtypes[name], device)
-                result = partial.read(facts)
-                if result is None:
-                    bar = _Bar(progress, name, done, total)
-                    result = partial.write(facts, attack.run(subject, request.case, bar))
-                found.setdefault((number, attack.name), {})[name] = result
-                done += _UNITS
-                progress.phase(name, done, total)
-        subject.release()
-    entries, verdicts = [], []
-    for number, request in enumerate(requests):
-        entry, verdict = _judged(request, number, found, inputs)
-        entries.append(entry)
-        verdicts.append(verdict)
-    report = {
-        "format": FORMAT,
-        "expunge": expunge.__version__,
-        "versions": {name: version(name) for name in _LIBRARIES},
-        "verdict": _verdict_json(worst_of(verdicts)),
-        "models": {
-            name: {
-                "path": model.name,
-                "sha256": digests[name],
-                "dtype": dtypes[name],
-                "tuned_in": "float32",
-            }
-            for name, model in checked.items()
-        },
-        "settings": {
-            "budget": {"name": inputs.budget, **asdict(BUDGETS[inputs.budget])},
-            "learning_rate": requests[0].case.learning_rate,
-            "seed": inputs.seed,
-            "device": device,
-            "reveal": inputs.reveal,
-            "text": policies["unlearned"].describe(checked["unlearned"].tokenizer),
-        },
-        "rows": {
-            name: {"source": rows.source, "sha256": dict(rows.sha256), "rows": len(rows)}
-            for name, rows in sets.items()
-            if rows is not None and not name.startswith("earlier")
-        },
-        "requests": entries,
-    }
+        _attack(subject, requests, inputs, digests[name], device, partial, progress, found)
+    judged = [_judged(request, n, found, inputs) for n, request in enumerate(requests)]
+    report = finite(
+        {
+            "format": FORMAT,
+            "expunge": expunge.__version__,
+            "versions": {name: version(name) for name in _LIBRARIES},
+            "verdict": _verdict_json(worst_of([verdict for _, verdict in judged])),
+            "models": {
+                name: {
+                    "path": model.name,
+                    "sha256": digests[name],
+                    "dtype": dtypes[name],
+                    "tuned_in": "float32",
+                }
+                for name, model in checked.items()
+            },
+            "settings": {
+                "budget": {"name": inputs.budget, **asdict(BUDGETS[inputs.budget])},
+                "learning_rate": requests[0].case.learning_rate,
+                "seed": inputs.seed,
+                "device": device,
+                "reveal": inputs.reveal,
+                "text": policies["unlearned"].describe(checked["unlearned"].tokenizer),
+            },
+            "rows": {
+                name: {"source": rows.source, "sha256": dict(rows.sha256), "rows": len(rows)}
+                for name, rows in sets.items()
+                if rows is not None and not name.startswith("earlier")
+            },
+            "requests": [entry for entry, _ in judged],
+        }
+    )
     if inputs.output is not None:
         whole(Path(inputs.output), report)
         partial.remove()
-    return report
+    return dict(report)
+
+
+def _attack(
+    subject: Subject,
+    requests: Sequence[Request],
+    inputs: AuditInputs,
+    digests: Mapping[str, str],
+    device: str,
+    partial: Partial,
+    progress: Progress,
+    found: Results,
+) -> None:
+    """Adds to `found` what every attack finds on one model, what was kept before as it is."""
+    total = _UNITS * sum(len(request.attacks) for request in requests)
+    done = 0
+    for number, request in enumerate(requests):
+        for attack in request.attacks:
+            facts = _facts(inputs, request, attack, subject, digests, device)
+            result = partial.read(facts)
+            if result is None:
+                bar = _Bar(progress, subject.name, done, total)
+                result = partial.write(facts, attack.run(subject, request.case, bar))
+            found.setdefault((number, attack.name), {})[subject.name] = result
+            done += _UNITS
+            progress.phase(subject.name, done, total)
+    subject.release()
 
 
 @dataclass(frozen=True)
@@ -135,7 +150,7 @@ class _Bar:
 def _judged(
     request: Request,
     number: int,
-    found: Mapping[tuple[int, str], Mapping[ModelName, Found]],
+    found: Results,
     inputs: AuditInputs,
 ) -> tuple[dict[str, Any], Verdict]:
     """One request's entry in audit.json, and its verdict."""
@@ -161,6 +176,7 @@ def _judged(
         "audited": {
             "rows": len(case.facts),
             "documents": len({document_of(row) for row in case.facts}),
+            "members": len(case.members),
             "retain_rows": len(case.retain),
             "nonmembers": len(case.nonmembers),
         },
@@ -179,14 +195,21 @@ def _facts(
     inputs: AuditInputs,
     request: Request,
     attack: Attack,
-    model: ModelName,
+    subject: Subject,
     digests: Mapping[str, str],
-    dtype: Dtype,
     device: str,
 ) -> dict[str, Any]:
     """All that the result of one attack on one model follows from."""
     case = request.case
-    rows = (case.facts, case.forget, case.retain, case.tuning, case.others, case.nonmembers)
+    rows = (
+        case.facts,
+        case.members,
+        case.forget,
+        case.retain,
+        case.tuning,
+        case.others,
+        case.nonmembers,
+    )
     words = [row for wordings in case.paraphrases.values() for row in wordings]
     content = hashlib.sha256()
     for row in (row for part in (*rows, words) for row in part):
@@ -197,13 +220,13 @@ def _facts(
         "expunge": expunge.__version__,
         "versions": {name: version(name) for name in _LIBRARIES},
         "attack": attack.name,
-        "model": model,
+        "model": subject.name,
         "weights": dict(digests),
         "rows": content.hexdigest(),
         "budget": asdict(case.budget),
         "learning_rate": case.learning_rate,
         "seed": case.seed,
-        "dtype": dtype,
+        "dtype": subject.dtype,
         "device": device,
         "chat_template": inputs.chat_template,
         "long_rows": inputs.long_rows,

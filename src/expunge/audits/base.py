@@ -28,6 +28,8 @@ class Case:
 
     facts: Sequence[Row]
     """Forget rows that the attacks try to get back."""
+    members: Sequence[Row]
+    """Forget documents that are read as a whole: more than are asked for, as one pass reads them."""
     forget: Sequence[Row]
     """All forget rows."""
     retain: Sequence[Row]
@@ -52,6 +54,8 @@ class Found:
 
     scores: Mapping[str, Scores]
     """By variant of the attack."""
+    beside: Sequence[str] = ()
+    """Variants that are shown and count for no fact: direct questions, where an attack has them."""
     control: Mapping[str, Scores] = field(default_factory=dict)
     """The same on retain rows, where an attack asks for them."""
     rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -78,6 +82,3 @@ class Attack:
     how: str
     """Completes the sentence "... of the facts came back ..."."""
     run: Callable[[Subject, Case, Advance], Found]
-    needs_nonmembers: bool = False
-    needs_questions: bool = False
-    """Whether it asks for answers, which only `qa` rows have."""

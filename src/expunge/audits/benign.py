@@ -30,7 +30,9 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
                 answers = reader.direct(case.facts)
                 scores[f"step {step}"], texts[f"step {step}"] = answers.scores, answers.texts
         control[f"step {budget.steps}"] = reader.direct(case.retain).scores
-    return Found(scores, control, texts=texts, numbers={"rows_tuned_on": len(case.tuning)})
+    return Found(
+        scores, ["step 0"], control, texts=texts, numbers={"rows_tuned_on": len(case.tuning)}
+    )
 
 
 ATTACK = Attack(
@@ -38,6 +40,6 @@ ATTACK = Attack(
     title="Benign relearning",
     kind="extraction",
     reference="arXiv 2406.13356",
-    how="before or after tuning on harmless text",
+    how="after tuning on harmless text",
     run=run,
 )

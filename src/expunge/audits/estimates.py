@@ -82,17 +82,22 @@ class Resamples:
         return sums[self._draws].sum(1) / self._facts[self._draws].sum(1)
 
     def share(self, values: Sequence[float]) -> Estimate:
-        """Mean of values in [0, 1] with its interval.
+        """Mean of values in [0, 1] with its interval."""
+        bounds = self._exact(values)
+        if bounds is None:
+            bounds = _quantiles(self.means(values))
+        return Estimate(float(np.mean(values)), *bounds)
 
-        Where every fact has the same extreme value no resample differs, and the exact bound of as
-        many trials as there are documents stands in.
+    def _exact(self, values: Sequence[float]) -> tuple[float, float] | None:
+        """Bounds of as many trials as there are documents, where every document has the same mean.
+
+        No resample would differ then, as if there were no doubt. None elsewhere.
         """
-        value = float(np.mean(values))
-        if value in (0.0, 1.0):
-            low, high = clopper_pearson(round(value) * self.documents, self.documents)
-        else:
-            low, high = np.quantile(self.means(values), [ALPHA / 2, 1 - ALPHA / 2])
-        return Estimate(value, float(low), float(high))
+        sums = np.bincount(self._document, np.asarray(values, float), self.documents)
+        means = sums / self._facts
+        if np.ptp(means) > 0:
+            return None
+        return clopper_pearson(round(float(means[0]) * self.documents), self.documents)
 
     def recovered(
         self,
@@ -115,15 +120,17 @@ class Resamples:
         ratios = (self.means(unlearned) - floors)[gaps > 0] / gaps[gaps > 0]
         if len(ratios) < _ENOUGH * len(gaps):
             return Estimate(value, None, None)
-        low, high = (float(v) for v in np.quantile(ratios, [ALPHA / 2, 1 - ALPHA / 2]))
-        if np.mean(unlearned) in (0.0, 1.0):
-            # No resample of the unlearned model differs; its exact bounds take their place.
-            bounds = clopper_pearson(
-                round(float(np.mean(unlearned))) * self.documents, self.documents
-            )
+        low, high = _quantiles(ratios)
+        bounds = self._exact(unlearned)
+        if bounds is not None:
             low = min(low, float((bounds[0] - np.mean(floor)) / gap))
             high = max(high, float((bounds[1] - np.mean(floor)) / gap))
         return Estimate(value, low, high)
+
+
+def _quantiles(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, [ALPHA / 2, 1 - ALPHA / 2])
+    return float(low), float(high)
 
 
 def auc(members: Sequence[float], others: Sequence[float]) -> float:

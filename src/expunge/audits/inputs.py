@@ -188,6 +188,7 @@ def requests_of(
             paraphrases = read_paraphrases(inputs.paraphrases, rows, required=name == "forget")
         case = Case(
             facts=facts,
+            members=drawn(documents(rows), budget.nonmembers, inputs.seed),
             forget=rows.rows,
             retain=asked,
             tuning=asked if benign is None else benign.rows,
@@ -238,7 +239,12 @@ def _check_rows(case: Case, model: CheckedModel, policy: TextPolicy) -> None:
                 f"row {row.id!r}: its prompt has {length} tokens and fills the context of"
                 f" {policy.context} of {model.name}; shorten it"
             )
-    encode_rows([*case.facts, *case.retain, *case.nonmembers], model.tokenizer, policy, eos=True)
+    encode_rows(
+        [*case.facts, *case.members, *case.retain, *case.nonmembers],
+        model.tokenizer,
+        policy,
+        eos=True,
+    )
     encode_rows(case.tuning, model.tokenizer, policy, eos=True)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,8 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
     """Per layer 1 for facts whose answer the lens reads; ranks and the probe's accuracy beside it."""
     reader, layout = subject.reader, subject.checked.layout
     rows = [row for row in case.facts if row.kind == "qa"]
-    false = other_answers(rows, case.seed)
+    folds = folds_of(rows, case.seed)
+    false = other_answers(rows, folds, case.seed) if folds else {}
     true_pairs = [_pair(reader, row, row.output) for row in rows]
     ranks, inside = _read(reader, layout, [p for p in true_pairs if p is not None])
     advance(1, 3)
@@ -64,7 +65,7 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
         right = probe_outcomes(
             inside[layer][[n for n, _ in whole]] if whole else np.zeros((0, 1)),
             outside[layer] if whole else np.zeros((0, 1)),
-            [document_of(kept[n]) for n, _ in whole],
+            [folds[document_of(kept[n])] for n, _ in whole],
         )
         told[f"layer {layer}"] = None if right is None else round(statistics.fmean(right), 6)
     advance(3, 3)
@@ -77,45 +78,66 @@ def lens_rank(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (logits > chosen).sum(1) + 1
 
 
-def other_answers(rows: Sequence[Row], seed: int) -> dict[str, str]:
-    """By row id the answer of another subject, to the same question of theirs where it can be.
+def folds_of(rows: Sequence[Row], seed: int) -> dict[str, int]:
+    """By document the part of the cross-validation that it is in; each part has two or more.
 
-    Answers go round in a ring, so that an answer is about as often true as false and says nothing by
-    itself. Rows that no other answer is found for are left out.
+    Empty where there are not documents enough for two parts.
     """
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.task, row.id.removeprefix(document_of(row))), []).append(row)
+    documents = sorted({document_of(row) for row in rows})
+    count = min(_FOLDS, len(documents) // 2)
+    if count < 2:
+        return {}
+    shuffled = random.Random(seed).sample(documents, len(documents))
+    return {document: place % count for place, document in enumerate(shuffled)}
+
+
+def other_answers(rows: Sequence[Row], folds: Mapping[str, int], seed: int) -> dict[str, str]:
+    """By row id the answer of another subject of the same part, to the same question if it can be.
+
+    Answers go round in a ring, so that each is about as often true as false. Both uses are in one part:
+    a probe that had learned it as true of one subject would call it true of the other as well. Rows that
+    no answer is found for are left out.
+    """
     found = {}
     draw = random.Random(seed)
-    for _, members in sorted(groups.items()):
-        ring = draw.sample(members, len(members))
+    for fold in sorted(set(folds.values())):
+        mine = [row for row in rows if folds[document_of(row)] == fold]
+        ring = draw.sample(mine, len(mine))
         for place, row in enumerate(ring):
-            for other in [*ring[place + 1 :], *ring[:place]]:
-                if other.output != row.output and document_of(other) != document_of(row):
-                    found[row.id] = other.output
-                    break
+            others = [
+                other
+                for other in [*ring[place + 1 :], *ring[:place]]
+                if other.output != row.output and document_of(other) != document_of(row)
+            ]
+            # The first in the ring among those that are most alike.
+            others.sort(
+                key=lambda other: (_question(other) != _question(row), other.task != row.task)
+            )
+            if others:
+                found[row.id] = others[0].output
     return found
 
 
-def probe_outcomes(
-    true: np.ndarray, false: np.ndarray, documents: Sequence[str]
-) -> list[float] | None:
-    """For each pair 1 where a probe that saw other documents only prefers the true one, ties 1/2.
+def _question(row: Row) -> tuple[str, str]:
+    """LUME's ids end alike for the same question about different people."""
+    return row.task, row.id.removeprefix(document_of(row))
+
+
+def probe_outcomes(true: np.ndarray, false: np.ndarray, folds: Sequence[int]) -> list[float] | None:
+    """For each pair 1 where a probe that saw the other parts only prefers the true one, ties 1/2.
 
     true and false (pairs, width). Logistic regression on standardised states. Chance is 0.5. None
-    below two documents.
+    for fewer than two parts, and for states that are not finite.
     """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GroupKFold
+    from sklearn.model_selection import LeaveOneGroupOut
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    folds = min(_FOLDS, len(set(documents)))
-    if folds < 2:
+    if len(set(folds)) < 2 or not (np.isfinite(true).all() and np.isfinite(false).all()):
         return None
-    found = [0.0] * len(documents)
-    for train, test in GroupKFold(folds).split(true, groups=list(documents)):
+    found = [0.0] * len(folds)
+    for train, test in LeaveOneGroupOut().split(true, groups=list(folds)):
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
         states = np.concatenate([true[train], false[train]])
         probe.fit(states, [1] * len(train) + [0] * len(train))
@@ -198,5 +220,4 @@ ATTACK = Attack(
     reference="arXiv 2309.17410",
     how="",
     run=run,
-    needs_questions=True,
 )

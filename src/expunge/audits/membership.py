@@ -21,7 +21,7 @@ from expunge.audits.likelihood import (
 )
 from expunge.audits.subject import Subject
 from expunge.data.batches import collate
-from expunge.data.rows import Row, documents
+from expunge.data.rows import Row
 from expunge.data.tokenization import encode_rows
 from expunge.evaluation.batches import token_batches
 from expunge.methods.forward import logits_at
@@ -67,13 +67,13 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
         )
         for name, value in zip(SCORES, values, strict=True):
             # Further digits are float32's rounding, which changes with the batch.
-            scores[name][row.id] = float(f"{value:.5g}")
+            scores[name][row.id] = round(value, 4)
     return Found(scores)
 
 
 def members_and_others(case: Case) -> list[Row]:
-    """The forget documents of the audited facts, then the never-seen texts."""
-    return [*documents(case.facts), *case.nonmembers]
+    """The forget documents, then the never-seen texts."""
+    return [*case.members, *case.nonmembers]
 
 
 def blind_scores(members: Sequence[Row], others: Sequence[Row], seed: int) -> list[float] | None:
@@ -114,5 +114,4 @@ ATTACK = Attack(
     reference="arXiv 2404.02936, 2406.17975",
     how="",
     run=run,
-    needs_nonmembers=True,
 )

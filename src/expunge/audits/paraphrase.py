@@ -44,7 +44,7 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
         scores[form], texts[form] = answers.scores, answers.texts
     numbers = {"asked": {form: len(asks) for form, asks in forms.items()}}
     rows, choice = _multiple_choice(reader, case)
-    return Found(scores, rows=rows, numbers=numbers | choice, texts=texts)
+    return Found(scores, ["input"], rows=rows, numbers=numbers | choice, texts=texts)
 
 
 def _forms(reader: Reader, case: Case) -> dict[str, list[Ask]]:

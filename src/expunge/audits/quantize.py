@@ -27,7 +27,7 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
             scores[scheme], texts[scheme] = answers.scores, answers.texts
             control[scheme] = reader.direct(case.retain).scores
         advance(number + 1, len(SCHEMES))
-    return Found(scores, control, texts=texts)
+    return Found(scores, control=control, texts=texts)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from expunge.audits.estimates import Estimate, Resamples, separation
 from expunge.audits.facts import document_of, extracted
 from expunge.audits.membership import blind_scores
 from expunge.audits.verdict import Evidence
-from expunge.data.rows import Row, documents
+from expunge.data.rows import Row
 
 POWER_FROM = 0.5
 """Share of the facts that an attack must extract from the target."""
@@ -69,12 +69,18 @@ def best_of(variants: Mapping[str, Scores]) -> dict[str, tuple[float, str]]:
 
 def _extraction(attack: Attack, models: Models, case: Case) -> Summary:
     """Extracted and recovered shares of facts; the latent probe's layers are variants as well."""
-    best = {name: best_of(found.scores) for name, found in models.items()}
-    ids = [row.id for row in case.facts if all(row.id in mine for mine in best.values())]
+    best = {
+        name: best_of({v: s for v, s in found.scores.items() if v not in found.beside})
+        for name, found in models.items()
+    }
+    known = set(case.facts)
+    rows = [*case.facts, *(row for row in case.members if row not in known)]
+    ids = [row.id for row in rows if all(row.id in mine for mine in best.values())]
     entry = _opening(attack)
     if not ids:
         return _powerless(entry, "no fact could be asked", {})
-    resamples = _resamples(case.facts, ids, case)
+    resamples = _resamples(rows, ids, case)
+    documents_of = documents_by_id(rows)
     hits = {name: [float(extracted(mine[i][0])) for i in ids] for name, mine in best.items()}
     shares = {name: resamples.share(values) for name, values in hits.items()}
     for name, found in models.items():
@@ -83,8 +89,7 @@ def _extraction(attack: Attack, models: Models, case: Case) -> Summary:
             "extracted": shares[name].to_json(),
             "score": scores.to_json(),
             "variants": {
-                variant: _shares(values, case.facts, case)
-                for variant, values in found.scores.items()
+                variant: _shares(values, rows, case) for variant, values in found.scores.items()
             },
             "control": {
                 variant: _shares(values, case.retain, case)
@@ -95,7 +100,7 @@ def _extraction(attack: Attack, models: Models, case: Case) -> Summary:
     entry["rows"] = [
         {
             "id": name,
-            "document": documents_by_id(case.facts)[name],
+            "document": documents_of[name],
             "outcomes": {
                 model: {
                     "score": round(best[model][name][0], _DIGITS),
@@ -136,7 +141,7 @@ def _extraction(attack: Attack, models: Models, case: Case) -> Summary:
 
 
 def _membership(attack: Attack, models: Models, case: Case) -> Summary:
-    members, others = documents(case.facts), list(case.nonmembers)
+    members, others = list(case.members), list(case.nonmembers)
     inside, outside = [row.id for row in members], [row.id for row in others]
     count, seed = case.budget.resamples, case.seed
     entry = _opening(attack)

@@ -13,7 +13,7 @@ import torch
 
 from expunge.audits.base import Advance, Attack, Case, Found
 from expunge.audits.subject import Reader, Subject
-from expunge.data.rows import Row, documents
+from expunge.data.rows import Row
 from expunge.data.tokenization import encode_rows
 from expunge.evaluation.batches import padded, token_batches
 from expunge.evaluation.decoding import alone, choices
@@ -43,8 +43,7 @@ def verbatim_share(right: Sequence[bool], start: int) -> float:
 
 def run(subject: Subject, case: Case, advance: Advance) -> Found:
     """Per prefix length the share of the rest that comes back word for word."""
-    rows = documents(case.facts)
-    found = right_tokens(subject.reader, rows, advance)
+    found = right_tokens(subject.reader, case.members, advance)
     strength = {name: round(extraction_strength(right), 6) for name, right in found.items()}
     scores: dict[str, dict[str, float]] = {}
     for prefix in PREFIXES:

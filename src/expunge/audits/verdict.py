@@ -84,8 +84,15 @@ def judge_audit(kept: Estimate | None, evidence: Sequence[Evidence]) -> Verdict:
     if kept is not None and kept.value < DESTROYED_BELOW:
         sentence = f"{kept.value:.0%} is left of what the target answers on the retain set"
         weighed.append((Finding("destroyed", "direct", sentence), 1.0))
-    # Of equal gravity the strongest comes first.
-    weighed.sort(key=lambda pair: (GRAVITY.index(pair[0].verdict), -pair[1], pair[0].attack))
+    # Of equal gravity the strongest comes first, but where asking is enough no attack is needed.
+    weighed.sort(
+        key=lambda pair: (
+            GRAVITY.index(pair[0].verdict),
+            pair[0].attack != "direct",
+            -pair[1],
+            pair[0].attack,
+        )
+    )
     # One line an attack and verdict: four membership scores would say the same four times.
     first: dict[tuple[VerdictName, str], Finding] = {}
     for finding, _ in weighed:
@@ -116,8 +123,8 @@ def _finding(each: Evidence) -> Finding | None:
     value, low = each.figure.value, each.figure.low
     above = low is not None and low > 0
     if each.kind == "extraction":
-        told = f"{each.title} recovers {_signed(value)} of what the target knows"
-        told += " beyond the oracle" if each.against_oracle else ""
+        told = f"{each.title}: {_signed(value)} of what the target gives"
+        told += f"{' beyond the oracle' if each.against_oracle else ''} comes back"
         if value >= NOT_FORGOTTEN_FROM:
             return Finding("not forgotten", each.attack, told)
         if value >= PARTLY_FROM and above:
@@ -125,7 +132,8 @@ def _finding(each: Evidence) -> Finding | None:
     elif each.kind == "membership":
         high = each.figure.high
         reference = "the oracle's" if each.against_oracle else "0.5"
-        told = f"{each.title}: AUC {abs(value):.2f} {'above' if value > 0 else 'below'} {reference}"
+        side = "above" if value > 0 else "below"
+        told = f"{each.title}: its AUC is {abs(value):.2f} {side} {reference}"
         if value >= AUC_DISTANCE and above:
             return Finding("partly forgotten", each.attack, told)
         if value <= -AUC_DISTANCE and high is not None and high < 0:
