@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import expunge
+from expunge.errors import InputError
 from expunge.reporting.attacks import attacks
 from expunge.reporting.details import layers, record, scorecard, training, weights
 from expunge.reporting.first_page import asked, done, measures, summary
 from expunge.reporting.material import Material
+from expunge.training.run import MANIFEST
 
 FORMAT = "expunge-report/1"
 
@@ -17,6 +19,16 @@ FORMAT = "expunge-report/1"
 def content(material: Material) -> dict[str, Any]:
     """The report. Raises InputError where a file that was read is not as expunge writes it."""
     audit = attacks(material)
+    try:
+        of_the_run = {
+            "training": training(material),
+            "weights": weights(material),
+            "record": record(material),
+        }
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"{material.directory / MANIFEST}: is not as this version of expunge run writes it"
+        ) from None
     return {
         "format": FORMAT,
         "expunge": expunge.__version__,
@@ -28,10 +40,8 @@ def content(material: Material) -> dict[str, Any]:
         "not_measured": _not_measured(material, audit),
         "scorecard": scorecard(material),
         "audit": audit,
-        "training": training(material),
         "layers": layers(material),
-        "weights": weights(material),
-        "record": record(material),
+        **of_the_run,
         "revealed": _revealed(material) if material.inputs.reveal else None,
     }
 

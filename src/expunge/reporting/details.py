@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from expunge.errors import InputError
 from expunge.evaluation.scorecard import KIND_NAMES
 from expunge.reporting.figures import thinned
 from expunge.reporting.material import Card, Material, plain
+from expunge.training.validation import Measured
 
 TOTALS = (
     ("task_aggregate", "task aggregate", "high"),
@@ -63,9 +65,15 @@ def training(material: Material) -> dict[str, Any]:
     chosen = selection["chosen_step"]
     candidates = []
     for candidate in selection["candidates"]:
-        entry = {"step": candidate["step"], **candidate["measured"]}
-        entry |= {key: candidate[key] for key in ("score", "destroyed")}
-        candidates.append(entry | {"chosen": candidate["step"] == chosen})
+        candidates.append(
+            {
+                "step": candidate["step"],
+                **_measured(candidate["measured"]),
+                "score": candidate["score"],
+                "destroyed": candidate["destroyed"],
+                "chosen": candidate["step"] == chosen,
+            }
+        )
     curve = None
     if material.metrics is not None:
         steps = [entry for entry in material.metrics if "forget" in entry]
@@ -77,7 +85,7 @@ def training(material: Material) -> dict[str, Any]:
         "why": selection["why"],
         "stopped": selection["stopped"],
         "judgement": selection.get("judgement"),
-        "target": selection.get("target"),
+        "target": None if selection.get("target") is None else _measured(selection["target"]),
         "candidates": candidates,
         "curve": curve,
     }
@@ -210,6 +218,11 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return found
+
+
+def _measured(values: Mapping[str, Any]) -> dict[str, float | None]:
+    """All that a run measures; an older run measured less."""
+    return {field.name: plain(values.get(field.name)) for field in fields(Measured)}
 
 
 def _row(

@@ -265,9 +265,9 @@ def _cost(material: Material, audit: Mapping[str, Any] | None) -> list[str]:
         said.append(_by_validation(material, "retain"))
     else:
         said.append("The run was given no retain set, so what it cost was not watched.")
-    if audit is not None and audit["requests"][0]["kept"] is not None:
-        kept = audit["requests"][0]["kept"]["value"]
-        said.append(f"By the audit, {kept:.0%} of the target's retain answers are left.")
+    kept = None if audit is None else audit["requests"][0]["kept"]
+    if kept is not None and kept["value"] is not None:
+        said.append(f"By the audit, {kept['value']:.0%} of the target's retain answers are left.")
     after, before = material.card("unlearned"), material.card("target")
     if after is not None and after.utility is not None:
         was = (

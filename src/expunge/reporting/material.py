@@ -176,7 +176,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text, parse_constant=lambda _: None)  # NaN is no measurement
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8; make it anew") from None
     except json.JSONDecodeError as error:

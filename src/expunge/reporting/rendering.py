@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -90,8 +91,13 @@ def setting(value: Any) -> str:
 def cell(text: object) -> str:
     """Text from outside as one cell of a Markdown table, where it stays text."""
     one_line = " ".join(str(text).split())
-    marked = re.sub(r"([\\`*_{}\[\]()#+|~!])", r"\\\1", one_line)
+    marked = re.sub(r"([\\`*_\[\]#|~!])", r"\\\1", one_line)
     return marked.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def public_name(model: str) -> str:
+    """A model's name without the folders of the machine that it lay on; a hub id stays whole."""
+    return Path(model).name if model.startswith(("/", ".", "~")) or "\\" in model else model
 
 
 def block(text: str) -> str:
@@ -118,6 +124,7 @@ def _render(template: str, report: Mapping[str, Any], *, html: bool) -> str:
         "setting": setting,
         "cell": cell,
         "block": block,
+        "public_name": public_name,
     }
     if html:
         values["figures"] = drawings(report)
