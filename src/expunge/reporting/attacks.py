@@ -9,7 +9,6 @@ from expunge.errors import InputError
 from expunge.reporting.material import Material
 
 MODELS = ("target", "unlearned", "oracle")
-EXTRACTING = ("extraction", "latent")
 
 
 def attacks(material: Material) -> dict[str, Any] | None:

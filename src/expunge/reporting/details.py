@@ -63,17 +63,16 @@ def training(material: Material) -> dict[str, Any]:
     """Courses of the two terms, the candidates, and why one was chosen."""
     selection = material.manifest["selection"]
     chosen = selection["chosen_step"]
-    candidates = []
-    for candidate in selection["candidates"]:
-        candidates.append(
-            {
-                "step": candidate["step"],
-                **_measured(candidate["measured"]),
-                "score": candidate["score"],
-                "destroyed": candidate["destroyed"],
-                "chosen": candidate["step"] == chosen,
-            }
-        )
+    candidates = [
+        {
+            "step": candidate["step"],
+            **_measured(candidate["measured"]),
+            "score": candidate["score"],
+            "destroyed": candidate["destroyed"],
+            "chosen": candidate["step"] == chosen,
+        }
+        for candidate in selection["candidates"]
+    ]
     curve = None
     if material.metrics is not None:
         steps = [entry for entry in material.metrics if "forget" in entry]

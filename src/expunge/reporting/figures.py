@@ -8,7 +8,7 @@ Every figure has a title and a description for screen readers. Shapes tell apart
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
@@ -190,7 +190,9 @@ def is_logarithmic(values: Sequence[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) / min(values) > _LOG_FROM
 
 
-def _panel(svg: ET.Element, panel: Panel, x: _Place, top: float, height: float) -> None:
+def _panel(
+    svg: ET.Element, panel: Panel, x: Callable[[float], float], top: float, height: float
+) -> None:
     drawn = [(line, thinned(line.points)) for line in panel.lines]
     values = [value for _, points in drawn for _, value in points if value is not None]
     logarithmic = not panel.unit and is_logarithmic(values)
@@ -253,12 +255,6 @@ def _panel(svg: ET.Element, panel: Panel, x: _Place, top: float, height: float) 
             ET.SubElement(svg, "path", course)
             _dot(svg, line.style, legend + 10, at)
             _text(svg, legend + 25, at + 4, line.name, "tick", "start")
-
-
-class _Place:
-    """A function from a value to its place, for the type checker."""
-
-    def __call__(self, value: float) -> float: ...
 
 
 def _figure(kind: str, width: float, height: float, title: str, description: str) -> ET.Element:

@@ -38,13 +38,6 @@ _NOT_AUDITED = (
     "Nobody has tried to get the removed content back. Scores, where there are any, say only what the"
     " model answers when it is asked plainly."
 )
-_ENDINGS: Mapping[str, str] = {
-    "unchanged": "the model is nearly as it was",
-    "under-unlearned": "too much of the forget set is left",
-    "unlearned": "forget rows are gone and what was to stay is there",
-    "over-unlearned": "the model went past what never having seen the rows would give",
-    "destroyed": "too little of the retain set is left",
-}
 
 
 def asked(material: Material) -> dict[str, Any]:
@@ -252,7 +245,8 @@ def _came_back(request: Mapping[str, Any]) -> str:
         beside += f", from the oracle {counts['oracle']}"
     return (
         f"Of {counts['facts']} facts that were attacked, {counts['unlearned']} came back in at least"
-        f" one of {counts['attacks']} attacks with power ({beside})."
+        f" one of {counts['attacks']} attacks that work on the target ({beside}); the request has"
+        f" {request['rows']} rows."
     )
 
 
@@ -323,7 +317,7 @@ def _cautions(material: Material, scored: Sequence[str]) -> list[str]:
     if isinstance(judgement, dict) and judgement["ending"] != "unlearned":
         known = f"the kept checkpoint is {judgement['ending']}"
         if not any(known in warning for warning in material.manifest["warnings"]):
-            said.append(f"Run: {known}: {_ENDINGS.get(judgement['ending'], judgement['why'])}.")
+            said.append(f"Run: {known}: {judgement['why']}.")
     if material.changed_files:
         said.append(
             "Files have changed since the run, so that this report may not be about them:"
