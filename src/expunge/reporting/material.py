@@ -81,7 +81,7 @@ class ReportInputs:
     card: bool = True
     """Write a section on the run into the README.md of RUN."""
     reveal: bool = False
-    """Add the text of the rows to the report, which must then be kept as they are."""
+    """Add the text of the rows to the report; keep it then as carefully as the rows."""
 
     def __post_init__(self) -> None:
         if self.reveal and self.forget is None:
