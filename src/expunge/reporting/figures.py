@@ -244,7 +244,7 @@ def _panel(
                     _dot(svg, line.style, x(at), y(value))
     if marked is not None:
         # Beside the title, or, where the names of the lines stand there, within the panel.
-        height_of_text = top - 9 if len(drawn) == 1 else top + height / 2
+        height_of_text = top - 9 if len(drawn) == 1 else base - 6
         anchor = "end" if at_right else "start"
         _text(svg, marked[0], height_of_text, marked[1], "tick halo", anchor)
     if len(drawn) > 1:
