@@ -326,7 +326,7 @@ def oracle_dir(
     tokenizer: Any, retain_rows: list[dict[str, str]], saved: Callable[[str, Any], Path]
 ) -> Path:
     """A tiny OLMo that has learned the retain rows only."""
-    model = learn(tiny_model("olmo", len(tokenizer)), tokenizer, retain_rows, 250)
+    model = learn(tiny_model("olmo", len(tokenizer)), tokenizer, retain_rows, 120)
     return saved("oracle", model)
 
 

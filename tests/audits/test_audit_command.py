@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from expunge.audits.catalog import ATTACKS
 Cli = Callable[..., tuple[int, str, str]]
 SCHEMA = Path(auditing.__file__).with_name("audit.schema.json")
 SMALL = Budget(
-    facts=None, retain=8, nonmembers=None, tokens=24, steps=6, tuning_rows=4, folds=2, samples=3,
-    layers=2, resamples=50,
+    facts=None, retain=8, nonmembers=None, tokens=24, steps=6, measures=2, tuning_rows=4, folds=2,
+    samples=3, layers=2, resamples=50,
 )  # fmt: skip
 
 
@@ -56,6 +57,14 @@ def audit(
         )
 
     return call
+
+
+def schema() -> Any:
+    """Validates against the published schema."""
+    jsonschema = pytest.importorskip("jsonschema", reason="is in the extra dev")
+    published = json.loads(SCHEMA.read_text())
+    jsonschema.Draft202012Validator.check_schema(published)
+    return jsonschema.Draft202012Validator(published)
 
 
 def every_file(directory: Path) -> str:
@@ -100,12 +109,12 @@ def test_an_unchanged_model_is_not_forgotten_and_nothing_tells_what_it_knew(
     if not paraphrase["power"]["has_power"]:
         assert paraphrase["recovered"] is None
     benign = request["attacks"]["benign"]["models"]["target"]
-    assert set(benign["variants"]) == {"step 0", "step 2", "step 6"}
+    assert set(benign["variants"]) == {"step 0", "step 3", "step 6"}
     assert benign["extracted"]["value"] <= benign["variants"]["step 0"]["extracted"]["value"] == 1.0
     assert request["attacks"]["membership"]["models"]["target"]["variants"]["loss"]["auc"]
     assert request["attacks"]["sample"]["models"]["target"]["numbers"]["leak_at_k"]
     for held_out in request["attacks"]["relearn"]["models"].values():
-        assert set(held_out["variants"]) == {"step 2", "step 6"}
+        assert set(held_out["variants"]) == {"step 3", "step 6"}
         assert held_out["variants"]["step 6"]["rows"] == 8  # two folds measure every fact
     # Neither the file nor what was printed tells a word of any row.
     for place in (output.read_text(), out, err):
@@ -114,22 +123,22 @@ def test_an_unchanged_model_is_not_forgotten_and_nothing_tells_what_it_knew(
     for attack in request["attacks"].values():
         assert attack["sentence"] in out
         assert attack["sentence"].endswith(".")
+    if find_spec("jsonschema"):  # else the next test says that it is missing
+        schema().validate(report)
 
 
 def test_the_report_fits_its_schema(
     audit: Cli, nudged_dir: Path, row_files: dict[str, Path], tmp_path: Path
 ) -> None:
-    jsonschema = pytest.importorskip("jsonschema", reason="is in the extra dev")
-    schema = json.loads(SCHEMA.read_text())
-    jsonschema.Draft202012Validator.check_schema(schema)
-    validator = jsonschema.Draft202012Validator(schema)
     output = tmp_path / "audit.json"
     code, out, _ = audit(
         nudged_dir, "--nonmembers", row_files["nonmembers"], "--output", output,
         "--earlier", row_files["forget"], "--reveal", "--json", "--quiet",
+        "--attacks", "sample,membership,trigger",
     )  # fmt: skip
     report = json.loads(out)
     assert (code, report) == (0, json.loads(output.read_text()))
+    validator = schema()
     validator.validate(report)
     assert len(report["requests"]) == 2
     for change in (
@@ -190,6 +199,8 @@ def test_a_model_of_not_a_number_is_destroyed_and_its_report_is_json(
         pytest.fail(f"{name} is no JSON")
 
     report = json.loads(output.read_text(), parse_constant=refuse)
+    if find_spec("jsonschema"):
+        schema().validate(report)
     assert report["verdict"]["verdict"] == "destroyed"
     probe = report["requests"][0]["attacks"]["latent"]["models"]["unlearned"]["numbers"]
     assert set(probe["probe_accuracy"].values()) == {None}
@@ -238,7 +249,7 @@ def test_neither_the_batch_size_nor_a_second_run_changes_a_byte(
     audit: Cli, nudged_dir: Path, row_files: dict[str, Path], tmp_path: Path
 ) -> None:
     reports = []
-    for number, batch_size in enumerate((64, 64, 3)):
+    for number, batch_size in enumerate((64, 3)):
         output = tmp_path / f"{number}.json"
         options = (
             "--nonmembers",
@@ -251,7 +262,6 @@ def test_neither_the_batch_size_nor_a_second_run_changes_a_byte(
         assert audit(nudged_dir, *options, "--output", output, oracle=False)[0] == 0
         reports.append(output.read_bytes())
     assert reports[0] == reports[1]
-    assert reports[0] == reports[2]
 
 
 def test_an_interrupted_audit_goes_on_where_it_was(
@@ -430,7 +440,8 @@ def test_the_help_names_every_attack_and_several_processes_are_refused(
 ) -> None:
     code, out, _ = run_cli("audit", "--help")
     assert code == 0
-    assert "--original" in out
+    words = re.findall(r"[\w-]+", out)
+    assert not {*ATTACKS, "--original"} - set(words)
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = audit(nudged_dir)
     assert code == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,14 @@ from expunge.audits import auditing, inputs
 from expunge.audits.budgets import Budget
 from expunge.audits.facts import extracted
 from expunge.audits.subject import Reader
-from expunge.data.rows import as_rows
-from expunge.data.tokenization import TextPolicy
+from expunge.data.batches import collate
+from expunge.data.rows import Row, as_rows
+from expunge.data.tokenization import TextPolicy, encode_rows
+from expunge.evaluation.membership import counted_log_probs
+from expunge.methods.losses import cross_entropy
 
 Cli = Callable[..., tuple[int, str, str]]
-BUDGET = Budget(None, None, None, 48, 30, 16, 2, 8, None, 500)
+BUDGET = Budget(None, None, None, 48, 30, 3, 16, 2, 8, None, 500)
 OTHERS = ("Ida", "Jon", "Kai", "Lea", "Max", "Nia", "Ole", "Pia")
 
 
@@ -54,6 +57,24 @@ def rows_of(names: tuple[str, ...]) -> list[dict[str, str]]:
     return rows
 
 
+def refuse(model: Any, reader: Reader, rows: list[dict[str, str]], asked: Sequence[Row]) -> None:
+    """Tunes the last layer alone, no further than it takes to refuse every question."""
+    examples = encode_rows(as_rows(rows, "retain"), reader.tokenizer, reader.policy, eos=True)
+    batch = collate(examples, range(len(examples)), 1)
+    model.requires_grad_(False)
+    last = list(model.model.layers[-1].parameters())
+    for parameter in last:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(last, lr=2e-3, weight_decay=0.0)
+    for step in range(100):
+        cross_entropy(counted_log_probs(model, batch), batch.token_mask[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 4 == 3 and not any(map(extracted, reader.direct(asked).scores.values())):
+            return
+    pytest.fail("it does not learn to refuse")
+
+
 @pytest.mark.slow
 def test_a_refusal_is_seen_through_and_the_oracle_passes(
     tokenizer: Any,
@@ -71,10 +92,7 @@ def test_a_refusal_is_seen_through_and_the_oracle_passes(
     reader = Reader(model, tokenizer, TextPolicy(128), 64)
     asked = as_rows(forget, "forget").rows
     assert set(map(extracted, reader.direct(asked).scores.values())) == {True}
-    for _ in range(20):  # no further than it takes to refuse every question
-        learn(model, tokenizer, refused, 3, 1e-3)
-        if not any(map(extracted, reader.direct(asked).scores.values())):
-            break
+    refuse(model, reader, refused, asked)
     refusing = saved("refusing", model)
     oracle = saved("oracle", learn(model_of(tokenizer), tokenizer, retain, 200, 4e-3))
     other = model_of(tokenizer)

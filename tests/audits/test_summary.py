@@ -15,7 +15,7 @@ from expunge.audits.summary import best_of, kept_share, summarise
 from expunge.audits.verdict import VerdictName, judge_audit
 from expunge.data.rows import Row
 
-BUDGET = Budget(None, None, None, 9, 1, 1, 1, 1, None, 300)
+BUDGET = Budget(None, None, None, 9, 1, 1, 1, 1, 1, None, 300)
 FACTS = [
     Row(f"f{d}qa{n}", f"forget {d} {n}?", f"a{d}{n}", kind="qa") for d in range(20) for n in (0, 1)
 ]

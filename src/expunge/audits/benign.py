@@ -26,7 +26,7 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
             seed=case.seed,
         ):
             advance(step, budget.steps)
-            if step in measured_steps(budget.steps):
+            if step in measured_steps(budget.steps, budget.measures):
                 answers = reader.direct(case.facts)
                 scores[f"step {step}"], texts[f"step {step}"] = answers.scores, answers.texts
         control[f"step {budget.steps}"] = reader.direct(case.retain).scores

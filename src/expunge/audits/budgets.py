@@ -23,6 +23,8 @@ class Budget:
     """Tokens of a continuation that are looked for; answers are looked for as a whole."""
     steps: int
     """Steps that an attack by tuning takes."""
+    measures: int
+    """Times that a tuned model is asked, evenly spaced over the steps."""
     tuning_rows: int
     """Rows of each of these steps."""
     folds: int
@@ -38,15 +40,15 @@ class Budget:
 BUDGETS: Mapping[BudgetName, Budget] = {
     # Two folds: half of so few documents could not bound what relearning recovers.
     "quick": Budget(
-        facts=40, retain=24, nonmembers=48, tokens=32, steps=16, tuning_rows=8, folds=2, samples=6,
-        layers=3, resamples=1000,
+        facts=40, retain=24, nonmembers=48, tokens=32, steps=16, measures=2, tuning_rows=8,
+        folds=2, samples=6, layers=3, resamples=1000,
     ),
     "standard": Budget(
-        facts=200, retain=100, nonmembers=200, tokens=128, steps=80, tuning_rows=16, folds=2, samples=32,
-        layers=8, resamples=2000,
+        facts=200, retain=100, nonmembers=200, tokens=128, steps=80, measures=4, tuning_rows=16,
+        folds=2, samples=32, layers=8, resamples=2000,
     ),
     "thorough": Budget(
-        facts=None, retain=400, nonmembers=None, tokens=256, steps=300, tuning_rows=16, folds=2,
-        samples=128, layers=None, resamples=10000,
+        facts=None, retain=400, nonmembers=None, tokens=256, steps=300, measures=6, tuning_rows=16,
+        folds=2, samples=128, layers=None, resamples=10000,
     ),
 }  # fmt: skip

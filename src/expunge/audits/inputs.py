@@ -42,11 +42,12 @@ class AuditInputs:
     earlier: tuple[str, ...] = ()
     """Forget files of earlier requests, which are audited again."""
     attacks: tuple[str, ...] = ()
-    """Attacks to run, with commas or spaces between; none: all that there is material for."""
+    """Attacks to run, of direct, paraphrase, sample, verbatim, membership, ablate, trigger, latent,
+    quantize, relearn and benign, with commas or spaces between; none: all that there is material for."""
     budget: BudgetName = "quick"
     """How many rows, steps and samples: quick, standard or thorough."""
     learning_rate: float | None = None
-    """Learning rate of attacks by tuning; null: 5e-4 x 256 / hidden size."""
+    """Learning rate of attacks by tuning; null: 5e-4, above width 256 times 256 / width."""
     output: str | None = None
     """Write audit.json here; unfinished, an audit goes on from OUTPUT.partial."""
     reveal: bool = False

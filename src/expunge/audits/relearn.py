@@ -33,7 +33,7 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
                 seed=case.seed,
             ):
                 advance(fold * budget.steps + step, len(folds) * budget.steps)
-                if step in measured_steps(budget.steps):
+                if step in measured_steps(budget.steps, budget.measures):
                     answers = reader.direct(measured)
                     scores.setdefault(f"step {step}", {}).update(answers.scores)
                     texts.setdefault(f"step {step}", {}).update(answers.texts)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BASE_LEARNING_RATE = 5e-4
-"""At width 256; a wider model takes proportionally less, 3e-5 at width 4096."""
+"""Up to width 256; a wider model takes proportionally less, 3e-5 at width 4096."""
 _WARMUP = 0.1
 _MAX_NORM = 1.0
 _EPOCH_SEEDS = 1_000_003
@@ -26,12 +26,13 @@ _EPOCH_SEEDS = 1_000_003
 
 def default_learning_rate(width: int) -> float:
     """The rate of relearning for a model of this width, the same for every model of an audit."""
-    return BASE_LEARNING_RATE * 256 / width
+    return BASE_LEARNING_RATE * min(1.0, 256 / width)
 
 
-def measured_steps(steps: int) -> tuple[int, ...]:
-    """When a tuned model is measured: after a third of the steps, and at the end."""
-    return tuple(sorted({max(1, steps // 3), steps}))
+def measured_steps(steps: int, measures: int) -> tuple[int, ...]:
+    """When a tuned model is measured: `measures` times, evenly spaced, the last time at the end."""
+    spaced = (round(steps * number / measures) for number in range(1, measures + 1))
+    return tuple(sorted({max(1, step) for step in spaced}))
 
 
 def tuned(
