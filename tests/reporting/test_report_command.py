@@ -17,8 +17,8 @@ from expunge.reporting.rendering import at
 
 Cli = Callable[..., tuple[int, str, str]]
 SMALL = Budget(
-    facts=None, retain=8, nonmembers=None, tokens=24, steps=6, tuning_rows=4, folds=2, samples=3,
-    layers=2, resamples=50,
+    facts=None, retain=8, nonmembers=None, tokens=24, steps=6, measures=2, tuning_rows=4, folds=2,
+    samples=3, layers=2, resamples=50,
 )  # fmt: skip
 
 
