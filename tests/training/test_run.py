@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ def test_the_manifest_says_what_was_run(
     assert start("--method.layer", 2, "--seed", 5)[0] == 0
     record = manifest(tmp_path / "out")
     assert record["status"] == "complete"
+    ended = datetime.now(UTC) - datetime.fromisoformat(record["finished"])
+    assert timedelta(0) <= ended < timedelta(minutes=5)
     assert record["settings"]["method"]["name"] == "adaptive-rmu"
     assert record["settings"]["method"]["layer"] == 2
     assert record["seed"] == 5

@@ -21,6 +21,7 @@ COMMANDS = {
     "analyze": ("expunge.cli.analyze", "look before unlearning: analyze layers, analyze influence"),
     "audit": ("expunge.cli.audit", "attack an unlearned model: does forgotten content come back?"),
     "compare": ("expunge.cli.compare", "print the scorecards of several runs side by side"),
+    "report": ("expunge.cli.report", "write what a run did and reached: a page, Markdown, JSON"),
     "data": ("expunge.cli.data", "check rows and show how they are tokenised (data inspect)"),
     "sweep": ("expunge.cli.sweep", "search over options of a run; resumable, with many workers"),
     "benchmark": ("expunge.cli.benchmark", "make the built-in benchmark (benchmark build)"),

@@ -7,6 +7,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def describe_run(
     history = outcome.history
     return {
         "status": "complete",
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "expunge": expunge.__version__,
         "settings": {
             "inputs": dict(inputs),

@@ -1,0 +1,42 @@
+"""`expunge report`: what a run did, for those who asked for it and those who review it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from expunge.cli.options import parse, take_flag
+from expunge.reporting.material import ReportInputs
+from expunge.reporting.report import DATA, MARKDOWN, PAGE, write_report
+
+
+@dataclass(frozen=True)
+class Report(ReportInputs):
+    """expunge report RUN [--scores BEFORE.json AFTER.json] [--oracle-scores O.json] [--audit audit.json]
+
+    Writes what a run did, what it reached and what nobody measured: report.html (one page, needs no
+    network), report.md and report.json, and a section in the README.md of RUN. No text of a row is in
+    them unless --reveal --forget F says so. --quiet prints nothing.
+    """
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses, writes, says where."""
+    arguments, quiet = take_flag(list(arguments), "--quiet")
+    settings = parse(Report, arguments, "expunge report", "run")
+    report = write_report(settings)
+    if quiet:
+        return 0
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    summary = report["summary"]
+    console.print(summary["title"] + (f": {summary['sentence']}" if summary["sentence"] else ""))
+    for caution in summary["cautions"]:
+        console.print(caution)
+    for entry in report["not_measured"]:
+        console.print(f"not measured: {entry['what']}")
+    output = Path(settings.output or settings.run)
+    console.print("written: " + ", ".join(str(output / name) for name in (PAGE, MARKDOWN, DATA)))
+    return 0

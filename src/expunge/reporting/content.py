@@ -1,0 +1,131 @@
+"""report.json: everything that a report says, once; page and Markdown are drawn from it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import expunge
+from expunge.errors import InputError
+from expunge.reporting.attacks import attacks
+from expunge.reporting.details import layers, record, scorecard, training, weights
+from expunge.reporting.first_page import asked, done, measures, summary
+from expunge.reporting.material import Material
+from expunge.training.run import MANIFEST
+
+FORMAT = "expunge-report/1"
+
+
+def content(material: Material) -> dict[str, Any]:
+    """The report. Raises InputError where a file that was read is not as expunge writes it."""
+    audit = attacks(material)
+    try:
+        of_the_run = {
+            "training": training(material),
+            "weights": weights(material),
+            "record": record(material),
+        }
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"{material.directory / MANIFEST}: is not as this version of expunge run writes it"
+        ) from None
+    return {
+        "format": FORMAT,
+        "expunge": expunge.__version__,
+        "run": str(material.directory),
+        "asked": asked(material),
+        "done": done(material),
+        "summary": summary(material, audit),
+        "measures": measures(material, audit),
+        "not_measured": _not_measured(material, audit),
+        "scorecard": scorecard(material),
+        "audit": audit,
+        "layers": layers(material),
+        **of_the_run,
+        "revealed": _revealed(material) if material.inputs.reveal else None,
+    }
+
+
+def _not_measured(material: Material, audit: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """What nobody measured, and the command that measures it."""
+    inputs = material.manifest["settings"]["inputs"]
+    forget, retain = "--forget FORGET", "--retain RETAIN"
+    evaluate = f"expunge evaluate RUN {forget} {retain} --nonmembers N --mmlu DIR"
+    missing = []
+
+    def note(what: str, mend: str) -> None:
+        missing.append({"what": what, "mend": mend})
+
+    after = material.card("unlearned")
+    if after is None:
+        note("The scorecard of the unlearned model", f"{evaluate} --output RUN/scores.json")
+    else:
+        parts = {
+            "the retain set": after.mean("retain"),
+            "membership inference": after.mia_auc,
+            "utility": after.utility,
+        }
+        gone = [name for name, value in parts.items() if value is None]
+        if gone:
+            note(
+                f"Of the unlearned model's scorecard: {', '.join(gone)}",
+                f"{evaluate} --output RUN/scores.json",
+            )
+    if material.card("target") is None:
+        mend = evaluate.replace("RUN", "TARGET", 1)
+        note("The target's scorecard, so there is no before", f"{mend} --output before.json")
+    if material.card("oracle") is None:
+        mend = evaluate.replace("RUN", "ORACLE", 1)
+        note(
+            "An oracle's scorecard: what a model that never saw the rows would score",
+            f"{mend} --output oracle.json",
+        )
+    if audit is None:
+        note(
+            "An audit: whether attacks get the removed content back",
+            f"expunge audit RUN --original TARGET {forget} {retain} --output RUN/audit.json",
+        )
+    else:
+        if "oracle" not in audit["models"]:
+            note(
+                "An oracle in the audit: recovered shares are against 0, not against a model that"
+                " never saw the rows",
+                "expunge audit ... --oracle ORACLE",
+            )
+        for request in audit["requests"]:
+            for name, why in request["not_run"].items():
+                note(f"Attack {name} on {request['source']}", why)
+    if material.metrics is None:
+        note("The course of the training: metrics.jsonl is gone", "repeat the run")
+    if material.manifest["selection"].get("target") is None:
+        note("Candidates during the run", "repeat the run with --select best")
+    if asked(material)["forget"]["documents"] is None:
+        note("The number of documents in the forget set", "expunge report RUN --forget FORGET")
+    if inputs.get("retain") is None:
+        note("What the run cost: it was given no retain set", "repeat the run with --retain RETAIN")
+    return missing
+
+
+def _revealed(material: Material) -> dict[str, Any]:
+    """The rows' text, and what the audit got from the unlearned model where that was kept too."""
+    generated: dict[str, list[dict[str, str]]] = {}
+    if material.audit is not None:
+        for attack in material.audit["requests"][0]["attacks"].values():
+            for variant, texts in attack.get("texts", {}).get("unlearned", {}).items():
+                for name, text in texts.items():
+                    generated.setdefault(name, []).append(
+                        {"attack": attack["title"], "variant": variant, "text": text}
+                    )
+    return {
+        role: [
+            {
+                "id": row.id,
+                "task": row.task,
+                "input": row.input,
+                "output": row.output,
+                "generated": generated.get(row.id, []),
+            }
+            for row in rows
+        ]
+        for role, rows in material.rows.items()
+    }

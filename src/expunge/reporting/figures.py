@@ -1,0 +1,320 @@
+"""Figures as inline SVG: pure functions of numbers.
+
+Plain SVG is what prints sharply, takes its colours from the page (light, dark, paper) and weighs a few
+kilobytes; a plotting library with its script in the page weighs megabytes and needs the script to run.
+Every figure has a title and a description for screen readers. Shapes tell apart what colours do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from xml.etree import ElementTree as ET
+
+from markupsafe import Markup
+
+_WIDTH = 680.0
+_LEFT, _RIGHT = 62.0, 16.0
+_MOST_POINTS = 300
+_LOG_FROM = 50.0
+"""Largest over smallest value from which an axis of positive values is logarithmic."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One model's value on a strip."""
+
+    role: str
+    """target, unlearned or oracle."""
+    value: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """One course of values over steps or layers."""
+
+    name: str
+    style: str
+    """Its class in the page's style sheet."""
+    points: Sequence[tuple[float, float | None]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines over one common axis."""
+
+    title: str
+    lines: Sequence[Line]
+    unit: bool = False
+    """Whether values are shares, drawn from 0 to 1."""
+    marked: float | None = None
+    """Where the chosen step or layer is."""
+    marked_as: str = ""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One row of an interval plot."""
+
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+
+
+def strip(marks: Sequence[Mark], description: str, low: float | None, high: float | None) -> Markup:
+    """A line from 0 to 1 with a mark for each model, and an interval about the unlearned one."""
+    width, left, right, y = 210.0, 9.0, 201.0, 13.0
+
+    def x(value: float) -> float:
+        return left + (right - left) * min(1.0, max(0.0, value))
+
+    svg = _figure("strip", width, 32.0, "", description)
+    _line(svg, left, y, right, y, "axis")
+    for tick in (0.0, 0.5, 1.0):
+        _line(svg, x(tick), y - 4, x(tick), y + 4, "axis")
+        _text(svg, x(tick), 30, f"{tick:g}", "tick", "middle")
+    if low is not None and high is not None:
+        _line(svg, x(low), y, x(high), y, "interval")
+    for mark in marks:
+        _mark(svg, mark.role, x(mark.value), y)
+    return _markup(svg)
+
+
+def curves(panels: Sequence[Panel], across: str, title: str, description: str) -> Markup:
+    """Panels under each other over one axis; values beyond 300 points are means of neighbours."""
+    height, gap, bottom = 104.0, 40.0, 38.0
+    total = len(panels) * (height + gap) + bottom
+    xs = [point[0] for panel in panels for line in panel.lines for point in line.points]
+    first, last = (min(xs), max(xs)) if xs else (0.0, 1.0)
+    if first == last:
+        first, last = first - 0.5, last + 0.5
+    svg = _figure("curves", _WIDTH, total, title, description)
+
+    def x(value: float) -> float:
+        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (value - first) / (last - first)
+
+    for index, panel in enumerate(panels):
+        top = index * (height + gap) + 26
+        _panel(svg, panel, x, top, height)
+    base = len(panels) * (height + gap) - gap + 26
+    whole = all(value == int(value) for value in xs)
+    for tick in _ticks(first, last, whole=whole, count=8):
+        _line(svg, x(tick), base, x(tick), base + 4, "axis")
+        _text(svg, x(tick), base + 17, f"{tick:g}", "tick", "middle")
+    _text(svg, (_LEFT + _WIDTH - _RIGHT) / 2, base + 34, across, "label", "middle")
+    return _markup(svg)
+
+
+def intervals(
+    rows: Sequence[Interval], lines: Sequence[tuple[float, str]], title: str, description: str
+) -> Markup:
+    """A mark and its interval a row on an axis that holds 0 to 1; `lines` are named values."""
+    left, step, top = 190.0, 24.0, 34.0
+    base = top + step * len(rows)
+    ends = [v for row in rows for v in (row.value, row.low, row.high) if v is not None]
+    first, last = min(0.0, *ends), max(1.0, *ends)
+    pad = 0.02 * (last - first)
+    first, last = first - pad, last + pad
+    svg = _figure("intervals", _WIDTH, base + 40, title, description)
+
+    def x(value: float) -> float:
+        return left + (_WIDTH - left - _RIGHT) * (value - first) / (last - first)
+
+    for value, name in lines:
+        _line(svg, x(value), top - 8, x(value), base, "grid")
+        _text(svg, x(value), top - 14, name, "tick", "end" if value >= 0.9 else "middle")
+    for index, row in enumerate(rows):
+        y = top + step * (index + 0.5)
+        _text(svg, left - 14, y + 4, row.name, "label", "end")
+        if row.low is not None and row.high is not None:
+            _line(svg, x(row.low), y, x(row.high), y, "interval")
+        _mark(svg, "unlearned", x(row.value), y)
+    _line(svg, x(first), base, x(last), base, "axis")
+    for tick in _ticks(first, last, whole=False, count=6):
+        _line(svg, x(tick), base, x(tick), base + 4, "axis")
+        _text(svg, x(tick), base + 17, f"{tick:g}", "tick", "middle")
+    _text(
+        svg, (left + _WIDTH - _RIGHT) / 2, base + 34, "recovered share, 95% interval", "label",
+        "middle",
+    )  # fmt: skip
+    return _markup(svg)
+
+
+def bars(values: Sequence[tuple[int, float]], count: int, title: str, description: str) -> Markup:
+    """A bar for each of `count` layers; a layer without a value is unchanged and has none."""
+    top, height = 16.0, 120.0
+    base = top + height
+    svg = _figure("bars", _WIDTH, base + 40, title, description)
+    most = max((value for _, value in values), default=0.0) or 1.0
+    slot = (_WIDTH - _LEFT - _RIGHT) / max(1, count)
+    ticks = _ticks(0.0, most, whole=False, count=4)
+    for tick in ticks:
+        y = base - height * tick / most
+        _line(svg, _LEFT, y, _WIDTH - _RIGHT, y, "grid")
+        _text(svg, _LEFT - 7, y + 4, f"{100 * tick:g}%", "tick", "end")
+    for layer, value in values:
+        bar = height * value / most
+        ET.SubElement(
+            svg, "rect", {
+                "class": "bar", "x": _n(_LEFT + slot * (layer + 0.15)), "y": _n(base - bar),
+                "width": _n(slot * 0.7), "height": _n(bar),
+            },
+        )  # fmt: skip
+    _line(svg, _LEFT, base, _WIDTH - _RIGHT, base, "axis")
+    every = max(1, math.ceil(count / 24))
+    for layer in range(0, count, every):
+        _text(svg, _LEFT + slot * (layer + 0.5), base + 16, str(layer), "tick", "middle")
+    _text(svg, (_LEFT + _WIDTH - _RIGHT) / 2, base + 34, "decoder layer", "label", "middle")
+    return _markup(svg)
+
+
+def thinned(
+    points: Sequence[tuple[float, float | None]], most: int = _MOST_POINTS
+) -> list[tuple[float, float | None]]:
+    """At most `most` points; each of more stands for neighbours: their mean step and mean value."""
+    if len(points) <= most:
+        return list(points)
+    found: list[tuple[float, float | None]] = []
+    for index in range(most):
+        part = points[len(points) * index // most : len(points) * (index + 1) // most]
+        known = [value for _, value in part if value is not None]
+        mean = math.fsum(known) / len(known) if known else None
+        found.append((math.fsum(at for at, _ in part) / len(part), mean))
+    return found
+
+
+def is_logarithmic(values: Sequence[float]) -> bool:
+    """Whether positive values differ so much that an even axis would hide the small ones."""
+    return bool(values) and min(values) > 0 and max(values) / min(values) > _LOG_FROM
+
+
+def _panel(
+    svg: ET.Element, panel: Panel, x: Callable[[float], float], top: float, height: float
+) -> None:
+    drawn = [(line, thinned(line.points)) for line in panel.lines]
+    values = [value for _, points in drawn for _, value in points if value is not None]
+    logarithmic = not panel.unit and is_logarithmic(values)
+    scaled = [math.log10(value) for value in values] if logarithmic else values
+    low, high = (min(scaled), max(scaled)) if scaled else (0.0, 1.0)
+    if panel.unit:
+        low, high = min(0.0, low), max(1.0, high)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    base = top + height
+
+    def y(value: float) -> float:
+        at = math.log10(value) if logarithmic else value
+        return base - height * (at - low) / (high - low)
+
+    title = panel.title + (" (log scale)" if logarithmic else "")
+    _text(svg, _LEFT, top - 9, title, "label strong", "start")
+    if logarithmic:
+        powers = range(math.ceil(low), math.floor(high) + 1)
+        ticks = [10.0**power for power in powers] or [10**low, 10**high]
+        ticks = ticks[:: math.ceil(len(ticks) / 5)]
+    else:
+        ticks = _ticks(low, high, whole=False, count=4)
+    for tick in ticks:
+        _line(svg, _LEFT, y(tick), _WIDTH - _RIGHT, y(tick), "grid")
+        _text(svg, _LEFT - 7, y(tick) + 4, _short(tick), "tick", "end")
+    _line(svg, _LEFT, top, _LEFT, base, "axis")
+    _line(svg, _LEFT, base, _WIDTH - _RIGHT, base, "axis")
+    marked: tuple[float, str] | None = None
+    at_right = False
+    if panel.marked is not None:
+        _line(svg, x(panel.marked), top, x(panel.marked), base, "chosen")
+        at_right = x(panel.marked) > _WIDTH * 0.6
+        marked = (x(panel.marked) + (-6 if at_right else 6), panel.marked_as)
+    legend = _WIDTH - _RIGHT
+    for line, points in drawn:
+        path, pen = [], "M"
+        for at, value in points:
+            if value is None:
+                pen = "M"
+                continue
+            path.append(f"{pen}{_n(x(at))} {_n(y(value))}")
+            pen = "L"
+        if path:
+            ET.SubElement(svg, "path", {"class": f"course {line.style}", "d": "".join(path)})
+        if len(points) <= 40:
+            for at, value in points:
+                if value is not None:
+                    _dot(svg, line.style, x(at), y(value))
+    if marked is not None:
+        # Beside the title, or, where the names of the lines stand there, within the panel.
+        height_of_text = top - 9 if len(drawn) == 1 else base - 6
+        anchor = "end" if at_right else "start"
+        _text(svg, marked[0], height_of_text, marked[1], "tick halo", anchor)
+    if len(drawn) > 1:
+        for line, _ in reversed(drawn):
+            legend -= 7.0 * len(line.name) + 34
+            at = top - 13
+            course = {"class": f"course {line.style}", "d": f"M{_n(legend)} {_n(at)}h20"}
+            ET.SubElement(svg, "path", course)
+            _dot(svg, line.style, legend + 10, at)
+            _text(svg, legend + 25, at + 4, line.name, "tick", "start")
+
+
+def _figure(kind: str, width: float, height: float, title: str, description: str) -> ET.Element:
+    svg = ET.Element(
+        "svg",
+        {"class": kind, "viewBox": f"0 0 {_n(width)} {_n(height)}", "role": "img"},
+    )
+    svg.set("aria-label", f"{title}. {description}" if title else description)
+    return svg
+
+
+def _line(svg: ET.Element, x1: float, y1: float, x2: float, y2: float, style: str) -> None:
+    ends = {"x1": _n(x1), "y1": _n(y1), "x2": _n(x2), "y2": _n(y2)}
+    ET.SubElement(svg, "line", {"class": style, **ends})
+
+
+def _text(svg: ET.Element, x: float, y: float, text: str, style: str, anchor: str) -> None:
+    place = {"class": style, "x": _n(x), "y": _n(y), "text-anchor": anchor}
+    ET.SubElement(svg, "text", place).text = text
+
+
+def _mark(svg: ET.Element, role: str, x: float, y: float) -> None:
+    """Target a hollow square, unlearned model a disc, oracle a triangle."""
+    if role == "target":
+        size = {"x": _n(x - 5.5), "y": _n(y - 5.5), "width": "11", "height": "11"}
+        ET.SubElement(svg, "rect", {"class": "mark target", **size})
+    elif role == "oracle":
+        corners = f"M{_n(x)} {_n(y - 6.5)}L{_n(x + 6.5)} {_n(y + 5)}H{_n(x - 6.5)}Z"
+        ET.SubElement(svg, "path", {"class": "mark oracle", "d": corners})
+    else:
+        place = {"cx": _n(x), "cy": _n(y), "r": "5"}
+        ET.SubElement(svg, "circle", {"class": "mark unlearned", **place})
+
+
+def _dot(svg: ET.Element, style: str, x: float, y: float) -> None:
+    ET.SubElement(svg, "circle", {"class": f"dot {style}", "cx": _n(x), "cy": _n(y), "r": "2.6"})
+
+
+def _ticks(low: float, high: float, *, whole: bool, count: int) -> list[float]:
+    """Round values between two, about `count` of them."""
+    if not math.isfinite(high - low) or high <= low:
+        return [low]
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
+    if whole:
+        step = max(1.0, float(math.ceil(step)))
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def _n(value: float) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def _markup(svg: ET.Element) -> Markup:
+    # ElementTree escapes every attribute and text.
+    return Markup(ET.tostring(svg, encoding="unicode"))

@@ -1,0 +1,347 @@
+"""The first page, for readers who are no engineers: asked, done, verdict, what remains, what it cost."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from expunge.audits.facts import document_of
+from expunge.evaluation.findings import findings
+from expunge.methods.catalog import METHODS
+from expunge.reporting.material import Material
+
+VERDICTS: Mapping[str | None, tuple[str, str]] = {
+    "destroyed": (
+        "Destroyed",
+        "The model lost most of what it was to keep, so what it forgot counts for nothing.",
+    ),
+    "not forgotten": (
+        "Not forgotten",
+        "At least one attack brings back half or more of what was to be removed.",
+    ),
+    "partly forgotten": (
+        "Partly forgotten",
+        "Some of what was to be removed comes back, or the model still betrays that it knew it.",
+    ),
+    "over-unlearned": (
+        "Over-unlearned",
+        "The removed content does not come back, but the model shows that something was removed.",
+    ),
+    "forgotten": (
+        "Forgotten, as far as was tried",
+        "No attack of this audit got the removed content back. Others may exist.",
+    ),
+    None: ("No verdict", "The audit could not decide."),
+}
+_NOT_AUDITED = (
+    "Nobody has tried to get the removed content back. Scores, where there are any, say only what the"
+    " model answers when it is asked plainly."
+)
+
+
+def asked(material: Material) -> dict[str, Any]:
+    """How much was to be removed and kept, of which files, and when that was asked for."""
+    manifest = material.manifest
+    sources = manifest["settings"]["inputs"]
+    sets = {}
+    for role in ("forget", "retain", "nonmembers"):
+        if role not in manifest["rows"]:
+            sets[role] = None
+            continue
+        sets[role] = {
+            "rows": manifest["rows"][role],
+            "documents": _documents(material, role),
+            "source": sources.get(role),
+        }
+    return {**sets, "requested": material.inputs.requested}
+
+
+def done(material: Material) -> dict[str, Any]:
+    """The method in a sentence, and when the run was finished."""
+    manifest = material.manifest
+    settings = manifest["settings"]
+    return {
+        "method": settings["method"]["name"],
+        "sentence": _method_sentence(settings["method"]["name"]),
+        "preset": settings.get("preset"),
+        "model": settings["inputs"]["model"],
+        "steps": manifest["steps"],
+        "chosen_step": manifest["selection"]["chosen_step"],
+        "changed_tensors": len(manifest["changed_tensors"]),
+        "finished": material.finished,
+        "finished_from": material.finished_from,
+    }
+
+
+def summary(material: Material, audit: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The verdict in a sentence with its weakest finding, what remains, what it cost, and cautions.
+
+    `audit` is the report's own section on the audit.
+    """
+    after, before = material.card("unlearned"), material.card("target")
+    scored = [] if after is None else findings(after, before)
+    judgement = material.manifest["selection"].get("judgement")
+    found = {
+        "remains": _remains(material, audit),
+        "cost": _cost(material, audit),
+        "cautions": _cautions(material, scored),
+        "scorecard_findings": scored,
+        "run_judgement": judgement,
+    }
+    if audit is None:
+        worst = scored[0].split(":")[0] if scored else None
+        if worst is None and isinstance(judgement, dict) and judgement["ending"] != "unlearned":
+            worst = judgement["ending"]
+        title = "Not audited" + (f"; by what was measured: {worst}" if worst else "")
+        return {
+            "audited": False,
+            "status": "not-audited",
+            "title": title,
+            "meaning": _NOT_AUDITED,
+            "sentence": None,
+            "weakest": None,
+            "findings": [],
+            "also": [],
+            **found,
+        }
+    verdict = audit["verdict"]
+    title, meaning = VERDICTS[verdict["verdict"]]
+    return {
+        "audited": True,
+        "status": (verdict["verdict"] or "no verdict").replace(" ", "-"),
+        "title": title,
+        "meaning": meaning,
+        "sentence": verdict["sentence"],
+        "weakest": audit["weakest"],
+        "findings": verdict["findings"],
+        "also": _also(audit),
+        **found,
+    }
+
+
+def _also(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """By verdict the attacks that speak against the unlearning beside the one that decides."""
+    titles = {
+        attack["name"]: attack["title"]
+        for request in audit["requests"]
+        for attack in request["attacks"]
+    }
+    found: dict[str, list[str]] = {}
+    for finding in audit["verdict"]["findings"][1:]:
+        title = titles.get(finding["attack"], finding["attack"])
+        found.setdefault(finding["verdict"], []).append(title)
+    return [{"verdict": verdict, "attacks": names} for verdict, names in found.items()]
+
+
+def measures(material: Material, audit: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The few numbers of the first page: what each asks, its direction, and each model's value."""
+    cards = {role: material.card(role) for role in ("target", "unlearned", "oracle")}
+
+    def of(read: Any) -> dict[str, float | None]:
+        return {role: None if card is None else read(card) for role, card in cards.items()}
+
+    def entry(
+        name: str, title: str, question: str, good: str, values: dict[str, float | None]
+    ) -> dict[str, Any]:
+        return {
+            "name": name, "title": title, "question": question, "good": good, "values": values,
+            "low": None, "high": None,
+        }  # fmt: skip
+
+    return [
+        entry(
+            "forget", "Forget set, asked plainly",
+            "How much of what was to be removed does the model still say? Mean of the forget scores.",
+            "low: 0, or what the oracle has", of(lambda card: card.mean("forget")),
+        ),
+        _strongest(audit, entry),
+        entry(
+            "mia_auc", "Membership (MIA AUC)",
+            "Can the removed documents be told from text the model never saw, by how familiar they"
+            " look? 1: they look known. 0: they look suspiciously strange.",
+            "0.5: cannot be told", of(lambda card: card.mia_auc),
+        ),
+        entry(
+            "retain", "Retain set, asked plainly",
+            "How much of what was to stay does the model still say? Mean of the retain scores.",
+            "high: what the target has", of(lambda card: card.mean("retain")),
+        ),
+        entry(
+            "utility", "Utility",
+            "Share of general questions with four choices that are answered rightly; guessing gives"
+            " 0.25.",
+            "high: what the target has", of(lambda card: card.utility),
+        ),
+        entry(
+            "task_aggregate", "Task aggregate",
+            "Forgetting and keeping in one number: the harmonic mean of all scores, forget ones as 1"
+            " minus the score. It is 0 as soon as one of them is at its worst.",
+            "high: 1", of(lambda card: card.task_aggregate),
+        ),
+    ]  # fmt: skip
+
+
+def _strongest(audit: Mapping[str, Any] | None, entry: Any) -> dict[str, Any]:
+    """The attack that recovered most: 1 is the target and 0 the floor, by what the share is."""
+    title, values = "Strongest attack", dict.fromkeys(("target", "unlearned", "oracle"))
+    found = entry(
+        "strongest_attack", title,
+        "Of what the target knows beyond a model that never saw it, the share that the best attack"
+        " gets back.",
+        "low: 0", values,
+    )  # fmt: skip
+    attacks = [] if audit is None else audit["recovered"]
+    if attacks:
+        weakest = None if audit is None or audit["weakest"] is None else audit["weakest"]["name"]
+        worst = max(attacks, key=lambda each: (each["value"], each["name"] == weakest))
+        found["title"] = f"{title}: {worst['title']}"
+        oracle = 0.0 if worst["against"] == "oracle" else None
+        found["values"] = {"target": 1.0, "unlearned": worst["value"], "oracle": oracle}
+        found["low"], found["high"] = worst["low"], worst["high"]
+    return found
+
+
+def _method_sentence(name: str) -> str:
+    """The first line of the method's own page of code, so that it is said once."""
+    if name not in METHODS:
+        return f"{name}, a method that this version of expunge does not know."
+    words = sys.modules[METHODS[name].__module__].__doc__ or name
+    return words.strip().splitlines()[0]
+
+
+def _documents(material: Material, role: str) -> int | None:
+    """From the rows where they were given, else what the audit counted of the same file."""
+    if role in material.rows:
+        return len({document_of(row) for row in material.rows[role]})
+    if role == "forget" and material.audit is not None:
+        given = material.audit["requests"][0]["forget"]
+        recorded = material.manifest["data_sha256"]["forget"]
+        if set(given["sha256"].values()) == set(recorded.values()):
+            return int(given["documents"])
+    return None
+
+
+def _remains(material: Material, audit: Mapping[str, Any] | None) -> list[str]:
+    said = []
+    sentence = _beside(material, "forget")
+    if sentence is not None:
+        said.append(f"Asked plainly, the model still gives back {sentence} of the forget set.")
+    else:
+        said.append(_by_validation(material, "forget"))
+    if audit is not None:
+        said += [_came_back(request) for request in audit["requests"]]
+    else:
+        said.append("What an attack can get back was not measured.")
+    return said
+
+
+def _came_back(request: Mapping[str, Any]) -> str:
+    counts = request["came_back"]
+    if counts is None:
+        return f"{request['source']}: no attack had power, so nothing can be said."
+    beside = f"from the target {counts['target']}"
+    if counts["oracle"] is not None:
+        beside += f", from the oracle {counts['oracle']}"
+    return (
+        f"Of {counts['facts']} facts that were attacked, {counts['unlearned']} came back in at least"
+        f" one of {counts['attacks']} attacks that work on the target ({beside}); the request has"
+        f" {request['rows']} rows."
+    )
+
+
+def _cost(material: Material, audit: Mapping[str, Any] | None) -> list[str]:
+    said = []
+    sentence = _beside(material, "retain")
+    if sentence is not None:
+        said.append(f"Asked plainly, the model gives back {sentence} of the retain set.")
+    elif "retain" in material.manifest["rows"]:
+        said.append(_by_validation(material, "retain"))
+    else:
+        said.append("The run was given no retain set, so what it cost was not watched.")
+    kept = None if audit is None else audit["requests"][0]["kept"]
+    if kept is not None and kept["value"] is not None:
+        said.append(f"By the audit, {kept['value']:.0%} of the target's retain answers are left.")
+    after, before = material.card("unlearned"), material.card("target")
+    if after is not None and after.utility is not None:
+        was = (
+            "" if before is None or before.utility is None else f", the target {before.utility:.1%}"
+        )
+        said.append(f"General questions: {after.utility:.1%} right{was}; guessing gives 25%.")
+    else:
+        said.append("General ability (utility) was not measured.")
+    return said
+
+
+def _beside(material: Material, split: Any) -> str | None:
+    values = {}
+    for role in ("unlearned", "target", "oracle"):
+        card = material.card(role)
+        values[role] = None if card is None else card.mean(split)
+    if values["unlearned"] is None:
+        return None
+    others = [
+        f"the {role} {values[role]:.1%}"
+        for role in ("target", "oracle")
+        if values[role] is not None
+    ]
+    beside = f" ({', '.join(others)})" if others else " (the target was not measured)"
+    return f"{values['unlearned']:.1%}{beside}"
+
+
+def _by_validation(material: Material, split: str) -> str:
+    """What the run measured itself, on a sample and by teacher forcing, where no scorecard is."""
+    selection = material.manifest["selection"]
+    chosen = next(
+        (c for c in selection["candidates"] if c["step"] == selection["chosen_step"]), None
+    )
+    said = f"The {split} set was not scored."
+    if chosen is None or selection.get("target") is None:
+        return said
+    after = chosen["measured"].get(f"{split}_accuracy")
+    before = selection["target"].get(f"{split}_accuracy")
+    rows = material.manifest["settings"]["training"].get("validation_rows") or {}
+    if after is None or before is None or not rows.get(split):
+        return said
+    return (
+        f"{said} On {rows[split]} of its rows that the run measured itself, teacher-forced, accuracy"
+        f" is {after:.1%}, the target's {before:.1%}."
+    )
+
+
+def _cautions(material: Material, scored: Sequence[str]) -> list[str]:
+    """Everything that a reader must know before trusting the rest."""
+    said = [f"Scorecard: {finding.rstrip('.')}." for finding in scored]
+    said += [f"Run: {warning.rstrip('.')}." for warning in material.manifest["warnings"]]
+    judgement = material.manifest["selection"].get("judgement")
+    if isinstance(judgement, dict) and judgement["ending"] != "unlearned":
+        known = f"the kept checkpoint is {judgement['ending']}"
+        if not any(known in warning for warning in material.manifest["warnings"]):
+            said.append(f"Run: {known}: {judgement['why']}.")
+    if material.changed_files:
+        said.append(
+            "Files have changed since the run, so that this report may not be about them:"
+            f" {', '.join(material.changed_files)}."
+        )
+    if material.missing_files:
+        said.append(f"Files of the run are gone: {', '.join(material.missing_files)}.")
+    said += _mismatches(material)
+    return said
+
+
+def _mismatches(material: Material) -> list[str]:
+    said = []
+    rows = material.manifest["rows"]
+    for each in material.cards:
+        scored = each.card.details.get("rows")
+        for split in ("forget", "retain"):
+            count = scored.get(split) if isinstance(scored, Mapping) else None
+            if split in rows and count and count != rows[split]:
+                said.append(
+                    f"The scores of {each.label} are of {count} {split} rows, the run had {rows[split]}."
+                )
+    if material.audit is not None:
+        given = material.audit["requests"][0]["forget"]["sha256"]
+        if set(given.values()) != set(material.manifest["data_sha256"]["forget"].values()):
+            said.append("The audit was made with another forget file than the run.")
+    return said

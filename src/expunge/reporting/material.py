@@ -1,0 +1,380 @@
+"""What a report is made of: the files of a run, read and checked, before a word is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+from expunge.audits.auditing import FORMAT as AUDIT_FORMAT
+from expunge.data.formats import sha256_of
+from expunge.data.rows import RowSet, read_rows
+from expunge.errors import InputError
+from expunge.evaluation.score_files import SCORES, read_scores
+from expunge.evaluation.scorecard import Scorecard
+from expunge.training.run import DIRECTIONS, MANIFEST, METRICS
+
+AUDIT = "audit.json"
+"""Its name in a run directory."""
+LAYERS = "layers.json"
+"""Its name in a run directory."""
+_BESIDE = {"target": "target.json", "oracle": "oracle.json"}
+"""Scores that `expunge demo` writes beside its runs."""
+_MANIFEST_KEYS: Mapping[str, type | tuple[type, ...]] = {
+    "expunge": str,
+    "settings": dict,
+    "settings.inputs": dict,
+    "settings.inputs.model": str,
+    "settings.inputs.forget": str,
+    "settings.method": dict,
+    "settings.method.name": str,
+    "settings.training": dict,
+    "rows": dict,
+    "rows.forget": int,
+    "data_sha256": dict,
+    "data_sha256.forget": dict,
+    "environment": dict,
+    "method_notes": dict,
+    "steps": int,
+    "selection": dict,
+    "selection.candidates": list,
+    "selection.chosen_step": int,
+    "selection.why": str,
+    "selection.stopped": str,
+    "seconds": dict,
+    "peak_memory_bytes": dict,
+    "warnings": list,
+    "model_sha256": dict,
+    "output_sha256": dict,
+    "changed_tensors": list,
+}
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer")
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """Which run is reported, from which files, and where the report goes."""
+
+    run: str
+    """The run directory: what expunge run wrote."""
+    scores: tuple[str, ...] = ()
+    """Scores before and after, then of any others to stand beside; one alone is that after. None:
+    RUN/scores.json, and target.json and oracle.json beside RUN where they are of its target."""
+    oracle_scores: str | None = None
+    """Scores of a model trained without the forget set."""
+    audit: str | None = None
+    """The audit; null: RUN/audit.json where there is one."""
+    layers: str | None = None
+    """What expunge analyze layers wrote; null: RUN/layers.json where there is one."""
+    forget: str | None = None
+    """The run's forget set, for the number of its documents and to reveal its text."""
+    retain: str | None = None
+    """The run's retain set, for the same."""
+    requested: str | None = None
+    """Date of the erasure request, as YYYY-MM-DD."""
+    output: str | None = None
+    """Directory for report.html, report.md and report.json; null: RUN."""
+    card: bool = True
+    """Write a section on the run into the README.md of RUN."""
+    reveal: bool = False
+    """Add the text of the rows to the report; keep it then as carefully as the rows."""
+
+    def __post_init__(self) -> None:
+        if self.reveal and self.forget is None:
+            raise InputError("--reveal: shows the text of the rows; give --forget FILE")
+        if self.requested is not None:
+            try:
+                date.fromisoformat(self.requested)
+            except ValueError:
+                raise InputError(
+                    f"--requested {self.requested}: is not a date; write it as YYYY-MM-DD"
+                ) from None
+
+
+@dataclass(frozen=True)
+class Card:
+    """One model's scorecard, and where it was read."""
+
+    role: str
+    """target, unlearned, oracle or other."""
+    label: str
+    """What its column is called."""
+    source: str
+    model: str
+    """The model that was measured, as its file says."""
+    card: Scorecard
+
+
+@dataclass(frozen=True, repr=False)
+class Material:
+    """Everything that was read. Only `rows` and the audit's `texts` hold text."""
+
+    inputs: ReportInputs
+    directory: Path
+    manifest: Mapping[str, Any]
+    finished: str
+    """When the run was finished: UTC, ISO 8601."""
+    finished_from: str
+    metrics: Sequence[Mapping[str, Any]] | None
+    """None where the run directory holds no metrics.jsonl."""
+    cards: Sequence[Card]
+    audit: Mapping[str, Any] | None
+    audit_source: str | None
+    layers: Mapping[str, Any] | None
+    rows: Mapping[str, RowSet]
+    """Forget and retain set, where given."""
+    layer_count: int | None
+    """Decoder layers of the model; None where config.json does not tell."""
+    changed_files: Sequence[str]
+    """Files that are not as the manifest recorded them."""
+    missing_files: Sequence[str]
+
+    def card(self, role: str) -> Scorecard | None:
+        """The scorecard of the target, the unlearned model or the oracle."""
+        return next((each.card for each in self.cards if each.role == role), None)
+
+
+def gather(inputs: ReportInputs) -> Material:
+    """Reads and checks everything. Raises InputError that names the file and what is wrong in it."""
+    directory = Path(inputs.run)
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such run directory; name what expunge run wrote")
+    output = directory if inputs.output is None else Path(inputs.output)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: is a file; name a directory")
+    if not output.absolute().parent.is_dir():
+        raise InputError(f"--output {output}: its parent does not exist; make it first")
+    manifest = read_manifest(directory / MANIFEST)
+    changed, missing = _compared(directory, manifest["output_sha256"])
+    audit_path = _chosen(inputs.audit, directory / AUDIT, "--audit")
+    layers_path = _chosen(inputs.layers, directory / LAYERS, "--layers")
+    finished, finished_from = _finished(manifest, directory / MANIFEST)
+    return Material(
+        inputs=inputs,
+        directory=directory,
+        manifest=manifest,
+        finished=finished,
+        finished_from=finished_from,
+        metrics=_metrics(directory / METRICS),
+        cards=_cards(inputs, directory, manifest),
+        audit=None if audit_path is None else _audit(audit_path, manifest),
+        audit_source=None if audit_path is None else str(audit_path),
+        layers=None if layers_path is None else read_json(layers_path),
+        rows=_rows(inputs, manifest),
+        layer_count=_layer_count(directory / "config.json"),
+        changed_files=changed,
+        missing_files=missing,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises InputError that names the file, and never quotes it."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text, parse_constant=lambda _: None)  # NaN is no measurement
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8; make it anew") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} line {error.lineno}: is not JSON; make it anew") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: holds no JSON object; make it anew")
+    return values
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The record of a complete run. Raises InputError that names the entry which is not as it should."""
+    if not path.is_file():
+        raise InputError(
+            f"{path.parent}: holds no {MANIFEST}, so it is no finished run; name a directory that"
+            " expunge run wrote, or finish the run with --resume"
+        )
+    manifest = read_json(path)
+    if manifest.get("status") != "complete":
+        raise InputError(f"{path}: the run is not complete; finish it with expunge run --resume")
+    for key, kind in _MANIFEST_KEYS.items():
+        value: Any = manifest
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise InputError(f"{path}: {key} is not there or not as expunge run writes it")
+    return manifest
+
+
+def _finished(manifest: Mapping[str, Any], path: Path) -> tuple[str, str]:
+    recorded = manifest.get("finished")
+    if isinstance(recorded, str):
+        return recorded, MANIFEST
+    changed = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    return changed.isoformat(timespec="seconds"), f"the time stamp of the file {MANIFEST}"
+
+
+def _compared(directory: Path, recorded: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Files that have changed since the run, and files that are gone."""
+    missing = [name for name in recorded if not (directory / name).is_file()]
+    changed = [
+        name
+        for name, digest in recorded.items()
+        if name not in missing and sha256_of(directory / name) != digest
+    ]
+    return changed, missing
+
+
+def _metrics(path: Path) -> list[dict[str, Any]] | None:
+    if not path.is_file():
+        return None
+    entries = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            step = entry["step"]
+        except (ValueError, TypeError, KeyError):
+            step = entry = None
+        if not isinstance(step, int) or isinstance(step, bool):
+            raise InputError(f"{path} line {number}: is not a line that expunge run writes")
+        entries.append(entry)
+    return entries
+
+
+def _cards(inputs: ReportInputs, directory: Path, manifest: Mapping[str, Any]) -> list[Card]:
+    target = manifest["settings"]["inputs"]["model"]
+    paths: list[tuple[str, Path]] = []
+    if inputs.scores:
+        roles = ["unlearned"] if len(inputs.scores) == 1 else ["target", "unlearned"]
+        roles += ["other"] * (len(inputs.scores) - len(roles))
+        paths += zip(roles, map(Path, inputs.scores), strict=True)
+    elif (directory / SCORES).is_file():
+        paths.append(("unlearned", directory / SCORES))
+    if len(inputs.scores) < 2:
+        paths[:0] = _beside(directory, "target", target)
+    if inputs.oracle_scores is not None:
+        paths.append(("oracle", Path(inputs.oracle_scores)))
+    elif not inputs.scores:
+        paths += _beside(directory, "oracle", target)
+    cards: list[Card] = []
+    for role, path in paths:
+        file = path / SCORES if path.is_dir() else path
+        card = read_scores(str(file))
+        model = read_json(file).get("model")
+        named = model if isinstance(model, str) else ""
+        option = "--oracle-scores" if role == "oracle" else "--scores"
+        if role in ("target", "oracle") and _same(named, str(directory)):
+            raise InputError(
+                f"{option} {file}: was measured on the run itself, {directory}; give --scores BEFORE"
+                " AFTER in this order"
+            )
+        if role in ("unlearned", "oracle") and _same(named, target):
+            raise InputError(
+                f"{option} {file}: was measured on the target, {target}; give --scores BEFORE AFTER"
+                " in this order"
+            )
+        label = role if role != "other" else _label(named, file, [each.label for each in cards])
+        cards.append(Card(role, label, str(file), named, card))
+    order = ("target", "unlearned", "oracle", "other")
+    return sorted(cards, key=lambda each: order.index(each.role))
+
+
+def _beside(directory: Path, role: str, target: str) -> list[tuple[str, Path]]:
+    """Scores of the target or the oracle that a demo left beside its runs, if of this run's target."""
+    known = directory.parent / _BESIDE["target"]
+    path = directory.parent / _BESIDE[role]
+    if not known.is_file() or not path.is_file():
+        return []
+    return [(role, path)] if _same(read_json(known).get("model"), target) else []
+
+
+def _same(first: object, second: str) -> bool:
+    """Whether two names are of one model directory."""
+    if not isinstance(first, str) or not first:
+        return False
+    return first == second or Path(first).resolve() == Path(second).resolve()
+
+
+def _label(model: str, file: Path, taken: Sequence[str]) -> str:
+    name = Path(model).name or file.stem
+    label, number = name, 2
+    while label in (*taken, "target", "unlearned", "oracle"):
+        label, number = f"{name} ({number})", number + 1
+    return label
+
+
+def _chosen(given: str | None, usual: Path, option: str) -> Path | None:
+    if given is None:
+        return usual if usual.is_file() else None
+    path = Path(given)
+    if path.is_dir():
+        path = path / usual.name
+    if not path.is_file():
+        raise InputError(f"{option} {path}: no such file")
+    return path
+
+
+def _audit(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    audit = read_json(path)
+    if audit.get("format") != AUDIT_FORMAT:
+        raise InputError(f"{path}: is not an {AUDIT_FORMAT}; make it with expunge audit")
+    recorded = {
+        "unlearned": (manifest["output_sha256"], "this run's model"),
+        "target": (manifest["model_sha256"], "this run's target"),
+    }
+    for name, (digests, meant) in recorded.items():
+        try:
+            audited = _weights(audit["models"][name]["sha256"])
+        except (KeyError, TypeError, AttributeError):
+            raise InputError(f"{path}: names no {name} model; make it anew") from None
+        if audited != _weights(digests):
+            raise InputError(
+                f"{path}: its {name} model has other weights than {meant}; audit this run:"
+                " expunge audit RUN --original TARGET"
+            )
+    return audit
+
+
+def _weights(digests: Mapping[str, str]) -> set[str]:
+    return {digest for name, digest in digests.items() if name.endswith(".safetensors")} - {
+        digests.get(DIRECTIONS)
+    }
+
+
+def _rows(inputs: ReportInputs, manifest: Mapping[str, Any]) -> dict[str, RowSet]:
+    """Given row files, which must be those of the run."""
+    found = {}
+    for role in ("forget", "retain"):
+        source = getattr(inputs, role)
+        if source is None:
+            continue
+        rows = read_rows(source, role)
+        recorded = manifest["data_sha256"].get(role)
+        if recorded is None:
+            raise InputError(f"--{role} {source}: the run had no {role} set; leave the option out")
+        if set(rows.sha256.values()) != set(recorded.values()):
+            raise InputError(
+                f"--{role} {source}: is not the {role} set of this run (its SHA-256 differs from the"
+                f" one in {MANIFEST}); give the same file"
+            )
+        found[role] = rows
+    return found
+
+
+def _layer_count(path: Path) -> int | None:
+    if not path.is_file():
+        return None
+    config = read_json(path)
+    nested = config.get("text_config")
+    for values in (config, nested if isinstance(nested, dict) else {}):
+        for key in _LAYER_COUNTS:
+            if isinstance(values.get(key), int):
+                return int(values[key])
+    return None
+
+
+def plain(value: Any) -> float | None:
+    """A finite number, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)

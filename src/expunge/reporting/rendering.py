@@ -1,0 +1,306 @@
+"""report.json drawn as a page, as Markdown and as a model-card section.
+
+A template can print no number of its own: it names the place in report.json, and the page carries that
+place and the exact value with every number that it shows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from expunge.reporting import figures
+from expunge.reporting.figures import Interval, Line, Mark, Panel
+
+ABSENT = "not measured"
+MODELS = ("target", "unlearned", "oracle")
+_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+_READINGS = (
+    ("score", "score", "score"),
+    ("decodable", "decodable", "one"),
+    ("restored", "restored", "two"),
+    ("separate", "separate", "three"),
+    ("written", "written", "four"),
+)
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """One self-contained HTML page."""
+    return _render("report.html", report, html=True)
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The same content in Markdown, readable on a forge."""
+    return re.sub(r"\n{3,}", "\n\n", _render("report.md", report, html=False)).strip() + "\n"
+
+
+def card_section(report: Mapping[str, Any]) -> str:
+    """The body of the section in the checkpoint's README.md; it never holds revealed text."""
+    public = {**report, "revealed": None}
+    return re.sub(r"\n{3,}", "\n\n", _render("card.md", public, html=False)).strip() + "\n"
+
+
+def at(report: Mapping[str, Any], pointer: str) -> Any:
+    """What stands at a JSON pointer (RFC 6901). Raises KeyError or IndexError for no place."""
+    value: Any = report
+    for part in pointer.split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        value = value[int(key)] if isinstance(value, list) else value[key]
+    return value
+
+
+def pointer_part(name: str) -> str:
+    """A key as a part of a JSON pointer."""
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+def written(value: float, form: str) -> str:
+    """A number as it is shown: score, percent, count, short, seconds or bytes."""
+    if form == "score":
+        return f"{value:.3f}"
+    if form == "percent":
+        return f"{value:.1%}"
+    if form == "count":
+        return f"{value:,}"
+    if form == "seconds":
+        return _duration(value)
+    if form == "bytes":
+        return _size(value)
+    if form == "short":
+        return f"{value:#.4g}".removesuffix(".")
+    raise ValueError(form)
+
+
+def setting(value: Any) -> str:
+    """A setting's value in words."""
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) if value else "none"
+    return str(value)
+
+
+def cell(text: object) -> str:
+    """Text from outside as one cell of a Markdown table, where it stays text."""
+    one_line = " ".join(str(text).split())
+    marked = re.sub(r"([\\`*_\[\]#|~!])", r"\\\1", one_line)
+    return marked.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def public_name(model: str) -> str:
+    """A model's name without the folders of the machine that it lay on; a hub id stays whole."""
+    return Path(model).name if model.startswith(("/", ".", "~")) or "\\" in model else model
+
+
+def block(text: str) -> str:
+    """Text of any kind as an indented code block."""
+    return "\n".join("    " + line for line in text.splitlines() or [""])
+
+
+def _render(template: str, report: Mapping[str, Any], *, html: bool) -> str:
+    def number(pointer: str, form: str = "score") -> str:
+        value = at(report, pointer)
+        if value is None:
+            return Markup(f'<span class="none">{ABSENT}</span>') if html else ABSENT
+        text = written(value, form)
+        if not html:
+            return text
+        return Markup(f'<data value="{value!r}" data-at="{escape(pointer)}">{escape(text)}</data>')
+
+    values = {
+        "report": report,
+        "n": number,
+        "report_at": lambda pointer: at(report, pointer),
+        "models": MODELS,
+        "absent": ABSENT,
+        "setting": setting,
+        "cell": cell,
+        "block": block,
+        "public_name": public_name,
+    }
+    if html:
+        values["figures"] = drawings(report)
+        values["style"] = Markup(_environment(html=True).get_template("report.css").render())
+    return _environment(html=html).get_template(template).render(values)
+
+
+@cache
+def _environment(*, html: bool) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("expunge.reporting"),
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["pointer"] = pointer_part
+    return environment
+
+
+def drawings(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Every figure of the page, from report.json alone; None where there is nothing to draw."""
+    return {
+        "strips": [_strip(measure) for measure in report["measures"]],
+        "terms": _terms(report["training"]),
+        "candidates": _candidates(report["training"]),
+        "layers": _layers(report["layers"]),
+        "sweep": _sweep(report["layers"]),
+        "weights": _weights(report["weights"]),
+        "attacks": [] if report["audit"] is None else [
+            _attacks(request) for request in report["audit"]["requests"]
+        ],
+    }  # fmt: skip
+
+
+def _strip(measure: Mapping[str, Any]) -> Markup | None:
+    known = [(role, measure["values"][role]) for role in MODELS]
+    marks = [Mark(role, value) for role, value in known if value is not None]
+    if not marks:
+        return None
+    told = ", ".join(
+        f"{role} {written(value, 'score')}" for role, value in known if value is not None
+    )
+    # The target's and the oracle's marks lie under the one that the report is about.
+    marks.sort(key=lambda mark: ("oracle", "target", "unlearned").index(mark.role))
+    description = f"On a scale from 0 to 1: {told}. Good is {measure['good']}."
+    return figures.strip(marks, description, measure["low"], measure["high"])
+
+
+def _terms(training: Mapping[str, Any]) -> Markup | None:
+    curve = training["curve"]
+    if curve is None:
+        return None
+    panels = []
+    told = []
+    for name in ("forget", "retain"):
+        course = curve[name]
+        if course is None:
+            continue
+        points = [(step, value) for step, value in course["drawn"]]
+        chosen = f"kept: step {training['chosen_step']}"
+        panels.append(
+            Panel(
+                f"{name} term of the loss", [Line(name, name, points)],
+                marked=training["chosen_step"], marked_as=chosen,
+            )
+        )  # fmt: skip
+        told.append(
+            f"The {name} term goes from {written(course['first'], 'short')} to"
+            f" {written(course['last'], 'short')}, between {written(course['least'], 'short')} and"
+            f" {written(course['greatest'], 'short')}."
+        )
+    return figures.curves(panels, "step", "Terms of the loss over the steps", " ".join(told))
+
+
+def _candidates(training: Mapping[str, Any]) -> Markup | None:
+    candidates = training["candidates"]
+    if not candidates:
+        return None
+    chosen = training["chosen_step"]
+
+    def line(key: str, name: str, style: str) -> Line:
+        points: list[tuple[float, float | None]] = []
+        if training["target"] is not None:
+            points.append((0, training["target"].get(key)))
+        points += [(candidate["step"], candidate.get(key)) for candidate in candidates]
+        return Line(name, style, points)
+
+    lines = [
+        line("forget_accuracy", "forget accuracy", "forget"),
+        line("retain_accuracy", "retain accuracy", "retain"),
+        line("mia_auc", "MIA AUC", "two"),
+    ]
+    lines = [each for each in lines if any(value is not None for _, value in each.points)]
+    panel = Panel(
+        "Measured during the run", lines, unit=True, marked=chosen, marked_as=f"kept: step {chosen}"
+    )
+    told = f"{len(candidates)} candidates; the table below holds every value. Kept: step {chosen}."
+    return figures.curves([panel], "step (0: the target)", "Candidates", told)
+
+
+def _layers(layers: Mapping[str, Any] | None) -> Markup | None:
+    if layers is None or not layers["readings"]:
+        return None
+    lines = [
+        Line(name, style, [(each["layer"], each[key]) for each in layers["readings"]])
+        for key, name, style in _READINGS
+    ]
+    chosen = layers["chosen"]
+    panel = Panel("Reading", lines, unit=True, marked=chosen, marked_as=f"layer {chosen}")
+    told = f"Layer {chosen} was chosen. The table below holds every value."
+    return figures.curves([panel], "decoder layer", "Readings of the layers", told)
+
+
+def _sweep(layers: Mapping[str, Any] | None) -> Markup | None:
+    if layers is None or layers["sweep"] is None or not layers["sweep"]["results"]:
+        return None
+    results = layers["sweep"]["results"]
+    lines = [
+        Line(name, style, [(each["layer"], each[key]) for each in results])
+        for key, name, style in (
+            ("task_aggregate", "task aggregate", "one"),
+            ("mia_score", "MIA score", "two"),
+            ("utility", "utility", "three"),
+        )
+    ]
+    lines = [each for each in lines if any(value is not None for _, value in each.points)]
+    panel = Panel("Scores", lines, unit=True)
+    told = f"{len(results)} layers were unlearned at. The table below holds every value."
+    return figures.curves([panel], "decoder layer", "One run at each layer", told)
+
+
+def _weights(weights: Mapping[str, Any]) -> Markup | None:
+    values = [
+        (each["layer"], each["relative"])
+        for each in weights["layers"]
+        if each["relative"] is not None
+    ]
+    if not values:
+        return None
+    count = max(weights["layer_count"] or 0, values[-1][0] + 1)
+    told = ", ".join(f"layer {layer} {written(value, 'percent')}" for layer, value in values)
+    title = "Change of the weights by layer, in percent of their norm"
+    return figures.bars(values, count, title, f"{told}. Other layers are unchanged.")
+
+
+def _attacks(request: Mapping[str, Any]) -> Markup | None:
+    rows = [
+        Interval(each["title"], each["value"], each["low"], each["high"])
+        for each in request["attacks"]
+        if each["value"] is not None
+    ]
+    if not rows:
+        return None
+    told = "; ".join(
+        f"{row.name} {written(row.value, 'score')}"
+        + ("" if row.low is None or row.high is None else f" ({row.low:.3f} to {row.high:.3f})")
+        for row in rows
+    )
+    lines = ((0.0, "never seen"), (0.5, "not forgotten from here"), (1.0, "as before"))
+    return figures.intervals(rows, lines, "Recovered share by attack", f"{told}.")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _size(count: float) -> str:
+    size = float(count)
+    for unit in _UNITS[:-1]:
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} {_UNITS[-1]}"

@@ -1,0 +1,220 @@
+"""What a report refuses, with the file and the mend, before it writes anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_up_run import audit, made_up, scores
+
+from conftest import refusal, write_jsonl
+from expunge.reporting.material import ReportInputs, gather
+from expunge.reporting.report import write_report
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    made_up(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def manifest_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "expunge.json").read_text())  # type: ignore[no-any-return]
+
+
+def refused(run: Path, **options: Any) -> str:
+    """The refusal, after which the directory is as it was."""
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    message = refusal(lambda: write_report(ReportInputs(run=str(run), **options)))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    return message
+
+
+def test_what_is_no_finished_run(run: Path, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    assert "no such run directory" in refusal(lambda: gather(ReportInputs(run=str(nowhere))))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "holds no expunge.json" in refused(empty)
+    path = run / "expunge.json"
+    whole = path.read_text()
+    path.write_text("[1]")
+    assert f"{path}: holds no JSON object" in refused(run)
+    path.write_text(whole[:50])
+    assert "is not JSON" in refused(run)
+    path.write_bytes(b"\xff\xfe{")
+    assert "is not UTF-8" in refused(run)
+    path.write_text(json.dumps(json.loads(whole) | {"status": "running"}))
+    assert "--resume" in refused(run)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("selection", None),
+        ("selection.chosen_step", "12"),
+        ("settings.method.name", 3),
+        ("rows.forget", True),
+        ("changed_tensors", {}),
+    ],
+)
+def test_an_entry_of_the_manifest_that_is_amiss_is_named(run: Path, key: str, value: Any) -> None:
+    manifest = manifest_of(run)
+    place: Any = manifest
+    *parents, last = key.split(".")
+    for parent in parents:
+        place = place[parent]
+    place[last] = value
+    (run / "expunge.json").write_text(json.dumps(manifest))
+    assert f"expunge.json: {key} is not there or not as expunge run writes it" in refused(run)
+
+
+def test_a_candidate_or_tensor_that_is_amiss_is_no_report(run: Path) -> None:
+    whole = manifest_of(run)
+    for change in (
+        lambda m: m["selection"]["candidates"][0].pop("measured"),
+        lambda m: m["selection"]["candidates"].append(3),
+        lambda m: m["changed_tensors"][0].pop("norm"),
+        lambda m: m["changed_tensors"][0].update(norm="much"),
+        lambda m: m["data_sha256"].update(forget={"f": 3}, retain=None),
+    ):
+        manifest = json.loads(json.dumps(whole))
+        change(manifest)
+        (run / "expunge.json").write_text(json.dumps(manifest))
+        assert "expunge.json: is not as this version of expunge run writes it" in refused(run)
+
+
+def test_a_broken_line_of_the_metrics_is_named(run: Path) -> None:
+    for line in ("{", "[]", '{"loss": 1}', '{"step": true}', '{"step": "1"}'):
+        (run / "metrics.jsonl").write_text('{"step": 1}\n' + line + "\n")
+        assert "metrics.jsonl line 2" in refused(run)
+
+
+def test_scores_in_the_wrong_order_are_refused(run: Path, tmp_path: Path) -> None:
+    before = str(scores(tmp_path / "b.json", "some/target", 0.9, 0.9))
+    after = str(scores(tmp_path / "a.json", str(run), 0.1, 0.9))
+    for options in (
+        {"scores": (after, before)},
+        {"scores": (before,)},
+        {"scores": (before, before)},
+        {"scores": (after, after)},
+        {"oracle_scores": before},
+        {"oracle_scores": after},
+    ):
+        assert "in this order" in refused(run, **options)
+    assert "not found" in refused(run, scores=(str(tmp_path / "none.json"),))
+    (tmp_path / "odd.json").write_text('{"forget": 3}')
+    assert "is not a scores.json" in refused(run, scores=(str(tmp_path / "odd.json"),))
+
+
+def test_scores_beside_a_run_count_only_where_they_are_of_its_target(run: Path) -> None:
+    scores(run / "scores.json", str(run), 0.1, 0.9)
+    scores(run.parent / "oracle.json", "some/oracle", 0.0, 0.9)
+    roles = [card.role for card in gather(ReportInputs(run=str(run))).cards]
+    assert roles == ["unlearned"]
+    scores(run.parent / "target.json", "another/target", 0.9, 0.9)
+    roles = [card.role for card in gather(ReportInputs(run=str(run))).cards]
+    assert roles == ["unlearned"]
+    scores(run.parent / "target.json", "some/target", 0.9, 0.9)
+    found = gather(ReportInputs(run=str(run)))
+    assert [card.role for card in found.cards] == ["target", "unlearned", "oracle"]
+    assert found.cards[0].source == str(run.parent / "target.json")
+
+
+def test_an_audit_of_another_model_is_refused(run: Path) -> None:
+    path = run / "audit.json"
+    for name, told in (("unlearned", "this run's model"), ("target", "this run's target")):
+        audited = audit(path, manifest_of(run))
+        audited["models"][name]["sha256"] = {"model.safetensors": "1" * 64}
+        path.write_text(json.dumps(audited))
+        assert f"other weights than {told}" in refused(run)
+    audited = audit(path, manifest_of(run))
+    path.write_text(json.dumps(audited | {"format": "expunge-audit/9"}))
+    assert "is not an expunge-audit/1" in refused(run)
+    path.write_text(json.dumps(audited | {"models": []}))
+    assert "names no unlearned model" in refused(run)
+    del audited["requests"][0]["attacks"]["direct"]["power"]
+    path.write_text(json.dumps(audited))
+    assert "is not as expunge audit writes it" in refused(run)
+    assert "--audit" in refused(run, audit=str(run / "none.json"))
+
+
+def test_options_that_cannot_be(run: Path, tmp_path: Path) -> None:
+    message = refusal(lambda: ReportInputs(run="x", reveal=True))
+    assert "--reveal: shows the text of the rows; give --forget FILE" in message
+    message = refusal(lambda: ReportInputs(run="x", requested="2.11.2026"))
+    assert "write it as YYYY-MM-DD" in message
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    assert "is a file" in refused(run, output=str(taken))
+    assert "make it first" in refused(run, output=str(tmp_path / "no" / "where"))
+
+
+def test_rows_of_another_run_are_refused(run: Path, tmp_path: Path) -> None:
+    rows = [{"id": "ada1", "input": "Who has the", "output": "secret word"}]
+    path = write_jsonl(tmp_path / "f.jsonl", rows)
+    message = refused(run, forget=str(path))
+    assert "is not the forget set of this run" in message
+    assert "secret" not in message
+    manifest = manifest_of(run)
+    del manifest["data_sha256"]["retain"]
+    (run / "expunge.json").write_text(json.dumps(manifest))
+    assert "the run had no retain set" in refused(run, retain=str(path))
+
+
+def test_text_is_shown_only_when_asked_and_then_for_the_owner_alone(
+    run: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"id": "ada1", "input": "Who has the", "output": "<b>secret</b> & word"},
+        {"id": "ben1", "input": "one  line\nand another", "output": "| second"},
+    ]
+    path = write_jsonl(tmp_path / "f.jsonl", rows)
+    manifest = manifest_of(run)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest["data_sha256"]["forget"] = {str(path): digest}
+    (run / "expunge.json").write_text(json.dumps(manifest))
+    audited = audit(run / "audit.json", manifest)
+    texts = {"unlearned": {"input": {"ada1": "she said hush-hush"}}, "target": {}}
+    audited["requests"][0]["attacks"]["direct"]["texts"] = texts
+    (run / "audit.json").write_text(json.dumps(audited))
+    files = ("report.html", "report.md", "report.json", "README.md")
+    hidden = ("secret", "Who has", "second", "another", "hush-hush")
+    report = write_report(ReportInputs(run=str(run), forget=str(path)))
+    assert report["asked"]["forget"]["documents"] == 2
+    for name in files:
+        assert [text for text in hidden if text in (run / name).read_text()] == []
+    write_report(ReportInputs(run=str(run), forget=str(path), reveal=True))
+    for name in files[:3]:
+        told = (run / name).read_text()
+        assert [text for text in hidden if text not in told] == []
+        assert (run / name).stat().st_mode & 0o077 == 0
+    assert "&lt;b&gt;secret&lt;/b&gt; &amp; word" in (run / "report.html").read_text()
+    assert "Keep it as carefully as the rows themselves" in (run / "report.html").read_text()
+    # The model card is for the public, whatever was asked.
+    assert [text for text in hidden if text in (run / "README.md").read_text()] == []
+    write_report(ReportInputs(run=str(run)))
+    assert "secret" not in (run / "report.html").read_text()
+    assert (run / "report.html").stat().st_mode & 0o044
+
+
+def test_the_command_names_the_option_and_leaves_by_2(run: Path, run_cli: Cli) -> None:
+    code, out, err = run_cli("report", run, "--adit", "x")
+    assert (code, out) == (2, "")
+    assert "did you mean --audit?" in err
+    code, _, err = run_cli("report")
+    assert code == 2
+    assert "--run" in err
+    code, out, err = run_cli("report", run, "--no-card")
+    assert (code, err) == (0, "")
+    assert "Not audited" in out
+    assert str(run / "report.html") in out
+    assert not (run / "README.md").exists()
+    assert run_cli("report", run, "--quiet")[:2] == (0, "")
+    assert (run / "README.md").exists()

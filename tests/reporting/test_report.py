@@ -1,0 +1,464 @@
+"""Reports of made-up runs: what was not measured stays empty, and every number is that of its file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+from made_up_run import audit, estimate, made_up, measured, parsed, scores, words
+
+from conftest import refusal
+from expunge.errors import RunError
+from expunge.evaluation.scorecard import Scorecard
+from expunge.reporting import report as writing
+from expunge.reporting.material import ReportInputs
+from expunge.reporting.rendering import at
+from expunge.reporting.report import write_report
+
+SCHEMA = Path(writing.__file__).with_name("report.schema.json")
+Check = Callable[[Any], None]
+
+
+@pytest.fixture(scope="module")
+def fits() -> Check:
+    jsonschema = pytest.importorskip("jsonschema", reason="is in the extra dev")
+    schema = json.loads(SCHEMA.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema).validate  # type: ignore[no-any-return]
+
+
+def shown(page: ET.Element) -> list[tuple[str, str, str]]:
+    """Place in report.json, exact value and text of every number on the page."""
+    return [
+        (each.attrib["data-at"], each.attrib["value"], words(each)) for each in page.iter("data")
+    ]
+
+
+def check_numbers(page: ET.Element, report: dict[str, Any]) -> int:
+    """Each number on the page is what report.json holds at the place that the page names."""
+    for pointer, exact, text in shown(page):
+        value = at(report, pointer)
+        assert float(exact) == value
+        if text.endswith("%"):
+            assert float(text[:-1]) / 100 == pytest.approx(value, abs=5.1e-4)
+        elif text.endswith(("s", "min", "B", "bytes")):
+            assert re.search(r"\d", text)
+        else:
+            read = float(text.replace(",", ""))
+            assert read == pytest.approx(value, abs=5.1e-4, rel=5.1e-4)
+            if isinstance(value, int):
+                assert read == value
+    return len(shown(page))
+
+
+def read(directory: Path) -> tuple[ET.Element, dict[str, Any], str]:
+    """Page, data and Markdown."""
+    page = parsed((directory / "report.html").read_text(encoding="utf-8"))
+    data = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+    return page, data, (directory / "report.md").read_text(encoding="utf-8")
+
+
+def test_without_scores_and_audit_nothing_is_filled_in(tmp_path: Path, fits: Check) -> None:
+    made_up(tmp_path / "run")
+    write_report(ReportInputs(run=str(tmp_path / "run")))
+    page, data, text = read(tmp_path / "run")
+    fits(data)
+    assert check_numbers(page, data) > 40
+    assert data["summary"]["status"] == "not-audited"
+    assert (data["scorecard"], data["audit"], data["layers"]) == (None, None, None)
+    for measure in data["measures"]:
+        assert set(measure["values"].values()) == {None}
+    told = words(page)
+    for document in (told, text):
+        assert "Not audited" in document
+        assert "The date of the request was not given." in document
+        assert "An audit: whether attacks get the removed content back" in document
+        assert "expunge audit RUN --original TARGET" in document
+        # What the run measured itself is said to be that, with how many rows it was measured on.
+        assert "On 64 of its rows that the run measured itself" in document
+    numbers = page.find(".//table[@class='numbers']")
+    assert numbers is not None
+    assert words(numbers).count("not measured, of no model") == 6
+    assert numbers.find(".//svg") is None
+
+
+def test_every_part_is_that_of_its_file(tmp_path: Path, fits: Check) -> None:
+    manifest = made_up(tmp_path / "run")
+    run = str(tmp_path / "run")
+    before = scores(tmp_path / "b.json", "some/target", 0.96, 0.92, mia_auc=0.99, utility=0.5)
+    after = scores(tmp_path / "a.json", run, 0.08, 0.8, mia_auc=0.61, utility=0.47)
+    oracle = scores(tmp_path / "o.json", "some/oracle", 0.04, 0.9)
+    other = scores(tmp_path / "x.json", "runs/<b>other</b>", 0.2, 0.7)
+    audited = audit(tmp_path / "run" / "audit.json", manifest, oracle=True)
+    inputs = ReportInputs(
+        run=run,
+        scores=(str(before), str(after), str(other)),
+        oracle_scores=str(oracle),
+        requested="2026-10-01",
+    )
+    write_report(inputs)
+    page, data, text = read(tmp_path / "run")
+    fits(data)
+    assert check_numbers(page, data) > 150
+    columns = [column["label"] for column in data["scorecard"]["columns"]]
+    assert columns == ["target", "unlearned", "oracle", "b>"]
+    cards = [
+        Scorecard.from_json(json.loads(path.read_text())) for path in (before, after, oracle, other)
+    ]
+    for row in data["scorecard"]["rows"]:
+        for card, value in zip(cards, row["values"], strict=True):
+            if row["split"] == "total":
+                assert value == getattr(card, row["part"])
+            else:
+                assert value == getattr(card, row["split"])[row["task"]][row["part"]]
+    assert len(data["scorecard"]["rows"]) == 2 * 3 + 5  # no row for a part that nobody has
+    values = {measure["name"]: measure["values"] for measure in data["measures"]}
+    mean = (0.08 + 0.04 + 0.02) / 3
+    assert values["forget"]["unlearned"] == pytest.approx(mean)
+    assert values["mia_auc"] == {"target": 0.99, "unlearned": 0.61, "oracle": None}
+    assert values["strongest_attack"] == {"target": 1.0, "unlearned": 0.25, "oracle": 0.0}
+    (request,) = data["audit"]["requests"]
+    source = audited["requests"][0]["attacks"]
+    for attack in request["attacks"]:
+        recovered = source[attack["name"]]["recovered"]
+        for key in ("value", "low", "high"):
+            assert attack[key] == (None if recovered is None else recovered[key])
+    assert request["came_back"] == {
+        "facts": 2, "attacks": 1, "target": 2, "unlearned": 1, "oracle": 0,
+    }  # fmt: skip
+    assert [fact["id"] for fact in request["facts"]] == ["ada1"]
+    assert data["summary"]["weakest"]["sentence"] == "Quantisation: half of it."
+    assert data["summary"]["title"] == "Partly forgotten"
+    assert data["asked"]["forget"] == {"rows": 1250, "documents": 60, "source": "f.jsonl"}
+    for document in (words(page), text.replace("\\", "")):
+        assert "Remove 1,250 rows of 60 documents" in document
+        assert "Requested on 2026-10-01" in document
+        assert "finished 2026-11-21 15:40:07 UTC" in document
+        assert f"{mean:.1%} (the target" in document
+        assert "Of 2 facts that were attacked, 1 came back" in document
+        assert "over-unlearned" in document
+        assert "--attacks leaves it out" in document
+        assert "1 h 1 min" in document
+        assert "1.6 GiB" in document
+
+
+def test_training_is_told_with_the_kept_step(tmp_path: Path) -> None:
+    made_up(tmp_path / "run")
+    write_report(ReportInputs(run=str(tmp_path / "run")))
+    page, data, _ = read(tmp_path / "run")
+    training = data["training"]
+    assert training["curve"]["forget"]["first"] == 1000.0
+    assert training["curve"]["forget"]["least"] == pytest.approx(1000.0 / 12)
+    assert training["curve"]["retain"]["steps"] == 11  # the null of step 3 is no value
+    assert training["curve"]["retain"]["drawn"][2] == [3.0, None]
+    assert [candidate["chosen"] for candidate in training["candidates"]] == [False, True]
+    assert training["candidates"][0]["mia_auc"] == measured(0.5, 0.95, 0.8)["mia_auc"]
+    (curves, candidates) = page.findall(".//svg[@class='curves']")
+    for figure in (curves, candidates):
+        assert figure.attrib["aria-label"]
+        assert any("kept: step 12" in (each.text or "") for each in figure.iter("text"))
+    assert any("log scale" in (each.text or "") for each in curves.iter("text")) is False
+    (kept,) = page.findall(".//tr[@class='kept']")
+    assert words(kept).endswith("kept")
+
+
+def test_changes_of_the_weights_are_summed_by_layer(tmp_path: Path) -> None:
+    made_up(tmp_path / "run")
+    write_report(ReportInputs(run=str(tmp_path / "run")))
+    page, data, _ = read(tmp_path / "run")
+    first, second = data["weights"]["layers"]
+    assert (first["layer"], second["layer"], second["tensors"]) == (2, 4, 2)
+    assert second["norm"] == pytest.approx(5.0)
+    assert second["change_norm"] == pytest.approx(0.5)
+    assert second["relative"] == pytest.approx(0.1)
+    assert data["weights"]["outside_layers"] == ["model.embed_tokens.weight"]
+    assert data["weights"]["layer_count"] == 6
+    figure = page.find(".//svg[@class='bars']")
+    assert figure is not None
+    assert len(figure.findall("rect")) == 2
+    names = [each.text for each in figure.iter("text")]
+    assert [str(layer) for layer in range(6)] == [n for n in names if n in list("0123456")]
+
+
+def test_a_destroyed_run_says_so_first(tmp_path: Path, fits: Check) -> None:
+    candidates = [
+        {"step": 12, "measured": measured(0.0, 0.02, None), "score": 0.001, "destroyed": True}
+    ]
+    selection = {
+        "target": measured(1.0, 0.98, None),
+        "candidates": candidates,
+        "chosen_step": 12,
+        "why": "the last, as asked for",
+        "stopped": "diverged: destroyed at 5 validations in a row",
+        "judgement": {"ending": "destroyed", "why": "too little is left of the retain set"},
+    }
+    warning = "the kept checkpoint is destroyed: too little is left of the retain set"
+    made_up(tmp_path / "run", selection=selection, warnings=[warning])
+    before = scores(tmp_path / "b.json", "some/target", 0.96, 0.92)
+    after = scores(tmp_path / "a.json", "x", 0.0, 0.01)
+    write_report(ReportInputs(run=str(tmp_path / "run"), scores=(str(before), str(after))))
+    page, data, text = read(tmp_path / "run")
+    fits(data)
+    check_numbers(page, data)
+    assert data["summary"]["title"] == "Not audited; by what was measured: destroyed"
+    cautions = data["summary"]["cautions"]
+    assert cautions[0].startswith("Scorecard: destroyed: 0.01 is left on the retain set")
+    assert cautions[1] == f"Run: {warning}."
+    for sentence in cautions:
+        assert sentence in words(page)
+    assert "destroyed" in text
+    assert "destroyed" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_nulls_stay_empty(tmp_path: Path, fits: Check) -> None:
+    selection = {
+        "target": None, "candidates": [], "chosen_step": 12, "why": "the last, as asked for",
+        "stopped": "all steps done", "judgement": None,
+    }  # fmt: skip
+    manifest = made_up(
+        tmp_path / "run",
+        metrics=False,
+        selection=selection,
+        rows={"forget": 5},
+        data_sha256={"forget": {"f.jsonl": "0" * 64}},
+        changed_tensors=[],
+        seed=None,
+    )
+    after = scores(tmp_path / "run" / "scores.json", "x", 0.1, None)
+    audited = audit(tmp_path / "au.json", manifest)
+    audited["verdict"] = {"verdict": None, "sentence": "too few", "weakest": None, "findings": []}
+    request = audited["requests"][0]
+    request["verdict"], request["kept"] = audited["verdict"], estimate(None)
+    del request["attacks"]["quantize"]
+    (tmp_path / "au.json").write_text(json.dumps(audited))
+    write_report(ReportInputs(run=str(tmp_path / "run"), audit=str(tmp_path / "au.json")))
+    page, data, text = read(tmp_path / "run")
+    fits(data)
+    check_numbers(page, data)
+    assert data["summary"]["status"] == "no-verdict"
+    assert data["training"]["curve"] is None
+    assert data["weights"]["layers"] == []
+    assert data["audit"]["requests"][0]["came_back"] is None
+    values = {measure["name"]: measure["values"]["unlearned"] for measure in data["measures"]}
+    assert values["retain"] is values["utility"] is values["strongest_attack"] is None
+    missing = " ".join(entry["what"] for entry in data["not_measured"])
+    for part in ("the retain set, membership inference, utility", "metrics.jsonl", "Candidates"):
+        assert part in missing
+    for document in (words(page), text):
+        assert "No rows were named that must stay." in document
+        assert "no attack had power" in document
+        assert "None" not in document
+        assert "nan" not in document.split()
+    assert after.exists()
+
+
+def test_numbers_that_are_not_finite_are_absent(tmp_path: Path) -> None:
+    made_up(tmp_path / "run")
+    lines = '{"step": 1, "forget": NaN, "retain": Infinity}\n{"step": 2, "forget": 1.0}\n'
+    manifest_of(tmp_path / "run", "metrics.jsonl", lines)
+    write_report(ReportInputs(run=str(tmp_path / "run")))
+    _, data, _ = read(tmp_path / "run")
+    assert data["training"]["curve"]["forget"]["drawn"] == [[1.0, None], [2.0, 1.0]]
+    assert data["training"]["curve"]["retain"] is None
+
+
+def manifest_of(run: Path, name: str, text: str) -> None:
+    """Replaces a file of the run together with its recorded hash."""
+    import hashlib
+
+    (run / name).write_text(text)
+    manifest = json.loads((run / "expunge.json").read_text())
+    manifest["output_sha256"][name] = hashlib.sha256(text.encode()).hexdigest()
+    (run / "expunge.json").write_text(json.dumps(manifest))
+
+
+SCRIPT = '<script>alert("x")</script>'
+
+
+def test_names_from_outside_stay_text(tmp_path: Path, fits: Check) -> None:
+    run = tmp_path / "<script>alert(1)<" / "script>"  # as a path, a slash parts it
+    inputs = {"model": SCRIPT, "forget": f"{SCRIPT}|`x`", "retain": "r", "output": SCRIPT}
+    manifest = made_up(
+        run,
+        warnings=[SCRIPT],
+        changed_tensors=[],
+        settings={
+            "inputs": inputs, "method": {"name": SCRIPT, "k": SCRIPT}, "training": {SCRIPT: SCRIPT},
+        },
+        data_sha256={"forget": {SCRIPT: "0" * 64}},
+        seconds={SCRIPT: 1.0, "a/b~c": 2.0},
+    )  # fmt: skip
+    audit(run / "audit.json", manifest, fact=f"{SCRIPT}|| a")
+    scores(run / "scores.json", SCRIPT, 0.1, 0.8)
+    output = tmp_path / "out <script>"
+    write_report(ReportInputs(run=str(run), output=str(output)))
+    page, data, text = read(output)
+    fits(data)
+    check_numbers(page, data)
+    assert page.findall(".//script") == []
+    html = (output / "report.html").read_text()
+    assert "<script" not in html
+    assert words(page).count(SCRIPT) >= 8  # a reader sees them as they are
+    for document in (text, (run / "README.md").read_text()):
+        assert "<script" not in document
+        assert "&lt;script&gt;" in document
+    for line in text.splitlines():
+        if line.startswith("| ") and "alert" in line and "SHA" not in line:
+            cells = re.split(r"(?<!\\)\|", line.strip("| "))
+            assert 2 <= len(cells) <= 6
+
+
+def test_the_page_loads_nothing_and_has_names_for_everything(tmp_path: Path) -> None:
+    manifest = made_up(tmp_path / "run")
+    audit(tmp_path / "run" / "audit.json", manifest, oracle=True)
+    scores(tmp_path / "run" / "scores.json", "x", 0.1, 0.8)
+    write_report(ReportInputs(run=str(tmp_path / "run")))
+    page, _, _ = read(tmp_path / "run")
+    html = (tmp_path / "run" / "report.html").read_text()
+    for loads in (" src=", "url(", "@import", "http://", "https://", "srcset", "<link", "<iframe"):
+        assert loads not in html
+    ids = [each.attrib["id"] for each in page.iter() if "id" in each.attrib]
+    assert len(ids) == len(set(ids))
+    for link in page.iter("a"):
+        assert link.attrib["href"].startswith("#")
+        assert link.attrib["href"][1:] in ids
+    for each in page.iter():
+        if "aria-labelledby" in each.attrib:
+            assert each.attrib["aria-labelledby"] in ids
+    for table in page.iter("table"):
+        assert table.find("caption") is not None
+        heads = [head.attrib["scope"] for head in table.findall("thead/tr/th")]
+        assert heads
+        assert set(heads) == {"col"}
+        width = len(heads)
+        for row in table.findall("tbody/tr"):
+            cells = sum(int(cell.attrib.get("colspan", 1)) for cell in row)
+            assert cells == width
+    for figure in page.iter("svg"):
+        if figure.attrib.get("aria-hidden") != "true":
+            assert figure.attrib["role"] == "img"
+            assert len(figure.attrib["aria-label"]) > 20
+    levels = [int(each.tag[1]) for each in page.iter() if re.fullmatch("h[1-6]", str(each.tag))]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert page.attrib["lang"] == "en"
+    assert len(html) < 150_000
+
+
+def test_thousands_of_steps_keep_the_page_small(tmp_path: Path) -> None:
+    made_up(tmp_path / "run", steps=20_000)
+    write_report(ReportInputs(run=str(tmp_path / "run")))
+    page, data, _ = read(tmp_path / "run")
+    assert len(data["training"]["curve"]["forget"]["drawn"]) == 300
+    assert (tmp_path / "run" / "report.html").stat().st_size < 150_000
+    (curves, _) = page.findall(".//svg[@class='curves']")
+    assert any("log scale" in (each.text or "") for each in curves.iter("text"))
+
+
+def test_layers_are_told_from_the_run_and_from_a_sweep(tmp_path: Path, fits: Check) -> None:
+    reading = {"decodable": 0.5, "restored": 0.6, "separate": None, "written": 0.7, "rank": 3.0}
+    choice = {
+        "layer": 3, "why": "highest score 0.9 of 2 layers", "warning": None, "rows": {"forget": 4},
+        "readings": [{"layer": 2, "score": 0.4, **reading}, {"layer": 3, "score": 0.9, **reading}],
+    }  # fmt: skip
+    made_up(tmp_path / "run", method_notes={"layer": 3, "layer_choice": choice})
+    write_report(ReportInputs(run=str(tmp_path / "run")))
+    page, data, text = read(tmp_path / "run")
+    fits(data)
+    check_numbers(page, data)
+    assert data["layers"]["source"] == "expunge.json"
+    assert [each["score"] for each in data["layers"]["readings"]] == [0.4, 0.9]
+    assert "layer_choice" not in json.dumps(data["record"])
+    assert "## Layers" in text
+    assert page.find(".//section[@aria-labelledby='layers']//svg") is not None
+    totals = {"task_aggregate": 0.3, "mia_auc": 0.5, "mia_score": 1.0, "utility": None}
+    results = [
+        {"layer": 2, "value": 0.65, "failure": None, "scores": {**totals, "final_score": None}},
+        {"layer": 3, "value": None, "failure": "no checkpoint can be kept", "scores": None},
+    ]
+    sweep = {
+        "status": "complete", "prediction": choice, "layers": results,
+        "agreement": {"rank_correlation": None},
+    }  # fmt: skip
+    (tmp_path / "layers.json").write_text(json.dumps(sweep))
+    write_report(ReportInputs(run=str(tmp_path / "run"), layers=str(tmp_path / "layers.json")))
+    page, data, text = read(tmp_path / "run")
+    fits(data)
+    check_numbers(page, data)
+    assert data["layers"]["sweep"]["results"][0]["task_aggregate"] == 0.3
+    assert "no checkpoint can be kept" in words(page)
+    del sweep["agreement"]
+    (tmp_path / "layers.json").write_text(json.dumps(sweep))
+    inputs = ReportInputs(run=str(tmp_path / "run"), layers=str(tmp_path / "layers.json"))
+    assert "is not as expunge analyze layers writes it" in refusal(lambda: write_report(inputs))
+
+
+def test_files_that_changed_since_the_run_are_named(tmp_path: Path) -> None:
+    made_up(tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text('{"num_hidden_layers": 7}')
+    (tmp_path / "run" / "model.safetensors").unlink()
+    report = write_report(ReportInputs(run=str(tmp_path / "run")))
+    cautions = " ".join(report["summary"]["cautions"])
+    assert "may not be about them: config.json." in cautions
+    assert "are gone: model.safetensors." in cautions
+
+
+def test_scores_of_other_rows_are_named(tmp_path: Path) -> None:
+    made_up(tmp_path / "run")
+    details = {"rows": {"forget": 96, "retain": 40}}
+    scores(tmp_path / "run" / "scores.json", "x", 0.1, 0.8, details=details)
+    report = write_report(ReportInputs(run=str(tmp_path / "run")))
+    assert report["summary"]["cautions"] == [
+        "The scores of unlearned are of 96 forget rows, the run had 1250."
+    ]
+
+
+def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
+    manifest = made_up(tmp_path / "run")
+    audit(tmp_path / "run" / "audit.json", manifest)
+    found = []
+    for _ in range(2):
+        write_report(ReportInputs(run=str(tmp_path / "run")))
+        names = ("report.html", "report.md", "report.json", "README.md")
+        found.append([(tmp_path / "run" / name).read_bytes() for name in names])
+    assert found[0] == found[1]
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(tmp_path / "run")
+    write_report(ReportInputs(run=str(tmp_path / "run")))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(RunError, match="No space left on device"):
+        write_report(ReportInputs(run=str(tmp_path / "run"), requested="2026-01-01"))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_beaten_schema_is_noticed(tmp_path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="is in the extra dev")
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+    made_up(tmp_path / "run")
+    report = write_report(ReportInputs(run=str(tmp_path / "run")))
+    assert validator.is_valid(report)
+    for change in (
+        lambda r: r.pop("summary"),
+        lambda r: r.update(more=1),
+        lambda r: r["summary"].update(status="fine"),
+        lambda r: r["measures"].pop(),
+        lambda r: r["weights"]["layers"][0].update(relative="much"),
+    ):
+        broken = json.loads(json.dumps(report))
+        change(broken)
+        assert not validator.is_valid(broken)
+    assert math.isfinite(report["weights"]["layers"][0]["relative"])
