@@ -20,6 +20,10 @@ COMMANDS = {
     "evaluate": ("expunge.cli.evaluate", "measure a model's scorecard"),
     "compare": ("expunge.cli.compare", "print the scorecards of several runs side by side"),
     "data": ("expunge.cli.data", "check rows and show how they are tokenised (data inspect)"),
+    "requests": (
+        "expunge.cli.requests",
+        "keep erasure requests: add, serve, verify, show evidence",
+    ),
     "benchmark": ("expunge.cli.benchmark", "make the built-in benchmark (benchmark build)"),
 }
 
