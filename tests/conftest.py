@@ -277,3 +277,80 @@ def make_context(
         )
 
     return make
+
+
+# Around an unlearning, for the audits: the oracle, and results that went right or wrong.
+
+
+def learn(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[dict[str, str]],
+    steps: int,
+    learning_rate: float = 2e-2,
+) -> Any:
+    """Trains all weights on the rows, every row in each step."""
+    from expunge.audits.tuning import tuned
+    from expunge.data.rows import as_rows
+    from expunge.data.tokenization import TextPolicy, encode_rows
+
+    examples = encode_rows(as_rows(rows, "retain"), tokenizer, TextPolicy(128), eos=True)
+    for _ in tuned(
+        model,
+        tokenizer,
+        examples,
+        steps=steps,
+        rows=len(rows),
+        learning_rate=learning_rate,
+        seed=0,
+    ):
+        pass
+    return model
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[[str, Any], Path]:
+    """Saves a model with the tokenizer."""
+
+    def save(name: str, model: Any) -> Path:
+        path = tmp_path_factory.mktemp(name)
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return path
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def oracle_dir(
+    tokenizer: Any, retain_rows: list[dict[str, str]], saved: Callable[[str, Any], Path]
+) -> Path:
+    """A tiny OLMo that has learned the retain rows only."""
+    model = learn(tiny_model("olmo", len(tokenizer)), tokenizer, retain_rows, 120)
+    return saved("oracle", model)
+
+
+@pytest.fixture(scope="session")
+def nudged_dir(memorised_dir: Path, saved: Callable[[str, Any], Path]) -> Path:
+    """The target with weights changed so little that it says the same."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(memorised_dir, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data *= 1 + 1e-4 * torch.randn(parameter.shape, generator=generator)
+    return saved("nudged", model)
+
+
+@pytest.fixture(scope="session")
+def ruined_dir(memorised_dir: Path, saved: Callable[[str, Any], Path]) -> Path:
+    """The target with weights changed so much that nothing is left."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(memorised_dir, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=generator)
+    return saved("ruined", model)

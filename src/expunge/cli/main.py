@@ -18,6 +18,7 @@ COMMANDS = {
     "run": ("expunge.cli.run", "unlearn a model: rows to remove, rows to keep, a method"),
     "plan": ("expunge.cli.plan", "say what a run would take: memory, disk, steps, whether it fits"),
     "evaluate": ("expunge.cli.evaluate", "measure a model's scorecard"),
+    "audit": ("expunge.cli.audit", "attack an unlearned model: does forgotten content come back?"),
     "compare": ("expunge.cli.compare", "print the scorecards of several runs side by side"),
     "data": ("expunge.cli.data", "check rows and show how they are tokenised (data inspect)"),
     "requests": (

@@ -114,9 +114,10 @@ def check_disjoint(first: RowSet, second: RowSet) -> None:
         )
 
 
-def documents(rows: RowSet) -> list[Row]:
+def documents(rows: Iterable[Row]) -> list[Row]:
     """What membership inference scores: the continuation rows, or all where there is none."""
-    return [row for row in rows if row.kind == "sc"] or list(rows)
+    rows = list(rows)
+    return [row for row in rows if row.kind == "sc"] or rows
 
 
 def _checked(name: str, records: Sequence[Record], role: Role) -> tuple[Row, ...]:

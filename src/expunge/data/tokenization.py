@@ -117,6 +117,18 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, policy: TextPolicy)
     return ids
 
 
+def answer_ids(
+    row: Row, prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase, policy: TextPolicy
+) -> list[int]:
+    """The tokens of the row's output: what a model that knows the row writes after `prompt`."""
+    if policy.chat_template:
+        return list(tokenizer(row.output, add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer(row.text)["input_ids"])
+    if whole[: len(prompt)] == list(prompt):
+        return whole[len(prompt) :]
+    return list(tokenizer(f" {row.output}", add_special_tokens=False)["input_ids"])
+
+
 def count_windowed(examples: Sequence[Example]) -> int:
     """How many rows were cut into more than one window."""
     counts: dict[str, int] = {}

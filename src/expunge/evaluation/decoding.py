@@ -1,8 +1,8 @@
-"""Greedy decoding of many rows at once, each as if it were alone.
+"""Decoding of many rows at once, each as if it were alone; greedy, or by any other choice of tokens.
 
 A row may bring a draft: tokens that it probably gets. One pass over prompt and draft tells how many of
-them greedy decoding would have chosen; those are kept, the first other choice replaces the rest, and
-the row goes on token by token, among others that are not done. A draft changes the speed only.
+them decoding would have chosen; those are kept, the first other choice replaces the rest, and the row
+goes on token by token, among others that are not done. A draft changes the speed only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import inspect
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from transformers.cache_utils import Cache
@@ -25,6 +25,36 @@ if TYPE_CHECKING:
 
 _NEAR = 64
 """Two logits are as good as tied below this many units of rounding of the larger one (float32)."""
+
+
+Place = tuple[int, int]
+"""Which request a token is for, and how many new tokens it has before it."""
+
+
+class Choice(Protocol):
+    """How the next token follows from the logits; it must depend on them and the place alone."""
+
+    def __call__(
+        self, logits: torch.Tensor, places: Sequence[Place]
+    ) -> tuple[list[int], list[bool]]:
+        """The token of each line of (lines, vocabulary), and whether rounding could have decided it."""
+
+    def alone(self, logits: torch.Tensor, place: Place) -> int:
+        """The token by the logits (vocabulary,) of a pass of the row alone, which decides."""
+
+
+class Greedy:
+    """The likeliest token."""
+
+    def __call__(
+        self, logits: torch.Tensor, places: Sequence[Place]
+    ) -> tuple[list[int], list[bool]]:
+        """See `choices`."""
+        return choices(logits)
+
+    def alone(self, logits: torch.Tensor, place: Place) -> int:
+        """The first of the likeliest."""
+        return int(logits.argmax())
 
 
 @dataclass(repr=False)
@@ -48,6 +78,10 @@ class _Row:
     def cached(self) -> int:
         return len(self.request.prompt) + len(self.new) - 1
 
+    def place(self, ahead: int = 0) -> Place:
+        """That of the next token, or of one further on."""
+        return self.index, len(self.new) + ahead
+
     def over(self, ends: Collection[int]) -> bool:
         return len(self.new) >= self.request.room or self.new[-1] in ends
 
@@ -55,20 +89,31 @@ class _Row:
 def greedy(
     model: PreTrainedModel, requests: Sequence[Request], ends: Collection[int], batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:
+    """Each row's likeliest tokens, as `decode` gives them."""
+    return decode(model, requests, ends, batch_size, Greedy())
+
+
+def decode(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    ends: Collection[int],
+    batch_size: int,
+    choose: Choice,
+) -> Iterator[tuple[int, list[int]]]:
     """(index of the request, its new tokens with the end that stopped it), as rows are done.
 
     At most `batch_size` rows are in a batch, those of similar length together.
     """
     order = sorted(range(len(requests)), key=lambda i: -_length(requests[i]))
     waiting = deque(order)
-    pool = _Pool(model, ends)
+    pool = _Pool(model, ends, choose)
     while waiting or pool.rows:
         read: list[tuple[_Row, Past]] = []
         while waiting and _admits(pool, _length(requests[waiting[0]]), len(read), batch_size):
             most = batch_size - len(pool.rows) - len(read)
             count = rows_within(_length(requests[waiting[0]]), most, model.device)
             chosen = [waiting.popleft() for _ in range(min(count, len(waiting)))]
-            for row, past in _read(model, [_Row(i, requests[i]) for i in chosen], ends):
+            for row, past in _read(model, [_Row(i, requests[i]) for i in chosen], ends, choose):
                 if past is None:
                     yield row.index, row.new
                 else:
@@ -93,7 +138,7 @@ def _admits(pool: _Pool, length: int, read: int, batch_size: int) -> bool:
 
 @torch.no_grad()
 def _read(
-    model: PreTrainedModel, rows: Sequence[_Row], ends: Collection[int]
+    model: PreTrainedModel, rows: Sequence[_Row], ends: Collection[int], choose: Choice
 ) -> list[tuple[_Row, Past | None]]:
     """Reads prompts and drafts: each row with its first new tokens, and its past unless it is over."""
     texts = [[*row.request.prompt, *row.request.draft] for row in rows]
@@ -105,12 +150,14 @@ def _read(
     logits = logits_at(
         model, where, input_ids=ids.to(model.device), past_key_values=cache, use_cache=True
     )
-    tokens, near = choices(logits)
+    places = [row.place(ahead) for row in rows for ahead in range(len(row.request.draft) + 1)]
+    tokens, near = choose(logits, places)
     start = 0
     done: list[tuple[_Row, Past | None]] = []
     for number, row in enumerate(rows):
         count = len(row.request.draft) + 1
-        _accept(model, row, tokens[start : start + count], near[start : start + count], ends)
+        span = slice(start, start + count)
+        _accept(model, row, tokens[span], near[span], ends, choose)
         start += count
         past = None if row.over(ends) else past_of(cache, number, row.cached)
         done.append((row, past))
@@ -123,10 +170,11 @@ def _accept(
     tokens: Sequence[int],
     near: Sequence[bool],
     ends: Collection[int],
+    choose: Choice,
 ) -> None:
     """Adds choices to a row for as long as its draft foresaw them, and the first that it did not."""
     for position, (token, unsure) in enumerate(zip(tokens, near, strict=True)):
-        row.new.append(alone(model, [*row.request.prompt, *row.new]) if unsure else token)
+        row.new.append(_alone(model, row, choose) if unsure else token)
         drafted = row.request.draft[position : position + 1]
         if row.over(ends) or list(drafted) != row.new[-1:]:
             return
@@ -147,21 +195,33 @@ def choices(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
     return tokens, near
 
 
-@torch.no_grad()
 def alone(model: PreTrainedModel, ids: Sequence[int]) -> int:
     """The likeliest next token by a pass of this row only: the same whatever batch it came from."""
+    return int(logits_alone(model, ids)[0].argmax())
+
+
+@torch.no_grad()
+def logits_alone(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
+    """The logits after `ids` by a pass of this row only, (1, vocabulary)."""
     where = torch.zeros(1, len(ids), dtype=torch.bool)
     where[0, -1] = True
     inputs = torch.tensor([list(ids)], device=model.device)
-    return int(logits_at(model, where, input_ids=inputs, use_cache=False)[0].argmax())
+    return logits_at(model, where, input_ids=inputs, use_cache=False)
+
+
+def _alone(model: PreTrainedModel, row: _Row, choose: Choice) -> int:
+    """The next token of a row by a pass of this row only."""
+    logits = logits_alone(model, [*row.request.prompt, *row.new])
+    return choose.alone(logits[0], row.place())
 
 
 class _Pool:
     """Rows that get one token each a step."""
 
-    def __init__(self, model: PreTrainedModel, ends: Collection[int]) -> None:
+    def __init__(self, model: PreTrainedModel, ends: Collection[int], choose: Choice) -> None:
         self._model = model
         self._ends = ends
+        self._choose = choose
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._batch: list[_Row | None] = []
         """The cache's rows in order; None where one has ended and not yet left."""
@@ -206,12 +266,12 @@ class _Pool:
             ).logits[:, -1]
         self._filled += 1
         over = []
-        for place, (token, unsure) in enumerate(zip(*choices(logits), strict=True)):
-            row = self._batch[place]
-            if row is None:
-                continue
-            ids = [*row.request.prompt, *row.new]
-            row.new.append(alone(self._model, ids) if unsure else token)
+        live = [(place, row) for place, row in enumerate(self._batch) if row is not None]
+        if len(live) < len(self._batch):
+            logits = logits[[place for place, _ in live]]
+        chosen = self._choose(logits, [row.place() for _, row in live])
+        for (place, row), token, unsure in zip(live, *chosen, strict=True):
+            row.new.append(_alone(self._model, row, self._choose) if unsure else token)
             if row.over(self._ends):
                 self._batch[place] = None
                 over.append(row)

@@ -43,7 +43,7 @@ def generate(
             f"row {full[0]}: its prompt fills the context of {context} tokens"
             f" ({len(full)} such rows); shorten it"
         )
-    ends = _ends(model, tokenizer)
+    ends = ends_of(model, tokenizer)
     requests = []
     for number, prompt in enumerate(prompts):
         room = min(MAX_NEW_TOKENS, context - len(prompt))
@@ -58,7 +58,7 @@ def generate(
     return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in outputs]
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a text, the tokenizer's where the model names none."""
     ends = model.generation_config.eos_token_id
     if ends is None:

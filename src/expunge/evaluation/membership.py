@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from expunge.data.batches import collate
+from expunge.data.batches import Batch, collate
 from expunge.data.tokenization import Example
 from expunge.evaluation.batches import token_batches
 from expunge.methods.forward import logits_at
@@ -39,14 +39,21 @@ def document_losses(
     with torch.no_grad(), fast_linear(model.dtype, model.device):
         for number in mine:
             batch = collate(examples, batches[number], pad_id).to(model.device)
-            counted = batch.token_mask[:, 1:]
-            # Where a token is counted, the place before it is read.
-            where = torch.nn.functional.pad(counted, (0, 1))
-            logits = logits_at(model, where, input_ids=batch.input_ids, use_cache=False)
-            log_probs = torch.zeros(counted.shape, device=model.device)
-            log_probs[counted] = target_log_probs(logits, batch.input_ids[:, 1:][counted])
+            log_probs = counted_log_probs(model, batch)
             found[number] = RowLosses()
             found[number].add(batch, log_probs)
             advance(len(batches[number]))
     # In the order of the batches, for the windows of a row may lie in several.
     return RowLosses.of_all(gathered(processes, found)).means()
+
+
+def counted_log_probs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Log-probability of each counted token in nats, (rows, tokens - 1); 0 where none is counted."""
+    counted = batch.token_mask[:, 1:]
+    # Where a token is counted, the place before it is read.
+    where = torch.nn.functional.pad(counted, (0, 1))
+    logits = logits_at(model, where, input_ids=batch.input_ids, use_cache=False)
+    log_probs = torch.zeros(counted.shape, device=model.device)
+    return log_probs.masked_scatter(
+        counted, target_log_probs(logits, batch.input_ids[:, 1:][counted])
+    )

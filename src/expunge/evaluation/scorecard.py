@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from expunge.data.rows import Row, RowSet, check_disjoint, documents
-from expunge.data.tokenization import TextPolicy, encode_rows, prompt_ids
+from expunge.data.tokenization import TextPolicy, answer_ids, encode_rows, prompt_ids
 from expunge.errors import InputError
 from expunge.evaluation.generation import generate
 from expunge.evaluation.membership import document_losses
@@ -208,7 +208,7 @@ class _Measured:
         """A record a row, in the order of the rows, whichever process generated it."""
         prompts = [prompt_ids(row, self.tokenizer, self.policy) for row in rows]
         drafts = [
-            _answer_ids(row, prompt, self.tokenizer, self.policy)
+            answer_ids(row, prompt, self.tokenizer, self.policy)
             for row, prompt in zip(rows, prompts, strict=True)
         ]
         # Rows of similar length cost the same, so neighbours by length go to different processes.
@@ -270,18 +270,6 @@ class _Measured:
 
         yield advance
         self.progress(name, total, total)
-
-
-def _answer_ids(
-    row: Row, prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase, policy: TextPolicy
-) -> list[int]:
-    """The tokens of the row's output: what a model that knows the row writes, so worth a try."""
-    if policy.chat_template:
-        return list(tokenizer(row.output, add_special_tokens=False)["input_ids"])
-    whole = list(tokenizer(row.text)["input_ids"])
-    if whole[: len(prompt)] == list(prompt):
-        return whole[len(prompt) :]
-    return list(tokenizer(f" {row.output}", add_special_tokens=False)["input_ids"])
 
 
 def _record(row: Row, split: Split, text: str) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def hidden_states(
 
 
 @contextmanager
-def forward_hook(module: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+def forward_hook(module: nn.Module, hook: Callable[..., object]) -> Iterator[None]:
     """A forward hook that is removed whatever happens."""
     handle = module.register_forward_hook(hook)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from expunge.evaluation.scorecard import KIND_NAMES, Cells, Scorecard
 
@@ -53,6 +53,38 @@ def scorecard_table(cards: Mapping[str, Scorecard], title: str) -> Table:
         if previous not in (None, group):
             table.add_section()
         previous = group
+        table.add_row(*row)
+    return table
+
+
+def audit_rows(request: Mapping[str, Any]) -> list[list[str]]:
+    """One list an attack of a request in audit.json: shares extracted, and the recovered share."""
+    rows = []
+    for attack in request["attacks"].values():
+        cells = []
+        for name in ("target", "unlearned", "oracle"):
+            share = attack["models"].get(name, {}).get("extracted")
+            cells.append("-" if share is None else f"{share['value']:.2f}")
+        recovered = attack["recovered"]
+        told = "-" if recovered is None else f"{recovered['value']:.2f}"
+        if recovered is not None and recovered["low"] is not None:
+            told += f" ({recovered['low']:.2f} to {recovered['high']:.2f})"
+        rows.append(
+            [attack["title"], *cells, told, "yes" if attack["power"]["has_power"] else "no"]
+        )
+    return rows
+
+
+def audit_table(request: Mapping[str, Any], title: str) -> Table:
+    """The same as a rich table."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("attack", no_wrap=True)
+    for heading in ("target", "unlearned", "oracle", "recovered share", "power"):
+        table.add_column(heading, justify="right")
+    for row in audit_rows(request):
         table.add_row(*row)
     return table
 

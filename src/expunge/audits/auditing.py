@@ -1,0 +1,234 @@
+"""One audit, from files to audit.json: everything is checked, then each model is attacked in turn."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import expunge
+from expunge.audits.base import MODELS, Attack, Found, ModelName
+from expunge.audits.budgets import BUDGETS
+from expunge.audits.facts import document_of
+from expunge.audits.inputs import (
+    AuditInputs,
+    Request,
+    check_output,
+    checked_models,
+    read_sets,
+    requests_of,
+    stored_dtype,
+)
+from expunge.audits.partial import Partial, whole
+from expunge.audits.subject import Subject
+from expunge.audits.summary import kept_share, summarise
+from expunge.audits.verdict import Evidence, Verdict, judge_audit, worst_of
+from expunge.models.loading import resolve_device, text_policy
+from expunge.training.manifest import finite
+from expunge.training.progress import Progress, Silent
+
+Results = dict[tuple[int, str], dict[ModelName, Found]]
+"""By request and attack what was found on each model."""
+FORMAT = "expunge-audit/1"
+_LIBRARIES = ("torch", "transformers", "scikit-learn")
+_UNITS = 100
+"""Parts of one attack in the progress bar."""
+
+
+def audit(inputs: AuditInputs, progress: Progress | None = None) -> dict[str, Any]:
+    """Checks every input, attacks every model, writes and returns audit.json.
+
+    Raises InputError before a model is loaded. Interrupted, what was finished is kept beside
+    `output` and used by the next call with the same inputs.
+    """
+    progress = progress or Silent()
+    device = resolve_device(inputs.device)
+    if inputs.output is not None:
+        check_output(Path(inputs.output))
+    checked = checked_models(inputs)
+    policies = {
+        name: text_policy(model, chat_template=inputs.chat_template, long_rows=inputs.long_rows)
+        for name, model in checked.items()
+    }
+    sets = read_sets(inputs)
+    requests = requests_of(inputs, sets, checked, policies)
+    digests = {name: model.files.sha256() for name, model in checked.items()}
+    dtypes = {name: inputs.dtype or stored_dtype(model) for name, model in checked.items()}
+    partial = Partial(None if inputs.output is None else Path(inputs.output), reveal=inputs.reveal)
+    found: Results = {}
+    for name in (n for n in MODELS if n in checked):
+        subject = Subject(
+            name,
+            checked[name],
+            dtypes[name],
+            device,
+            policies[name],
+            inputs.batch_size,
+            BUDGETS[inputs.budget].tokens,
+        )
+        _attack(subject, requests, inputs, digests[name], device, partial, progress, found)
+    judged = [_judged(request, n, found, inputs) for n, request in enumerate(requests)]
+    report = finite(
+        {
+            "format": FORMAT,
+            "expunge": expunge.__version__,
+            "versions": {name: version(name) for name in _LIBRARIES},
+            "verdict": _verdict_json(worst_of([verdict for _, verdict in judged])),
+            "models": {
+                name: {
+                    "path": model.name,
+                    "sha256": digests[name],
+                    "dtype": dtypes[name],
+                    "tuned_in": "float32",
+                }
+                for name, model in checked.items()
+            },
+            "settings": {
+                "budget": {"name": inputs.budget, **asdict(BUDGETS[inputs.budget])},
+                "learning_rate": requests[0].case.learning_rate,
+                "seed": inputs.seed,
+                "device": device,
+                "reveal": inputs.reveal,
+                "text": policies["unlearned"].describe(checked["unlearned"].tokenizer),
+            },
+            "rows": {
+                name: {"source": rows.source, "sha256": dict(rows.sha256), "rows": len(rows)}
+                for name, rows in sets.items()
+                if rows is not None and not name.startswith("earlier")
+            },
+            "requests": [entry for entry, _ in judged],
+        }
+    )
+    if inputs.output is not None:
+        whole(Path(inputs.output), report)
+        partial.remove()
+    return dict(report)
+
+
+def _attack(
+    subject: Subject,
+    requests: Sequence[Request],
+    inputs: AuditInputs,
+    digests: Mapping[str, str],
+    device: str,
+    partial: Partial,
+    progress: Progress,
+    found: Results,
+) -> None:
+    """Adds to `found` what every attack finds on one model, what was kept before as it is."""
+    total = _UNITS * sum(len(request.attacks) for request in requests)
+    done = 0
+    for number, request in enumerate(requests):
+        for attack in request.attacks:
+            facts = _facts(inputs, request, attack, subject, digests, device)
+            result = partial.read(facts)
+            if result is None:
+                bar = _Bar(progress, subject.name, done, total)
+                result = partial.write(facts, attack.run(subject, request.case, bar))
+            found.setdefault((number, attack.name), {})[subject.name] = result
+            done += _UNITS
+            progress.phase(subject.name, done, total)
+    subject.release()
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """Tells how far one attack of a model is, as a part of all of its attacks."""
+
+    progress: Progress
+    name: str
+    begun: int
+    total: int
+
+    def __call__(self, done: int, of: int) -> None:
+        self.progress.phase(self.name, self.begun + _UNITS * done // max(1, of), self.total)
+
+
+def _judged(
+    request: Request,
+    number: int,
+    found: Results,
+    inputs: AuditInputs,
+) -> tuple[dict[str, Any], Verdict]:
+    """One request's entry in audit.json, and its verdict."""
+    attacks: dict[str, Any] = {}
+    evidence: list[Evidence] = []
+    for attack in request.attacks:
+        models = found[number, attack.name]
+        summary = summarise(attack, models, request.case)
+        attacks[attack.name] = summary.entry
+        evidence += summary.evidence
+        if inputs.reveal:
+            summary.entry["texts"] = {name: dict(each.texts) for name, each in models.items()}
+    kept = kept_share(found[number, "direct"], request.case)
+    verdict = judge_audit(kept, evidence)
+    case = request.case
+    return {
+        "forget": {
+            "source": request.rows.source,
+            "sha256": dict(request.rows.sha256),
+            "rows": len(request.rows),
+            "documents": len({document_of(row) for row in request.rows}),
+        },
+        "audited": {
+            "rows": len(case.facts),
+            "documents": len({document_of(row) for row in case.facts}),
+            "members": len(case.members),
+            "retain_rows": len(case.retain),
+            "nonmembers": len(case.nonmembers),
+        },
+        "verdict": _verdict_json(verdict),
+        "kept": None if kept is None else kept.to_json(),
+        "attacks": attacks,
+        "not_run": dict(request.skipped),
+    }, verdict
+
+
+def _verdict_json(verdict: Verdict) -> dict[str, Any]:
+    return asdict(verdict) | {"findings": [asdict(finding) for finding in verdict.findings]}
+
+
+def _facts(
+    inputs: AuditInputs,
+    request: Request,
+    attack: Attack,
+    subject: Subject,
+    digests: Mapping[str, str],
+    device: str,
+) -> dict[str, Any]:
+    """All that the result of one attack on one model follows from."""
+    case = request.case
+    rows = (
+        case.facts,
+        case.members,
+        case.forget,
+        case.retain,
+        case.tuning,
+        case.others,
+        case.nonmembers,
+    )
+    words = [row for wordings in case.paraphrases.values() for row in wordings]
+    content = hashlib.sha256()
+    for row in (row for part in (*rows, words) for row in part):
+        for value in (row.id, row.input, row.output, row.task, row.kind):
+            content.update(value.encode() + b"\0")
+    return {
+        "format": FORMAT,
+        "expunge": expunge.__version__,
+        "versions": {name: version(name) for name in _LIBRARIES},
+        "attack": attack.name,
+        "model": subject.name,
+        "weights": dict(digests),
+        "rows": content.hexdigest(),
+        "budget": asdict(case.budget),
+        "learning_rate": case.learning_rate,
+        "seed": case.seed,
+        "dtype": subject.dtype,
+        "device": device,
+        "chat_template": inputs.chat_template,
+        "long_rows": inputs.long_rows,
+        "reveal": inputs.reveal,
+    }

@@ -1,0 +1,270 @@
+"""What an audit is told, and every check of it before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from expunge.audits.base import Attack, Case, ModelName
+from expunge.audits.budgets import BUDGETS, BudgetName
+from expunge.audits.catalog import ATTACKS
+from expunge.audits.facts import document_of, drawn
+from expunge.audits.paraphrases import read_paraphrases
+from expunge.audits.tuning import default_learning_rate
+from expunge.data.rows import Row, RowSet, check_disjoint, documents, read_rows
+from expunge.data.tokenization import LongRows, TextPolicy, encode_rows, prompt_ids
+from expunge.errors import InputError
+from expunge.models.loading import CheckedModel, Dtype, check_model
+from expunge.models.tensors import stored_tensors
+
+
+@dataclass(frozen=True)
+class AuditInputs:
+    """What is audited, against which models and rows, by which attacks."""
+
+    model: str
+    """The unlearned model: a directory, or a hub id. It is read as it is saved."""
+    original: str
+    """The target: the model before unlearning. Every attack must work on it first."""
+    forget: str
+    """Rows that were to be removed."""
+    retain: str
+    """Rows that were to stay."""
+    oracle: str | None = None
+    """A model trained by the same recipe on the retain set only; without it the floor is 0."""
+    nonmembers: str | None = None
+    """Never-seen text of the forget set's kind; membership inference needs it."""
+    paraphrases: str | None = None
+    """Other wordings of forget rows: a file with `of` (the row's id), `input` and `output`."""
+    benign: str | None = None
+    """Text that benign relearning tunes on; null: retain rows."""
+    earlier: tuple[str, ...] = ()
+    """Forget files of earlier requests, which are audited again."""
+    attacks: tuple[str, ...] = ()
+    """Attacks to run, with commas or spaces between; none: all that there is material for."""
+    budget: BudgetName = "quick"
+    """How many rows, steps and samples: quick, standard or thorough."""
+    learning_rate: float | None = None
+    """Learning rate of attacks by tuning; null: 5e-4, above width 256 times 256 / width."""
+    output: str | None = None
+    """Write audit.json here; unfinished, an audit goes on from OUTPUT.partial."""
+    reveal: bool = False
+    """Add the generated text that came nearest; it can hold forgotten text."""
+    batch_size: int = 64
+    """Rows a batch; it changes the speed, never a score."""
+    dtype: Dtype | None = None
+    """Dtype that the models run in; null: the one that each is saved in."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    seed: int = 0
+    """Seed of every draw."""
+    chat_template: bool = False
+    """Render prompts with the tokenizer's chat template."""
+    long_rows: LongRows = "refuse"
+    """Refuse rows longer than the context, or cut them into windows."""
+    trust_remote_code: bool = False
+    """Run code that the models' directories bring along."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"--batch-size {self.batch_size}: must be 1 or more")
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            raise InputError(f"--learning-rate {self.learning_rate:g}: must be above 0")
+        if self.reveal and self.output is None:
+            raise InputError("--reveal: adds text to audit.json; give --output FILE")
+        names = self.attack_names()
+        unknown = [name for name in names if name not in ATTACKS]
+        if unknown:
+            raise InputError(f"--attacks {unknown[0]}: unknown; choose from {', '.join(ATTACKS)}")
+        if "membership" in names and self.nonmembers is None:
+            raise InputError(
+                "--attacks membership: compares with never-seen text; give --nonmembers"
+            )
+        if self.benign is not None and names and "benign" not in names:
+            raise InputError("--benign: is for the attack benign, which --attacks leaves out")
+        if self.paraphrases is not None and names and "paraphrase" not in names:
+            raise InputError(
+                "--paraphrases: is for the attack paraphrase, which --attacks leaves out"
+            )
+
+    def attack_names(self) -> list[str]:
+        """What --attacks says, commas and spaces alike."""
+        return [name for given in self.attacks for name in given.split(",") if name]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One forget file with what is audited of it."""
+
+    rows: RowSet
+    case: Case
+    attacks: Sequence[Attack]
+    skipped: Mapping[str, str]
+    """Attacks that were not run, and why."""
+
+
+def checked_models(inputs: AuditInputs) -> dict[ModelName, CheckedModel]:
+    """Target, unlearned model and oracle, checked without reading weights.
+
+    Raises InputError, also for models of two families and for one model given twice.
+    """
+    names: dict[ModelName, str | None] = {
+        "target": inputs.original,
+        "unlearned": inputs.model,
+        "oracle": inputs.oracle,
+    }
+    checked: dict[ModelName, CheckedModel] = {
+        name: check_model(given, trust_remote_code=inputs.trust_remote_code)
+        for name, given in names.items()
+        if given is not None
+    }
+    target = checked["target"]
+    for name, model in checked.items():
+        if model.tokenizer.get_vocab() != target.tokenizer.get_vocab():
+            option = "--oracle" if name == "oracle" else "MODEL"
+            raise InputError(
+                f"{option} {model.name}: its tokenizer is not that of --original {target.name};"
+                " give models of one family"
+            )
+    shards = {name: model.files.sha256() for name, model in checked.items()}
+    for name, option in (("unlearned", "MODEL"), ("oracle", "--oracle")):
+        if name in shards and _weights(shards[name]) == _weights(shards["target"]):
+            raise InputError(
+                f"{option} {checked[name].name}: has the same weights as --original"
+                f" {target.name}; give the model that was made from it"
+            )
+    return checked
+
+
+def _weights(digests: Mapping[str, str]) -> set[str]:
+    return {digest for name, digest in digests.items() if name.endswith(".safetensors")}
+
+
+def read_sets(inputs: AuditInputs) -> dict[str, RowSet | None]:
+    """Every row set by the option that names it; earlier requests are "earlier 1", ..."""
+    sets: dict[str, RowSet | None] = {
+        "forget": read_rows(inputs.forget, "forget"),
+        "retain": read_rows(inputs.retain, "retain"),
+        "nonmembers": None,
+        "benign": None,
+    }
+    if inputs.nonmembers is not None:
+        sets["nonmembers"] = read_rows(inputs.nonmembers, "nonmembers")
+    if inputs.benign is not None:
+        sets["benign"] = read_rows(inputs.benign, "retain")
+    for number, source in enumerate(inputs.earlier, 1):
+        sets[f"earlier {number}"] = read_rows(source, "forget")
+    for name, rows in sets.items():
+        if rows is None or name not in ("forget", *(n for n in sets if n.startswith("earlier"))):
+            continue
+        for other in ("retain", "nonmembers", "benign"):
+            against = sets[other]
+            if against is not None:
+                check_disjoint(rows, against)
+    return sets
+
+
+def requests_of(
+    inputs: AuditInputs,
+    sets: Mapping[str, RowSet | None],
+    checked: Mapping[ModelName, CheckedModel],
+    policies: Mapping[ModelName, TextPolicy],
+) -> list[Request]:
+    """Every request's rows drawn to the budget, checked against every model, with its attacks."""
+    budget = BUDGETS[inputs.budget]
+    retain, nonmembers, benign = sets["retain"], sets["nonmembers"], sets["benign"]
+    assert retain is not None
+    asked = drawn(retain.rows, budget.retain, inputs.seed)
+    never_seen = [] if nonmembers is None else documents(nonmembers)
+    rate = inputs.learning_rate or default_learning_rate(checked["target"].config.hidden_size)
+    found = []
+    for name, rows in sets.items():
+        if rows is None or (name != "forget" and not name.startswith("earlier")):
+            continue
+        facts = drawn(rows.rows, budget.facts, inputs.seed)
+        paraphrases: Mapping[str, Sequence[Row]] = {}
+        if inputs.paraphrases is not None:
+            paraphrases = read_paraphrases(inputs.paraphrases, rows, required=name == "forget")
+        case = Case(
+            facts=facts,
+            members=drawn(documents(rows), budget.nonmembers, inputs.seed),
+            forget=rows.rows,
+            retain=asked,
+            tuning=asked if benign is None else benign.rows,
+            others=retain.rows,
+            nonmembers=drawn(never_seen, budget.nonmembers, inputs.seed),
+            paraphrases=paraphrases,
+            budget=budget,
+            seed=inputs.seed,
+            learning_rate=rate,
+        )
+        attacks, skipped = _chosen(inputs, case)
+        found.append(Request(rows, case, attacks, skipped))
+        for model in checked:
+            _check_rows(case, checked[model], policies[model])
+    return found
+
+
+def _chosen(inputs: AuditInputs, case: Case) -> tuple[list[Attack], dict[str, str]]:
+    """The attacks to run, direct questions always among them, and why others are not."""
+    wanted = inputs.attack_names()
+    impossible = {}
+    if not case.nonmembers:
+        impossible["membership"] = "no never-seen text was given (--nonmembers)"
+    if len({document_of(row) for row in case.facts}) < 2:
+        impossible["relearn"] = "all facts are of one document, none can be held out"
+    if not any(row.kind == "qa" for row in case.facts):
+        impossible["latent"] = "no forget row is a question"
+    for name in wanted:
+        if name in impossible:
+            raise InputError(f"--attacks {name}: {impossible[name]}; leave it out")
+    chosen, skipped = [], {}
+    for name, attack in ATTACKS.items():
+        if name in impossible:
+            skipped[name] = impossible[name]
+        elif wanted and name not in (*wanted, "direct"):
+            skipped[name] = "--attacks leaves it out"
+        else:
+            chosen.append(attack)
+    return chosen, skipped
+
+
+def _check_rows(case: Case, model: CheckedModel, policy: TextPolicy) -> None:
+    """Raises InputError for rows that do not fit the model."""
+    for row in (*case.facts, *case.retain):
+        length = len(prompt_ids(row, model.tokenizer, policy))
+        if length >= policy.context:
+            raise InputError(
+                f"row {row.id!r}: its prompt has {length} tokens and fills the context of"
+                f" {policy.context} of {model.name}; shorten it"
+            )
+    encode_rows(
+        [*case.facts, *case.members, *case.retain, *case.nonmembers],
+        model.tokenizer,
+        policy,
+        eos=True,
+    )
+    encode_rows(case.tuning, model.tokenizer, policy, eos=True)
+
+
+def stored_dtype(model: CheckedModel) -> Dtype:
+    """The floating dtype that most of the checkpoint's numbers are saved in."""
+    sizes: dict[str, int] = {}
+    for shard in model.files.shards:
+        for tensor in stored_tensors(shard).values():
+            name = str(tensor.dtype).removeprefix("torch.")
+            if tensor.dtype.is_floating_point:
+                sizes[name] = sizes.get(name, 0) + tensor.bytes
+    most = max(sizes, key=lambda name: sizes[name], default="none")
+    for known in ("float32", "bfloat16", "float16"):
+        if most == known:
+            return known
+    raise InputError(f"{model.name}: is saved in {most}; give --dtype float32")
+
+
+def check_output(path: Path) -> None:
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--output {path}: its directory does not exist; make it first")
+    if path.is_dir():
+        raise InputError(f"--output {path}: is a directory; name a file")

@@ -1,0 +1,109 @@
+"""Verbatim extraction: documents given 10 to 90% of their own tokens. arXiv 2406.09179, 2202.07646.
+
+One pass over the document tells what greedy decoding writes after every prefix until its first
+mistake, so nothing is generated.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import torch
+
+from expunge.audits.base import Advance, Attack, Case, Found
+from expunge.audits.subject import Reader, Subject
+from expunge.data.rows import Row
+from expunge.data.tokenization import encode_rows
+from expunge.evaluation.batches import padded, token_batches
+from expunge.evaluation.decoding import alone, choices
+from expunge.methods.forward import logits_at
+from expunge.models.kernels import fast_linear
+
+PREFIXES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+LEAST_TOKENS = 8
+"""A prefix that leaves fewer tokens is not scored: a phrase's end can be guessed."""
+
+
+def extraction_strength(right: Sequence[bool]) -> float:
+    """1 - k / n, where after the first k of n tokens greedy decoding writes the rest without a mistake.
+
+    `right` says of every token whether it is the likeliest after those before it. 0: not even the last
+    one; 1: all of them.
+    """
+    wrong = [place for place, token in enumerate(right) if not token]
+    return 1.0 - ((wrong[-1] + 1) / len(right) if wrong else 0.0)
+
+
+def verbatim_share(right: Sequence[bool], start: int) -> float:
+    """Share of the tokens from `start` on that come before the first mistake."""
+    rest = right[start:]
+    return next((n for n, token in enumerate(rest) if not token), len(rest)) / len(rest)
+
+
+def run(subject: Subject, case: Case, advance: Advance) -> Found:
+    """Per prefix length the share of the rest that comes back word for word."""
+    found = right_tokens(subject.reader, case.members, advance)
+    strength = {name: round(extraction_strength(right), 6) for name, right in found.items()}
+    scores: dict[str, dict[str, float]] = {}
+    for prefix in PREFIXES:
+        shares = {}
+        for name, right in found.items():
+            start = round(prefix * len(right))
+            if len(right) - start >= LEAST_TOKENS:
+                shares[name] = verbatim_share(right, start)
+        if shares:
+            scores[f"prefix {prefix:.0%}"] = shares
+    numbers = {
+        "documents": len(found),
+        "extraction_strength": round(statistics.fmean(strength.values()), 6),
+        "largest_extraction_strength": max(strength.values()),
+    }
+    return Found(
+        scores, rows={k: {"extraction_strength": v} for k, v in strength.items()}, numbers=numbers
+    )
+
+
+def right_tokens(
+    reader: Reader, rows: Sequence[Row], advance: Advance = lambda _done, _total: None
+) -> dict[str, list[bool]]:
+    """By row id for every token but the first whether the model would have written it greedily.
+
+    Of a row that is longer than the context its first window is read.
+    """
+    first: dict[str, tuple[int, ...]] = {}
+    for example in encode_rows(rows, reader.tokenizer, reader.policy, eos=False):
+        first.setdefault(example.row_id, example.input_ids)
+    names, texts = list(first), list(first.values())
+    found: dict[str, list[bool]] = {}
+    batches = token_batches([len(ids) for ids in texts], reader.batch_size, reader.model.device)
+    with torch.no_grad(), fast_linear(reader.model.dtype, reader.model.device):
+        for chosen in batches:
+            ids = padded([texts[index] for index in chosen]).to(reader.model.device)
+            where = torch.zeros(ids.shape, dtype=torch.bool)
+            for line, index in enumerate(chosen):
+                where[line, : len(texts[index]) - 1] = True
+            logits = logits_at(reader.model, where, input_ids=ids, use_cache=False)
+            tokens, near = choices(logits)
+            start = 0
+            for index in chosen:
+                text = texts[index]
+                right = []
+                for place in range(1, len(text)):
+                    number = start + place - 1
+                    token = alone(reader.model, text[:place]) if near[number] else tokens[number]
+                    right.append(token == text[place])
+                found[names[index]] = right
+                start += len(text) - 1
+            advance(len(found), len(first))
+    return {name: found[name] for name in names}
+
+
+ATTACK = Attack(
+    name="verbatim",
+    title="Verbatim extraction",
+    kind="extraction",
+    reference="arXiv 2406.09179",
+    how="word for word after some prefix of their own document",
+    run=run,
+)

@@ -1,0 +1,74 @@
+"""`expunge audit`: attacks that try to get forgotten content back."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from expunge.audits.auditing import audit
+from expunge.audits.inputs import AuditInputs
+from expunge.cli.console import progress_on_stderr
+from expunge.cli.options import parse, take_flag
+from expunge.errors import InputError
+from expunge.reporting.tables import audit_table
+
+
+@dataclass(frozen=True)
+class Audit(AuditInputs):
+    """expunge audit MODEL --original TARGET --forget F --retain R [--oracle O] [--output audit.json]
+
+    Tries to get forgotten content back: relearning, quantisation, sampling, paraphrases, prefixes,
+    membership inference, ablation, probes. Each attack runs on the target, the unlearned model and the
+    oracle alike and claims nothing where it does not work on the target. Prints a verdict and a
+    sentence an attack, or JSON with --json. --quiet shows no progress.
+    """
+
+    json: bool = False
+    """Print audit.json instead of the sentences."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses, audits, prints."""
+    arguments, quiet = take_flag(list(arguments), "--quiet")
+    settings = parse(Audit, arguments, "expunge audit")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("audit: runs in one process; start it without accelerate launch")
+    with progress_on_stderr(quiet=quiet) as progress:
+        report = audit(settings, progress)
+    if settings.json:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    else:
+        _show(report, settings)
+    return 0
+
+
+def _show(report: dict[str, Any], settings: Audit) -> None:
+    console = Console(markup=False, highlight=False)
+    for request in report["requests"]:
+        audited = request["audited"]
+        console.print(
+            audit_table(
+                request,
+                f"Audit of {settings.model}: {audited['rows']} of {request['forget']['rows']} rows"
+                f" of {request['forget']['source']}, budget {settings.budget}",
+            )
+        )
+        for attack in request["attacks"].values():
+            console.print(attack["sentence"], soft_wrap=True)
+        for name, why in request["not_run"].items():
+            console.print(f"{name}: not run: {why}", soft_wrap=True)
+        _print_verdict(console, request["verdict"], "Verdict")
+    if len(report["requests"]) > 1:
+        _print_verdict(console, report["verdict"], "Verdict over all requests")
+
+
+def _print_verdict(console: Console, verdict: dict[str, Any], title: str) -> None:
+    console.print(f"{title}: {verdict['verdict'] or 'none'}: {verdict['sentence']}", soft_wrap=True)
+    for finding in verdict["findings"][1:]:
+        console.print(f"  also {finding['verdict']}: {finding['sentence']}", soft_wrap=True)

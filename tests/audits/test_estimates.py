@@ -1,0 +1,157 @@
+"""Intervals and estimators against slow references, at limits and by their algebra."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from expunge.audits.estimates import (
+    Estimate,
+    Resamples,
+    auc,
+    clopper_pearson,
+    leak_at_k,
+    leak_at_k_bound,
+    separation,
+    tpr_at_fpr,
+)
+
+
+def tail(hits: int, trials: int, share: float) -> float:
+    """Chance of `hits` or fewer successes."""
+    return sum(
+        math.comb(trials, n) * share**n * (1 - share) ** (trials - n) for n in range(hits + 1)
+    )
+
+
+@pytest.mark.parametrize(("hits", "trials"), [(0, 5), (1, 5), (3, 8), (5, 5), (17, 40)])
+def test_clopper_pearson_inverts_the_binomial_tails(hits: int, trials: int) -> None:
+    low, high = clopper_pearson(hits, trials)
+    # By definition each bound is the share at which the outcome is just 2.5% likely.
+    if hits < trials:
+        assert tail(hits, trials, high) == pytest.approx(0.025, abs=1e-9)
+    else:
+        assert high == 1
+    if hits:
+        assert 1 - tail(hits - 1, trials, low) == pytest.approx(0.025, abs=1e-9)
+    else:
+        assert low == 0
+    assert low <= hits / trials <= high
+
+
+def test_clopper_pearson_covers_what_it_should() -> None:
+    share, trials = 0.13, 30
+    covered = sum(
+        tail(hits, trials, share) - (tail(hits - 1, trials, share) if hits else 0)
+        for hits in range(trials + 1)
+        if clopper_pearson(hits, trials)[0] <= share <= clopper_pearson(hits, trials)[1]
+    )
+    assert covered >= 0.95
+    with pytest.raises(ValueError, match="3 hits of 2 trials"):
+        clopper_pearson(3, 2)
+
+
+@pytest.mark.parametrize(("leaks", "samples", "k"), [(0, 6, 3), (2, 6, 1), (2, 6, 3), (6, 6, 2)])
+def test_leak_at_k_is_the_mean_over_all_subsets(leaks: int, samples: int, k: int) -> None:
+    outcomes = [place < leaks for place in range(samples)]
+    subsets = list(itertools.combinations(outcomes, k))
+    assert leak_at_k(leaks, samples, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_leak_at_k_is_unbiased_and_its_bound_holds() -> None:
+    chance, samples, k, trials = 0.2, 10, 4, 20_000
+    draw = np.random.default_rng(0)
+    counts = draw.binomial(samples, chance, trials)
+    mean = np.mean([leak_at_k(int(c), samples, k) for c in counts])
+    true = 1 - (1 - chance) ** k
+    assert mean == pytest.approx(true, abs=0.01)  # 20,000 draws: three standard errors are 0.005
+    bounds = np.array([leak_at_k_bound(int(c), samples, k) for c in counts])
+    assert (bounds >= true).mean() >= 0.95
+    assert leak_at_k_bound(0, samples, 100) > leak_at_k_bound(0, samples, 1) > 0
+    for wrong in ((1, 4, 0), (1, 4, 5), (5, 4, 1)):
+        with pytest.raises(ValueError, match="leak@"):
+            leak_at_k(*wrong)
+
+
+def test_a_resample_takes_whole_documents() -> None:
+    documents = ["a", "b", "a", "c", "c", "c"]
+    values = [1.0, 0.0, 0.5, 0.0, 1.0, 0.25]
+    resamples = Resamples(documents, 50, 3)
+    draws = np.random.default_rng(3).integers(0, 3, (50, 3))
+    expected = []
+    for draw in draws:
+        taken = [v for n in draw for v, d in zip(values, documents, strict=True) if d == "abc"[n]]
+        expected.append(sum(taken) / len(taken))
+    assert resamples.means(values).tolist() == pytest.approx(expected)
+
+
+def test_facts_of_one_document_widen_the_interval() -> None:
+    values = [1.0] * 10 + [0.0] * 10
+    apart = Resamples([str(n) for n in range(20)], 2000, 0).share(values)
+    together = Resamples(["a"] * 5 + ["b"] * 5 + ["c"] * 5 + ["d"] * 5, 2000, 0).share(values)
+    assert together.value == apart.value == 0.5
+    assert together.low < apart.low < 0.5 < apart.high < together.high  # type: ignore[operator]
+    # A binomial of 20 trials: 0.5 +- 1.96 * 0.112.
+    assert apart.low == pytest.approx(0.28, abs=0.05)
+
+
+def test_nothing_in_a_few_documents_is_not_nothing_at_all() -> None:
+    resamples = Resamples(["a", "a", "b", "c"], 100, 0)
+    assert resamples.share([0.0] * 4) == Estimate(0.0, 0.0, clopper_pearson(0, 3)[1])
+    assert resamples.share([1.0] * 4) == Estimate(1.0, clopper_pearson(3, 3)[0], 1.0)
+
+
+def test_the_recovered_share_is_0_at_the_oracle_and_1_at_the_target() -> None:
+    draw = random.Random(0)
+    documents = [str(n // 2) for n in range(60)]
+    oracle = [float(draw.random() < 0.1) for _ in documents]
+    target = [max(o, float(draw.random() < 0.9)) for o in oracle]
+    resamples = Resamples(documents, 500, 0)
+    at_target = resamples.recovered(target, target, oracle)
+    at_oracle = resamples.recovered(oracle, target, oracle)
+    assert at_target == Estimate(1.0, 1.0, 1.0)
+    assert at_oracle == Estimate(0.0, 0.0, 0.0)
+    half = [t if n % 4 < 2 else o for n, (t, o) in enumerate(zip(target, oracle, strict=True))]
+    found = resamples.recovered(half, target, oracle)
+    above, gap = (np.mean(x) - np.mean(oracle) for x in (half, target))
+    assert found is not None
+    assert found.value == pytest.approx(above / gap)
+    assert found.low < found.value < found.high  # type: ignore[operator]
+    against_nothing = resamples.recovered(half, target, None)
+    assert against_nothing is not None
+    assert against_nothing.value == pytest.approx(np.mean(half) / np.mean(target))
+    assert resamples.recovered(half, oracle, oracle) is None
+    # An unlearned model that gives nothing: its bound is that of 30 documents without a hit.
+    silent = resamples.recovered([0.0] * 60, target, None)
+    assert silent is not None
+    assert silent.value == 0
+    assert silent.high == pytest.approx(clopper_pearson(0, 30)[1] / np.mean(target))
+
+
+def test_auc_and_tpr_are_those_of_every_pair_and_threshold() -> None:
+    draw = random.Random(1)
+    members = [draw.randint(0, 12) / 4 + 1 for _ in range(30)]  # with ties
+    others = [draw.randint(0, 12) / 4 for _ in range(50)]
+    truth = [1] * 30 + [0] * 50
+    assert auc(members, others) == pytest.approx(roc_auc_score(truth, members + others))
+    assert auc(members, others) == pytest.approx(1 - auc(others, members))
+    for fpr in (0.0, 0.1, 0.5):
+        thresholds = {*others, *members}
+        allowed = [t for t in thresholds if sum(o > t for o in others) <= fpr * len(others)]
+        best = max(sum(m > t for m in members) / 30 for t in allowed)
+        assert tpr_at_fpr(members, others, fpr) == pytest.approx(best)
+
+
+def test_separation_has_intervals_about_its_values() -> None:
+    draw = np.random.default_rng(0)
+    members, others = draw.normal(1, 1, 60).tolist(), draw.normal(0, 1, 80).tolist()
+    found = separation(members, others, 0.05, 400, 0)
+    assert found["auc"].value == auc(members, others)
+    # Two normals one deviation apart: AUC 0.76; Hanley-McNeil's deviation for these sizes is 0.04.
+    assert found["auc"].high - found["auc"].low == pytest.approx(4 * 0.04, abs=0.05)  # type: ignore[operator]
+    assert separation(members, others, 0.05, 400, 0) == found

@@ -1,0 +1,186 @@
+"""Entries of audit.json from made-up outcomes, through to the verdict."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from expunge.audits.base import Case, Found, ModelName
+from expunge.audits.budgets import Budget
+from expunge.audits.catalog import ATTACKS
+from expunge.audits.summary import best_of, kept_share, summarise
+from expunge.audits.verdict import VerdictName, judge_audit
+from expunge.data.rows import Row
+
+BUDGET = Budget(None, None, None, 9, 1, 1, 1, 1, 1, None, 300)
+FACTS = [
+    Row(f"f{d}qa{n}", f"forget {d} {n}?", f"a{d}{n}", kind="qa") for d in range(20) for n in (0, 1)
+]
+RETAIN = [Row(f"r{d}qa0", f"keep {d}?", f"b{d}", kind="qa") for d in range(20)]
+OTHERS = [
+    Row(f"n{d}qa{n}", f"forget {d} {n}?", f"c{d}{n}", kind="qa")
+    for d in range(20, 40)
+    for n in (0, 1)
+]
+CASE = Case(FACTS, FACTS, FACTS, RETAIN, RETAIN, RETAIN, OTHERS, {}, BUDGET, 0, 1e-3)
+
+
+def share(rows: list[Row], part: float) -> dict[str, float]:
+    """Scores of 1 for the first rows and 0 for the others."""
+    return {row.id: float(n < part * len(rows)) for n, row in enumerate(rows)}
+
+
+def direct(forget: float, retain: float) -> Found:
+    return Found({"input": share(FACTS, forget)}, control={"input": share(RETAIN, retain)})
+
+
+def verdict_of(unlearned: Found, **others: Found) -> VerdictName | None:
+    models: dict[ModelName, Found] = {
+        "target": direct(1.0, 1.0),
+        "unlearned": unlearned,
+        "oracle": direct(0.05, 1.0),
+    }
+    evidence = list(summarise(ATTACKS["direct"], models, CASE).evidence)
+    for name, found in others.items():
+        attacked: dict[ModelName, Found] = {**models, "unlearned": found}
+        evidence += summarise(ATTACKS[name], attacked, CASE).evidence
+    return judge_audit(kept_share(models, CASE), evidence).verdict
+
+
+def test_the_oracle_is_forgotten_and_the_target_is_not() -> None:
+    assert verdict_of(direct(0.05, 1.0)) == "forgotten"
+    assert verdict_of(direct(0.0, 1.0)) == "forgotten"
+    assert verdict_of(direct(1.0, 1.0)) == "not forgotten"
+    assert verdict_of(direct(0.3, 1.0)) == "partly forgotten"
+    assert verdict_of(direct(0.0, 0.2)) == "destroyed"
+    assert verdict_of(direct(1.0, 0.2)) == "destroyed"
+
+
+def test_a_refusal_that_relearning_lifts_is_not_forgetting() -> None:
+    assert verdict_of(direct(0.0, 1.0), relearn=direct(0.8, 1.0)) == "not forgotten"
+
+
+def test_the_worst_variant_of_each_fact_counts() -> None:
+    scores = {"a": {"x": 0.0, "y": 1.0}, "b": {"x": 1.0, "y": 1.0, "z": 0.2}}
+    assert best_of(scores) == {"x": (1.0, "b"), "y": (1.0, "a"), "z": (0.2, "b")}
+    half = {row.id: float(n % 2) for n, row in enumerate(FACTS)}
+    other = {row.id: 1 - float(n % 2) for n, row in enumerate(FACTS)}
+    models: dict[ModelName, Found] = {
+        "target": direct(1.0, 1.0),
+        "unlearned": Found({"one": half, "two": other}),
+    }
+    entry = summarise(ATTACKS["quantize"], models, CASE).entry
+    mine = entry["models"]["unlearned"]
+    assert mine["extracted"]["value"] == 1.0
+    assert {v["extracted"]["value"] for v in mine["variants"].values()} == {0.5}
+    assert [row["outcomes"]["unlearned"]["by"] for row in entry["rows"][:2]] == ["two", "one"]
+    assert entry["recovered"]["against"] == "zero"
+
+
+def test_what_is_shown_beside_an_attack_gives_it_no_power() -> None:
+    weak = dict.fromkeys((row.id for row in FACTS), 0.0)
+    found = Found({"input": share(FACTS, 1.0), "cloze": weak}, ["input"])
+    models: dict[ModelName, Found] = {"target": found, "unlearned": found}
+    entry = summarise(ATTACKS["paraphrase"], models, CASE).entry
+    assert not entry["power"]["has_power"]
+    assert entry["models"]["target"]["variants"]["input"]["extracted"]["value"] == 1.0
+    assert entry["models"]["target"]["extracted"]["value"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("target", "oracle", "why"),
+    [
+        (0.4, None, "it gets 40% of the facts from the target, 50% are needed"),
+        (0.6, 0.5, "it gets 60% from the target and 50% from the oracle; 20% must lie between"),
+    ],
+)
+def test_no_power_no_claim(target: float, oracle: float | None, why: str) -> None:
+    models: dict[ModelName, Found] = {"target": direct(target, 1.0), "unlearned": direct(0.0, 1.0)}
+    if oracle is not None:
+        models["oracle"] = direct(oracle, 1.0)
+    summary = summarise(ATTACKS["direct"], models, CASE)
+    assert summary.evidence == []
+    assert summary.entry["recovered"] is None
+    assert summary.entry["power"] == {"has_power": False, "why": why}
+    assert summary.entry["models"]["target"]["extracted"]["value"] == pytest.approx(target)
+
+
+def membership(shift: float, seed: int) -> Found:
+    draw = random.Random(seed)
+    scores = {row.id: draw.gauss(shift, 1) for row in FACTS}
+    scores |= {row.id: draw.gauss(0, 1) for row in OTHERS}
+    return Found({"loss": scores, "zlib": dict.fromkeys(scores, 0.0)})
+
+
+def mia(unlearned: float, oracle: float | None, rows: Case = CASE) -> tuple[Any, Any]:
+    models: dict[ModelName, Found] = {
+        "target": membership(4.0, 1),
+        "unlearned": membership(unlearned, 2),
+    }
+    if oracle is not None:
+        models["oracle"] = membership(oracle, 3)
+    summary = summarise(ATTACKS["membership"], models, rows)
+    return summary.entry, summary.evidence
+
+
+def test_membership_is_two_sided_about_its_reference() -> None:
+    entry, evidence = mia(-2.0, None)
+    assert entry["power"]["has_power"]
+    assert [each.title for each in evidence] == [
+        "Membership inference by loss"
+    ]  # zlib has no power
+    assert evidence[0].figure.value < -0.2
+    assert evidence[0].figure.high < 0
+    entry, evidence = mia(-2.0, -2.0)
+    assert abs(evidence[0].figure.value) < 0.1
+    assert judge_audit(None, mia(3.0, 0.0)[1]).verdict == "partly forgotten"
+    assert len(entry["rows"]) == len(FACTS) + len(OTHERS)
+    assert sum(row["member"] for row in entry["rows"]) == len(FACTS)
+
+
+def test_where_words_alone_separate_membership_is_no_evidence() -> None:
+    foreign = [Row(row.id, "something else entirely", "here", kind="qa") for row in OTHERS]
+    case = Case(**{**vars(CASE), "nonmembers": foreign})
+    entry, evidence = mia(3.0, None, case)
+    assert entry["blind"]["separates"]
+    assert evidence == []
+    assert "no power here, so no claim: words alone tell the two sets apart" in entry["sentence"]
+
+
+def fragile(control: float, trigger: float) -> Found:
+    return Found(
+        {
+            "clean": share(RETAIN, 1.0),
+            "control": share(RETAIN, control),
+            "trigger": share(RETAIN, trigger),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "unlearned", "beyond", "verdict"),
+    [
+        ((1.0, 1.0), (1.0, 0.4), 0.6, "over-unlearned"),
+        ((1.0, 0.4), (1.0, 0.4), 0.0, None),
+        ((1.0, 1.0), (0.4, 0.4), 0.0, None),
+        ((0.4, 0.4), (0.4, 0.0), None, None),
+    ],
+)
+def test_a_trigger_costs_what_the_control_and_the_target_do_not(
+    target: tuple[float, float],
+    unlearned: tuple[float, float],
+    beyond: float | None,
+    verdict: VerdictName | None,
+) -> None:
+    models: Mapping[ModelName, Found] = {
+        "target": fragile(*target),
+        "unlearned": fragile(*unlearned),
+    }
+    summary = summarise(ATTACKS["trigger"], models, CASE)
+    assert summary.entry["power"]["has_power"] is (beyond is not None)
+    if beyond is not None:
+        assert summary.entry["beyond_target"]["value"] == pytest.approx(beyond)
+    assert judge_audit(None, summary.evidence).verdict == verdict

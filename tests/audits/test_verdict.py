@@ -1,0 +1,111 @@
+"""The verdict on made-up numbers: each rule, its border and what comes before what."""
+
+from __future__ import annotations
+
+import pytest
+
+from expunge.audits.estimates import Estimate
+from expunge.audits.verdict import Evidence, Verdict, VerdictName, judge_audit, worst_of
+
+
+def recovered(value: float, low: float, high: float, attack: str = "relearn") -> Evidence:
+    return Evidence(attack, attack.title(), "extraction", Estimate(value, low, high), True)
+
+
+def membership(value: float, low: float, high: float) -> Evidence:
+    return Evidence("membership", "MIA", "membership", Estimate(value, low, high))
+
+
+def latent(value: float, *, oracle: bool) -> Evidence:
+    return Evidence("latent", "Latent", "latent", Estimate(value, value - 0.1, value + 0.1), oracle)
+
+
+def fragile(value: float, low: float) -> Evidence:
+    return Evidence("trigger", "Trigger", "fragility", Estimate(value, low, value + 0.1))
+
+
+KEPT = Estimate(0.97, 0.9, 1.0)
+CLEAN = recovered(0.01, 0.0, 0.08)
+
+CASES: list[tuple[str, Estimate | None, list[Evidence], VerdictName | None, str | None]] = [
+    ("the oracle itself", KEPT, [CLEAN], "forgotten", "relearn"),
+    ("the target itself", KEPT, [recovered(1.0, 1.0, 1.0)], "not forgotten", "relearn"),
+    ("at the border", KEPT, [recovered(0.5, 0.2, 0.8)], "not forgotten", "relearn"),
+    ("just below", KEPT, [recovered(0.49, 0.2, 0.8)], "partly forgotten", "relearn"),
+    ("a tenth", KEPT, [recovered(0.1, 0.01, 0.2)], "partly forgotten", "relearn"),
+    ("below a tenth", KEPT, [recovered(0.09, 0.01, 0.2)], "forgotten", "relearn"),
+    ("perhaps chance", KEPT, [recovered(0.2, 0.0, 0.4)], "forgotten", "relearn"),
+    ("too few rows", KEPT, [recovered(0.0, 0.0, 0.6)], None, "relearn"),
+    ("no bound at all", KEPT, [Evidence("a", "A", "extraction", Estimate(0, None, None))], None, "a"),
+    ("no power anywhere", KEPT, [], None, None),
+    ("only a quiet MIA", KEPT, [membership(0.0, -0.1, 0.1)], None, None),
+    ("driven too far", Estimate(0.49, 0.4, 0.6), [CLEAN], "destroyed", "direct"),
+    ("retain half left", Estimate(0.5, 0.4, 0.6), [CLEAN], "forgotten", "relearn"),
+    ("retain not measured", None, [CLEAN], "forgotten", "relearn"),
+    ("members told", KEPT, [CLEAN, membership(0.2, 0.1, 0.3)], "partly forgotten", "membership"),
+    ("perhaps told", KEPT, [CLEAN, membership(0.2, -0.1, 0.5)], "forgotten", "relearn"),
+    ("stand out", KEPT, [CLEAN, membership(-0.3, -0.4, -0.2)], "over-unlearned", "membership"),
+    ("perhaps out", KEPT, [CLEAN, membership(-0.3, -0.6, 0.01)], "forgotten", "relearn"),
+    ("fragile", KEPT, [CLEAN, fragile(0.25, 0.1)], "over-unlearned", "trigger"),
+    ("a little fragile", KEPT, [CLEAN, fragile(0.15, 0.1)], "forgotten", "relearn"),
+    ("inside", KEPT, [CLEAN, latent(0.6, oracle=True)], "partly forgotten", "latent"),
+    ("inside, no floor", KEPT, [CLEAN, latent(0.9, oracle=False)], "forgotten", "relearn"),
+    ("a little inside", KEPT, [CLEAN, latent(0.3, oracle=True)], "forgotten", "relearn"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kept", "evidence", "verdict", "weakest"), [c[1:] for c in CASES],
+                         ids=[c[0] for c in CASES])  # fmt: skip
+def test_each_rule(
+    kept: Estimate | None,
+    evidence: list[Evidence],
+    verdict: VerdictName | None,
+    weakest: str | None,
+) -> None:
+    found = judge_audit(kept, evidence)
+    assert (found.verdict, found.weakest) == (verdict, weakest)
+    assert found.sentence
+
+
+def test_the_gravest_comes_first_and_all_are_kept() -> None:
+    evidence = [
+        fragile(0.5, 0.3),
+        membership(0.3, 0.2, 0.4),
+        membership(0.4, 0.3, 0.5),
+        recovered(0.2, 0.1, 0.3, "sample"),
+        recovered(0.6, 0.5, 0.7, "quantize"),
+        recovered(0.9, 0.8, 1.0, "relearn"),
+    ]
+    found = judge_audit(Estimate(0.1, 0.0, 0.2), evidence)
+    assert (found.verdict, found.weakest) == ("destroyed", "direct")
+    assert [(f.verdict, f.attack) for f in found.findings] == [
+        ("destroyed", "direct"),
+        ("not forgotten", "relearn"),
+        ("not forgotten", "quantize"),
+        ("partly forgotten", "membership"),
+        ("partly forgotten", "sample"),
+        ("over-unlearned", "trigger"),
+    ]
+    # Of two findings of the same attack the stronger is told.
+    assert "0.40" in found.findings[3].sentence
+    assert judge_audit(KEPT, evidence).weakest == "relearn"
+
+
+def test_a_worse_result_never_gives_a_better_verdict() -> None:
+    order = ["forgotten", "partly forgotten", "not forgotten"]
+    found = [
+        judge_audit(KEPT, [recovered(v / 100, v / 100 - 0.05, v / 100 + 0.05)]).verdict
+        for v in range(0, 101, 2)
+    ]
+    places = [order.index(str(name)) for name in found]
+    assert places == sorted(places)
+    assert set(places) == {0, 1, 2}
+
+
+def test_of_several_requests_the_gravest_verdict_counts() -> None:
+    good = Verdict("forgotten", "a", "relearn")
+    untold = Verdict(None, "b", None)
+    bad = Verdict("not forgotten", "c", "relearn")
+    assert worst_of([good, bad, untold]) is bad
+    assert worst_of([good, untold]) is untold
+    assert worst_of([good]) is good
