@@ -42,6 +42,11 @@ _SERVE = (
     "Serves all open requests with one run and takes the options of `expunge run`. The requests are"
     " marked served once the run is complete. --quiet shows no progress."
 )
+_VERIFY = (
+    "expunge requests verify MODEL --ledger FILE --output DIR [--original TARGET] [--retain R]\n\n"
+    "Audits every request that was served on the model as it is today, as `expunge audit` does, and"
+    " records a verdict for each. --quiet shows no progress."
+)
 
 
 @dataclass(frozen=True)
@@ -257,6 +262,34 @@ def _serve(arguments: list[str], quiet: bool) -> int:
     return 0
 
 
+def _verify(arguments: list[str], quiet: bool) -> int:
+    from expunge.cli.console import progress_on_stderr
+    from expunge.ledger.verifying import VerifyInputs, verify
+
+    @dataclass(frozen=True)
+    class Verify(VerifyInputs):
+        json: bool = False
+        """Print JSON instead of sentences."""
+
+    Verify.__doc__ = _VERIFY
+    settings = parse(Verify, arguments, "expunge requests verify")
+    with progress_on_stderr(quiet=quiet) as progress:
+        verified = verify(settings, progress)
+    if settings.json:
+        _write([asdict(each) for each in verified])
+    elif verified:
+        _print(
+            *(
+                f"request {each.request}: {each.state}: {each.verdict or 'no verdict'}:"
+                f" {each.sentence} ({each.audit})"
+                for each in verified
+            )
+        )
+    else:
+        sys.stdout.write(f"{settings.ledger}: no request was served; nothing to verify\n")
+    return 0
+
+
 def _export(arguments: list[str], _quiet: bool) -> int:
     settings = parse(Export, arguments, "expunge requests export", "id")
     bundle = export(settings.place(), settings.id, settings)
@@ -287,6 +320,7 @@ SUBCOMMANDS: Mapping[str, tuple[Callable[[list[str], bool], int], str]] = {
     "withdraw": (_withdraw, "a request is no longer to be served"),
     "reopen": (_reopen, "have a request served again"),
     "serve": (_serve, "one run for all open requests"),
+    "verify": (_verify, "audit all served requests on today's model"),
     "export": (_export, "write the evidence of one request, signed if you like"),
     "verify-bundle": (_verify_bundle, "check such evidence"),
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from expunge.data.rows import Row, RowSet, listed, read_rows
 from expunge.errors import InputError
@@ -58,14 +59,19 @@ def rows_difference(ledger: Ledger, request: Request, rows: RowSet, secret: byte
     return f"{len(gone)} of {len(recorded)} rows are gone, {len(new)} are new"
 
 
+def given_retain_set(source: str, secret: bytes) -> RetainSet:
+    """The rows that --retain names."""
+    rows = read_rows(source, "retain")
+    return RetainSet("--retain", lasting(source), source_fingerprint(secret, rows.sha256), rows)
+
+
 def retain_sets(
     ledger: Ledger, requests: Iterable[Request], given: str | None, secret: bytes
 ) -> list[RetainSet]:
     """The given retain set, and those of the requests. Raises InputError where one has changed."""
     found = []
     if given is not None:
-        rows = read_rows(given, "retain")
-        found.append(RetainSet("--retain", given, source_fingerprint(secret, rows.sha256), rows))
+        found.append(given_retain_set(given, secret))
     for request in requests:
         if request.retain is None:
             continue
@@ -141,6 +147,11 @@ def join(sets: Mapping[str, RowSet], secret: bytes, source: str) -> tuple[RowSet
         taken |= {row.id for row in renamed}
     digest = rows_fingerprint(secret, fingerprints)
     return RowSet(tuple(rows), source, {f"{source} (keyed)": digest}), twice
+
+
+def lasting(source: str) -> str:
+    """A path that means the same from everywhere; a hub id as it is."""
+    return str(Path(source).absolute()) if Path(source).exists() else source
 
 
 def _recorded(kept: RetainSet) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from expunge.data.rows import RowSet, check_disjoint, listed, read_rows
 from expunge.errors import InputError
 from expunge.ledger.dates import due_day, received_day
 from expunge.ledger.fingerprints import row_fingerprint, source_fingerprint
-from expunge.ledger.material import rows_difference
+from expunge.ledger.material import lasting, rows_difference
 from expunge.ledger.records import Request, State, read_request, write_event
 from expunge.ledger.store import Ledger, LedgerPlace, open_ledger
 
@@ -67,9 +66,9 @@ def add(place: LedgerPlace, new: NewRequest) -> Added:
                     new.subject,
                     received.isoformat(),
                     None if due is None else due.isoformat(),
-                    _lasting(new.forget),
+                    lasting(new.forget),
                     source_fingerprint(secret, forget.sha256),
-                    None if new.retain is None else _lasting(new.retain),
+                    None if new.retain is None else lasting(new.retain),
                     None if retain is None else source_fingerprint(secret, retain.sha256),
                     *ledger.stamp(),
                 ),
@@ -189,10 +188,5 @@ def _record(
 ) -> None:
     ledger.connection.execute(
         f"UPDATE requests SET {side} = ?, {side}_fingerprint = ? WHERE id = ?",
-        (_lasting(source), source_fingerprint(secret, rows.sha256), number),
+        (lasting(source), source_fingerprint(secret, rows.sha256), number),
     )
-
-
-def _lasting(source: str) -> str:
-    """A path that means the same from everywhere; a hub id as it is."""
-    return str(Path(source).absolute()) if Path(source).exists() else source

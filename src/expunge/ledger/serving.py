@@ -21,7 +21,7 @@ from expunge.data.rows import RowSet, listed, read_rows
 from expunge.errors import InputError, Interrupted
 from expunge.ledger.dates import now
 from expunge.ledger.lineage import carried, weights_of
-from expunge.ledger.material import RetainSet, check_sides, forget_rows, join, retain_sets
+from expunge.ledger.material import RetainSet, check_sides, forget_rows, join, lasting, retain_sets
 from expunge.ledger.records import (
     Request,
     RunRecord,
@@ -123,7 +123,7 @@ def serve(
             raise
         except Interrupted as stopped:
             raise Interrupted(
-                f"{stopped}; the requests {_numbers(plan.requests)} stay open", stopped.exit_code
+                f"{stopped}; requests {_numbers(plan.requests)} stay open", stopped.exit_code
             ) from None
         with open_ledger(place) as ledger:
             _complete(ledger, plan, manifest, Path(inputs.output))
@@ -233,7 +233,7 @@ def _begin(
             "INSERT INTO runs (output, model, retain, at, actor, version) VALUES (?, ?, ?, ?, ?, ?)",
             (
                 str(Path(inputs.output).absolute()),
-                _place_of(inputs.model),
+                lasting(inputs.model),
                 json.dumps([each.to_json() for each in retain]),
                 *ledger.stamp(),
             ),
@@ -268,10 +268,6 @@ def _complete(ledger: Ledger, plan: _Plan, manifest: Mapping[str, Any], output: 
             withdrawn = read_request(ledger, number).state == "withdrawn"
             state: State = "withdrawn" if withdrawn else "served"
             write_event(ledger, number, "served", state, run=plan.run)
-
-
-def _place_of(model: str) -> str:
-    return str(Path(model).absolute()) if Path(model).exists() else model
 
 
 def _numbers(numbers: Sequence[int]) -> str:
