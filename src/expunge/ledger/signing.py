@@ -31,16 +31,18 @@ def check_installed(option: str) -> None:
 def read_private_key(path: str) -> Ed25519PrivateKey:
     """Reads an unencrypted PEM file. Raises InputError for anything else."""
     check_installed("--key")
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+    pem = _bytes("--key", path)
     try:
-        key = load_pem_private_key(_bytes("--key", path), password=None)
+        key = load_pem_private_key(pem, password=None)
     except TypeError:
         raise InputError(
             f"--key {path}: is encrypted; give it decrypted, from a place that only you can read"
         ) from None
-    except Exception:
+    except (ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise InputError(f"--key {path}: is no Ed25519 private key in PEM; make one: {MAKE_KEY}")
@@ -49,12 +51,13 @@ def read_private_key(path: str) -> Ed25519PrivateKey:
 
 def read_public_key(name: str, pem: bytes) -> Ed25519PublicKey:
     """Reads PEM. Raises InputError that begins with `name`."""
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     try:
         key = load_pem_public_key(pem)
-    except Exception:
+    except (ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PublicKey):
         raise InputError(
