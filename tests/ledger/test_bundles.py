@@ -54,7 +54,7 @@ def served(asked: Asked, place: LedgerPlace, subjects: list[Path], tmp_path: Pat
         connection.execute("INSERT INTO run_requests VALUES (1, 1)")
         write_event(ledger, 1, "served", "served", run=1)
         connection.execute(
-            "INSERT INTO verdicts VALUES (1, 1, 'forgotten', 'no attack', 'm', '{}', '{}', ?, ?, ?, ?, ?)",
+            "INSERT INTO verdicts VALUES (1, 1, 'forgotten', 'none', 'm', '{}', '{}', ?, ?, ?, ?, ?)",
             (str(audit), sha256(audit.read_bytes()), *stamp),
         )
         write_event(ledger, 1, "audited", "verified", verdict=1)
