@@ -257,8 +257,6 @@ def _serve(arguments: list[str], quiet: bool) -> int:
                 f"{inputs.output}: run {served.run} served the requests {numbers}: {rows} rows{common};"
                 " verify it with expunge requests verify"
             )
-            for warning in served.manifest["warnings"]:
-                progress.message(f"warning: {warning}")
     return 0
 
 

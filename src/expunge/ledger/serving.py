@@ -64,6 +64,8 @@ class ServeInputs(RunInputs):
         for option in ("ledger", "output"):
             if not getattr(self, option):
                 raise InputError(f"--{option}: is missing; see expunge requests serve --help")
+        if self.forget:
+            raise InputError("--forget: the rows are those of the ledger's requests; leave it out")
 
 
 @dataclass(frozen=True)

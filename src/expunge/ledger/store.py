@@ -43,10 +43,12 @@ class LedgerPlace:
 
     @property
     def path(self) -> Path:
+        """The ledger's file."""
         return Path(self.ledger)
 
     @property
     def secret_path(self) -> Path:
+        """The file with its secret."""
         if self.secret is not None:
             return Path(self.secret)
         return self.path.with_name(self.path.name + SECRET_SUFFIX)
@@ -54,7 +56,13 @@ class LedgerPlace:
     @property
     def actor(self) -> str:
         """Who is recorded as the writer."""
-        return self.by or f"{getpass.getuser()}@{socket.gethostname()}"
+        if self.by:
+            return self.by
+        try:
+            user = getpass.getuser()
+        except (KeyError, OSError):  # a container may know no name for it
+            user = str(os.getuid())
+        return f"{user}@{socket.gethostname()}"
 
 
 class Ledger:

@@ -7,6 +7,7 @@ own, which can be handed out without the ids of other people's rows.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,8 @@ def verify(inputs: VerifyInputs, progress: Progress | None = None) -> list[Verif
     "forgotten" makes a request verified, any other verdict failed; where the audit could not tell,
     its state stays. Raises InputError before a model is loaded.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("requests verify: runs in one process; start it without accelerate launch")
     place = LedgerPlace(inputs.ledger, inputs.secret, inputs.by)
     directory = Path(inputs.output)
     _check_output(directory)
@@ -122,7 +125,7 @@ def verify(inputs: VerifyInputs, progress: Progress | None = None) -> list[Verif
     try:
         report = audit(_audit_inputs(inputs, requests, original, retain), progress)
     except InputError:
-        if made:
+        if made and not any(directory.iterdir()):
             directory.rmdir()
         raise
     files = {}
