@@ -42,7 +42,8 @@ class AuditInputs:
     earlier: tuple[str, ...] = ()
     """Forget files of earlier requests, which are audited again."""
     attacks: tuple[str, ...] = ()
-    """Attacks to run, with commas or spaces between; none: all that there is material for."""
+    """Attacks to run, of direct, paraphrase, sample, verbatim, membership, ablate, trigger, latent,
+    quantize, relearn and benign, with commas or spaces between; none: all that there is material for."""
     budget: BudgetName = "quick"
     """How many rows, steps and samples: quick, standard or thorough."""
     learning_rate: float | None = None
