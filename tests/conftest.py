@@ -354,3 +354,44 @@ def ruined_dir(memorised_dir: Path, saved: Callable[[str, Any], Path]) -> Path:
     for parameter in model.parameters():
         parameter.data += torch.randn(parameter.shape, generator=generator)
     return saved("ruined", model)
+
+
+# Around the ledger of erasure requests.
+
+
+def none_in(texts: Sequence[str], directory: Path) -> list[str]:
+    """Searches every byte of every file below for the texts; returns the names of the files."""
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    for path in files:
+        content = path.read_bytes()
+        assert [text for text in texts if text.encode() in content] == [], path
+    return [path.name for path in files]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Any:
+    """A ledger that is still to be made, in a directory of its own."""
+    from expunge.ledger.store import LedgerPlace
+
+    (tmp_path / "ledger").mkdir()
+    return LedgerPlace(str(tmp_path / "ledger" / "ledger.db"), by="the tests")
+
+
+@pytest.fixture
+def subjects(tmp_path: Path, forget_rows: list[dict[str, str]]) -> list[Path]:
+    """A forget file for each of four people: a continuation and a question."""
+    return [
+        write_jsonl(tmp_path / f"subject{number}.jsonl", forget_rows[2 * number : 2 * number + 2])
+        for number in range(4)
+    ]
+
+
+@pytest.fixture
+def asked(place: Any) -> Callable[..., Any]:
+    """Adds a request to the ledger."""
+    from expunge.ledger.receiving import Added, NewRequest, add
+
+    def call(forget: Path, **said: Any) -> Added:
+        return add(place, NewRequest(forget=str(forget), **said))
+
+    return call

@@ -23,6 +23,7 @@ ORDER = (
     "search",
     "audits",
     "reporting",
+    "ledger",
     "web",
     "benchmark",
     "cli",

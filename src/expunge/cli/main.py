@@ -24,6 +24,10 @@ COMMANDS = {
     "report": ("expunge.cli.report", "write what a run did and reached: a page, Markdown, JSON"),
     "data": ("expunge.cli.data", "check rows and show how they are tokenised (data inspect)"),
     "sweep": ("expunge.cli.sweep", "search over options of a run; resumable, with many workers"),
+    "requests": (
+        "expunge.cli.requests",
+        "keep erasure requests: add, serve, verify, show evidence",
+    ),
     "benchmark": ("expunge.cli.benchmark", "make the built-in benchmark (benchmark build)"),
 }
 

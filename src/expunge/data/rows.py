@@ -95,8 +95,8 @@ def as_rows(rows: Iterable[Row | Mapping[str, object]], role: Role) -> RowSet:
 def check_disjoint(first: RowSet, second: RowSet) -> None:
     """Raises InputError that lists the ids of rows whose text, or id, is on both sides."""
     ids = {row.id for row in second}
-    texts = {_normalised(row) for row in second}
-    shared = [row.id for row in first if _normalised(row) in texts]
+    texts = {normalised(row) for row in second}
+    shared = [row.id for row in first if normalised(row) in texts]
     if len(shared) == len(first) == len(second):
         raise InputError(
             f"{first.source} and {second.source}: hold the same rows; give two different sets"
@@ -104,13 +104,13 @@ def check_disjoint(first: RowSet, second: RowSet) -> None:
     if shared:
         raise InputError(
             f"{first.source}: {len(shared)} rows are in {second.source} as well"
-            f" (ids {_listed(shared)}); remove them from one side"
+            f" (ids {listed(shared)}); remove them from one side"
         )
     named = [row.id for row in first if row.id in ids]
     if named:
         raise InputError(
             f"{first.source}: {len(named)} ids stand for other rows in {second.source}"
-            f" (ids {_listed(named)}); give every row an id of its own, or leave the column out"
+            f" (ids {listed(named)}); give every row an id of its own, or leave the column out"
         )
 
 
@@ -212,11 +212,13 @@ def _kind(given: object, row_id: str, prompt: str) -> Kind:
     return "sc"
 
 
-def _normalised(row: Row) -> str:
+def normalised(row: Row) -> str:
+    """The whole text with every space as one: what makes two rows the same."""
     return " ".join(row.text.split())
 
 
-def _listed(ids: Sequence[str]) -> str:
+def listed(ids: Sequence[str]) -> str:
+    """The first ids, and how many more there are."""
     more = f" and {len(ids) - _LISTED_IDS} more" if len(ids) > _LISTED_IDS else ""
     return ", ".join(ids[:_LISTED_IDS]) + more
 

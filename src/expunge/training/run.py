@@ -97,10 +97,13 @@ def run(
     progress: Progress | None = None,
     preset: str | None = None,
     prefix: Prefix | None = None,
+    given: Mapping[str, RowSet] | None = None,
 ) -> dict[str, Any]:
     """Carries out one run, or goes on with an unfinished one, and returns its manifest.
 
-    `prefix` holds hidden states that runs at several layers hand to each other.
+    `prefix` holds hidden states that runs at several layers hand to each other. `given` rows, by the names
+    forget, retain and nonmembers, stand for those that `inputs` names; the manifest then holds its words
+    for them.
 
     Raises InputError before a model is loaded and anything is written, Interrupted where it was asked
     to stop and can be continued, RunError otherwise. The output appears by rename once the reloaded
@@ -116,7 +119,7 @@ def run(
         progress.message(f"{output}: is complete already; nothing to resume")
         return complete
     with refused_together(processes):
-        checked, sets, prepared = check_run(inputs, method, options)
+        checked, sets, prepared = check_run(inputs, method, options, given=given)
         if (
             processes.shards
             and not method.has_adapter
@@ -207,11 +210,16 @@ def run(
 
 
 def check_run(
-    inputs: RunInputs, method: Method, options: TrainingOptions, *, writes: bool = True
+    inputs: RunInputs,
+    method: Method,
+    options: TrainingOptions,
+    *,
+    writes: bool = True,
+    given: Mapping[str, RowSet] | None = None,
 ) -> tuple[CheckedModel, dict[str, RowSet], Prepared]:
     """Everything that can be checked before weights are read and anything is written.
 
-    Without `writes` the output is not looked at. Raises InputError.
+    Without `writes` the output is not looked at; `given` as for `run`. Raises InputError.
     """
     if writes:
         _check_output(Path(inputs.output), inputs.overwrite)
@@ -220,7 +228,7 @@ def check_run(
             f"--keep-adapter: {method.name} trains no adapter here; leave the option out"
         )
     checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
-    sets = _read_sets(inputs)
+    sets = _read_sets(inputs) if given is None else dict(given)
     prepared = prepare(
         method,
         options,

@@ -1,0 +1,29 @@
+"""Whether a file that is to be handed out holds text of rows."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable
+
+from expunge.data.rows import Row
+
+SHORTEST = 12
+"""Characters from which a text is searched for: a shorter one, such as a town, stands anywhere."""
+
+
+def rows_in(content: bytes, rows: Iterable[Row]) -> list[str]:
+    """Ids of the rows whose input or output is in the file: as it is, in JSON, or in HTML."""
+    found = []
+    for row in rows:
+        texts = [text.strip() for text in (row.input, row.output)]
+        forms = {form for text in texts if len(text) >= SHORTEST for form in _forms(text)}
+        if any(form in content for form in forms):
+            found.append(row.id)
+    return found
+
+
+def _forms(text: str) -> set[bytes]:
+    written = {text, html.escape(text), html.escape(text, quote=False)}
+    written |= {json.dumps(text, ensure_ascii=plain)[1:-1] for plain in (True, False)}
+    return {form.encode() for form in written}

@@ -1,0 +1,173 @@
+"""The rows of recorded requests, read again from where they are, and joined for one run.
+
+The text is with the user only. What is read must be what was recorded, to the byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from expunge.data.rows import Row, RowSet, listed, read_rows
+from expunge.errors import InputError
+from expunge.ledger.fingerprints import row_fingerprint, rows_fingerprint, source_fingerprint
+from expunge.ledger.records import Request, read_rows_of
+from expunge.ledger.store import Ledger
+
+
+@dataclass(frozen=True)
+class RetainSet:
+    """Rows that must stay, and on whose word."""
+
+    name: str
+    """For messages: "--retain" or "the retain set of request 3"."""
+    source: str
+    fingerprint: str
+    rows: RowSet
+
+    def to_json(self) -> dict[str, str]:
+        """Without the rows."""
+        return {"source": self.source, "fingerprint": self.fingerprint}
+
+
+def forget_rows(ledger: Ledger, request: Request, secret: bytes) -> RowSet:
+    """A request's rows. Raises InputError where the file is gone or holds something else now."""
+    again = (
+        f"put the recorded file back, or where it only moved or was written anew, record it with"
+        f" expunge requests update {request.id} --ledger {ledger.place.path} --forget FILE"
+    )
+    rows = _read(request.forget, "forget", f"request {request.id}", again)
+    if source_fingerprint(secret, rows.sha256) != request.forget_fingerprint:
+        difference = (
+            rows_difference(ledger, request, rows, secret) or "all of its rows are the same"
+        )
+        raise InputError(
+            f"request {request.id}: {request.forget} has changed since it was recorded"
+            f" ({difference}); {again}"
+        )
+    return rows
+
+
+def rows_difference(ledger: Ledger, request: Request, rows: RowSet, secret: bytes) -> str | None:
+    """In what `rows` are not those that were recorded, by number; None where they are."""
+    recorded = sorted(fingerprint for _, fingerprint in read_rows_of(ledger, request.id))
+    found = sorted(row_fingerprint(secret, row) for row in rows)
+    if recorded == found:
+        return None
+    gone, new = set(recorded) - set(found), set(found) - set(recorded)
+    return f"{len(gone)} of {len(recorded)} rows are gone, {len(new)} are new"
+
+
+def given_retain_set(source: str, secret: bytes) -> RetainSet:
+    """The rows that --retain names."""
+    rows = read_rows(source, "retain")
+    return RetainSet("--retain", lasting(source), source_fingerprint(secret, rows.sha256), rows)
+
+
+def retain_sets(
+    ledger: Ledger, requests: Iterable[Request], given: str | None, secret: bytes
+) -> list[RetainSet]:
+    """The given retain set, and those of the requests. Raises InputError where one has changed."""
+    found = []
+    if given is not None:
+        found.append(given_retain_set(given, secret))
+    for request in requests:
+        if request.retain is None:
+            continue
+        name = f"the retain set of request {request.id}"
+        again = (
+            "put the recorded file back, or record the new one with expunge requests update"
+            f" {request.id} --ledger {ledger.place.path} --retain FILE"
+        )
+        rows = _read(request.retain, "retain", name, again)
+        fingerprint = source_fingerprint(secret, rows.sha256)
+        if fingerprint != request.retain_fingerprint:
+            raise InputError(f"{name}: {request.retain} has changed since it was recorded; {again}")
+        if fingerprint not in {each.fingerprint for each in found}:
+            found.append(RetainSet(name, request.retain, fingerprint, rows))
+    return found
+
+
+def check_sides(
+    forget: Mapping[int, RowSet],
+    erased: Mapping[int, set[str]],
+    retain: Sequence[RetainSet],
+    secret: bytes,
+) -> None:
+    """Raises InputError, with ids, for a row that is to go, or has gone, and is to stay as well.
+
+    `forget` holds the rows of the requests to serve; `erased` the fingerprints of those that the
+    model has lost already, by request: to retain one would teach it again.
+    """
+    for kept in retain:
+        ids = {row_fingerprint(secret, row): row.id for row in kept.rows}
+        for number, rows in forget.items():
+            both = [row.id for row in rows if row_fingerprint(secret, row) in ids]
+            if both:
+                raise InputError(
+                    f"request {number}: {len(both)} rows are to go and are in {kept.name},"
+                    f" {kept.source}, as well (ids {listed(both)}); decide which holds: take them"
+                    f" out there{_recorded(kept)}, or withdraw the request"
+                )
+        for number, gone in erased.items():
+            back = [ids[fingerprint] for fingerprint in ids if fingerprint in gone]
+            if back:
+                raise InputError(
+                    f"{kept.name}: {kept.source} holds {len(back)} rows that request {number}"
+                    f" removed (ids {listed(back)}); retained they would be learned again: take"
+                    f" them out{_recorded(kept)}"
+                )
+
+
+def join(sets: Mapping[str, RowSet], secret: bytes, source: str) -> tuple[RowSet, int]:
+    """One set of several, each row once, and how many were there twice.
+
+    Where an id of a later set is taken, all ids of that set are prefixed with its name. The digest
+    is keyed, because the SHA-256 of a small set could be guessed as its text can.
+    """
+    rows: list[Row] = []
+    fingerprints: dict[str, None] = {}
+    taken: set[str] = set()
+    twice = 0
+    for name, part in sets.items():
+        new = []
+        for row in part:
+            fingerprint = row_fingerprint(secret, row)
+            if fingerprint in fingerprints:
+                twice += 1
+            else:
+                fingerprints[fingerprint] = None
+                new.append(row)
+        rename: Callable[[Row], Row] = _same
+        if any(row.id in taken for row in new):
+            rename = _prefixed(name)
+        renamed = [rename(row) for row in new]
+        rows += renamed
+        taken |= {row.id for row in renamed}
+    digest = rows_fingerprint(secret, fingerprints)
+    return RowSet(tuple(rows), source, {f"{source} (keyed)": digest}), twice
+
+
+def lasting(source: str) -> str:
+    """A path that means the same from everywhere; a hub id as it is."""
+    return str(Path(source).absolute()) if Path(source).exists() else source
+
+
+def _recorded(kept: RetainSet) -> str:
+    return "" if kept.name == "--retain" else " and record it with expunge requests update"
+
+
+def _same(row: Row) -> Row:
+    return row
+
+
+def _prefixed(name: str) -> Callable[[Row], Row]:
+    return lambda row: replace(row, id=f"{name}:{row.id}")
+
+
+def _read(source: str, role: str, name: str, again: str) -> RowSet:
+    try:
+        return read_rows(source, "retain" if role == "retain" else "forget")
+    except InputError as error:
+        raise InputError(f"{name}: {error} - {again}") from None

@@ -1,0 +1,269 @@
+"""Audits every request that was served on the model as it is today, and records a verdict each.
+
+One audit for all of them, as `expunge audit --earlier` does it; each request then has a file of its
+own, which can be handed out without the ids of other people's rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expunge.audits.auditing import audit
+from expunge.audits.budgets import BudgetName
+from expunge.audits.inputs import AuditInputs
+from expunge.audits.partial import whole
+from expunge.data.formats import sha256_of
+from expunge.data.tokenization import LongRows
+from expunge.errors import InputError
+from expunge.ledger.lineage import weights_of
+from expunge.ledger.material import (
+    RetainSet,
+    check_sides,
+    forget_rows,
+    given_retain_set,
+    lasting,
+)
+from expunge.ledger.records import (
+    Request,
+    RunRecord,
+    State,
+    read_request,
+    read_requests,
+    read_runs,
+    write_event,
+)
+from expunge.ledger.store import Ledger, LedgerPlace, open_ledger
+from expunge.models.loading import Dtype, check_model
+from expunge.training.progress import Progress
+
+AUDITED: tuple[State, ...] = ("served", "verified", "failed")
+WHOLE = "audit.json"
+
+
+@dataclass(frozen=True)
+class VerifyInputs:
+    """What is audited, how, and where the audits go."""
+
+    model: str
+    """Today's model: a directory, or a hub id."""
+    ledger: str
+    """The ledger whose served requests are audited."""
+    output: str
+    """Directory for audit.json and one audit-<request>.json a request."""
+    original: str | None = None
+    """The model before any unlearning; null: the one that the ledger's first run began with."""
+    retain: str | None = None
+    """Rows that were to stay; null: the retain set of the last run, where it had one."""
+    only: tuple[int, ...] = ()
+    """Requests to audit; none: all that were served."""
+    oracle: str | None = None
+    """A model trained without these rows; without it the floor is 0."""
+    nonmembers: str | None = None
+    """Never-seen text of the same kind; membership inference needs it."""
+    attacks: tuple[str, ...] = ()
+    """Attacks to run, with commas or spaces between; none: all that there is material for."""
+    budget: BudgetName = "quick"
+    """How many rows, steps and samples: quick, standard or thorough."""
+    batch_size: int = 64
+    """Rows a batch; it changes the speed, never a score."""
+    dtype: Dtype | None = None
+    """Dtype that the models run in; null: the one that each is saved in."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    seed: int = 0
+    """Seed of every draw."""
+    chat_template: bool = False
+    """Render prompts with the tokenizer's chat template."""
+    long_rows: LongRows = "refuse"
+    """Refuse rows longer than the context, or cut them into windows."""
+    trust_remote_code: bool = False
+    """Run code that the models' directories bring along."""
+    secret: str | None = None
+    """File with the ledger's secret; null: FILE.secret beside the ledger."""
+    by: str | None = None
+    """Who writes; null: this user at this machine."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One request's verdict as it was recorded."""
+
+    request: int
+    state: State
+    verdict: str | None
+    sentence: str
+    audit: str
+
+
+def verify(inputs: VerifyInputs, progress: Progress | None = None) -> list[Verified]:
+    """Audits, writes the files and records the verdicts together; none where none was served.
+
+    "forgotten" makes a request verified, any other verdict failed; where the audit could not tell,
+    its state stays. Raises InputError before a model is loaded.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("requests verify: runs in one process; start it without accelerate launch")
+    place = LedgerPlace(inputs.ledger, inputs.secret, inputs.by)
+    directory = Path(inputs.output)
+    _check_output(directory)
+    with open_ledger(place) as ledger:
+        requests = _chosen(ledger, inputs)
+        if not requests:
+            return []
+        original = _original(read_runs(ledger), inputs)
+        retain = _retain(ledger, read_runs(ledger), inputs)
+        secret = ledger.secret()
+        sets = {request.id: forget_rows(ledger, request, secret) for request in requests}
+    check_sides(sets, {}, [retain], secret)
+    made = not directory.exists()
+    directory.mkdir(exist_ok=True)
+    try:
+        report = audit(_audit_inputs(inputs, requests, original, retain), progress)
+    except InputError:
+        if made and not any(directory.iterdir()):
+            directory.rmdir()
+        raise
+    files = {}
+    for request, entry in zip(requests, report["requests"], strict=True):
+        files[request.id] = directory / f"audit-{request.id}.json"
+        whole(files[request.id], _own(report, entry, request))
+    with open_ledger(place) as ledger, ledger.change():
+        return [
+            _record(ledger, request, entry, report, files[request.id])
+            for request, entry in zip(requests, report["requests"], strict=True)
+        ]
+
+
+def _chosen(ledger: Ledger, inputs: VerifyInputs) -> list[Request]:
+    chosen = [read_request(ledger, number) for number in dict.fromkeys(inputs.only)]
+    for request in chosen:
+        if request.state not in AUDITED:
+            raise InputError(
+                f"--only {request.id}: is {request.state}; only served ones are audited"
+            )
+    return chosen or [r for r in read_requests(ledger) if r.state in AUDITED]
+
+
+def _original(runs: Sequence[RunRecord], inputs: VerifyInputs) -> str:
+    """The given target, or that of the first run, which must still be the same."""
+    if inputs.original is not None:
+        return inputs.original
+    first = next(run for run in runs if run.model_before is not None)
+    mend = "give the model before any unlearning with --original"
+    try:
+        checked = check_model(first.model, trust_remote_code=inputs.trust_remote_code)
+    except InputError as error:
+        raise InputError(f"the model of run {first.id}: {error}; or {mend}") from None
+    if weights_of(checked.files.sha256()) != weights_of(first.model_before or {}):
+        raise InputError(
+            f"{first.model}: is no longer the model that run {first.id} began with; {mend}"
+        )
+    return first.model
+
+
+def _retain(ledger: Ledger, runs: Sequence[RunRecord], inputs: VerifyInputs) -> RetainSet:
+    """The given retain set, or that of the last run, which must still be the same."""
+    secret = ledger.secret()
+    if inputs.retain is not None:
+        return given_retain_set(inputs.retain, secret)
+    last = [run for run in runs if run.completed_at is not None][-1]
+    if len(last.retain) != 1:
+        raise InputError(
+            f"--retain: run {last.id} had {len(last.retain)} retain sets, and an audit asks rows of"
+            " one; give it"
+        )
+    found = given_retain_set(last.retain[0]["source"], secret)
+    if found.fingerprint != last.retain[0]["fingerprint"]:
+        raise InputError(
+            f"{found.source}: has changed since run {last.id}; give the rows that are to stay with"
+            " --retain"
+        )
+    return found
+
+
+def _audit_inputs(
+    inputs: VerifyInputs, requests: Sequence[Request], original: str, retain: RetainSet
+) -> AuditInputs:
+    return AuditInputs(
+        model=inputs.model,
+        original=original,
+        forget=requests[0].forget,
+        retain=retain.source,
+        earlier=tuple(request.forget for request in requests[1:]),
+        oracle=inputs.oracle,
+        nonmembers=inputs.nonmembers,
+        attacks=inputs.attacks,
+        budget=inputs.budget,
+        output=str(Path(inputs.output) / WHOLE),
+        batch_size=inputs.batch_size,
+        dtype=inputs.dtype,
+        device=inputs.device,
+        seed=inputs.seed,
+        chat_template=inputs.chat_template,
+        long_rows=inputs.long_rows,
+        trust_remote_code=inputs.trust_remote_code,
+    )
+
+
+def _own(report: Mapping[str, Any], entry: Mapping[str, Any], request: Request) -> dict[str, Any]:
+    """audit.json of one request alone.
+
+    The SHA-256 of its file gives way to the keyed one: that of a small file could be guessed.
+    """
+    digest = {request.forget: request.forget_fingerprint}
+    forget = {**entry["forget"], "sha256": digest}
+    rows = {**report["rows"], "forget": {k: forget[k] for k in ("source", "sha256", "rows")}}
+    return {
+        **report,
+        "verdict": entry["verdict"],
+        "rows": rows,
+        "requests": [{**entry, "forget": forget}],
+    }
+
+
+def _record(
+    ledger: Ledger,
+    request: Request,
+    entry: Mapping[str, Any],
+    report: Mapping[str, Any],
+    path: Path,
+) -> Verified:
+    verdict, sentence = entry["verdict"]["verdict"], entry["verdict"]["sentence"]
+    models = report["models"]
+    number = ledger.connection.execute(
+        "INSERT INTO verdicts (request, verdict, sentence, model, model_sha256, original_sha256,"
+        " audit, audit_sha256, at, actor, version) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            request.id,
+            verdict,
+            sentence,
+            lasting(models["unlearned"]["path"]),
+            json.dumps(models["unlearned"]["sha256"]),
+            json.dumps(models["target"]["sha256"]),
+            str(path.absolute()),
+            sha256_of(path),
+            *ledger.stamp(),
+        ),
+    ).lastrowid
+    # It may have been withdrawn or reopened while the audit went on.
+    state = read_request(ledger, request.id).state
+    if verdict is not None and state in AUDITED:
+        state = "verified" if verdict == "forgotten" else "failed"
+    write_event(ledger, request.id, "audited", state, verdict=number, note=verdict or "none")
+    return Verified(request.id, state, verdict, sentence, str(path))
+
+
+def _check_output(directory: Path) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"--output {directory}: is a file; name a directory")
+    if not directory.absolute().parent.is_dir():
+        raise InputError(f"--output {directory}: its parent does not exist; make it first")
+    if (directory / WHOLE).exists():
+        raise InputError(
+            f"--output {directory}: holds an audit, which earlier verdicts may rest on; name another"
+        )
