@@ -35,7 +35,7 @@ def clopper_pearson(hits: int, trials: int, alpha: float = ALPHA) -> tuple[float
 
     Raises ValueError unless 0 <= hits <= trials and trials > 0.
     """
-    from scipy.stats import beta  # type: ignore[import-untyped]
+    from scipy.stats import beta
 
     if not 0 <= hits <= trials or trials < 1:
         raise ValueError(f"{hits} hits of {trials} trials")

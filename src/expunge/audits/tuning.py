@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from expunge.data.batches import EpochBatches
+from expunge.data.sampling import EpochBatches
 from expunge.data.tokenization import Example
 from expunge.evaluation.membership import counted_log_probs
 from expunge.methods.losses import cross_entropy

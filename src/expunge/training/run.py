@@ -101,9 +101,9 @@ def run(
 ) -> dict[str, Any]:
     """Carries out one run, or goes on with an unfinished one, and returns its manifest.
 
-    `prefix` holds hidden states that runs at several layers hand to each other. `given` rows, by the names
-    forget, retain and nonmembers, stand for those that `inputs` names; the manifest then holds its words
-    for them.
+    `prefix` holds hidden states that runs at several layers hand to each other. `given` rows, by the
+    names forget, retain and nonmembers, stand for those that `inputs` names; the manifest then holds its
+    words for them.
 
     Raises InputError before a model is loaded and anything is written, Interrupted where it was asked
     to stop and can be continued, RunError otherwise. The output appears by rename once the reloaded
