@@ -62,6 +62,8 @@ def test_it_says_parts_steps_disk_and_whether_it_fits(plan: Callable[..., str]) 
     assert "steps:     4; 2 an epoch, 4 rows a step and side" in out
     assert "fits this machine's memory" in out
     assert "cached states" in out
+    said = " ".join(out.split())
+    assert "--method.layer auto: planned for layer 2, as no layer of 2 to 3 takes more" in said
 
 
 def test_json_is_whole_and_agrees_with_the_options(plan: Callable[..., str]) -> None:

@@ -157,12 +157,11 @@ class _Rehearsal:
             if not streamed:
                 with self._phase("load"):
                     model.load_whole()
-            if self._choosing is not None:
-                with self._phase("choose"):
-                    self._choose(self._choosing, model)
             if layers is not None:
                 try:
                     with self._phase("check"):
+                        if self._choosing is not None:
+                            self._choose(self._choosing, model)
                         engine = self._engine(model, layers)
                 except NotASegment as reason:
                     why = str(reason)
