@@ -215,6 +215,6 @@ def test_a_missing_library_is_said_with_the_command_that_mends_it(
         return None
 
     finder: Callable[[str], None] = none
-    monkeypatch.setattr("importlib.util.find_spec", finder)
+    monkeypatch.setattr(ekfac, "find_spec", finder)
     message = refusal(lambda: found(setting, kind="ekfac"))
     assert "--curvature ekfac: needs kronfluence; pip install 'expunge[ekfac]'" in message

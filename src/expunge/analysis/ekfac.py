@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ _INSTALL = "pip install 'expunge[ekfac]'"
 
 def check_ekfac(maps: Mapping[str, nn.Module]) -> None:
     """Raises InputError where kronfluence is not installed or does not know a map's type."""
-    if importlib.util.find_spec("kronfluence") is None:
+    if find_spec("kronfluence") is None:
         raise InputError(f"--curvature ekfac: needs kronfluence; {_INSTALL}")
     for name, module in maps.items():
         if not isinstance(module, nn.Linear):

@@ -275,8 +275,10 @@ def _read_sets(inputs: InfluenceInputs) -> dict[str, RowSet]:
 
 
 def _settings(inputs: InfluenceInputs, first: int, last: int) -> dict[str, object]:
-    names = ["curvature", "labels", "damping", "damping_unit", "tokens", "containment", "seed"]
-    names += ["dtype", "chat_template", "long_rows"]
+    names = [
+        *("curvature", "labels", "damping", "damping_unit", "tokens", "containment", "seed"),
+        *("dtype", "chat_template", "long_rows"),
+    ]
     return {"layers": [first, last]} | {name: getattr(inputs, name) for name in names}
 
 

@@ -65,8 +65,7 @@ def influence_tables(
         ]
         for row in strongest[:top]
     ]
-    header: tuple[str, ...]
-    header = ("id", "task", "kind", "self-influence, nats", "loss, nats", "recall", "gone")
+    header = ["id", "task", "kind", "self-influence, nats", "loss, nats", "recall", "gone"]
     tables.append(_table(f"Forget rows, strongest {len(rows)}", header, rows, texts))
     at_risk = sorted(influence.retain, key=lambda row: (-row.collateral, row.id))
     if at_risk:
@@ -81,7 +80,7 @@ def influence_tables(
             ]
             for row in at_risk[:top]
         ]
-        header = ("id", "task", "kind", "collateral, nats", "loss, nats", "recall")
+        header = ["id", "task", "kind", "collateral, nats", "loss, nats", "recall"]
         tables.append(_table(f"Retain rows, most at risk {len(rows)}", header, rows, texts))
     if influence.overlaps:
         rows = []
@@ -90,8 +89,8 @@ def influence_tables(
             share = "-" if overlap.containment is None else f"{overlap.containment:.2f}"
             cells = [overlap.retain, overlap.reason, overlap.forget[0] + more, share]
             rows.append([*cells, *([", ".join(overlap.subjects)] if texts is not None else [])])
-        header = ("id", "reason", "forget rows", "containment")
-        header += ("subjects",) if texts is not None else ()
+        header = ["id", "reason", "forget rows", "containment"]
+        header += ["subjects"] if texts is not None else []
         title = f"Retain rows that overlap, {len(rows)} of {len(influence.overlaps)}"
         tables.append(_table(title, header, rows, texts))
     return tables
