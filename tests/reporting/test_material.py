@@ -25,7 +25,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def manifest_of(run: Path) -> dict[str, Any]:
-    return json.loads((run / "expunge.json").read_text())  # type: ignore[no-any-return]
+    return json.loads((run / "expunge.json").read_text())
 
 
 def refused(run: Path, **options: Any) -> str:

@@ -36,7 +36,7 @@ def fits() -> Check:
         return lambda _report: None
     schema = json.loads(SCHEMA.read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
-    return jsonschema.Draft202012Validator(schema).validate  # type: ignore[no-any-return]
+    return jsonschema.Draft202012Validator(schema).validate
 
 
 def shown(page: ET.Element) -> list[tuple[str, str, str]]:
@@ -223,7 +223,7 @@ def test_a_destroyed_run_says_so_first(tmp_path: Path, fits: Check) -> None:
 
 
 def test_nulls_stay_empty(tmp_path: Path, fits: Check) -> None:
-    selection = {
+    selection: dict[str, Any] = {
         "target": None, "candidates": [], "chosen_step": 12, "why": "the last, as asked for",
         "stopped": "all steps done", "judgement": None,
     }  # fmt: skip
