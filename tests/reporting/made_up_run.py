@@ -33,7 +33,7 @@ def made_up(
     (directory / "config.json").write_text(json.dumps({"num_hidden_layers": 6}))
     (directory / "model.safetensors").write_bytes(b"weights of " + directory.name.encode())
     if metrics:
-        lines = []
+        lines: list[dict[str, Any]] = []
         for step in range(1, steps + 1):
             retain = None if step == 3 else 0.01 * step
             lines.append({"step": step, "loss": 1.0, "forget": 1000.0 / step, "retain": retain})
@@ -179,7 +179,7 @@ def audit(
             ],
         }
 
-    membership = {
+    membership: dict[str, Any] = {
         "title": "Membership inference",
         "kind": "membership",
         "reference": "arXiv 2404.02936",

@@ -25,7 +25,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def manifest_of(run: Path) -> dict[str, Any]:
-    return json.loads((run / "expunge.json").read_text())  # type: ignore[no-any-return]
+    return json.loads((run / "expunge.json").read_text())
 
 
 def refused(run: Path, **options: Any) -> str:
@@ -109,7 +109,7 @@ def test_scores_in_the_wrong_order_are_refused(run: Path, tmp_path: Path) -> Non
     ):
         assert "in this order" in refused(run, **options)
     assert "not found" in refused(run, scores=(str(tmp_path / "none.json"),))
-    (tmp_path / "odd.json").write_text('{"forget": 3}')
+    (tmp_path / "odd.json").write_text('{"forget": {}}')
     assert "is not a scores.json" in refused(run, scores=(str(tmp_path / "odd.json"),))
 
 
@@ -173,7 +173,7 @@ def test_text_is_shown_only_when_asked_and_then_for_the_owner_alone(
 ) -> None:
     rows = [
         {"id": "ada1", "input": "Who has the", "output": "<b>secret</b> & word"},
-        {"id": "ben1", "input": "one  line\nand another", "output": "| second"},
+        {"id": "ben1", "input": "one  line\nof Zanzibar", "output": "| quintal"},
     ]
     path = write_jsonl(tmp_path / "f.jsonl", rows)
     manifest = manifest_of(run)
@@ -185,7 +185,7 @@ def test_text_is_shown_only_when_asked_and_then_for_the_owner_alone(
     audited["requests"][0]["attacks"]["direct"]["texts"] = texts
     (run / "audit.json").write_text(json.dumps(audited))
     files = ("report.html", "report.md", "report.json", "README.md")
-    hidden = ("secret", "Who has", "second", "another", "hush-hush")
+    hidden = ("secret", "Who has", "quintal", "Zanzibar", "hush-hush")
     report = write_report(ReportInputs(run=str(run), forget=str(path)))
     assert report["asked"]["forget"]["documents"] == 2
     for name in files:

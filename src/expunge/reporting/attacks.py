@@ -57,7 +57,7 @@ def _request(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def _attack(name: str, attack: Mapping[str, Any]) -> dict[str, Any]:
     recovered = attack["recovered"]
-    models = {}
+    models: dict[str, Any] = {}
     for model in MODELS:
         result = attack["models"].get(model)
         if result is None:

@@ -44,7 +44,7 @@ def asked(material: Material) -> dict[str, Any]:
     """How much was to be removed and kept, of which files, and when that was asked for."""
     manifest = material.manifest
     sources = manifest["settings"]["inputs"]
-    sets = {}
+    sets: dict[str, Any] = {}
     for role in ("forget", "retain", "nonmembers"):
         if role not in manifest["rows"]:
             sets[role] = None
