@@ -321,7 +321,7 @@ def test_every_served_request_is_audited_and_its_evidence_handed_out(
     asked(subjects[2])
     withdraw(place, 3)
     verify = ("requests", "verify", "--ledger", place.ledger, "--device", "cpu", "--quiet")
-    code, out, _ = run_cli(*verify, memorised_dir, "--output", tmp_path / "audits")
+    code, out, _ = run_cli(*verify, "--model", memorised_dir, "--output", tmp_path / "audits")
     assert (code, "nothing to verify" in out) == (0, True)
     model = tmp_path / "out"
     assert serve(model)[0] == 0

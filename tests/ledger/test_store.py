@@ -144,7 +144,7 @@ def test_what_was_committed_outlives_a_kill(
     """The log was not yet copied into the file."""
     asked(subjects[0])
     # A second connection keeps the log from being copied as the first one closes.
-    held = "held = store.open_ledger(store.LedgerPlace(sys.argv[1])).__enter__()"
+    held = "held = store.open_ledger(store.LedgerPlace(sys.argv[1]))\nheld.__enter__()"
     code = f"{_KILLED}\n{held}\n{_ADD}\nkilled()"
     process = start(code, place.ledger, subjects[1], "second")
     assert process.wait() == -signal.SIGKILL
