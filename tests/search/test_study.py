@@ -68,7 +68,7 @@ class FakeTrials:
                     "step": step,
                     "validation": {},
                     "score": forgot * kept * step / 10,
-                    "destroyed": rate > 0.09,
+                    "destroyed": rate > 0.03,
                 }
             )
         return TrialResult(card(forgot, kept), {"chosen_step": 10}, [], {"run": 0.1})
@@ -320,7 +320,7 @@ def test_hopeless_trials_are_pruned_and_not_otherwise(start: Any, trials: FakeTr
     several = start("c", trials=14, seed=3, objectives=("forgetting", "retention"))
     reasons = {t["reason"] for t in several["trials"] if t["state"] == "pruned"}
     assert reasons <= {"destroyed at its first 3 validations"}
-    destroyed = {t["number"] for t in several["trials"] if t["params"]["learning_rate"] > 0.09}
+    destroyed = {t["number"] for t in several["trials"] if t["params"]["learning_rate"] > 0.03}
     assert destroyed
     assert destroyed == {t["number"] for t in several["trials"] if t["state"] == "pruned"}
 

@@ -139,14 +139,14 @@ def check_url(url: str) -> None:
     try:
         parsed = make_url(url)
         parsed.get_dialect().import_dbapi()
+    except NoSuchModuleError:  # an ArgumentError, too
+        raise InputError(
+            f"--study {shown_url(url)}: unknown kind of database; use sqlite, postgresql or mysql"
+        ) from None
     except (ArgumentError, ValueError):
         raise InputError(
             "--study: is no database URL; write for example sqlite:////shared/study.db or"
             " postgresql://user@host/database"
-        ) from None
-    except NoSuchModuleError:
-        raise InputError(
-            f"--study {shown_url(url)}: unknown kind of database; use sqlite, postgresql or mysql"
         ) from None
     except ImportError as error:
         raise InputError(

@@ -68,9 +68,6 @@ def sweep(
     Raises InputError before a model is loaded and anything is written, Interrupted where it was
     asked to stop, RunError where too many trials failed in a row.
     """
-    import optuna
-    from sqlalchemy.exc import SQLAlchemyError
-
     progress = progress or Silent()
     output = Path(inputs.output)
     _check_output(output, inputs)
@@ -97,10 +94,13 @@ def sweep(
         stop.can_resume = True
         try:
             stopped = _Session(task, study, worker, stop, progress).work()
-        except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        except ExpungeError:
+            raise
+        except Exception as error:
+            if not _is_of_the_database(error):
+                raise
             raise RunError(
-                f"the study's database failed ({type(error).__name__}); go on with the same command"
-                " when it works again"
+                "the study's database failed; go on with the same command when it works again"
             ) from None
     result = write_results(task, study, stopped)
     if stop.requested:
@@ -126,7 +126,7 @@ class _Session:
     failures: list[str] = field(default_factory=list)
     """Reasons of the last trials in a row that failed."""
     longest: float = 0.0
-    began: float = field(default_factory=time.monotonic)
+    began: float = 0.0
     target: Scorecard | None = None
     current: int | None = None
     """The trial that was begun last."""
@@ -134,6 +134,7 @@ class _Session:
     def work(self) -> str:
         """Trials, until there are enough; returns why it ended. Raises RunError after failures."""
         inputs = self.task.inputs
+        self.began = time.monotonic()
         take_over(self.study, self.worker, self.progress.message)
         try:
             self.target = self._target()
@@ -343,6 +344,18 @@ class _Stoppable:
     def _end_if_asked(self) -> None:
         if self._stop.requested:
             raise KeyboardInterrupt
+
+
+def _is_of_the_database(error: BaseException | None) -> bool:
+    """Whether the database is what failed, or what was being handled when something else did."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    while error is not None:
+        if isinstance(error, StorageInternalError | SQLAlchemyError):
+            return True
+        error = error.__context__
+    return False
 
 
 def _place(error: BaseException) -> str:
