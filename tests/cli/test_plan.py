@@ -64,7 +64,9 @@ def test_it_says_parts_steps_disk_and_whether_it_fits(plan: Callable[..., str]) 
     assert "fits this machine's memory" in out
     assert "cached states" in out
     said = " ".join(out.split())
-    assert re.search(r"--method.layer auto: planned for layer [23], as no layer of 2 to 3 takes", said)
+    assert re.search(
+        r"--method.layer auto: planned for layer [23], as no layer of 2 to 3 takes", said
+    )
 
 
 def test_json_is_whole_and_agrees_with_the_options(plan: Callable[..., str]) -> None:
