@@ -81,6 +81,7 @@ def test_the_same_twice_gives_the_same_bytes_whatever_the_batch_size(
         assert one["self_influence"] == pytest.approx(other["self_influence"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_layers_curvature_and_damping_change_what_is_predicted(analyze: Cli) -> None:
     def numbers(*options: object) -> tuple[int, list[float]]:
         code, out, _ = analyze("--quiet", "--json", *options)
