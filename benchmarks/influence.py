@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from scipy.stats import spearmanr
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from expunge.analysis.leave_out import CurvatureOptions, LeaveOut, leave_out
 from expunge.analysis.row_gradients import RowGradients, linear_maps
@@ -30,7 +31,7 @@ from expunge.data.tokenization import Example
 from expunge.models.decoder import find_layout
 from expunge.reporting.tables import markdown
 
-_ROUNDS = 4
+_STEPS, _RATE, _ROUNDS, _SETTLING = 1500, 2e-2, 3, 100
 VOCABULARY, LENGTH, TOPICS, WIDTH = 24, 9, 4, 8
 KINDS = (("diagonal", "data"), ("diagonal", "model"), ("ekfac", "data"), ("ekfac", "model"))
 
@@ -81,18 +82,20 @@ def make_problem(seed: int, rows: int = 32, penalty: float = 1e-3) -> Problem:
         max_position_embeddings=LENGTH,
         bos_token_id=None,
         eos_token_id=None,
-        attn_implementation="eager",  # which can be differentiated twice
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).double().eval()
         for parameter in model.parameters():
-            if parameter.ndim == 2:  # so large that the frozen embedding tells tokens apart
+            if parameter.ndim == 2:
                 parameter.data = torch.randn(parameter.shape).double() / WIDTH**0.5
+        # Frozen, and so large that tokens can be told apart and predicted with confidence.
+        for parameter in (*model.get_input_embeddings().parameters(), model.lm_head.weight):
+            parameter.data *= WIDTH**0.5
     problem = Problem(model, examples, penalty, seed)
-    _train(problem, range(rows), steps=300)
+    _approach(problem)
     for _ in range(_ROUNDS):
-        _train(problem, range(rows), steps=60, preconditioner=_preconditioner(problem))
+        _settle(problem, range(rows), _preconditioner(problem))
     return problem
 
 
@@ -106,7 +109,7 @@ def measure_truth(problem: Problem, groups: int = 8, group_size: int = 8) -> Tru
 
     def changed(left_out: Sequence[int]) -> list[float]:
         kept = [row for row in range(rows) if row not in left_out]
-        _train(problem, kept, 60, preconditioner)
+        _settle(problem, kept, preconditioner)
         change = (_losses(problem) - before).tolist()
         for parameter, value in zip(_trained(problem), start, strict=True):
             parameter.data.copy_(value)
@@ -169,7 +172,8 @@ def _batch(problem: Problem) -> Batch:
 def _token_losses(problem: Problem) -> torch.Tensor:
     """(rows, tokens - 1), float64."""
     ids = _batch(problem).input_ids
-    logits = problem.model(input_ids=ids, use_cache=False).logits[:, :-1]
+    with sdpa_kernel(SDPBackend.MATH):  # which can be differentiated twice
+        logits = problem.model(input_ids=ids, use_cache=False).logits[:, :-1]
     losses = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return losses.view(len(ids), -1)
 
@@ -206,13 +210,22 @@ def _preconditioner(problem: Problem) -> torch.Tensor:
     return axes / values.abs().clamp(min=0.1 * problem.penalty).sqrt()
 
 
-def _train(
-    problem: Problem, kept: Sequence[int], steps: int, preconditioner: torch.Tensor | None = None
-) -> None:
-    """L-BFGS from where the weights are; along the preconditioner's axes where there is one."""
+def _approach(problem: Problem) -> None:
+    """Near the minimum on all rows, by Adam with a rate that falls to 0."""
+    optimizer = torch.optim.Adam(_trained(problem), lr=_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
+    for _ in range(_STEPS):
+        optimizer.zero_grad()
+        _objective(problem, range(len(problem.examples))).backward()
+        optimizer.step()
+        schedule.step()
+    optimizer.zero_grad()
+
+
+def _settle(problem: Problem, kept: Sequence[int], turn: torch.Tensor) -> None:
+    """To the minimum that is near, by L-BFGS along the preconditioner's axes."""
     weights = _trained(problem)
     start = torch.cat([weight.detach().flatten() for weight in weights])
-    turn = torch.eye(len(start), dtype=start.dtype) if preconditioner is None else preconditioner
     moved = torch.zeros_like(start).requires_grad_(True)
 
     def place() -> None:
@@ -223,9 +236,9 @@ def _train(
 
     optimizer = torch.optim.LBFGS(
         [moved],
-        max_iter=steps,
+        max_iter=_SETTLING,
         history_size=50,
-        tolerance_grad=1e-10,
+        tolerance_grad=1e-8,
         tolerance_change=1e-14,
         line_search_fn="strong_wolfe",
     )

@@ -69,6 +69,7 @@ def test_ekfac_is_a_curvature_of_the_same_trace(setting: Setting) -> None:
     assert [known.loss for known in turned.forget] == [known.loss for known in diagonal.forget]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["olmo", "qwen2"])
 def test_ekfac_gives_the_scores_of_kronfluence(
     family: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
@@ -156,7 +157,7 @@ def test_a_row_that_repeats_a_forget_row_is_hurt_most(setting: Setting) -> None:
     assert max(result.collateral) == result.collateral[1] > 0
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "ekfac"])
+@pytest.mark.parametrize("kind", ["diagonal", pytest.param("ekfac", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("labels", ["data", "model"])
 def test_twice_the_same_and_whatever_the_batch_size(
     setting: Setting, kind: str, labels: str

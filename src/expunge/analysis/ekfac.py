@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -178,11 +179,13 @@ def _wrapped(model: nn.Module, task: Task) -> Iterator[Task]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing below an error is logged: the library describes the model and the data at length."""
+    """Nothing below an error is said: the library describes the model and the data at length."""
     logger = logging.getLogger("kronfluence")
     level = logger.level
     try:
         logger.setLevel(logging.ERROR)
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logger.setLevel(level)
