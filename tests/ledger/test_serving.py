@@ -18,7 +18,7 @@ from conftest import none_in, write_jsonl
 from expunge.ledger import serving
 from expunge.ledger.receiving import Added, withdraw
 from expunge.ledger.records import RunRecord, read_request, read_runs, read_verdicts
-from expunge.ledger.store import LedgerPlace, open_ledger
+from expunge.ledger.store import LedgerPlace, open_ledger, serving_lock
 from expunge.training.loop import Loop
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -143,7 +143,7 @@ def test_what_is_refused_leaves_requests_open_and_no_run(
         assert (code, printed, err.count("\n")) == (2, "", 1)
         assert said in err
         assert [text for text in texts if text in err] == []
-    with serving.serving_lock(place.path):
+    with serving_lock(place.path):
         code, _, err = serve(out, "--retain", retain)
     assert (code, "another process is serving its requests" in err) == (2, True)
     subjects[1].write_text(subjects[1].read_text() + "\n")
@@ -326,10 +326,10 @@ def test_every_served_request_is_audited_and_its_evidence_handed_out(
     model = tmp_path / "out"
     assert serve(model)[0] == 0
     attacks = ("--attacks", "direct", "--output", tmp_path / "audits")
-    verify = (*verify, "--model", model)
-    code, out, err = run_cli(*verify, *attacks, "--only", 3)
+    audited = (*verify, "--model", model, *attacks)
+    code, out, err = run_cli(*audited, "--only", 3)
     assert (code, "--only 3: is withdrawn" in err) == (2, True)
-    code, out, err = run_cli(*verify, *attacks, "--json")
+    code, out, err = run_cli(*audited, "--json")
     assert code == 0, err
     found = json.loads(out)
     assert [each["request"] for each in found] == [1, 2]
@@ -348,8 +348,8 @@ def test_every_served_request_is_audited_and_its_evidence_handed_out(
         assert list(own["requests"][0]["forget"]["sha256"].values()) == [fingerprint]
     first = Path(found[0]["audit"]).read_text()
     assert "ada00" in first
-    assert "ben" not in first  # another person's rows
-    code, _, err = run_cli(*verify, *attacks)
+    assert "ben01" not in first  # another person's rows
+    code, _, err = run_cli(*audited)
     assert (code, "holds an audit" in err) == (2, True)
     bundle = tmp_path / "bundles" / "1.zip"
     bundle.parent.mkdir()

@@ -154,12 +154,9 @@ def read_runs(ledger: Ledger) -> list[RunRecord]:
         " model_after, at, actor, version FROM runs ORDER BY id"
     )
     return [
-        RunRecord(
-            *values[:3], _json(values[3]), *values[4:6], _json(values[6]), _json(values[7]),
-            *values[8:], requests=tuple(served.get(values[0], ())),
-        )
+        RunRecord(*[*_parsed(values, 3, 6, 7), tuple(served.get(values[0], ()))])
         for values in found
-    ]  # fmt: skip
+    ]
 
 
 def read_verdicts(ledger: Ledger, number: int) -> list[VerdictRecord]:
@@ -169,10 +166,7 @@ def read_verdicts(ledger: Ledger, number: int) -> list[VerdictRecord]:
         " audit_sha256, at, actor, version FROM verdicts WHERE request = ? ORDER BY id",
         (number,),
     )
-    return [
-        VerdictRecord(*values[:5], _json(values[5]), _json(values[6]), *values[7:])
-        for values in found
-    ]
+    return [VerdictRecord(*_parsed(values, 5, 6)) for values in found]
 
 
 def read_events(ledger: Ledger, number: int) -> list[Event]:
@@ -207,6 +201,11 @@ def _request(values: Sequence[Any]) -> Request:
     due = None if values[3] is None else date.fromisoformat(values[3])
     received = date.fromisoformat(values[2])
     return Request(values[0], values[1], received, due, *values[4:])
+
+
+def _parsed(values: Sequence[Any], *columns: int) -> list[Any]:
+    """The values with the JSON in these columns read."""
+    return [_json(value) if n in columns else value for n, value in enumerate(values)]
 
 
 def _json(text: str | None) -> Any:
