@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections import Counter
 
@@ -15,10 +14,7 @@ from test_batches import PAD, examples
 
 from expunge.data.sampling import (
     EpochBatches,
-    Sampling,
-    StepBatches,
     epoch_order,
-    step_batches,
     systematic_sample,
 )
 from expunge.data.tokenization import Example
@@ -164,47 +160,3 @@ def test_a_systematic_sample_has_its_size_and_no_row_twice(shares: list[int], se
     chosen = systematic_sample(shares, count, torch.Generator().manual_seed(seed))
     assert len(chosen) == len(set(chosen)) == count
     assert all(shares[index] > 0 for index in chosen)
-
-
-def lengths_of_steps(batches: StepBatches, rows: list[Example], steps: range) -> list[float]:
-    return [
-        sum(len(rows[index]) for index in batches.indices(step)) / len(batches.indices(step))
-        for step in steps
-    ]
-
-
-def test_long_retain_rows_come_beside_long_forget_rows_and_all_of_them_come() -> None:
-    forget, retain = examples([*range(3, 23)]), examples([*range(3, 33)])
-    sides = step_batches(forget, retain, 2, PAD, seeded, Sampling(), 60)
-    assert sides[1] is not None
-    for epoch in range(4):
-        steps = range(epoch * 15 + 1, epoch * 15 + 16)
-        rows = [row for step in steps for row in sides[1].indices(step)]
-        assert sorted(rows) == list(range(30))
-        theirs = lengths_of_steps(sides[0], forget, steps)
-        ours = lengths_of_steps(sides[1], retain, steps)
-        pairs = sorted(zip(theirs, ours, strict=True))
-        assert all(a[1] <= b[1] for a, b in itertools.pairwise(pairs) if a[0] < b[0]), (
-            "a longer forget batch has a shorter retain batch"
-        )
-
-
-def test_the_match_of_a_step_depends_on_the_seed_and_the_step_alone() -> None:
-    forget, retain = examples([*range(3, 20)]), examples([*range(3, 28)])
-
-    def fresh() -> StepBatches:
-        found = step_batches(forget, retain, 2, PAD, seeded, Sampling(), 60)[1]
-        assert found is not None
-        return found
-
-    whole = fresh()
-    order = [whole.indices(step) for step in range(1, 41)]
-    for step in (40, 1, 14, 13, 13):
-        assert fresh().indices(step) == order[step - 1]
-
-
-def test_packed_rows_are_not_matched() -> None:
-    rows = examples([*range(3, 20)])
-    loose = step_batches(rows, rows, 2, PAD, seeded, Sampling(), 60, by_length=False)[1]
-    assert isinstance(loose, EpochBatches)
-    assert step_batches(rows, [], 2, PAD, seeded, Sampling(), 60)[1] is None

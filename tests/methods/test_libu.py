@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.linalg import hadamard
 
 from expunge.data.batches import Batch, collate, in_order
 from expunge.data.random_text import random_examples
@@ -136,8 +137,49 @@ def test_random_rows_hold_the_targets_predictions(context: Context, tokenizer: A
     assert float(mixed) == pytest.approx(float(terms(0, 1)) + float(drift), rel=1e-4)
 
 
-def test_sophia_starts_from_phase_1s_fisher(context: Context) -> None:
+def test_the_curvature_is_the_mean_squared_gradient_of_the_log_odds(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
     objective = LIBU(rank=4).start(context)
+    batch = collate(context.retain, [0, 1], context.pad_id)
+    log_probs, mask = objective.log_probs(batch)
+    log_odds = log_probs[mask] - torch.log(-torch.expm1(log_probs[mask]))
+    parameters = list(objective.parameters.values())
+    exact = [torch.zeros_like(parameter) for parameter in parameters]
+    for one in log_odds:
+        for total, part in zip(
+            exact, torch.autograd.grad(one, parameters, retain_graph=True), strict=True
+        ):
+            total += part.square() / len(log_odds)
+    # The rows of a Hadamard matrix are signs without correlation: their mean has no error left.
+    signs = hadamard(64)[:, : len(log_odds)]
+    assert len(log_odds) <= 64
+    found = [torch.zeros_like(parameter) for parameter in parameters]
+    for row in signs:
+        drawn = torch.tensor((row + 1) // 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randint", lambda *_, drawn=drawn: drawn)
+            estimate = objective.curvature(batch)
+        for total, part in zip(found, estimate, strict=True):
+            total += part / len(signs)
+    for name, a, b in zip(objective.parameters, exact, found, strict=True):
+        # Log-odds from float32 log-probabilities near 0 are what the slow way has.
+        assert torch.allclose(a, b, rtol=2e-2, atol=1e-3 * float(a.max())), name
+
+
+def test_sophia_starts_from_the_curvature_of_the_retain_set(context: Context) -> None:
+    objective = LIBU(rank=4).start(context)
+    found, repeated = objective.initial_curvature(), objective.initial_curvature()
+    assert found is not None
+    assert repeated is not None
+    assert all(torch.equal(a, b) for a, b in zip(found, repeated, strict=True))
+    assert all(bool((h >= 0).all()) for h in found)
+    assert any(h.any() for h in found)
+    assert all(parameter.grad is None for parameter in objective.parameters.values())
+
+
+def test_sampled_labels_start_from_phase_1s_fisher(context: Context) -> None:
+    objective = LIBU(rank=4, curvature="sampled-labels").start(context)
     assert objective.optimizer.name == "sophia"
     curvature = objective.initial_curvature()
     assert curvature is not None

@@ -102,7 +102,7 @@ class EpochBatches:
         by_length: bool = True,
     ) -> None:
         """`generator` gives that of an epoch; `by_length` puts rows of similar length together."""
-        self.examples, self._batch_size, self._pad_id = examples, batch_size, pad_id
+        self._examples, self._batch_size, self._pad_id = examples, batch_size, pad_id
         self._generator, self._by_length = generator, by_length
         self._rounds, self._extra, self._shares = extra_rounds([e.weight for e in examples])
         self._epoch = -1
@@ -112,7 +112,7 @@ class EpochBatches:
     def batches_an_epoch(self) -> int:
         """The same in every epoch."""
         extra = self._rounds * -(-self._extra // self._batch_size)
-        return -(-len(self.examples) // self._batch_size) + extra
+        return -(-len(self._examples) // self._batch_size) + extra
 
     def indices(self, step: int) -> list[int]:
         """Positions of the rows of a step, counted from 1."""
@@ -124,10 +124,10 @@ class EpochBatches:
 
     def at(self, step: int) -> Batch:
         """The batch of a step, counted from 1."""
-        return collate(self.examples, self.indices(step), self._pad_id)
+        return collate(self._examples, self.indices(step), self._pad_id)
 
     def _epoch_order(self, generator: torch.Generator) -> list[list[int]]:
-        lengths = [len(example) for example in self.examples]
+        lengths = [len(example) for example in self._examples]
         size, by_length = self._batch_size, self._by_length
         batches = epoch_order(lengths, size, generator, by_length=by_length)
         if not self._rounds:
@@ -219,42 +219,6 @@ class ChunkedBatches:
         return [[rows[index] for index in batch] for batch in order]
 
 
-class MatchedBatches:
-    """Batches in the order that puts those of long rows beside long rows of the other side.
-
-    What is learnt from documents is then held on documents. Every epoch has the same batches as without.
-    """
-
-    def __init__(
-        self, batches: EpochBatches, beside: StepBatches, lengths: Sequence[int], pad_id: int
-    ) -> None:
-        """`lengths` are those of the examples that `beside` draws from."""
-        self._batches, self._beside, self._lengths = batches, beside, lengths
-        self._pad_id = pad_id
-        self._epoch = -1
-        self._order: list[list[int]] = []
-
-    def indices(self, step: int) -> list[int]:
-        """Positions of the rows of a step, counted from 1."""
-        count = self._batches.batches_an_epoch
-        epoch, position = divmod(step - 1, count)
-        if epoch != self._epoch:
-            steps = range(epoch * count + 1, (epoch + 1) * count + 1)
-            own = [len(example) for example in self._batches.examples]
-            mine = [self._batches.indices(at) for at in steps]
-            mine.sort(key=lambda batch: _mean_length(batch, own))
-            theirs = [_mean_length(self._beside.indices(at), self._lengths) for at in steps]
-            self._order = [[] for _ in steps]
-            for rank, place in enumerate(sorted(range(count), key=theirs.__getitem__)):
-                self._order[place] = mine[rank]
-            self._epoch = epoch
-        return self._order[position]
-
-    def at(self, step: int) -> Batch:
-        """The batch of a step, counted from 1."""
-        return collate(self._batches.examples, self.indices(step), self._pad_id)
-
-
 def step_batches(
     forget: Sequence[Example],
     retain: Sequence[Example],
@@ -268,7 +232,7 @@ def step_batches(
 ) -> tuple[StepBatches, StepBatches | None]:
     """What every step of a run takes of both sides; `generator` gives that of a purpose.
 
-    `by_length` puts rows of similar length together, in a side and in a step.
+    `by_length` puts rows of similar length together.
     """
 
     def orders(side: str) -> Callable[[int], torch.Generator]:
@@ -284,11 +248,4 @@ def step_batches(
     if not retain:
         return forgotten, None
     rows = rows_a_step(retain, batch_size * sampling.retain_ratio)
-    kept = EpochBatches(retain, rows, pad_id, orders("retain"), by_length=by_length)
-    if not by_length:
-        return forgotten, kept
-    return forgotten, MatchedBatches(kept, forgotten, [len(e) for e in forget], pad_id)
-
-
-def _mean_length(batch: Sequence[int], lengths: Sequence[int]) -> float:
-    return sum(lengths[index] for index in batch) / len(batch)
+    return forgotten, EpochBatches(retain, rows, pad_id, orders("retain"), by_length=by_length)

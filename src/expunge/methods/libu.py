@@ -19,6 +19,9 @@ with p_t the probability of a token and c_t the loss that it should have once it
 term that ends per token, and the retain term that the published code lacks. Both on the log-odds, as
 the gradient of the NLL is 1 - p, nearly 0 for what is known by heart: by the time that a cross-entropy
 resists, retain text known by heart is lost. |x| is Huber's.
+Sophia divides by the Gauss-Newton diagonal of that retain term, the mean squared gradient of a token's
+log-odds. Sophia-G's own estimate, with labels sampled from the model, is near 0 where text is known by
+heart; `curvature: sampled-labels` takes it, warmed up from phase 1's Fisher.
 A fresh adapter has B = 0, so the gradient of A is zero and phase 1 moves B only; phase 2 moves both.
 """
 
@@ -57,6 +60,7 @@ _PUBLISHED = {
     "targets": "attention",
     "damping": 1e-3,
     "damping_unit": "absolute",
+    "curvature": "sampled-labels",
     "rho": 0.04,
     "gamma": 1.0,
     "beta2": 0.999,
@@ -92,7 +96,10 @@ class LIBU(GradientSettings):
     calibration_gain: float = 1.0
     """With non-members: how far a row's ceiling moves for each nat that its loss is wrong by; 0 leaves
     all of them where they are."""
-    gamma: float = 200.0
+    curvature: Literal["log-odds", "sampled-labels"] = "log-odds"
+    """What Sophia divides by: the mean squared gradient of retain tokens' log-odds, or the published
+    estimate, that of the loss on labels sampled from the model."""
+    gamma: float = 1.0
     """Sophia divides the momentum by gamma times the curvature."""
     rho: float = 1.0
     """Sophia clips each element of its step here; times the learning rate it bounds the step."""
@@ -323,9 +330,22 @@ class LIBUObjective(GradientObjective):
         return int(batch.mask(self._settings.forget_tokens)[:, 1:].sum())
 
     def curvature(self, batch: Batch) -> list[torch.Tensor]:
-        """Gauss-Newton-Bartlett estimate: tokens * (gradient on labels sampled from the model)^2."""
+        """Estimate of the diagonal Hessian of the retain term, or of the retain loss.
+
+        Of the retain term: E[(gradient of the sum of a token's log-odds times a random sign)^2] / tokens
+        is the mean over tokens of the squared gradient (Hutchinson's estimate of J^T J). Of the loss:
+        Gauss-Newton-Bartlett, tokens * (gradient on labels sampled from the model)^2.
+        """
         with self._context.autocast():
             logits = self.counted_logits(batch)
+            if self._settings.curvature == "log-odds":
+                targets = batch.input_ids[:, 1:][batch.mask(self._settings.tokens)[:, 1:]]
+                log_odds = target_log_odds(logits, targets)
+                # Drawn on the CPU, so that a GPU's run has the signs of a processor's.
+                signs = torch.randint(0, 2, log_odds.shape) * 2.0 - 1
+                signed = (signs.to(log_odds) * log_odds).sum() / max(1, len(log_odds)) ** 0.5
+                gradients = torch.autograd.grad(signed, list(self.parameters.values()))
+                return [gradient.float().square() for gradient in gradients]
             with torch.no_grad():
                 probabilities = logits.detach().float().softmax(-1).cpu()
                 sampled = torch.multinomial(probabilities, 1)[:, 0].to(logits.device)
@@ -334,8 +354,20 @@ class LIBUObjective(GradientObjective):
         return [len(sampled) * gradient.float().square() for gradient in gradients]
 
     def initial_curvature(self) -> list[torch.Tensor] | None:
-        """Phase 1's Fisher, so that the first steps are not sign-momentum."""
-        return [self.fisher[name] for name in self.parameters] if self.fisher else None
+        """Of the whole retain set, so that the first steps are not sign-momentum: one more pass for the
+        log-odds, phase 1's Fisher for sampled labels."""
+        if not self.fisher:
+            return None  # a resumed run puts its own back
+        if self._settings.curvature == "sampled-labels":
+            return [self.fisher[name] for name in self.parameters]
+        listed = [example for example in self._context.retain if example.listed]
+        total = [torch.zeros_like(parameter) for parameter in self.parameters.values()]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._context.generator("curvature").initial_seed() % 2**63)
+            for batch in self._passes(listed, "curvature"):
+                for sum_, part in zip(total, self.curvature(batch), strict=True):
+                    sum_ += part * (len(batch.indices) / len(listed))
+        return total
 
     def notes(self) -> Mapping[str, Any]:
         """The measured figures of phase 1."""
