@@ -105,9 +105,11 @@ def _result(task: Task, study: Study, stopped: str) -> dict[str, Any]:
     front = pareto_front(usable)
     states = [trial["state"] for trial in trials]
     counted = {state: states.count(state) for state in ("complete", "pruned", "failed")}
-    importance, why_none = None, "not computed while trials run"
-    if stopped != RUNNING:
-        importance, why_none = _importance(study, objectives)
+    importance, why_none = (
+        (None, "not computed while trials run")
+        if stopped == RUNNING
+        else _importance(study, objectives)
+    )
     return {
         "expunge": expunge.__version__,
         "stopped": stopped,
