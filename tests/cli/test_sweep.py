@@ -331,7 +331,7 @@ def test_no_real_forget_row_is_in_any_written_byte(run_cli: Cli, tmp_path: Path)
     mini = SHARED / "models" / "lume-mini"
     code, out, err = run_cli(
         "sweep", mini, "--forget", mini / "forget.jsonl", "--retain", mini / "retain.jsonl",
-        "--output", tmp_path / "out", "--objectives", "forgetting", "--trials", 2,
+        "--output", tmp_path / "out", "--objectives", "forgetting", "--trials", 1,
         "--max-steps", 2, "--method.random-rows", 0, "--device", "cpu", "--quiet",
         "--search", "learning_rate=log:1e-4:1e-3",
     )  # fmt: skip

@@ -51,15 +51,16 @@ def test_drawn_values_keep_to_their_range_and_type() -> None:
         "schedule=choice:constant,cosine",
     )
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    drawn = []
+    drawn: list[dict[str, Any]] = []
     for _ in range(60):
         trial = study.ask()
         drawn.append({d.name: d.suggest(trial) for d in found.dimensions})
+        method: Any
         method, options = found.with_values(drawn[-1])
         assert isinstance(method, AdaptiveRMU)
         assert method.alpha == drawn[-1]["method.alpha"]
         assert options.epochs == drawn[-1]["epochs"]
-    assert all(5 <= d["method.alpha"] <= 100 for d in drawn)  # type: ignore[operator]
+    assert all(5 <= d["method.alpha"] <= 100 for d in drawn)
     # Even on the logarithmic scale: half of the draws lie below the geometric mean.
     low = sum(d["method.alpha"] < (5 * 100) ** 0.5 for d in drawn)
     assert 20 <= low <= 40
