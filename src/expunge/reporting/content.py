@@ -98,7 +98,8 @@ def _not_measured(material: Material, audit: Mapping[str, Any] | None) -> list[d
                 reasons.setdefault(why, []).append(name)
             for why, names in reasons.items():
                 plural = "s" if len(names) > 1 else ""
-                note(f"Attack{plural} {', '.join(names)} on {request['source']}", why)
+                what = f"Attack{plural} {', '.join(names)} on {request['source']}: {why}"
+                note(what, "expunge audit with what is needed; without --attacks it runs them all")
     if material.metrics is None:
         note("The course of the training: metrics.jsonl is gone", "repeat the run")
     if material.manifest["selection"].get("target") is None:
