@@ -93,8 +93,13 @@ def _not_measured(material: Material, audit: Mapping[str, Any] | None) -> list[d
                 "expunge audit ... --oracle ORACLE",
             )
         for request in audit["requests"]:
+            reasons: dict[str, list[str]] = {}
             for name, why in request["not_run"].items():
-                note(f"Attack {name} on {request['source']}", why)
+                reasons.setdefault(why, []).append(name)
+            for why, names in reasons.items():
+                plural = "s" if len(names) > 1 else ""
+                what = f"Attack{plural} {', '.join(names)} on {request['source']}: {why}"
+                note(what, "expunge audit with what is needed; without --attacks it runs them all")
     if material.metrics is None:
         note("The course of the training: metrics.jsonl is gone", "repeat the run")
     if material.manifest["selection"].get("target") is None:

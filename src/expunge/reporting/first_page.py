@@ -311,8 +311,8 @@ def _by_validation(material: Material, split: str) -> str:
 
 def _cautions(material: Material, scored: Sequence[str]) -> list[str]:
     """Everything that a reader must know before trusting the rest."""
-    said = [f"Scorecard: {finding.rstrip('.')}." for finding in scored]
-    said += [f"Run: {warning.rstrip('.')}." for warning in material.manifest["warnings"]]
+    said = [_sentence(f"Scorecard: {finding}") for finding in scored]
+    said += [_sentence(f"Run: {warning}") for warning in material.manifest["warnings"]]
     judgement = material.manifest["selection"].get("judgement")
     if isinstance(judgement, dict) and judgement["ending"] != "unlearned":
         known = f"the kept checkpoint is {judgement['ending']}"
@@ -327,6 +327,10 @@ def _cautions(material: Material, scored: Sequence[str]) -> list[str]:
         said.append(f"Files of the run are gone: {', '.join(material.missing_files)}.")
     said += _mismatches(material)
     return said
+
+
+def _sentence(words: str) -> str:
+    return words if words.endswith((".", "?", "!")) else f"{words}."
 
 
 def _mismatches(material: Material) -> list[str]:
