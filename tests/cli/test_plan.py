@@ -81,6 +81,7 @@ def test_json_is_whole_and_agrees_with_the_options(plan: Callable[..., str]) -> 
     assert found["rows"]["forget"] == 8
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_no_error_and_comes_with_what_would(plan: Callable[..., str]) -> None:
     options = ("--method.layer", "2", "--on", "600MB", "--device", "auto")
     out = plan(*options)

@@ -86,7 +86,7 @@ def far(context: Context, loss: float) -> NeverSeen:
 
 def test_a_steered_row_goes_no_further_than_it_must(make_context: Contexts) -> None:
     context = make_context()
-    objective = AdaptiveRMU(calibration_gain=0.5).start(context)
+    objective = AdaptiveRMU(layer=2, calibration_gain=0.5).start(context)
     forget = collate(context.forget, [0, 1, 2], context.pad_id)
     objective.calibrate(far(context, 0.0))
     assert set(objective.strengths.values()) == {1.0}  # not there yet: all the way
@@ -124,7 +124,9 @@ def test_a_ceiling_follows_the_never_seen_loss_and_stays_near_it(make_context: C
     assert set(objective.strengths.values()) == {5.0}
 
 
-@pytest.mark.parametrize("method", [AdaptiveRMU(calibration_gain=0), LIBU(calibration_gain=0)])
+@pytest.mark.parametrize(
+    "method", [AdaptiveRMU(layer=2, calibration_gain=0), LIBU(calibration_gain=0)]
+)
 def test_without_a_gain_nothing_moves(method: AdaptiveRMU | LIBU, make_context: Contexts) -> None:
     context = make_context()
     objective = method.start(context)

@@ -105,6 +105,7 @@ def test_weights_gradients_and_optimiser_have_the_size_of_what_is_trained(
     assert 9 * one <= found.state_bytes <= 9 * one + 64
 
 
+@pytest.mark.slow
 def test_half_the_bytes_a_number_are_half_the_weights(planned: Callable[..., Plan]) -> None:
     single = planned(NPO())
     half = planned(NPO(), "bfloat16")
@@ -112,6 +113,7 @@ def test_half_the_bytes_a_number_are_half_the_weights(planned: Callable[..., Pla
     assert part(half, WEIGHTS) == pytest.approx(part(single, WEIGHTS) / 2, rel=0.02)
 
 
+@pytest.mark.slow
 def test_more_rows_in_a_pass_take_more_and_smaller_passes_less(
     planned: Callable[..., Plan],
 ) -> None:
@@ -122,6 +124,7 @@ def test_more_rows_in_a_pass_take_more_and_smaller_passes_less(
     assert work(cut) < sizes[2]
 
 
+@pytest.mark.slow
 def test_recomputing_activations_and_training_less_take_less(planned: Callable[..., Plan]) -> None:
     kept = planned(NPO(rank=2), batch_size=8, select="last")
     less = planned(NPO(rank=2, gradient_checkpointing=True), batch_size=8, select="last")
@@ -130,6 +133,7 @@ def test_recomputing_activations_and_training_less_take_less(planned: Callable[.
     assert part(everything, OPTIMIZER, "finish") > part(kept, OPTIMIZER, "finish")
 
 
+@pytest.mark.slow
 def test_candidates_take_the_layers_above_and_the_head(planned: Callable[..., Plan]) -> None:
     best, last = (planned(AdaptiveRMU(layer=2), select=choice) for choice in ("best", "last"))
     assert part(best, WEIGHTS) > part(last, WEIGHTS)
@@ -160,6 +164,7 @@ def test_a_gpu_holds_no_process_and_the_processor_no_activations(
     assert next(p for p in found.phases if p.name == "load").cpu_bytes > train.cpu_parts[PROCESS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2", "gpt_neox"])
 def test_other_families_are_planned_from_their_own_layers(
     planned: Callable[..., Plan], model_dir: Callable[[str], Path], family: str
@@ -181,6 +186,7 @@ def test_a_tied_embedding_is_loaded_once(
     assert part(planned(LIBU(), model=directory), WEIGHTS, "load") == size
 
 
+@pytest.mark.slow
 def test_bfloat16_products_on_a_processor_are_counted_by_shape(
     planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +219,7 @@ print(told, (process.memory_info().rss - before) // 32)
     assert told == pytest.approx(found, rel=0.1, abs=20_000)
 
 
+@pytest.mark.slow
 def test_what_would_fit_is_found_by_planning_it(
     model_dir: Callable[[str], Path], row_files: dict[str, Path]
 ) -> None:

@@ -5,8 +5,8 @@ For a layer l, with sums over the sampled forget rows:
     decodable(l) = sum(lens(l) - guess) / sum(clean - guess)
     restored(l)  = sum(patched(l) - corrupted) / sum(clean - corrupted)
     separate(l)  = 1 - mean over forget inputs of the highest cosine with a retain input
-    written(l)   = mean of min(1, ||h_l - h_(l-n)|| / ||h_l||)
     score(l)     = their geometric mean
+    written(l)   = mean of min(1, ||h_l - h_(l-n)|| / ||h_l||), shown beside it
 
 `clean`, `corrupted`, `patched` and `lens` are a row's mean log-probabilities of its answer tokens in
 nats, `guess` is -log(vocabulary), n the number of trained layers. Every share is cut to [0, 1]. No

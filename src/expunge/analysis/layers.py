@@ -50,7 +50,7 @@ class LayerReading:
     separate: float | None
     """How far inputs of the trained projections are from those of retain rows; None without them."""
     written: float
-    """Share of the layer's states that the trained layers wrote."""
+    """Share of the layer's states that the trained layers wrote; not part of the score."""
     log_prob: float
     """Mean log-probability of the answers' tokens by the logit lens, in nats."""
     rank: float
@@ -373,7 +373,7 @@ class LayerPass:
             score = None
             if found is not None and brought is not None:
                 distance = [] if apart[layer] is None else [apart[layer] or 0.0]
-                score = combined([found, brought, *distance, own])
+                score = combined([found, brought, *distance])
             readings.append(
                 LayerReading(
                     layer=layer,

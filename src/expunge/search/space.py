@@ -185,6 +185,9 @@ def _plain_type(hint: Any) -> tuple[Any, bool]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         parts = typing.get_args(hint)
         inner = [part for part in parts if part is not type(None)]
+        numbers = [part for part in inner if part in (int, float)]
+        if numbers and all(part in numbers or typing.get_origin(part) is Literal for part in inner):
+            inner = numbers  # a number or a word that stands for one, such as auto
         return (inner[0] if len(inner) == 1 else hint), len(inner) < len(parts)
     return hint, False
 
