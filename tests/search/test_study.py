@@ -245,13 +245,13 @@ def test_a_killed_trial_is_tried_again_in_its_turn(
 def test_settings_that_end_their_process_each_time_are_given_up(
     start: Any, trials: FakeTrials, tmp_path: Path
 ) -> None:
-    start(trials=1)
+    start(trials=1, prune=False)
     study = stored(tmp_path / "out")
     for _ in range(3):
         number = die(study, tmp_path / "out")
         studies.take_over(study, studies.Worker(tmp_path / "out"), lambda _: None)
     assert number == 3
-    result = start(trials=4)
+    result = start(trials=4, prune=False)
     states = [trial["state"] for trial in result["trials"]]
     assert states == ["complete", "lost", "lost", "failed", "complete", "complete"]
     assert "its process ended each time" in result["trials"][3]["reason"]
@@ -431,6 +431,7 @@ def test_a_shared_database_takes_workers_of_any_output(
     assert start("c", study=url, study_name="other", seed=9, trials=1)["counts"]["ended"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 def test_trials_beyond_the_last_are_set_aside(
     start: Any, trials: FakeTrials, tmp_path: Path
 ) -> None:
@@ -481,7 +482,7 @@ def test_a_worker_that_was_taken_for_gone_leaves_its_trial_and_goes_on(
         studies.put_in_line(study, study.trials[running.number])
 
     trials.events = {2: fail_it}
-    result = start(trials=4)
+    result = start(trials=4, prune=False)
     states = [trial["state"] for trial in result["trials"]]
     assert states == ["complete", "lost", "complete", "complete", "complete"]
     assert result["trials"][2]["instead_of"] == 1

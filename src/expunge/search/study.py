@@ -218,7 +218,7 @@ def _differences(
 def _storage(url: str) -> RDBStorage:
     from optuna.exceptions import ExperimentalWarning
     from optuna.storages import RDBStorage
-    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.exc import OperationalError
 
     # Several workers write to one file, and SQLite gives up waiting for the others after 5 s.
     waits = {"connect_args": {"timeout": _WAIT_FOR_LOCK}} if url.startswith("sqlite") else {}
@@ -233,7 +233,7 @@ def _storage(url: str) -> RDBStorage:
                     grace_period=_GRACE,
                     heartbeat_stale_trial_callback=put_in_line,
                 )
-        except SQLAlchemyError:
+        except OperationalError:
             # Two workers that make the tables at once are in each other's way.
             if attempt == _OPENINGS - 1:
                 raise
