@@ -31,7 +31,7 @@ from expunge.data.tokenization import Example
 from expunge.models.decoder import find_layout
 from expunge.reporting.tables import markdown
 
-_STEPS, _RATE, _ROUNDS, _SETTLING = 1500, 2e-2, 3, 100
+_STEPS, _RATE, _ROUNDS, _SETTLING, _FLAT = 600, 2e-2, 6, 60, 1e-5
 VOCABULARY, LENGTH, TOPICS, WIDTH = 24, 9, 4, 8
 KINDS = (("diagonal", "data"), ("diagonal", "model"), ("ekfac", "data"), ("ekfac", "model"))
 
@@ -45,6 +45,8 @@ class Problem:
     penalty: float
     """Weight of half the squared norm of the trained weights, beside the mean token loss."""
     seed: int
+    first_layer: int
+    """Maps of layers from this one on are trained, all else is frozen."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Truth:
     """The rows left out together, and the change of every row's loss."""
 
 
-def make_problem(seed: int, rows: int = 32, penalty: float = 1e-3) -> Problem:
+def make_problem(seed: int, rows: int = 32, penalty: float = 1e-3, first_layer: int = 0) -> Problem:
     """Rows of a few topics, with words that vary, learned by a two-layer GPT-NeoX of width 8."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -92,10 +94,12 @@ def make_problem(seed: int, rows: int = 32, penalty: float = 1e-3) -> Problem:
         # Frozen, and so large that tokens can be told apart and predicted with confidence.
         for parameter in (*model.get_input_embeddings().parameters(), model.lm_head.weight):
             parameter.data *= WIDTH**0.5
-    problem = Problem(model, examples, penalty, seed)
+    problem = Problem(model, examples, penalty, seed, first_layer)
     _approach(problem)
     for _ in range(_ROUNDS):
         _settle(problem, range(rows), _preconditioner(problem))
+        if float(_gradient(problem, range(rows)).norm()) < _FLAT:
+            break
     return problem
 
 
@@ -128,7 +132,7 @@ def predict(
 ) -> LeaveOut:
     """What the library says of leaving out `forget`, damped by the penalty unless told otherwise."""
     layout = find_layout(problem.model)
-    maps = linear_maps(problem.model, layout, 0, layout.count - 1)
+    maps = linear_maps(problem.model, layout, problem.first_layer, layout.count - 1)
     options = CurvatureOptions(
         kind,  # type: ignore[arg-type]
         labels,  # type: ignore[arg-type]
@@ -161,7 +165,7 @@ def correlations(
 
 def _trained(problem: Problem) -> list[torch.nn.Parameter]:
     layout = find_layout(problem.model)
-    maps = linear_maps(problem.model, layout, 0, layout.count - 1)
+    maps = linear_maps(problem.model, layout, problem.first_layer, layout.count - 1)
     return [parameter for module in maps.values() for parameter in module.parameters()]
 
 

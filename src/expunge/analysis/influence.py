@@ -234,7 +234,8 @@ def cost_of(
     tokens = {name: sum(len(w) for row in side for w in row) for name, side in rows.items()}
     forget, retain = tokens["forget"], tokens.get("retain", 0)
     passes = 3 if inputs.curvature == "ekfac" else 2
-    total = passes * (forget + retain) + (forget if retain else 0)
+    at_once = inputs.curvature == "diagonal" and inputs.labels == "data"
+    total = passes * (forget + retain) + (forget if retain and not at_once else 0)
     return Cost(parameters, model_bytes + held, total)
 
 

@@ -12,7 +12,7 @@ the mean token loss over both sets, see `curvature`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,16 +78,19 @@ def leave_out(
 ) -> LeaveOut:
     """Predicts for each forget row what it owes to itself, for each retain row what removal costs it.
 
-    Two passes over all rows and one over the forget rows; with EK-FAC one more over all. Memory beside
-    the model: two float32 copies of the maps, with EK-FAC the bases too. Raises RunError where no
-    prediction is finite.
+    Two passes over all rows, with drawn labels one over the forget rows too, with EK-FAC both that and
+    one more over all. Memory beside the model: two float32 copies of the maps, with EK-FAC the bases
+    too. Raises RunError where no prediction is finite.
     """
     every = [*forget, *retain]
     removed = blocks_of_zeros(passes.maps)
+    # The gradients of a diagonal on the rows' own labels are those that are summed, so one pass does.
+    at_once = options.kind == "diagonal" and options.labels == "data"
     if options.kind == "ekfac":
         curvature: Curvature = fit_ekfac(passes, every, options.labels, options.seed, report)
     else:
-        curvature = _diagonal(passes, every, options, report)
+        added = (removed, len(forget)) if at_once else None
+        curvature = _diagonal(passes, every, options, report, added)
     tokens = passes.counted(every)
     mean_fisher = curvature.mean()
     curvature.damping = options.damping * (mean_fisher if options.unit == "mean-fisher" else 1.0)
@@ -100,7 +103,7 @@ def leave_out(
     def gather(name: str, _place: int, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         removed[name].add_(gradient_of(inputs, gradients))
 
-    if retain:
+    if retain and not at_once:
         passes.run(forget, gather, _counting(report, "forget gradient", len(forget)))
     for name in passes.maps:
         removed[name] = curvature.solve(name, removed[name].div_(tokens))
@@ -132,17 +135,24 @@ def leave_out(
 
 
 def _diagonal(
-    passes: RowGradients, rows: Sequence[Windows], options: CurvatureOptions, report: Report
+    passes: RowGradients,
+    rows: Sequence[Windows],
+    options: CurvatureOptions,
+    report: Report,
+    added: tuple[Mapping[str, torch.Tensor], int] | None,
 ) -> DiagonalCurvature:
     """Sum of every row's squared gradient over the tokens of all: the mean token loss's Fisher.
 
-    With the tokens' gradients uncorrelated, as those of drawn labels are.
+    With the tokens' gradients uncorrelated, as those of drawn labels are. `added` are sums that the
+    gradients of so many of the first rows are added to on the way.
     """
     fisher = blocks_of_zeros(passes.maps)
 
-    def square(name: str, _place: int, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+    def square(name: str, place: int, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         gradient = gradient_of(inputs, gradients)
         fisher[name].addcmul_(gradient, gradient)
+        if added is not None and place < added[1]:
+            added[0][name].add_(gradient)
 
     advance = _counting(report, "Fisher", len(rows))
     passes.run(rows, square, advance, labels=options.labels, seed=options.seed)
