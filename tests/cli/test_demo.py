@@ -56,6 +56,11 @@ def test_the_demo_ends_with_four_scorecards(
     for name in ("libu", "adaptive-rmu"):
         scores = json.loads((output / name / "scores.json").read_text())
         assert 0 <= scores["final_score"] <= 1
+        report = json.loads((output / name / "report.json").read_text())
+        # Target and oracle were found beside the run.
+        roles = {column["role"] for column in report["scorecard"]["columns"]}
+        assert roles == {"target", "unlearned", "oracle"}
+        assert "<html" in (output / name / "report.html").read_text()
     code, _, err = run_cli("demo", output, "--quiet")
     assert code == 2
     assert "--overwrite" in err

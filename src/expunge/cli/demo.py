@@ -1,4 +1,4 @@
-"""`expunge demo`: the main job on the built-in benchmark, from memorised to scorecards."""
+"""`expunge demo`: the main job on the built-in benchmark, from memorised to scorecards and reports."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from expunge.evaluation.measuring import MeasureInputs, measure
 from expunge.evaluation.score_files import SCORES
 from expunge.methods.base import Method
 from expunge.methods.catalog import METHODS
+from expunge.reporting.material import ReportInputs
+from expunge.reporting.report import PAGE, write_report
 from expunge.training.options import TrainingOptions
 from expunge.training.run import RunInputs, run
 
@@ -24,7 +26,7 @@ class Demo:
 
     Makes a small model that memorised synthetic stories and biographies, unlearns half of them with
     LIBU and with Adaptive RMU, and prints the scorecards beside those of the model before and of an
-    oracle that never saw that half.
+    oracle that never saw that half. Each result gets a report, OUTPUT/METHOD/report.html.
     """
 
     output: str = "demo"
@@ -91,5 +93,9 @@ def main(arguments: Sequence[str]) -> int:
         )
         with progress_on_stderr(quiet=quiet) as progress:
             cards[name] = measure(evaluation, progress.phase)
+    with progress_on_stderr(quiet=quiet) as progress:
+        for name in settings.methods:
+            write_report(ReportInputs(run=str(output / name)))
+            progress.message(f"report: {output / name / PAGE}")
     show(cards)
     return 0

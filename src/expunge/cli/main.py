@@ -14,7 +14,7 @@ import expunge
 from expunge.errors import ExpungeError
 
 COMMANDS = {
-    "demo": ("expunge.cli.demo", "unlearn the built-in benchmark, end with the scorecards"),
+    "demo": ("expunge.cli.demo", "unlearn the built-in benchmark, end with scorecards and reports"),
     "run": ("expunge.cli.run", "unlearn a model: rows to remove, rows to keep, a method"),
     "plan": ("expunge.cli.plan", "say what a run would take: memory, disk, steps, whether it fits"),
     "evaluate": ("expunge.cli.evaluate", "measure a model's scorecard"),
