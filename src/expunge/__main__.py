@@ -1,7 +1,5 @@
 """`python -m expunge`."""
 
-import sys
+from expunge.cli.main import entry
 
-from expunge.cli.main import main
-
-sys.exit(main())
+entry()

@@ -158,3 +158,27 @@ def test_one_process_is_all_there_is_without_a_launcher(monkeypatch: pytest.Monk
     alone.sum([tensor])
     assert alone.gather(3) == [3]
     assert torch.equal(tensor, torch.ones(2))
+
+
+def test_a_process_of_several_ends_at_once_and_says_all_it_had_to_say() -> None:
+    """Python's finalisation, which gloo's threads abort now and then, is not run."""
+    script = (
+        "import atexit, sys; atexit.register(print, 'finalised');"
+        "from expunge.cli.main import entry; sys.argv = ['expunge', *sys.argv[1:]]; entry()"
+    )
+
+    def end(arguments: list[str], count: str) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            env=os.environ | {"WORLD_SIZE": count},
+            capture_output=True,
+            text=True,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    alone = end(["--version"], "1")[1]
+    assert end(["--version"], "2") == (0, alone.removesuffix("finalised\n"), "")
+    assert "finalised" in alone
+    code, out, err = end(["nonsense"], "2")
+    assert (code, out) == (2, "")
+    assert "unknown command" in err

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 import expunge
 from expunge.errors import ExpungeError
@@ -97,6 +98,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(code or 0)
 
 
+def entry() -> NoReturn:
+    """The console script: `main`, then the end of the process.
+
+    One of several processes ends without Python's finalisation: gloo's threads may still hold tensors
+    then, and whichever asks for the interpreter's lock aborts the process after its work was done
+    (https://github.com/pytorch/pytorch/issues/190489; destroying the groups makes it rarer only).
+    """
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def _is_first() -> bool:
     """Whether this is the first, or only, process of a launch: the one that speaks."""
     return os.environ.get("RANK", "0") == "0"
@@ -158,4 +174,4 @@ def _place(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()
