@@ -18,6 +18,7 @@ from expunge.methods.kl_minimization import KLMinimization
 from expunge.methods.rmu import RMU
 from expunge.methods.steering import candidate_layers, usual_layer
 from expunge.models.decoder import find_layout
+from expunge.training.loop import optimizer_of
 from expunge.training.unlearning import autocast_of
 
 Contexts = Callable[..., Context]
@@ -128,6 +129,40 @@ def test_directions_follow_the_seed_and_the_task(make_context: Contexts) -> None
     assert not torch.equal(first["Task1"], first["Task2"])
     shared = drawn(0, directions="shared")
     assert torch.equal(shared["Task1"], shared["Task2"])
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_both_optimizers_move_as_far_and_muon_moves_all_directions_alike(
+    optimizer: Any, make_context: Contexts
+) -> None:
+    """Against the exact polar factor, from the singular values, for Muon's iteration."""
+    context = make_context()
+    objective = AdaptiveRMU(layer=3, optimizer=optimizer).start(context)
+    stepper = optimizer_of(objective, 0.01)
+    for group in stepper.param_groups:
+        group["lr"] = 0.01 * objective.optimizer.rate_scale
+    before = [p.detach().clone() for p in objective.parameters.values()]
+    objective.loss(*batches(context)).total.backward()
+    stepper.step()
+    for old, new in zip(before, objective.parameters.values(), strict=True):
+        update, gradient = new.detach() - old, new.grad
+        assert gradient is not None
+        assert 0.005 < float(update.square().mean().sqrt()) < 0.015
+        u, values, v = torch.linalg.svd(gradient, full_matrices=False)
+        polar = -(u @ v)
+        cosine = float((update * polar).sum() / (update.norm() * polar.norm()))
+        spread = torch.linalg.svdvals(update)
+        if optimizer == "muon":
+            assert cosine > 0.95
+            assert float(spread.max() / spread[len(spread) // 2]) < 2
+        else:
+            assert float(spread.max() / spread[len(spread) // 2]) > 2
+
+
+def test_published_presets_keep_the_published_optimizer() -> None:
+    assert AdaptiveRMU().optimizer == "muon"
+    assert RMU().optimizer == "adamw"
+    assert {preset.method["optimizer"] for preset in AdaptiveRMU.presets.values()} == {"adamw"}
 
 
 def test_rmu_has_one_fixed_target(make_context: Contexts) -> None:

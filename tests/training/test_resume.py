@@ -228,10 +228,11 @@ def test_a_state_that_could_not_be_written_leaves_the_last_one_whole(tmp_path: P
     assert torch.equal(saved.under("parameters")["w"], torch.ones(3))
 
 
-def test_an_optimizer_comes_back_as_it_was() -> None:
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon])
+def test_an_optimizer_comes_back_as_it_was(kind: type[torch.optim.Optimizer]) -> None:
     def made() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
-        parameter = torch.nn.Parameter(torch.linspace(0, 1, 5))
-        return parameter, torch.optim.AdamW([parameter], lr=0.1)
+        parameter = torch.nn.Parameter(torch.linspace(0, 1, 6).reshape(2, 3))
+        return parameter, kind([parameter], lr=0.1)
 
     def step(parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
         parameter.square().sum().backward()

@@ -30,6 +30,7 @@ _PUBLISHED = {
     "forget_tokens": "all",
     "random_rows": 0,
     "calibration_gain": 0.0,
+    "optimizer": "adamw",
 }
 _SEMEVAL_SETTINGS = {**_PUBLISHED, "alpha": 900.0, "directions": "per-task"}
 

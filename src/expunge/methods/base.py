@@ -43,10 +43,13 @@ class Terms:
 class OptimizerSpec:
     """Which optimiser the loop builds, with its options."""
 
-    name: Literal["adamw", "sophia"] = "adamw"
+    name: Literal["adamw", "muon", "sophia"] = "adamw"
     options: Mapping[str, Any] = field(default_factory=dict)
     curvature_interval: int | None = None
     """Steps between two estimates of the curvature, for Sophia."""
+    rate_scale: float = 1.0
+    """What the run's learning rate is multiplied by, so that a rate means much the same to every
+    optimiser."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ class RMU(SteeringSettings):
     calibration_gain: float = 0.0
     """With non-members: how far a row's strength moves for a loss that is wrong by a never-seen row's,
     beside what was published; 0 steers every row all the way."""
+    optimizer: Literal["muon", "adamw"] = "adamw"
+    """What trains the projections; AdamW as published."""
     coefficient: float = 20.0
     """Length c of the target, in units of activation."""
 

@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 
 TRAINED_LAYERS = 3
 _DEPTH = 0.84
+_OPTIMIZERS = {
+    "adamw": OptimizerSpec("adamw", {"weight_decay": 0.0}),
+    # Its updates have a root mean square of 0.2 times the rate; the first ones of AdamW have 1.
+    "muon": OptimizerSpec(
+        "muon", {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}, rate_scale=5.0
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,9 @@ class SteeringSettings:
     random_rows: int = 128
     """Rows of random tokens that are held as retain rows are. They stand for all text that no set
     lists: without them utility moves by chance."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """What trains the projections: Muon (arXiv 2502.16982), whose updates move all directions of a
+    matrix alike and which needs less than half the steps, or AdamW as published."""
     calibration_gain: float = 0.5
     """With non-members: how far a row's strength moves for a loss that is wrong by a never-seen row's;
     0 steers every row all the way."""
@@ -159,11 +169,10 @@ class HookedStates:
 class SteeringObjective:
     """Trains three projections of one model."""
 
-    optimizer = OptimizerSpec("adamw", {"weight_decay": 0.0})
-
     def __init__(self, settings: SteeringSettings, context: Context) -> None:
         if settings.layer == "auto":
             raise RuntimeError("the layer must be chosen before a steering method starts")
+        self.optimizer = _OPTIMIZERS[settings.optimizer]
         self._alpha = settings.alpha
         self._tokens, self._forget_tokens = settings.tokens, settings.forget_tokens
         self._gain = settings.calibration_gain

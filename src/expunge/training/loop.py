@@ -123,7 +123,7 @@ class Loop:
         self._objective, self._context, self._validation = objective, context, validation
         self._options, self._keeper, self._progress, self._log = options, keeper, progress, log
         self._parameters = objective.parameters
-        self._optimizer = _optimizer(objective, options.learning_rate)
+        self._optimizer = optimizer_of(objective, options.learning_rate)
         self._forget, self._retain = step_batches(
             context.forget,
             context.retain,
@@ -213,7 +213,7 @@ class Loop:
         """One update; returns why there was none."""
         rate = self._options.learning_rate * self._factor(step - 1)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * self._objective.optimizer.rate_scale
         forget = self._forget.at(step)
         retain = None if self._retain is None else self._retain.at(step)
         self._refresh_curvature(step, retain)
@@ -396,7 +396,8 @@ def _nothing_usable(history: History) -> str:
     )
 
 
-def _optimizer(objective: Objective, learning_rate: float) -> torch.optim.Optimizer:
+def optimizer_of(objective: Objective, learning_rate: float) -> torch.optim.Optimizer:
+    """The optimiser that an objective asks for, of its parameters."""
     spec = objective.optimizer
     parameters = list(objective.parameters.values())
     if spec.name == "sophia":
@@ -406,6 +407,8 @@ def _optimizer(objective: Objective, learning_rate: float) -> torch.optim.Optimi
             initial_curvature=objective.initial_curvature(),
             **spec.options,
         )
+    if spec.name == "muon":
+        return torch.optim.Muon(parameters, lr=learning_rate, **spec.options)
     return torch.optim.AdamW(parameters, lr=learning_rate, **spec.options)
 
 

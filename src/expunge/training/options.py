@@ -44,9 +44,10 @@ class TrainingOptions:
     """Seed of every random draw."""
     time_limit: str | None = None
     """Stop in time for this limit, for example 90s, 20m or 1h; the best checkpoint is kept."""
-    validation_fraction: float = 0.05
-    """Share of the retain rows that is kept out of training; candidates are measured on these and on
-    rows that are trained on. Forget rows are always all unlearned."""
+    validation_fraction: float = 0.02
+    """Share of the retain rows that is kept out of training, 32 rows at most; candidates are measured
+    on these and on rows that are trained on. Nothing holds them, so no more are kept out than needed.
+    Forget rows are always all unlearned."""
     validate_every: int | None = None
     """Steps between two measured candidates; null: one epoch, but at least 10 and at most 25 times a
     run, and never with `--select last`. Forget rows are calibrated as often."""

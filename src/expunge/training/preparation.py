@@ -279,9 +279,12 @@ def _check_retain(method: Method, retain: object | None) -> list[str]:
 def _split(
     examples: Sequence[Example], fraction: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Whole rows kept out of training, and the rest; at least one row stays on each side."""
+    """Whole rows kept out of training, no more than are looked at, and the rest.
+
+    At least one row stays on each side.
+    """
     ids = sorted({example.row_id for example in examples})
-    count = min(round(fraction * len(ids)), len(ids) - 1)
+    count = min(round(fraction * len(ids)), len(ids) - 1, _VALIDATION_ROWS // 2)
     if fraction > 0 and len(ids) > 1:
         count = max(1, count)
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).tolist()
