@@ -49,9 +49,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for linked in sorted({path for page in docs.rglob("*.md") for path in linked_outside(page)}):
         if linked.as_posix() in REPOSITORY_PAGES:
             continue
-        files.append(
-            File.generated(config, copy_of(linked), content=(ROOT / linked).read_bytes())
-        )
+        files.append(File.generated(config, copy_of(linked), content=(ROOT / linked).read_bytes()))
     return files
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, get_origin, get_type_hints
 
 import pytest
-import site_check
-import site_commands
-import site_hooks
 import yaml
 from markdown.extensions.toc import slugify, unique
 
+import site_check
+import site_commands
+import site_hooks
 from expunge.audits.catalog import ATTACKS
 from expunge.cli.main import COMMANDS
 from expunge.methods.catalog import METHODS
@@ -62,7 +65,8 @@ def blocks(text: str) -> Iterator[tuple[str, list[str]]]:
 
 def prose(text: str) -> list[str]:
     """The lines of a page that are in no code block."""
-    lines, inside, code = [], False, False
+    lines: list[str] = []
+    inside = code = False
     for line in text.splitlines():
         if line.startswith("```"):
             inside = not inside
@@ -214,7 +218,9 @@ def test_every_method_has_a_page_with_its_defaults(method: Any) -> None:
             told[name.strip("`")] = default
     assert told == {name: defaults[name] for name in told}
     hints = get_type_hints(method)
-    own = {name for name in vars(method)["__annotations__"] if get_origin(hints[name]) is not ClassVar}
+    own = {
+        name for name in inspect.get_annotations(method) if get_origin(hints[name]) is not ClassVar
+    }
     missing = {f"--method.{name}".replace("_", "-") for name in own} - set(told)
     assert not missing, f"{name_of(page)}: say what these do: {sorted(missing)}"
 
@@ -234,7 +240,8 @@ def test_every_method_has_a_page_with_its_defaults(method: Any) -> None:
     assert "```math" in text
     assert "**When to use it.**" in text
     assert "**When not:**" in text
-    papers = re.findall(r"\d{4}\.\d{5}", __import__(method.__module__, fromlist=["x"]).__doc__)
+    module = importlib.import_module(method.__module__)
+    papers = re.findall(r"\d{4}\.\d{5}", module.__doc__ or "")
     assert papers
     assert set(papers) <= set(re.findall(r"\d{4}\.\d{5}", text))
 
@@ -264,7 +271,7 @@ def test_lists_and_tables_follow_an_empty_line(page: Path) -> None:
     """MkDocs reads them as part of the paragraph otherwise; forges do not."""
     lines = prose(page.read_text(encoding="utf-8"))
     item = re.compile(r"(?:[-*+]|\d+\.) ")
-    for before, line in zip(lines, lines[1:], strict=False):
+    for before, line in pairwise(lines):
         starts = item.match(line) and not item.match(before) and not before.startswith(" ")
         starts = starts or (line.startswith("|") and not before.startswith("|"))
         assert not (starts and before.strip()), f"{name_of(page)}: {line[:60]}"
@@ -322,7 +329,7 @@ def test_the_page_of_commands_names_every_command_and_method() -> None:
         ("a.css", '@import "//a.example/x.css";', 1),
         ("a.css", "a { background: url(x.png) } /* https://a.example */", 0),
         ("a.js", 'import("https://a.example/x.js")', 1),
-        ("a.js", 'x = `https://${host}/x.json`', 1),
+        ("a.js", "x = `https://${host}/x.json`", 1),
         ("a.html", '<pre class="x mermaid">graph</pre>', 1),
         ("a.html", '<div data-md-component="source"></div>', 2),
         ("a.js", 'import("https://unpkg.com/mermaid@11")', 1),
