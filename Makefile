@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-quick check lint types wheel format clean
+.PHONY: help install demo test test-quick check lint types wheel docs format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -41,9 +41,13 @@ types: $(STAMP)
 wheel: $(STAMP)
 	scripts/check_wheel.sh $(BIN)/python
 
+docs: $(STAMP) ## the documentation as pages in build/site, without a warning or a load from another host
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python scripts/site_check.py build/site
+
 format: $(STAMP) ## rewrite the code the way `check` wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

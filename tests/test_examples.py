@@ -54,11 +54,3 @@ def test_every_preset_is_accepted_and_names_its_source(method: type) -> None:
     for preset in method.presets.values():  # type: ignore[attr-defined]
         method(**preset.method)
         assert re.search(r"arXiv|github", preset.source)
-
-
-def test_links_between_pages_lead_somewhere() -> None:
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
-    for page in pages:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
