@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from expunge.benchmark import build as benchmark
 from expunge.methods.adaptive_rmu import AdaptiveRMU
@@ -65,6 +67,25 @@ def test_the_demo_ends_with_four_scorecards(
     assert code == 2
     assert "--overwrite" in err
     assert run_cli("demo", output, "--quiet", "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_products_are_those_that_the_device_has(
+    native: bool,
+    dtype: str,
+    tiny_benchmark: Path,
+    run_cli: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = {"avx512_bf16": native, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    options = ("--methods", "libu", "--device", "cpu", "--quiet")
+    assert run_cli("demo", tmp_path / "demo", *options)[0] == 0
+    manifest = json.loads((tmp_path / "demo" / "libu" / "expunge.json").read_text())
+    assert manifest["settings"]["inputs"]["dtype"] == dtype
+    kept = load_file(tmp_path / "demo" / "libu" / "model.safetensors")
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
 
 
 def test_an_unknown_method_is_refused(run_cli: Cli) -> None:

@@ -16,7 +16,7 @@ from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.base import Context
 from expunge.methods.kl_minimization import KLMinimization
 from expunge.methods.rmu import RMU
-from expunge.methods.steering import candidate_layers, usual_layer
+from expunge.methods.steering import candidate_layers, row_weights, usual_layer
 from expunge.models.decoder import find_layout
 from expunge.training.loop import optimizer_of
 from expunge.training.unlearning import autocast_of
@@ -43,10 +43,15 @@ def test_three_named_projections_are_trained(family: str, make_context: Contexts
     assert sorted(trained) == sorted(expected)
 
 
-def test_the_loss_against_full_forward_passes_of_two_models(make_context: Contexts) -> None:
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
+def test_the_loss_against_full_forward_passes_of_two_models(
+    balance: float, make_context: Contexts
+) -> None:
     """The published way: a second, frozen model, hidden states from output_hidden_states."""
     context, frozen = make_context(), make_context().model
-    objective = AdaptiveRMU(layer=2, beta=5.0, alpha=7.0, forget_tokens="all").start(context)
+    objective = AdaptiveRMU(
+        layer=2, beta=5.0, alpha=7.0, forget_tokens="all", row_balance=balance
+    ).start(context)
     with torch.no_grad():
         for parameter in objective.parameters.values():
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
@@ -61,14 +66,15 @@ def test_the_loss_against_full_forward_passes_of_two_models(make_context: Contex
         )
         return outputs.hidden_states[3]  # entry 0 is the embedding
 
-    total, count = 0.0, 0
+    total = count = 0.0
     now, before = state(context.model, forget), state(frozen, forget)
     for row, task in enumerate(forget.tasks):
         for token in range(forget.input_ids.shape[1]):
             if forget.token_mask[row, token]:
                 target = 5.0 * before[row, token].norm() * objective.directions[task]
-                total += float((now[row, token] - target).square().mean())
-                count += 1
+                weight = float(forget.token_mask[row].sum()) ** -balance
+                total += weight * float((now[row, token] - target).square().mean().detach())
+                count += weight
     drift = (state(context.model, retain) - state(frozen, retain)).square().mean(-1)
     terms = objective.loss(forget, retain)
     assert terms.retain is not None
@@ -148,7 +154,7 @@ def test_both_optimizers_move_as_far_and_muon_moves_all_directions_alike(
         update, gradient = new.detach() - old, new.grad
         assert gradient is not None
         assert 0.005 < float(update.square().mean().sqrt()) < 0.015
-        u, values, v = torch.linalg.svd(gradient, full_matrices=False)
+        u, _, v = torch.linalg.svd(gradient, full_matrices=False)
         polar = -(u @ v)
         cosine = float((update * polar).sum() / (update.norm() * polar.norm()))
         spread = torch.linalg.svdvals(update)
@@ -159,10 +165,54 @@ def test_both_optimizers_move_as_far_and_muon_moves_all_directions_alike(
             assert float(spread.max() / spread[len(spread) // 2]) > 2
 
 
-def test_published_presets_keep_the_published_optimizer() -> None:
-    assert AdaptiveRMU().optimizer == "muon"
-    assert RMU().optimizer == "adamw"
-    assert {preset.method["optimizer"] for preset in AdaptiveRMU.presets.values()} == {"adamw"}
+def test_published_presets_keep_what_was_published() -> None:
+    for preset in AdaptiveRMU.presets.values():
+        settings = AdaptiveRMU(**preset.method)
+        assert (settings.optimizer, settings.row_balance, settings.random_rows) == ("adamw", 0, 0)
+    assert (RMU().optimizer, RMU().row_balance) == ("adamw", 0)
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.3, 1.0])
+def test_a_row_counts_its_size_to_the_power_of_one_less_the_balance(balance: float) -> None:
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 1, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
+    weights = row_weights(mask, balance)
+    assert not weights[~mask].any()
+    expected = torch.tensor([5.0, 2.0, 0.0]) ** (1 - balance)
+    expected[2] = 0
+    torch.testing.assert_close(weights.sum(1), expected)
+
+
+def test_micro_batches_weigh_rows_as_the_whole_batch_does(make_context: Contexts) -> None:
+    context = make_context()
+    objective = AdaptiveRMU(layer=3).start(context)
+    forget, _ = batches(context)
+    whole = objective.loss(forget, None).forget
+    parts = [forget.rows(0, 1), forget.rows(1, 3)]
+    sizes = [objective.forget_size(part) for part in parts]
+    assert sum(sizes) == pytest.approx(objective.forget_size(forget))
+    together = sum(
+        size * objective.loss(part, None).forget for size, part in zip(sizes, parts, strict=True)
+    ) / sum(sizes)
+    torch.testing.assert_close(whole, together)
+
+
+@pytest.mark.parametrize("balance", [-0.1, 1.1])
+def test_a_balance_out_of_range_is_refused(balance: float) -> None:
+    with pytest.raises(InputError, match=r"row_balance .*\[0, 1\]"):
+        AdaptiveRMU(row_balance=balance)
+
+
+def test_rows_of_any_length_are_pulled_alike_by_a_full_balance(make_context: Contexts) -> None:
+    """A question among documents: its share of the gradient does not fall with their length."""
+    context = make_context()
+    forget, _ = batches(context)
+
+    def share(balance: float) -> float:
+        objective = AdaptiveRMU(layer=3, row_balance=balance).start(context)
+        sizes = [objective.forget_size(forget.rows(i, i + 1)) for i in range(3)]
+        return min(sizes) / sum(sizes)
+
+    assert share(0.0) < share(0.5) < share(1.0) == pytest.approx(1 / 3)
 
 
 def test_rmu_has_one_fixed_target(make_context: Contexts) -> None:
@@ -171,6 +221,7 @@ def test_rmu_has_one_fixed_target(make_context: Contexts) -> None:
     forget, _ = batches(context)
     states = objective.hidden.now(forget)[0][forget.packed(forget.token_mask)]
     expected = (states - 4.0 * objective.direction).square().mean()
+    assert objective.forget_size(forget) == len(states)
     terms = objective.loss(forget, None)
     assert float(terms.total.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     assert terms.retain is None
@@ -239,7 +290,7 @@ def test_of_a_question_the_states_that_predict_the_answer_are_steered(
     context = make_context()
     question = dataclasses.replace(context.forget[0], kind="qa")
     forget = collate([question], [0], context.pad_id)
-    objective = AdaptiveRMU(layer=2, forget_tokens="content").start(context)
+    objective = AdaptiveRMU(layer=2, forget_tokens="content", row_balance=0).start(context)
     before = objective.hidden.before(forget)
     answer = [i for i, counted in enumerate(question.answer_mask) if counted]
     away = before.clone()

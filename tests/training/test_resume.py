@@ -229,7 +229,7 @@ def test_a_state_that_could_not_be_written_leaves_the_last_one_whole(tmp_path: P
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon])
-def test_an_optimizer_comes_back_as_it_was(kind: type[torch.optim.Optimizer]) -> None:
+def test_an_optimizer_comes_back_as_it_was(kind: Callable[..., torch.optim.Optimizer]) -> None:
     def made() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
         parameter = torch.nn.Parameter(torch.linspace(0, 1, 6).reshape(2, 3))
         return parameter, kind([parameter], lr=0.1)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from expunge.cli.compare import show
 from expunge.cli.console import progress_on_stderr
@@ -14,6 +17,7 @@ from expunge.evaluation.measuring import MeasureInputs, measure
 from expunge.evaluation.score_files import SCORES
 from expunge.methods.base import Method
 from expunge.methods.catalog import METHODS
+from expunge.models.loading import quick_dtype, resolve_device
 from expunge.reporting.material import ReportInputs
 from expunge.reporting.report import PAGE, write_report
 from expunge.training.options import TrainingOptions
@@ -37,6 +41,8 @@ class Demo:
     """Seed of the benchmark and of the runs."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Products of the runs; auto: bfloat16 where the device has them. The files stay in float32."""
     overwrite: bool = False
     """Replace the runs of an earlier demo."""
 
@@ -60,6 +66,9 @@ def main(arguments: Sequence[str]) -> int:
             f"--output {output}: holds {', '.join(taken)} of an earlier demo;"
             " choose another directory or give --overwrite"
         )
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = quick_dtype(torch.device(resolve_device(settings.device)).type)
     benchmark = BenchmarkSettings(seed=settings.seed)
     with progress_on_stderr(quiet=quiet) as progress:
         built = build(default_directory(benchmark), benchmark, progress.phase)
@@ -73,6 +82,7 @@ def main(arguments: Sequence[str]) -> int:
                 nonmembers=str(built.calibration),
                 output=str(output / name),
                 device=settings.device,
+                dtype=dtype,
                 overwrite=settings.overwrite,
             )
             method: Method = METHODS[name]()

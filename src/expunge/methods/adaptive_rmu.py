@@ -3,10 +3,11 @@
     L = mean_F || h_l(x) - beta * ||h_l_frozen(x)|| * u ||^2 / d
         + alpha * mean_R || h_l(x) - h_l_frozen(x) ||^2 / d
 
-over tokens, with h_l the output of decoder layer l (from 0), u a random unit direction and d the
-width. Only the MLP output projections of layers l-2, l-1 and l are trained. Dang et al., arXiv
-2408.06223; at SemEval-2025 Task 4 arXiv 2506.16548. The norm is the frozen model's own, per token:
-the SemEval code takes it from the updated model, whose norms then grow by up to beta an epoch.
+with h_l the output of decoder layer l (from 0), u a random unit direction and d the width. Means are
+over tokens, in forget rows weighted by their row's size ** -row_balance. Only the MLP output
+projections of layers l-2, l-1 and l are trained. Dang et al., arXiv 2408.06223; at SemEval-2025 Task
+4 arXiv 2506.16548. The norm is the frozen model's own, per token: the SemEval code takes it from the
+updated model, whose norms then grow by up to beta an epoch.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _SEMEVAL = "github.com/ArjunDosajh/Mr.Snuffleupagus-SemEval-2025-Task-4 (arXiv 2
 _PUBLISHED = {
     "direction_kind": "uniform",
     "forget_tokens": "all",
+    "row_balance": 0.0,
     "random_rows": 0,
     "calibration_gain": 0.0,
     "optimizer": "adamw",
@@ -47,7 +49,7 @@ class AdaptiveRMU(SteeringSettings):
 
     name: ClassVar[str] = "adaptive-rmu"
     defaults: ClassVar[RunDefaults] = RunDefaults(
-        epochs=50, batch_size=16, learning_rate=8e-3, schedule="cosine"
+        epochs=30, batch_size=16, learning_rate=8e-3, schedule="cosine"
     )
     presets: ClassVar[Mapping[str, Preset]] = {
         "semeval-7b": Preset(

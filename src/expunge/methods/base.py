@@ -133,10 +133,10 @@ class Objective(Protocol):
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """The loss of one step, differentiable in `parameters`."""
 
-    def forget_size(self, batch: Batch) -> int:
-        """What the forget term of a batch is a mean over: its counted tokens, or its rows."""
+    def forget_size(self, batch: Batch) -> float:
+        """What the forget term of a batch is a mean over: its counted tokens, rows or weights."""
 
-    def retain_size(self, batch: Batch) -> int:
+    def retain_size(self, batch: Batch) -> float:
         """The same of the retain term."""
 
     def curvature(self, batch: Batch) -> list[torch.Tensor]:

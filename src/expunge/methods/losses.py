@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from expunge.methods.numerics import masked_mean
+from expunge.methods.numerics import masked_mean, weighted_mean
 
 
 def cross_entropy(log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -77,14 +77,14 @@ def simnpo(mean_log_prob: torch.Tensor, beta: float, gamma: float) -> torch.Tens
     return -2 / beta * functional.logsigmoid(-beta * mean_log_prob.float() - gamma).mean()
 
 
-def steer(hidden: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of the squared distance to `target`, divided by the width.
+def steer(hidden: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted mean over tokens of the squared distance to `target`, divided by the width.
 
-    hidden and target (tokens, width), mask (tokens,). Li et al., arXiv 2403.03218, eq. 1 and 2: with
-    the control vector as target it is the forget term, with the frozen model's hidden state the
-    retain term.
+    hidden and target (tokens, width), weights (tokens,), 0 for tokens that do not count. Li et al.,
+    arXiv 2403.03218, eq. 1 and 2: with the control vector as target it is the forget term, with the
+    frozen model's hidden state the retain term.
     """
-    return masked_mean((hidden.float() - target.float()).square().mean(-1), mask)
+    return weighted_mean((hidden.float() - target.float()).square().mean(-1), weights)
 
 
 def adaptive_target(norms: torch.Tensor, directions: torch.Tensor, beta: float) -> torch.Tensor:

@@ -37,8 +37,16 @@ def token_log_probs(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tens
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of the values under the mask, a scalar; 0 where the mask is empty. Shapes are equal."""
-    values = values.float()
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+    return weighted_mean(values, mask.float())
+
+
+def weighted_mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """sum(w x) / sum(w), a scalar; 0 where all weights are 0. Shapes are equal.
+
+    A weight is 0, which leaves out whatever the value is, or the weights' sum is at least 1.
+    """
+    values = torch.where(weights > 0, values.float(), 0.0)
+    return (weights * values).sum() / weights.sum().clamp(min=1)
 
 
 def row_sums(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -27,6 +27,8 @@ class RMU(SteeringSettings):
     forget_tokens: Tokens = "all"
     """Which tokens' states are steered in forget rows: all of them, or those that predict a counted
     token."""
+    row_balance: float = 0.0
+    """From 0, every token of the forget rows counts alike as published, to 1, every row does."""
     random_rows: int = 0
     """Rows of random tokens that are held as retain rows are, beside what was published."""
     calibration_gain: float = 0.0

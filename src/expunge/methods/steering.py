@@ -54,6 +54,9 @@ class SteeringSettings:
     forget_tokens: Tokens = "content"
     """Which tokens' states are steered in forget rows: all of them, or those that predict a counted
     token."""
+    row_balance: float = 0.5
+    """From 0, every token of the forget rows counts alike as published, to 1, every row does. A question
+    has few tokens to steer and is left alone among documents where all tokens count alike."""
     random_rows: int = 128
     """Rows of random tokens that are held as retain rows are. They stand for all text that no set
     lists: without them utility moves by chance."""
@@ -71,6 +74,8 @@ class SteeringSettings:
             raise InputError(
                 f"--method.calibration_gain {self.calibration_gain}: must be 0 or more"
             )
+        if not 0 <= self.row_balance <= 1:
+            raise InputError(f"--method.row_balance {self.row_balance}: must be in [0, 1]")
         if self.random_rows < 0:
             raise InputError(f"--method.random_rows {self.random_rows}: must be 0 or more")
         if self.alpha < 0:
@@ -175,7 +180,7 @@ class SteeringObjective:
         self.optimizer = _OPTIMIZERS[settings.optimizer]
         self._alpha = settings.alpha
         self._tokens, self._forget_tokens = settings.tokens, settings.forget_tokens
-        self._gain = settings.calibration_gain
+        self._gain, self._balance = settings.calibration_gain, settings.row_balance
         self._strengths: dict[str, float] = {}
         self._dtype = context.model.dtype
         first, self.layer = settings.trained_layers(context.layout)
@@ -190,24 +195,28 @@ class SteeringObjective:
         """Both terms for a target of the forget states; the retain term carries its weight."""
         if retain is None or self._alpha == 0:
             (states,) = self.hidden.now(forget)
-            return Terms(steer(states, target, forget.packed(self._forgotten(forget))), None)
+            return Terms(steer(states, target, forget.packed(self._weights(forget))), None)
         states, retain_states = self.hidden.now(forget, retain)
-        forget_term = steer(states, target, forget.packed(self._forgotten(forget)))
-        before, held = self.hidden.before(retain), retain.packed(self._held(retain))
+        forget_term = steer(states, target, forget.packed(self._weights(forget)))
+        before, held = self.hidden.before(retain), retain.packed(self._held(retain).float())
         return Terms(forget_term, self._alpha * steer(retain_states, before, held))
 
     def _forgotten(self, batch: Batch) -> torch.Tensor:
         return _states_of(batch, self._forget_tokens)
 
+    def _weights(self, batch: Batch) -> torch.Tensor:
+        """What each token of a forget batch counts, (rows, tokens): its row's size ** -balance."""
+        return row_weights(self._forgotten(batch), self._balance)
+
     def _held(self, batch: Batch) -> torch.Tensor:
         return _states_of(batch, self._tokens)
 
-    def forget_size(self, batch: Batch) -> int:
-        """Both terms are means over tokens."""
-        return int(self._forgotten(batch).sum())
+    def forget_size(self, batch: Batch) -> float:
+        """A weighted mean over tokens."""
+        return float(self._weights(batch).sum())
 
     def retain_size(self, batch: Batch) -> int:
-        """Both terms are means over tokens."""
+        """A mean over tokens."""
         return int(self._held(batch).sum())
 
     def notes(self) -> Mapping[str, Any]:
@@ -262,6 +271,15 @@ class SteeringObjective:
             parameter.requires_grad_(False)
             parameter.data = parameter.data.to(self._dtype)
         return Finished(weights)
+
+
+def row_weights(mask: torch.Tensor, balance: float) -> torch.Tensor:
+    """Weights of the masked tokens, (rows, tokens): n ** -balance in a row of n, 0 elsewhere.
+
+    A row then counts n ** (1 - balance): all tokens alike for 0, all rows alike for 1.
+    """
+    sizes = mask.sum(dim=1, keepdim=True).clamp(min=1).float()
+    return torch.where(mask, sizes**-balance, 0.0)
 
 
 def _states_of(batch: Batch, tokens: Tokens) -> torch.Tensor:

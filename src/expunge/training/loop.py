@@ -412,7 +412,7 @@ def optimizer_of(objective: Objective, learning_rate: float) -> torch.optim.Opti
     return torch.optim.AdamW(parameters, lr=learning_rate, **spec.options)
 
 
-def _parts(batch: Batch, count: int, size: Callable[[Batch], int]) -> list[tuple[Batch, float]]:
+def _parts(batch: Batch, count: int, size: Callable[[Batch], float]) -> list[tuple[Batch, float]]:
     """The batch cut into `count` parts, each with its share of what a mean over it is taken over.
 
     A batch of fewer rows than parts gives rows of share 0, for a loss must be given one.
