@@ -16,7 +16,7 @@ from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.base import Context
 from expunge.methods.kl_minimization import KLMinimization
 from expunge.methods.rmu import RMU
-from expunge.methods.steering import candidate_layers, row_weights, usual_layer
+from expunge.methods.steering import candidate_layers, row_weights, usual_layer, with_noise
 from expunge.models.decoder import find_layout
 from expunge.training.loop import optimizer_of
 from expunge.training.unlearning import autocast_of
@@ -194,6 +194,45 @@ def test_micro_batches_weigh_rows_as_the_whole_batch_does(make_context: Contexts
         size * objective.loss(part, None).forget for size, part in zip(sizes, parts, strict=True)
     ) / sum(sizes)
     torch.testing.assert_close(whole, together)
+
+
+def test_noise_is_of_the_asked_length_and_follows_the_row_and_the_step(
+    make_context: Contexts,
+) -> None:
+    context = make_context()
+    objective = AdaptiveRMU(layer=3).start(context)
+    _, retain = batches(context)
+    states = objective.hidden.before(retain)
+
+    def noise(batch: Batch, held: torch.Tensor, step: int) -> torch.Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(step)
+            return with_noise(held, batch, 0.3) - held
+
+    found = noise(retain, states, 1)
+    lengths = found.norm(dim=-1) / states.norm(dim=-1)
+    assert float(lengths.mean()) == pytest.approx(0.3, rel=0.05)
+    assert torch.equal(found, noise(retain, states, 1))
+    assert not torch.equal(found, noise(retain, states, 2))
+    first = retain.lengths[0]
+    alone = noise(retain.rows(0, 1), states[:first], 1)
+    torch.testing.assert_close(alone, found[:first])
+
+
+def test_noise_enters_the_retain_term_alone(make_context: Contexts) -> None:
+    """At the start nothing has drifted: the term is alpha (share ||h||)^2 / d on average."""
+    context = make_context()
+    forget, retain = batches(context)
+    plain = AdaptiveRMU(layer=3).start(context)
+    noisy = AdaptiveRMU(layer=3, retain_noise=0.5).start(context)
+    quiet, loud = (objective.loss(forget, retain) for objective in (plain, noisy))
+    assert quiet.retain is not None
+    assert loud.retain is not None
+    assert torch.equal(quiet.forget, loud.forget)
+    assert float(quiet.retain.detach()) == pytest.approx(0, abs=1e-6)
+    norms = plain.hidden.before(retain)[retain.packed(retain.token_mask)].square().mean()
+    expected = 40.0 * 0.25 * float(norms)
+    assert float(loud.retain.detach()) == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("balance", [-0.1, 1.1])

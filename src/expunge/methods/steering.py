@@ -7,6 +7,7 @@ states are flat, (tokens, width): rows one after the other without padding.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -57,6 +58,10 @@ class SteeringSettings:
     row_balance: float = 0.5
     """From 0, every token of the forget rows counts alike as published, to 1, every row does. A question
     has few tokens to steer and is left alone among documents where all tokens count alike."""
+    retain_noise: float = 0.0
+    """Random noise augmentation: Gaussian noise on the frozen states that retain rows are held to, its
+    length in units of the state's own (arXiv 2501.19202). It is meant to make a forget token in other
+    text do less harm; the audit's attack `trigger` measures that."""
     random_rows: int = 128
     """Rows of random tokens that are held as retain rows are. They stand for all text that no set
     lists: without them utility moves by chance."""
@@ -78,6 +83,8 @@ class SteeringSettings:
             raise InputError(f"--method.row_balance {self.row_balance}: must be in [0, 1]")
         if self.random_rows < 0:
             raise InputError(f"--method.random_rows {self.random_rows}: must be 0 or more")
+        if self.retain_noise < 0:
+            raise InputError(f"--method.retain_noise {self.retain_noise}: must be 0 or more")
         if self.alpha < 0:
             raise InputError(f"--method.alpha {self.alpha}: must be 0 or more")
 
@@ -180,6 +187,7 @@ class SteeringObjective:
         self.optimizer = _OPTIMIZERS[settings.optimizer]
         self._alpha = settings.alpha
         self._tokens, self._forget_tokens = settings.tokens, settings.forget_tokens
+        self._noise = settings.retain_noise
         self._gain, self._balance = settings.calibration_gain, settings.row_balance
         self._strengths: dict[str, float] = {}
         self._dtype = context.model.dtype
@@ -199,6 +207,8 @@ class SteeringObjective:
         states, retain_states = self.hidden.now(forget, retain)
         forget_term = steer(states, target, forget.packed(self._weights(forget)))
         before, held = self.hidden.before(retain), retain.packed(self._held(retain).float())
+        if self._noise:
+            before = with_noise(before, retain, self._noise)
         return Terms(forget_term, self._alpha * steer(retain_states, before, held))
 
     def _forgotten(self, batch: Batch) -> torch.Tensor:
@@ -271,6 +281,22 @@ class SteeringObjective:
             parameter.requires_grad_(False)
             parameter.data = parameter.data.to(self._dtype)
         return Finished(weights)
+
+
+def with_noise(states: torch.Tensor, batch: Batch, share: float) -> torch.Tensor:
+    """h + share * ||h|| * e with e of unit length on average, for every token: (tokens, width).
+
+    Drawn for each row from the step's seed and the row's id, so that a row gets the same noise
+    whatever it is batched with and in whichever process.
+    """
+    seed, width = torch.initial_seed(), states.shape[-1]
+    drawn = []
+    for row, length in zip(batch.row_ids, batch.lengths, strict=True):
+        generator = torch.Generator().manual_seed((seed + zlib.crc32(row.encode())) % 2**63)
+        drawn.append(torch.randn(length, width, generator=generator))
+    noise = torch.cat(drawn).to(states.device) / width**0.5
+    values = states.float()
+    return values + share * values.norm(dim=-1, keepdim=True) * noise
 
 
 def row_weights(mask: torch.Tensor, balance: float) -> torch.Tensor:
