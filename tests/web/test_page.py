@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import os
+import re
 import shutil
 import threading
 import time
@@ -182,13 +184,12 @@ def texts(forget_rows: list[dict[str, str]], retain_rows: list[dict[str, str]]) 
 
 
 def found(texts: list[str], where: str) -> list[str]:
-    """The texts that are there, as they are, in JSON or in HTML."""
-    import html
-    import json
-
-    forms = (str, html.escape, lambda text: json.dumps(text)[1:-1],
-             lambda text: json.dumps(html.escape(text))[1:-1])  # fmt: skip
-    return [text for text in texts for form in forms if form(text) in where]
+    """The texts that are there, as they are or as JSON, HTML or both write them."""
+    plain = re.sub(r"\\u([0-9a-f]{4})", lambda match: chr(int(match[1], 16)), where)
+    plain = plain.replace('\\"', '"').replace("\\n", "\n")
+    once = html.unescape(plain)
+    forms = (where, plain, once, html.unescape(once))  # the report's frame holds HTML in HTML
+    return [text for text in texts if any(text in form for form in forms)]
 
 
 def test_both_answers_are_those_of_the_librarys_greedy_decoding(
@@ -241,6 +242,31 @@ def test_answers_appear_while_they_are_written(visit: Visit, masked: str, pair: 
     assert any("stopped" in state for state in states), states
     assert 1 <= page.locator("[data-side=target] .x-token").count() <= steps
     assert page.locator("[data-side] .x-token").count() <= steps
+
+
+def test_nobody_reads_so_nothing_is_written_on(visit: Visit, masked: str, pair: Any) -> None:
+    page = visit.open(masked)
+    steps: list[float] = []
+
+    def endless(side: Any, tokens: Any) -> Any:
+        from expunge.web.asking import Token
+
+        time.sleep(0.1)
+        steps.append(time.monotonic())
+        return Token(5, 0.5)
+
+    pair._next = endless
+    try:
+        page.fill("#x-prompt textarea", "Ada")
+        page.click("#x-ask")
+        page.wait_for_selector("[data-side=target] .x-token")
+        page.close()
+        until = time.monotonic() + 15
+        while time.monotonic() - steps[-1] < 1:
+            assert time.monotonic() < until, "it is still writing"
+            time.sleep(0.2)
+    finally:
+        del pair._next
 
 
 def test_a_masked_page_never_holds_text_of_a_row(

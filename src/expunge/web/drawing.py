@@ -169,8 +169,8 @@ def row_lines(
     after: Mapping[tuple[str, str], Record],
 ) -> tuple[list[str], list[list[Any]]]:
     """Headings and lines of the table of rows. No text of a row is in it."""
-    heads = ["row", "set", "task", "kind", "input, characters", "output, characters"]
-    known = [("target's score", before), ("unlearned's score", after)]
+    heads = ["row", "set", "task", "kind", "input chars", "output chars"]
+    known = [("target score", before), ("unlearned score", after)]
     known = [(name, records) for name, records in known if records]
     lines: list[list[Any]] = []
     for split, each in rows.items():
