@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -31,7 +30,7 @@ def ask(
     async def send(message: Any) -> None:
         messages.append(message)
 
-    async def receive() -> Mapping[str, Any]:
+    async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": b""}
 
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import HOSTILE, refusal, write_jsonl
 from expunge.models import loading
-from expunge.web import inputs, serving
+from expunge.web import serving
 from expunge.web.inputs import (
     PASSWORD,
     ServeInputs,
@@ -200,7 +200,7 @@ def test_a_port_in_use_is_found_before_a_model_is_loaded(
 def test_without_gradio_the_mend_is_named(
     served: dict[str, Path], run_cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("expunge.web.inputs.importlib.util.find_spec", lambda _: None)
     code, out, err = run_cli("serve", served["run"], "--quiet")
     assert (code, out) == (2, "")
     assert err == (

@@ -6,6 +6,7 @@ import html
 import os
 import re
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -58,6 +59,10 @@ def pair(checked: Any) -> Any:
     return load(checked)
 
 
+LOOKED_UP: set[str] = set()
+"""Every host that this process, the page's server in it, asked the address of."""
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where everything that Gradio might write would lie."""
@@ -65,6 +70,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(directory))
         patch.setattr("tempfile.tempdir", str(directory))
+        real = socket.getaddrinfo
+
+        def watched(host: Any, *rest: Any, **more: Any) -> Any:
+            LOOKED_UP.add(str(host))
+            return real(host, *rest, **more)
+
+        patch.setattr(socket, "getaddrinfo", watched)
         yield directory
 
 
@@ -530,3 +542,8 @@ def test_nothing_was_written(written: Path, texts: list[str], served: dict[str, 
     assert os.environ["GRADIO_TEMP_DIR"] == str(written)
     assert {path.name for path in served["run"].iterdir()} >= {"expunge.json", "scores.json"}
     none_in(texts, served["run"])
+
+
+def test_the_server_asked_for_no_other_host() -> None:
+    """Stands last too: no news of versions, no report of use."""
+    assert LOOKED_UP == {"127.0.0.1"}

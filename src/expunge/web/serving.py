@@ -79,8 +79,9 @@ def server_of(checked: Checked, pair: Pair) -> uvicorn.Server:
         build(checked, pair),
         path="/",
         auth=None if checked.password is None else _door(checked.password),
-        auth_message="The password is the one that expunge serve was started with. The user name"
-        " does not matter: write any.",
+        # Gradio's form sends nothing, and says nothing, while the user name is empty.
+        auth_message="Fill in both fields: <strong>any</strong> user name, and the password that"
+        " expunge serve was started with.",
         show_error=False,
         ssr_mode=False,
         enable_monitoring=False,
