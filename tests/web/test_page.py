@@ -25,9 +25,7 @@ from expunge.data.tokenization import TextPolicy, prompt_ids
 from expunge.evaluation.generation import generate
 
 pytest.importorskip("gradio", reason="is in the extra web")
-pytest.importorskip("playwright", reason="is in the extra dev")
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 PASSWORD = "correct horse <b>battery"
 WAIT = 20_000
 """Milliseconds that anything on the page may take; a machine under test is slow."""
@@ -59,7 +57,7 @@ def pair(checked: Any) -> Any:
     return load(checked)
 
 
-LOOKED_UP: set[str] = set()
+looked_up: set[str] = set()
 """Every host that this process, the page's server in it, asked the address of."""
 
 
@@ -73,7 +71,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         real = socket.getaddrinfo
 
         def watched(host: Any, *rest: Any, **more: Any) -> Any:
-            LOOKED_UP.add(str(host))
+            looked_up.add(str(host))
             return real(host, *rest, **more)
 
         patch.setattr(socket, "getaddrinfo", watched)
@@ -125,6 +123,9 @@ def locked(checked: Any, pair: Any, written: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    pytest.importorskip("playwright", reason="is in the extra dev")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -544,6 +545,6 @@ def test_nothing_was_written(written: Path, texts: list[str], served: dict[str, 
     none_in(texts, served["run"])
 
 
-def test_the_server_asked_for_no_other_host() -> None:
+def test_the_server_asked_for_no_other_host(written: Path) -> None:
     """Stands last too: no news of versions, no report of use."""
-    assert LOOKED_UP == {"127.0.0.1"}
+    assert looked_up == {"127.0.0.1"}
