@@ -356,6 +356,50 @@ def ruined_dir(memorised_dir: Path, saved: Callable[[str, Any], Path]) -> Path:
     return saved("ruined", model)
 
 
+# Around the page and what it shows of a run.
+
+HOSTILE = {
+    "id": "<script>window.hit=1</script>",
+    "input": 'A <img src=x onerror="window.hit=2"> ${window.hit=3} {{value}} was born in',
+    "output": '<b>bold</b> & <script>window.hit=4</script> quoted "Oslo"',
+    "task": "<i>Task3</i>",
+}
+"""A row that runs as a script wherever it is taken for markup."""
+
+
+@pytest.fixture(scope="session")
+def served(
+    tmp_path_factory: pytest.TempPathFactory,
+    memorised_dir: Path,
+    forget_rows: list[dict[str, str]],
+    retain_rows: list[dict[str, str]],
+) -> dict[str, Path]:
+    """A finished run with scores and records, its row files, and scores of its target."""
+    from expunge.cli.main import main
+
+    directory = tmp_path_factory.mktemp("served")
+    files = {
+        "run": directory / "out <b>run",
+        "target": directory / "target.json",
+        "before": directory / "before.jsonl",
+        "forget": write_jsonl(directory / "forget.jsonl", [*forget_rows, HOSTILE]),
+        "retain": write_jsonl(directory / "retain.jsonl", retain_rows),
+    }
+    rows = ["--forget", str(files["forget"]), "--retain", str(files["retain"]), "--quiet"]
+    out = files["run"]
+    method = ["--method", "gradient-difference", "--epochs", "6", "--learning-rate", "3e-3"]
+    commands = [
+        ["run", str(memorised_dir), "--output", str(out), *method, "--select", "last", *rows],
+        ["evaluate", str(out), "--output", str(out / "scores.json"), "--records",
+         str(out / "records.jsonl"), *rows],
+        ["evaluate", str(memorised_dir), "--output", str(files["target"]), "--records",
+         str(files["before"]), *rows],
+    ]  # fmt: skip
+    for command in commands:
+        assert main(command) == 0, command[0]
+    return files
+
+
 # Around the ledger of erasure requests.
 
 

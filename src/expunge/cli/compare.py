@@ -6,16 +6,15 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 
 from expunge.cli.options import parse, take_flag
 from expunge.errors import InputError
 from expunge.evaluation.findings import findings
-from expunge.evaluation.score_files import SCORES, read_scores
+from expunge.evaluation.score_files import read_scores
 from expunge.evaluation.scorecard import Scorecard
-from expunge.reporting.tables import markdown_table, scorecard_table
+from expunge.reporting.tables import label_of, markdown_table, scorecard_table
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     if settings.oracle is not None:
         cards["oracle"] = read_scores(settings.oracle)
     for run in settings.runs:
-        cards[_label(run, cards)] = read_scores(run)
+        cards[label_of(run, cards)] = read_scores(run)
     show(cards, as_json=settings.json, as_markdown=settings.markdown)
     return 0
 
@@ -74,14 +73,3 @@ def show(cards: dict[str, Scorecard], *, as_json: bool = False, as_markdown: boo
             continue
         for finding in findings(card, cards.get("target")):
             console.print(f"{name}: {finding}", markup=False, highlight=False)
-
-
-def _label(run: str, taken: dict[str, Scorecard]) -> str:
-    path = Path(run)
-    name = path.parent.name if path.suffix == ".json" and path.name == SCORES else path.stem
-    label = name or run
-    number = 2
-    while label in taken:
-        label = f"{name} ({number})"
-        number += 1
-    return label

@@ -23,6 +23,7 @@ COMMANDS = {
     "audit": ("expunge.cli.audit", "attack an unlearned model: does forgotten content come back?"),
     "compare": ("expunge.cli.compare", "print the scorecards of several runs side by side"),
     "report": ("expunge.cli.report", "write what a run did and reached: a page, Markdown, JSON"),
+    "serve": ("expunge.cli.serve", "show a page: target and unlearned model side by side"),
     "data": ("expunge.cli.data", "check rows and show how they are tokenised (data inspect)"),
     "sweep": ("expunge.cli.sweep", "search over options of a run; resumable, with many workers"),
     "requests": (

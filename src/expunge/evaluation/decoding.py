@@ -125,6 +125,22 @@ def decode(
                 yield row.index, row.new
 
 
+def stream(
+    model: PreTrainedModel, request: Request, ends: Collection[int], choose: Choice
+) -> Iterator[int]:
+    """One row's new tokens as they are decided, with the end that stops it: those of `decode`."""
+    row = _Row(0, request)
+    ((_, past),) = _read(model, [row], ends, choose)
+    yield from row.new
+    if past is None:
+        return
+    pool = _Pool(model, ends, choose)
+    pool.join([(row, past)])
+    while pool.rows:
+        pool.step()
+        yield row.new[-1]
+
+
 def _length(request: Request) -> int:
     return len(request.prompt) + len(request.draft)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from expunge.evaluation.score_files import SCORES
 from expunge.evaluation.scorecard import KIND_NAMES, Cells, Scorecard
 
 if TYPE_CHECKING:
@@ -18,6 +20,18 @@ _TOTALS = (
     ("utility (guessing: 0.25)", "utility", "0-1", HIGH),
     ("final score", "final_score", "0-1", HIGH),
 )
+
+
+def label_of(run: str, taken: Mapping[str, object]) -> str:
+    """What the column of a run directory or a scores.json is called, unlike those that are `taken`."""
+    path = Path(run)
+    name = path.parent.name if path.suffix == ".json" and path.name == SCORES else path.stem
+    label = name or run
+    number = 2
+    while label in taken:
+        label = f"{name} ({number})"
+        number += 1
+    return label
 
 
 def scorecard_rows(cards: Mapping[str, Scorecard]) -> list[list[str]]:

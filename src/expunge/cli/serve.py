@@ -1,0 +1,48 @@
+"""`expunge serve`: a page with target and unlearned model side by side."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from expunge.cli.console import progress_on_stderr
+from expunge.cli.options import parse, take_flag
+from expunge.errors import InputError
+from expunge.web.inputs import ServeInputs
+from expunge.web.serving import serve
+
+
+@dataclass(frozen=True)
+class Serve(ServeInputs):
+    """expunge serve RUN [--forget F --retain R] [--reveal] [--compare RUN2 ...] [--port P]
+
+    Shows a page on this machine: both models asked side by side, with the probability of every token;
+    the rows, their text masked; the report; other runs beside this one. Prints its address and runs
+    until Ctrl-C. Needs no network. --quiet shows no progress.
+    """
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses, checks, serves."""
+    arguments, quiet = take_flag(list(arguments), "--quiet")
+    settings = parse(Serve, arguments, "expunge serve", "run")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("serve: runs in one process; start it without accelerate launch")
+    serving = False
+
+    def ready(url: str, locked: bool) -> None:
+        nonlocal serving
+        serving = True
+        who = "asks for the password" if locked else "open to everyone on this machine"
+        sys.stdout.write(f"{url} ({who}; Ctrl-C stops it)\n")
+        sys.stdout.flush()
+
+    try:
+        with progress_on_stderr(quiet=quiet) as progress:
+            serve(settings, ready, progress.phase)
+    except KeyboardInterrupt:
+        if not serving:
+            raise
+    return 0

@@ -1,0 +1,271 @@
+"""What `expunge serve` is told, and everything that can be refused before a model is loaded."""
+
+from __future__ import annotations
+
+import hmac
+import importlib.util
+import ipaddress
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from expunge.data.rows import RowSet
+from expunge.errors import InputError
+from expunge.evaluation.score_files import read_scores
+from expunge.evaluation.scorecard import Scorecard, check_material
+from expunge.models.loading import CheckedModel, Dtype, check_model, resolve_device, text_policy
+from expunge.reporting.material import Material, ReportInputs, gather
+from expunge.reporting.tables import label_of
+from expunge.web.records import Record, read_records
+
+PASSWORD = "EXPUNGE_PASSWORD"
+"""The environment variable that may hold the password."""
+INSTALL = "pip install 'expunge[web]'"
+RECORDS = "records.jsonl"
+"""The records of the unlearned model, in a run directory."""
+_LEAST_PASSWORD = 8
+
+
+@dataclass(frozen=True)
+class ServeInputs:
+    """Which run is shown, with which files beside it, where and to whom."""
+
+    run: str
+    """The run directory: what expunge run wrote."""
+    target: str | None = None
+    """The target model where it has moved; null: the one that the run names."""
+    forget: str | None = None
+    """The run's forget set, to browse its rows."""
+    retain: str | None = None
+    """The run's retain set, to browse its rows."""
+    scores: tuple[str, ...] = ()
+    """Scores before and after, as expunge report takes them. None: those beside or in RUN."""
+    oracle_scores: str | None = None
+    """Scores of a model trained without the forget set."""
+    audit: str | None = None
+    """The audit; null: RUN/audit.json where there is one."""
+    records: tuple[str, ...] = ()
+    """Records of expunge evaluate --records, before and after; one alone is that after. None:
+    RUN/records.jsonl where there is one."""
+    compare: tuple[str, ...] = ()
+    """Other runs, or their scores.json, to stand beside this one."""
+    reveal: bool = False
+    """Show the text of the rows to everyone who opens the page."""
+    host: str = "127.0.0.1"
+    """Address to listen on; one that other machines reach needs a password."""
+    port: int = 7860
+    """Port to listen on; 0 takes any free one."""
+    password_file: str | None = None
+    """File whose first line is the password; null: the environment variable EXPUNGE_PASSWORD. Other
+    users of the machine can read a command line, so it takes no password."""
+    dtype: Dtype = "float32"
+    """Dtype that both models are loaded and run in."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    chat_template: bool | None = None
+    """Render prompts with the tokenizer's chat template; null: as the run did."""
+    trust_remote_code: bool = False
+    """Run code that the models' directories bring along."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise InputError(f"--port {self.port}: must be from 0 to 65535")
+        if len(self.records) > 2:
+            raise InputError("--records: takes two files, those before and after")
+        if len(self.scores) > 2:
+            raise InputError("--scores: takes two files, BEFORE AFTER; others go to --compare")
+        if self.records and self.forget is None and self.retain is None:
+            raise InputError("--records: are shown beside the rows; give --forget FILE")
+        if self.reveal and self.forget is None:
+            raise InputError("--reveal: shows the text of the rows; give --forget FILE")
+
+
+@dataclass(frozen=True, repr=False)
+class Checked:
+    """Everything that was read and found right; no weights yet."""
+
+    inputs: ServeInputs
+    material: Material
+    target: CheckedModel
+    unlearned: CheckedModel
+    device: str
+    chat_template: bool
+    before: Mapping[tuple[str, str], Record]
+    """The target's record of each row by (split, id); empty where none were given."""
+    after: Mapping[tuple[str, str], Record]
+    cards: Mapping[str, Scorecard]
+    """Scorecards to compare, by the name of their column."""
+    password: str | None = field(repr=False)
+
+    @property
+    def rows(self) -> Mapping[str, RowSet]:
+        """Forget and retain set, where given."""
+        return self.material.rows
+
+
+def check(inputs: ServeInputs) -> Checked:
+    """Reads and checks everything. Raises InputError that names the file, option and mend."""
+    # Gradio draws the page, uvicorn and FastAPI come with it.
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError(f"serve: needs gradio, which is not installed; {INSTALL}")
+    password = read_password(inputs)
+    material = gather(
+        ReportInputs(
+            inputs.run,
+            scores=inputs.scores,
+            oracle_scores=inputs.oracle_scores,
+            audit=inputs.audit,
+            forget=inputs.forget,
+            retain=inputs.retain,
+            reveal=inputs.reveal,
+        )
+    )
+    device = resolve_device(inputs.device)
+    target, unlearned = _models(inputs, material.manifest)
+    template = inputs.chat_template
+    if template is None:
+        template = _text_of(material.manifest).get("chat_template") is True
+    if material.rows:
+        policy = text_policy(unlearned, chat_template=template, long_rows="window")
+        some = list(material.rows.values())
+        check_material(
+            unlearned.tokenizer, some[0], some[1] if some[1:] else None, None, None, None, policy
+        )
+    elif template and not unlearned.tokenizer.chat_template:
+        raise InputError(
+            f"--chat-template: the tokenizer of {unlearned.name} has none; leave the option out"
+        )
+    before, after = _records(inputs, material.rows)
+    return Checked(
+        inputs=inputs,
+        material=material,
+        target=target,
+        unlearned=unlearned,
+        device=device,
+        chat_template=template,
+        before=before,
+        after=after,
+        cards=_cards(inputs.compare, material),
+        password=password,
+    )
+
+
+def read_password(inputs: ServeInputs) -> str | None:
+    """The password, or None. Raises InputError for one that is missing, empty or too short to help."""
+    password, source = os.environ.get(PASSWORD), PASSWORD
+    if inputs.password_file is not None:
+        source = f"--password-file {inputs.password_file}"
+        try:
+            lines = Path(inputs.password_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "is not UTF-8"
+            raise InputError(f"{source}: {why}; name a file that holds the password") from None
+        password = lines[0] if lines else ""
+    if password is not None and not password.strip():
+        raise InputError(f"{source}: is empty; write the password there")
+    if is_loopback(inputs.host):
+        return password
+    if password is None:
+        raise InputError(
+            f"--host {inputs.host}: other machines could reach the page; give --password-file FILE,"
+            f" or set {PASSWORD}"
+        )
+    if len(password) < _LEAST_PASSWORD:
+        raise InputError(
+            f"{source}: has {len(password)} characters; a page that other machines reach needs"
+            f" {_LEAST_PASSWORD} or more"
+        )
+    return password
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def same_password(given: str, expected: str) -> bool:
+    """Compares in a time that tells nothing of where they differ."""
+    return hmac.compare_digest(given.encode(), expected.encode())
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens there, so that a port in use is found before a model is loaded."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError:
+        raise InputError(f"--host {host}: is no address of this machine; use 127.0.0.1") from None
+    opened = socket.socket(family, socket.SOCK_STREAM)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        opened.bind(address)
+    except OSError as error:
+        opened.close()
+        raise InputError(
+            f"--host {host} --port {port}: cannot listen there ({error.strerror}); choose another"
+            " port, or 0 for any free one"
+        ) from None
+    opened.listen(128)
+    return opened
+
+
+def _models(inputs: ServeInputs, manifest: Mapping[str, Any]) -> tuple[CheckedModel, CheckedModel]:
+    """Target and unlearned model. Raises InputError where the target is not that of the run."""
+    trust = inputs.trust_remote_code
+    unlearned = check_model(inputs.run, trust_remote_code=trust)
+    named = inputs.target or manifest["settings"]["inputs"]["model"]
+    try:
+        target = check_model(named, trust_remote_code=trust)
+    except InputError as error:
+        if inputs.target is not None:
+            raise
+        raise InputError(
+            f"{error} (the run names it as its target; where it has moved, give --target DIR)"
+        ) from None
+    digests = target.files.sha256()
+    recorded = manifest["model_sha256"]
+    other = [
+        name
+        for name, digest in digests.items()
+        if name.endswith(".safetensors") and recorded.get(name) != digest
+    ]
+    if other:
+        raise InputError(
+            f"--target {named}: {other[0]} is not that of the run's target (its SHA-256 differs from"
+            " the one in expunge.json); name the model that the run started from"
+        )
+    if target.tokenizer.get_vocab() != unlearned.tokenizer.get_vocab():
+        raise InputError(f"--target {named}: its tokenizer is not that of {inputs.run}")
+    return target, unlearned
+
+
+def _text_of(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = manifest["settings"]["training"].get("text")
+    return text if isinstance(text, dict) else {}
+
+
+def _records(
+    inputs: ServeInputs, rows: Mapping[str, RowSet]
+) -> tuple[Mapping[tuple[str, str], Record], Mapping[tuple[str, str], Record]]:
+    given: Sequence[str] = inputs.records
+    usual = Path(inputs.run) / RECORDS
+    if not given and rows and usual.is_file():
+        given = (str(usual),)
+    read = [read_records(path, rows) for path in given]
+    if len(read) == 2:
+        return read[0], read[1]
+    return {}, (read[0] if read else {})
+
+
+def _cards(runs: Sequence[str], material: Material) -> dict[str, Scorecard]:
+    cards = {each.label: each.card for each in material.cards}
+    for run in runs:
+        cards[label_of(run, cards)] = read_scores(run)
+    return cards

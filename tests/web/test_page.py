@@ -1,0 +1,550 @@
+"""The page in a real Chromium: what it shows, what it never sends, whom it lets in."""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+
+from conftest import HOSTILE, none_in
+from expunge.data.rows import as_rows
+from expunge.data.tokenization import TextPolicy, prompt_ids
+from expunge.evaluation.generation import generate
+
+pytest.importorskip("gradio", reason="is in the extra web")
+CHROMIUM = shutil.which("chromium")
+PASSWORD = "correct horse <b>battery"
+WAIT = 20_000
+"""Milliseconds that anything on the page may take; a machine under test is slow."""
+
+
+@pytest.fixture(scope="module")
+def checked(served: dict[str, Path]) -> Any:
+    """The run, checked as `expunge serve` checks it, with its text masked."""
+    from expunge.web.inputs import ServeInputs, check
+
+    return check(
+        ServeInputs(
+            str(served["run"]),
+            forget=str(served["forget"]),
+            retain=str(served["retain"]),
+            scores=(str(served["target"]), str(served["run"] / "scores.json")),
+            records=(str(served["before"]), str(served["run"] / "records.jsonl")),
+            compare=(str(served["run"]),),
+            port=0,
+            device="cpu",
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def pair(checked: Any) -> Any:
+    from expunge.web.serving import load
+
+    return load(checked)
+
+
+looked_up: set[str] = set()
+"""Every host that this process, the page's server in it, asked the address of."""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where everything that Gradio might write would lie."""
+    directory = tmp_path_factory.mktemp("written")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(directory))
+        patch.setattr("tempfile.tempdir", str(directory))
+        real = socket.getaddrinfo
+
+        def watched(host: Any, *rest: Any, **more: Any) -> Any:
+            looked_up.add(str(host))
+            return real(host, *rest, **more)
+
+        patch.setattr(socket, "getaddrinfo", watched)
+        yield directory
+
+
+@contextmanager
+def running(checked: Any, pair: Any) -> Iterator[str]:
+    """The page's server in a thread of its own; gives its address."""
+    from expunge.web.inputs import listening
+    from expunge.web.serving import address, server_of
+
+    opened = listening(checked.inputs.host, 0)
+    server = server_of(checked, pair)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]}, daemon=True)
+    thread.start()
+    try:
+        until = time.monotonic() + 20
+        while not server.started:
+            assert time.monotonic() < until, "the server did not start"
+            time.sleep(0.02)
+        yield address(checked.inputs.host, opened.getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+        opened.close()
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def masked(checked: Any, pair: Any, written: Path) -> Iterator[str]:
+    with running(checked, pair) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def revealed(served: dict[str, Path], checked: Any, pair: Any, written: Path) -> Iterator[str]:
+    from expunge.web.inputs import check
+
+    with running(check(replace(checked.inputs, reveal=True)), pair) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def locked(checked: Any, pair: Any, written: Path) -> Iterator[str]:
+    with running(replace(checked, password=PASSWORD), pair) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    pytest.importorskip("playwright", reason="is in the extra dev")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+class Visit:
+    """One open page, with everything that the server sent to it and every fault that it met."""
+
+    def __init__(self, browser: Any) -> None:
+        self.context = browser.new_context()
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(WAIT)
+        self.requests: list[Any] = []
+        self.faults: list[str] = []
+        self.bodies: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request))
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on(
+            "console",
+            lambda message: self.faults.append(message.text) if message.type == "error" else None,
+        )
+        self.page.on("requestfinished", self._keep)
+
+    def _keep(self, request: Any) -> None:
+        if "/assets/" not in request.url and "/static/" not in request.url:
+            self.bodies.append(request.response().text())
+
+    def open(self, url: str) -> Any:
+        self.page.goto(url)
+        self.page.wait_for_selector("#x-prompt textarea")
+        return self.page
+
+    def tab(self, name: str) -> None:
+        self.page.get_by_role("tab", name=name).click()
+
+    def choose(self, row: str) -> None:
+        """Chooses a row by a click into the table."""
+        self.tab("Rows")
+        self.page.locator("#x-rows").get_by_text(row, exact=True).last.click()
+        self.page.locator("#x-card").get_by_text(row, exact=True).wait_for()
+
+    def sent(self) -> str:
+        """All that came from the server, and all that the page holds now."""
+        return "\n".join([*self.bodies, self.page.content()])
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Visit]:
+    visit = Visit(browser)
+    yield visit
+    visit.context.close()
+
+
+def answer(page: Any, side: str) -> str:
+    """The text of an answer, the names of special tokens left out."""
+    tokens = page.locator(f"[data-side={side}]:visible .x-token:not(.x-special)")
+    return "".join(tokens.all_text_contents())
+
+
+@pytest.fixture(scope="module")
+def texts(forget_rows: list[dict[str, str]], retain_rows: list[dict[str, str]]) -> list[str]:
+    """What a masked page may never hold: inputs, outputs, and what tells an output apart."""
+    rows = [*forget_rows, *retain_rows, HOSTILE]
+    numbers = [row["output"].split()[-1].rstrip(".") for row in rows]
+    return [row[column] for row in rows for column in ("input", "output")] + numbers
+
+
+def found(texts: list[str], where: str) -> list[str]:
+    """The texts that are there, as they are or as JSON, HTML or both write them."""
+    plain = re.sub(r"\\u([0-9a-f]{4})", lambda match: chr(int(match[1], 16)), where)
+    plain = plain.replace('\\"', '"').replace("\\n", "\n")
+    once = html.unescape(plain)
+    twice = html.unescape(once)  # the report's frame holds HTML in HTML
+    # An answer is in as many elements as it has tokens.
+    joined = (html.unescape(re.sub(r"<[^>]*>", "", form)) for form in (plain, once))
+    forms = (where, plain, once, twice, *joined)
+    return [text for text in texts if any(text in form for form in forms)]
+
+
+def test_both_answers_are_those_of_the_librarys_greedy_decoding(
+    visit: Visit, masked: str, pair: Any, forget_rows: list[dict[str, str]]
+) -> None:
+    page = visit.open(masked)
+    row = as_rows(forget_rows, "forget").rows[2]
+    page.fill("#x-prompt textarea", row.input)
+    page.click("#x-ask")
+    page.wait_for_selector(".x-values")
+    for side, voice in pair.voices.items():
+        prompt = prompt_ids(row, voice.tokenizer, TextPolicy(128))
+        (expected,) = generate(voice.model, voice.tokenizer, [prompt], 1)
+        assert expected
+        assert answer(page, side) == expected
+        tokens = page.locator(f"[data-side={side}] .x-token")
+        assert tokens.count() >= 5
+        for place in range(tokens.count()):
+            assert "probability " in tokens.nth(place).get_attribute("title")
+    assert answer(page, "target") == f" {row.output}"
+    # The same probabilities for those who see no colour.
+    cells = page.locator(".x-values tbody tr")
+    assert cells.count() == page.locator("[data-side] .x-token").count()
+    assert visit.faults == []
+
+
+def test_answers_appear_while_they_are_written(visit: Visit, masked: str, pair: Any) -> None:
+    page = visit.open(masked)
+    # Slowed down, so that a browser can see it between two tokens; counted where it is computed.
+    steps = 0
+    real = pair._next
+
+    def slow(side: Any, tokens: Any) -> Any:
+        nonlocal steps
+        time.sleep(0.15)
+        steps += 1
+        return real(side, tokens)
+
+    pair._next = slow
+    try:
+        page.fill("#x-prompt textarea", "Ben was born in a small house near the")
+        page.click("#x-ask")
+        page.get_by_text("writing").first.wait_for()
+        page.wait_for_selector("[data-side=target] .x-token")
+        page.click("#x-stop")
+        page.wait_for_selector(".x-values")
+    finally:
+        del pair._next
+    states = page.locator(".x-state:visible").all_text_contents()
+    assert any("stopped" in state for state in states), states
+    assert 1 <= page.locator("[data-side=target] .x-token").count() <= steps
+    assert page.locator("[data-side] .x-token").count() <= steps
+
+
+def test_nobody_reads_so_nothing_is_written_on(visit: Visit, masked: str, pair: Any) -> None:
+    page = visit.open(masked)
+    steps: list[float] = []
+
+    def endless(side: Any, tokens: Any) -> Any:
+        from expunge.web.asking import Token
+
+        time.sleep(0.1)
+        steps.append(time.monotonic())
+        return Token(5, 0.5)
+
+    pair._next = endless
+    try:
+        page.fill("#x-prompt textarea", "Ada")
+        page.click("#x-ask")
+        page.wait_for_selector("[data-side=target] .x-token")
+        page.close()
+        until = time.monotonic() + 15
+        while time.monotonic() - steps[-1] < 1:
+            assert time.monotonic() < until, "it is still writing"
+            time.sleep(0.2)
+    finally:
+        del pair._next
+
+
+def test_a_masked_page_never_holds_text_of_a_row(
+    visit: Visit,
+    masked: str,
+    texts: list[str],
+    served: dict[str, Path],
+    forget_rows: list[dict[str, str]],
+) -> None:
+    page = visit.open(masked)
+    for row in (forget_rows[0], forget_rows[3], HOSTILE):
+        visit.choose(row["id"])
+        for column in ("input", "output"):
+            assert f"{len(row[column])} characters, masked" in page.inner_text("#x-card")
+        page.click("#x-ask-row")
+        page.wait_for_selector(".x-outcomes")
+    assert "exact match" not in page.inner_text(".x-outcomes")  # the last one is a continuation
+    for name in ("Report", "Compare", "Prompt"):
+        visit.tab(name)
+    sent = visit.sent()
+    # Streams are among what was searched: the answers' lengths came by one.
+    assert "masked, " in "".join(visit.bodies)
+    assert forget_rows[0]["id"] in sent
+    assert found(texts, sent) == []
+    # Nor is it sent in the changes that a stream is made of: no answer was drawn at all.
+    assert "data-side" not in sent
+    assert visit.faults == []
+
+
+def test_asking_with_a_row_gives_its_score_and_no_answer(
+    visit: Visit, masked: str, checked: Any, forget_rows: list[dict[str, str]]
+) -> None:
+    page = visit.open(masked)
+    for row in (forget_rows[3], forget_rows[4]):
+        visit.choose(row["id"])
+        page.click("#x-ask-row")
+        page.wait_for_selector(".x-outcomes")
+        lines = page.locator(".x-outcomes tbody tr").all_inner_texts()
+        records = (checked.before["forget", row["id"]], checked.after["forget", row["id"]])
+        for line, side, record in zip(lines, ("target", "unlearned"), records, strict=True):
+            cells = line.split("\t")
+            assert cells[0] == side
+            assert cells[1].startswith("masked, ")
+            assert cells[2] == f"{record.score:.3f}"
+
+
+def test_the_page_asks_no_other_host_and_offers_no_interface(visit: Visit, masked: str) -> None:
+    page = visit.open(masked)
+    for name in ("Rows", "Report", "Compare", "Prompt"):
+        visit.tab(name)
+        page.wait_for_timeout(200)
+    outside = [request.url for request in visit.requests if not request.url.startswith(masked)]
+    assert [url for url in outside if not url.startswith(("data:", "blob:", "about:"))] == []
+    assert len(visit.requests) > 10
+    assert "Use via API" not in page.content()
+    assert visit.faults == []
+
+
+def test_revealed_text_is_shown_and_a_script_in_it_stays_text(
+    visit: Visit, revealed: str, texts: list[str]
+) -> None:
+    page = visit.open(revealed)
+    assert "Text of the rows is shown here" in page.inner_text(".x-caution")
+    visit.choose(HOSTILE["id"])
+    card = page.locator("#x-card")
+    shown = card.locator("dd").all_text_contents()
+    assert shown[:2] == [HOSTILE["input"], HOSTILE["output"]]
+    page.click("#x-ask-row")
+    page.wait_for_selector(".x-outcomes")
+    assert answer(page, "target")
+    visit.tab("Prompt")
+    page.fill("#x-prompt textarea", HOSTILE["input"])
+    page.click("#x-ask")
+    page.wait_for_selector(".x-values")
+    assert page.evaluate("window.hit") is None
+    assert page.locator("#x-card img, #x-card script, #x-card b").count() == 0
+    # In the report, whose frame runs no script, the row stands as text too.
+    visit.tab("Report")
+    report = page.frame_locator("iframe.x-report")
+    assert HOSTILE["output"] in report.locator(".revealed").inner_text()
+    assert visit.faults == []
+    # The search that finds nothing in a masked page finds every row here.
+    assert set(found(texts, visit.sent())) == set(texts)
+
+
+def test_an_answer_that_is_markup_stays_text(visit: Visit, masked: str, pair: Any) -> None:
+    page = visit.open(masked)
+    written = '<img src=x onerror="window.hit=5"><script>window.hit=6</script>${window.hit=7}{{id}}'
+    ids = iter(pair.voices["target"].tokenizer(written)["input_ids"])
+    real = pair._next
+
+    def scripted(side: Any, tokens: Any) -> Any:
+        from expunge.web.asking import Token
+
+        if side == "unlearned":
+            return real(side, tokens)
+        token = next(ids, None)
+        return None if token is None else Token(token, 0.5)
+
+    pair._next = scripted
+    try:
+        page.fill("#x-prompt textarea", "<script>window.hit=8</script>")
+        page.click("#x-ask")
+        page.wait_for_selector(".x-values")
+    finally:
+        del pair._next
+    assert answer(page, "target") == written
+    assert page.evaluate("window.hit") is None
+    assert visit.faults == []
+
+
+def test_the_report_is_that_of_expunge_report(
+    visit: Visit, masked: str, checked: Any, run_cli: Callable[..., tuple[int, str, str]],
+    served: dict[str, Path], tmp_path: Path,
+) -> None:  # fmt: skip
+    page = visit.open(masked)
+    visit.tab("Report")
+    frame = page.frame_locator("iframe.x-report")
+    assert frame.locator("h1").inner_text() == "Unlearning report"
+    scores = (served["target"], served["run"] / "scores.json")
+    rows = ("--forget", served["forget"], "--retain", served["retain"])
+    given = ("--scores", *scores, *rows, "--output", tmp_path, "--no-card", "--quiet")
+    assert run_cli("report", served["run"], *given)[0] == 0
+    whole = (tmp_path / "report.html").read_text()
+    framed = page.get_attribute("iframe.x-report", "srcdoc")
+    assert framed.replace('<base href="about:srcdoc"/>', "").strip() == whole.strip()
+    # A link within it moves within it.
+    frame.get_by_role("link", name="Record").click()
+    assert frame.locator("h1").inner_text() == "Unlearning report"
+    assert frame.locator("#record").bounding_box()["y"] < 900
+
+
+def test_runs_stand_side_by_side(visit: Visit, masked: str, checked: Any) -> None:
+    page = visit.open(masked)
+    visit.tab("Compare")
+    heads = page.locator(".x-compare thead th").all_inner_texts()
+    assert heads == ["measure", "good is", "target", "unlearned", "out <b>run"]
+    lines = {
+        cells[0]: cells[1:]
+        for cells in (
+            text.split("\t") for text in page.locator(".x-compare tbody tr").all_inner_texts()
+        )
+    }
+    cards = checked.cards
+    expected = [f"{card.forget['Task2']['regurgitation']:.3f}" for card in cards.values()]
+    assert lines["forget Task2 regurgitation"] == ["low", *expected]
+    assert lines["MIA AUC"] == ["0.5", "-", "-", "-"]
+
+
+def test_a_wrong_password_is_refused_and_the_right_one_opens(
+    visit: Visit, locked: str, served: dict[str, Path], forget_rows: list[dict[str, str]]
+) -> None:
+    page = visit.page
+    page.goto(locked)
+    password = page.locator("input[type=password]")
+    password.wait_for()
+    for path in ("/config", "/gradio_api/queue/data?session_hash=x"):
+        assert status(locked + path) == 401
+    before = visit.sent()
+    assert forget_rows[0]["id"] not in before
+    assert served["run"].name not in before
+    assert PASSWORD not in before
+    started = time.monotonic()
+    log_in(page, "wrong")
+    page.get_by_text("Incorrect").wait_for()
+    assert time.monotonic() - started > 1  # guessing is slow
+    assert page.locator("#x-prompt").count() == 0
+    assert status(locked + "/config") == 401
+    log_in(page, PASSWORD)
+    page.wait_for_selector("#x-prompt textarea")
+    page.fill("#x-prompt textarea", "Ada")
+    page.click("#x-ask")
+    page.wait_for_selector(".x-values")
+
+
+def log_in(page: Any, password: str) -> None:
+    page.locator("input[type=password]").fill(password)
+    page.locator("input[type=text], textarea").first.fill("anyone")
+    page.get_by_role("button", name="Login").click()
+
+
+def status(url: str, **headers: str) -> int:
+    request = Request(url, headers={name.replace("_", "-"): v for name, v in headers.items()})
+    try:
+        with urlopen(request, timeout=10) as answer:
+            return int(answer.status)
+    except HTTPError as error:
+        return error.code
+
+
+def test_other_names_other_sites_and_other_paths_are_refused(masked: str) -> None:
+    assert status(f"{masked}/") == 200
+    assert status(f"{masked}/", Host="evil.example") == 403
+    assert status(f"{masked}/", Host="localhost:1") == 200
+    assert status(f"{masked}/config", Origin="http://evil.example") == 403
+    assert status(f"{masked}/config", Origin=masked) == 200
+    for path in ("gradio_api/info", "gradio_api/upload", "gradio_api/file=/etc/passwd",
+                 "gradio_api/proxy=http://evil.example", "openapi.json", "docs", "monitoring",
+                 "gradio_api/vibe-code", "gradio_api/mcp/", "assets/../../routes.py"):  # fmt: skip
+        assert status(f"{masked}/{path}") == 404, path
+
+
+def test_a_handler_called_past_the_page_masks_too(
+    checked: Any, pair: Any, texts: list[str]
+) -> None:
+    from expunge.web.page import Desk
+
+    desk = Desk(checked, pair)
+    for key in [*desk.rows, "forget/99", "../forget", None]:
+        assert found(texts, desk.card(key)) == []
+        if key in (None, "forget/0", "forget/8", "retain/1", "forget/99"):
+            drawn = "".join("".join(each) for each in desk.ask_row(key, "session"))
+            assert found(texts, drawn) == []
+    assert desk._stops == {}
+
+
+def test_a_fault_within_says_its_type_and_nothing_else(checked: Any, pair: Any) -> None:
+    from expunge.web.asking import Question
+    from expunge.web.page import Desk
+
+    class Broken:
+        voices = pair.voices
+
+        def ask(self, *_: object) -> Any:
+            raise RuntimeError("the number of Ada is 900-10-7700")
+
+    desk = Desk(checked, Broken())  # type: ignore[arg-type]
+    for drawn in (desk.ask(lambda: Question("x", 3), "s"), desk.ask_row("forget/0", "s")):
+        *_, (_, _, below) = drawn
+        assert "Internal error (RuntimeError)" in below
+        assert "Ada" not in below
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (("", 5, "greedy", 1.0, 0), "the prompt is empty"),
+        ((None, 5, "greedy", None, None), "the prompt is empty"),
+        (("x " * 150, 5, "greedy", 1.0, 0), "fills the context of 128"),
+        (("x", 5, "sample", None, 0), "fill both fields"),
+        (("x", 5, "sample", 1.0, None), "fill both fields"),
+        (("x", 5, "sample", 99.0, 1), "must be from 0 to 10"),
+    ],
+)
+def test_a_form_that_cannot_be_asked_says_why(
+    checked: Any, pair: Any, values: tuple[Any, ...], told: str
+) -> None:
+    from expunge.web.page import Desk, question_of
+
+    *_, (_, _, below) = Desk(checked, pair).ask(lambda: question_of(*values), "session")
+    assert told in below
+
+
+def test_nothing_was_written(written: Path, texts: list[str], served: dict[str, Path]) -> None:
+    """Stands last: after all of the above no file holds a row, a prompt or an answer."""
+    none_in([*texts, "Ben was born in a small house"], written)
+    assert not (Path.cwd() / ".gradio").exists()
+    assert os.environ["GRADIO_TEMP_DIR"] == str(written)
+    assert {path.name for path in served["run"].iterdir()} >= {"expunge.json", "scores.json"}
+    none_in(texts, served["run"])
+
+
+def test_the_server_asked_for_no_other_host(written: Path) -> None:
+    """Stands last too: no news of versions, no report of use."""
+    assert looked_up == {"127.0.0.1"}
