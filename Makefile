@@ -3,24 +3,34 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+RUNS := $(VENV)/.runs
 
 .PHONY: help install demo test test-quick check lint types wheel docs format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
-$(STAMP): pyproject.toml constraints.txt
+define VENV_WITH
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "expunge needs Python 3.11 or newer, this is $$($(PYTHON) --version); try: make PYTHON=python3.11" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '$(1)'
+endef
+
+# The demo needs no development tools, and a newcomer waits for it.
+$(RUNS): pyproject.toml constraints.txt
+	$(call VENV_WITH,.)
+	@touch $@
+
+$(STAMP): pyproject.toml constraints.txt
+	$(call VENV_WITH,.[dev])
 	@# Of the extra `ekfac`, without torchvision: its build must match torch's, and nothing here calls it.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'kronfluence>=1.0'
-	@touch $@
+	@touch $(RUNS) $@
 
 install: $(STAMP) ## make .venv and install expunge with its development tools
 
-demo: $(STAMP) ## unlearn the built-in benchmark with LIBU and Adaptive RMU, end with the scorecards
+demo: $(RUNS) ## unlearn the built-in benchmark with LIBU and Adaptive RMU, end with the scorecards
 	$(BIN)/expunge demo --overwrite
 
 test: $(STAMP) ## every test, slow ones included

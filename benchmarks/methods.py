@@ -56,7 +56,7 @@ NOTE = """\
 Mean ± standard deviation over the seeds {seeds}; default settings. Regurgitation and knowledge are means
 over the tasks. Distance to the oracle: mean absolute difference over every part of the scorecard that
 both have (regurgitation and knowledge of each task and side, MIA AUC, utility), seed by seed. Memory is
-the peak of the run's process. {machine}. Commit {commits}.
+the peak of the run's process. Runs in {dtypes}, scores in float32. {machine}. Commit {commits}.
 """
 
 
@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument(
         "--write", type=Path, help="page whose section between the markers is replaced"
     )
@@ -126,7 +127,7 @@ def main() -> None:
         name = "builtin" if benchmark == "builtin" else Path(benchmark).resolve().name
         place = arguments.output / name
         place.mkdir(parents=True, exist_ok=True)
-        rows = measured(benchmark, arguments.methods, arguments.seeds, place)
+        rows = measured(benchmark, arguments.methods, arguments.seeds, place, arguments.dtype)
         text = table(rows) + "\n" + note(arguments.seeds, place)
         write_figure(points(rows), f"{name}: what was forgotten and what was kept", place)
         values = {model: {**row.values, "failures": row.failures} for model, row in rows.items()}
@@ -144,7 +145,7 @@ def main() -> None:
 
 
 def measured(
-    benchmark: str, methods: Sequence[str], seeds: Sequence[int], place: Path
+    benchmark: str, methods: Sequence[str], seeds: Sequence[int], place: Path, dtype: str
 ) -> dict[str, Row]:
     """Carries out what is missing, and returns every model's values."""
     rows = {name: Row() for name in ("target", "oracle", *methods)}
@@ -163,7 +164,7 @@ def measured(
         for method in methods:
             output = place / f"seed{seed}" / method
             output.parent.mkdir(exist_ok=True)
-            reason = unlearned(method, seed, material, output)
+            reason = unlearned(method, seed, material, output, dtype)
             if reason is not None:
                 rows[method].failures.append(f"seed {seed}: {reason}")
                 continue
@@ -185,7 +186,7 @@ def built(seed: int) -> Material:
         return Material(build(default_directory(settings), settings, progress.phase).directory)
 
 
-def unlearned(method: str, seed: int, material: Material, output: Path) -> str | None:
+def unlearned(method: str, seed: int, material: Material, output: Path, dtype: str) -> str | None:
     """Runs a method unless it was; why it failed, or None."""
     failed = output.parent / f"{method}.{FAILED}"
     if failed.is_file():
@@ -195,7 +196,7 @@ def unlearned(method: str, seed: int, material: Material, output: Path) -> str |
         return None
     command = ["run", str(material.target), *material.run_options]
     options = ["--method", method, "--seed", str(seed), "--output", str(output), "--resume"]
-    done = expunge([*command, *options, "--quiet"])
+    done = expunge([*command, *options, "--dtype", dtype, "--quiet"])
     if done.returncode == 0:
         return None
     lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -302,15 +303,20 @@ def note(seeds: Sequence[int], place: Path) -> str:
     """How the table came about."""
     import torch
 
-    commits = set()
+    commits, dtypes = set(), set()
     for path in place.glob(f"seed*/*/{MANIFEST}"):
-        git = json.loads(path.read_text(encoding="utf-8"))["environment"]["git"]
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        dtypes.add(manifest["settings"]["inputs"]["dtype"])
+        git = manifest["environment"]["git"]
         commits.add("of a package" if git is None else git["commit"][:9] + "+" * git["changes"])
     threads = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
     machine = describe_machine(threads)
     listed = ", ".join(map(str, seeds))
     return NOTE.format(
-        seeds=listed, machine=machine, commits=", ".join(sorted(commits)) or "unknown"
+        seeds=listed,
+        machine=machine,
+        commits=", ".join(sorted(commits)) or "unknown",
+        dtypes=" and ".join(sorted(dtypes)) or "an unknown dtype",
     )
 
 
