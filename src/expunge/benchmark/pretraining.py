@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ PADDING = "<|padding|>"
 _END_ID = 0
 _PADDING_ID = 1
 _IGNORED = -100
+_SETTING_UP = threading.Lock()
+"""A tokenizer serves one thread at a time, and new weights are drawn from torch's one generator."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +92,20 @@ def train_model(
     progress: Progress = lambda stage, done, total: None,
     stage: str = "training",
 ) -> tuple[OlmoForCausalLM, TrainingResult]:
-    """Train a new model on the texts; the same call on the same machine gives the same weights."""
-    examples = [_encode(text, tokenizer, settings.context) for text in texts]
+    """Train a new model on the texts; the same call on the same machine gives the same weights.
+
+    Computes with one thread. Several calls may run at once, each in a Python thread of its own.
+    """
+    torch.set_num_threads(1)
+    with _SETTING_UP:
+        examples = [_encode(text, tokenizer, settings.context) for text in texts]
+        model = _new_model(len(tokenizer), settings)
     generator = torch.Generator().manual_seed(settings.seed)
     plan = [
         batch
         for _ in range(settings.epochs)
         for batch in _epoch(examples, settings.batch_tokens, generator)
     ]
-    model = _new_model(len(tokenizer), settings)
     optimizers = _optimizers(model, settings)
     started = time.perf_counter()
     model.train()
