@@ -163,7 +163,9 @@ def _prepared(arguments: argparse.Namespace) -> tuple[Any, Any]:
             alpha=ALPHA,
             beta=BETA,
             forget_tokens="all",
+            row_balance=0.0,
             random_rows=0,
+            optimizer="adamw",
             calibration_gain=0.0,
         ),
         TrainingOptions(
