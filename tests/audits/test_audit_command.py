@@ -75,6 +75,7 @@ def every_file(directory: Path) -> str:
     )
 
 
+@pytest.mark.slow
 def test_an_unchanged_model_is_not_forgotten_and_nothing_tells_what_it_knew(
     audit: Cli,
     nudged_dir: Path,
@@ -245,6 +246,7 @@ def test_an_attack_that_fails_on_the_target_claims_nothing(
     assert "Verdict: none: no attack had power on the target" in out
 
 
+@pytest.mark.slow
 def test_neither_the_batch_size_nor_a_second_run_changes_a_byte(
     audit: Cli, nudged_dir: Path, row_files: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -82,6 +82,9 @@ def test_two_processes_give_the_result_of_one(
     method: str, sharded: bool, arguments: list[object], tmp_path: Path, memorised_dir: Path
 ) -> None:
     options = [*arguments, "--method", method]
+    if method == "adaptive-rmu":
+        # Muon computes in bfloat16, which makes a last digit of float32 a third one of an update.
+        options += ["--method.optimizer", "adamw"]
     one = run([*options, "--output", tmp_path / "one"], 1)
     assert one.returncode == 0, one.stderr
     variables = {"ACCELERATE_USE_FSDP": "true"} if sharded else {}

@@ -62,7 +62,7 @@ class SteeringSettings:
     """Random noise augmentation: Gaussian noise on the frozen states that retain rows are held to, its
     length in units of the state's own (arXiv 2501.19202). It is meant to make a forget token in other
     text do less harm; the audit's attack `trigger` measures that."""
-    random_rows: int = 128
+    random_rows: int = 256
     """Rows of random tokens that are held as retain rows are. They stand for all text that no set
     lists: without them utility moves by chance."""
     optimizer: Literal["muon", "adamw"] = "muon"
