@@ -532,3 +532,31 @@ def test_a_file_that_is_no_database_is_refused(
     message = refusal(lambda: start(study=f"sqlite:///{tmp_path / 'notes.db'}"))
     assert "does not open" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_that_meets_anothers_tables_half_made_tries_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import IntegrityError
+
+    waits: list[float] = []
+    monkeypatch.setattr("expunge.search.study.time.sleep", waits.append)
+    errors: list[Exception] = [
+        IntegrityError("insert", None, Exception("UNIQUE")),
+        StorageInternalError("tables"),
+    ]
+
+    made: Any = object()
+
+    def create() -> Any:
+        if errors:
+            raise errors.pop()
+        return made
+
+    assert studies._made_or_loaded(create) is made
+    assert len(waits) == 2
+    errors += [StorageInternalError("for good")] * 9
+    with pytest.raises(StorageInternalError):
+        studies._made_or_loaded(create)
+    assert len(waits) == 5

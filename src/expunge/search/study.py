@@ -47,7 +47,8 @@ _MOST_TRIES = 3
 _PRUNER_STARTUP = 5
 _PRUNER_WARMUP = 2
 _WAIT_FOR_LOCK = 60
-_OPENINGS = 3
+_PAUSES = (0.5, 1.0, 2.0)
+"""Seconds between attempts to open a study that other workers may be making."""
 
 
 class SeededSampler(BaseSampler):
@@ -172,15 +173,17 @@ def open_study(url: str, name: str, task: Task) -> Study:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        study = optuna.create_study(
-            storage=_storage(url),
-            study_name=name,
-            directions=["maximize"] * len(task.inputs.objectives),
-            load_if_exists=True,
-            sampler=SeededSampler(task.inputs.sampler, task.space.options.seed),
-            pruner=optuna.pruners.MedianPruner(
-                n_startup_trials=_PRUNER_STARTUP, n_warmup_steps=_PRUNER_WARMUP
-            ),
+        study = _made_or_loaded(
+            lambda: optuna.create_study(
+                storage=_storage(url),
+                study_name=name,
+                directions=["maximize"] * len(task.inputs.objectives),
+                load_if_exists=True,
+                sampler=SeededSampler(task.inputs.sampler, task.space.options.seed),
+                pruner=optuna.pruners.MedianPruner(
+                    n_startup_trials=_PRUNER_STARTUP, n_warmup_steps=_PRUNER_WARMUP
+                ),
+            )
         )
         if SETTINGS not in study.user_attrs:
             study.set_user_attr(SETTINGS, dict(task.settings))
@@ -191,6 +194,23 @@ def open_study(url: str, name: str, task: Task) -> Study:
             " database runs, that it is one of Optuna's and that it may be written to"
         ) from None
     return study
+
+
+def _made_or_loaded(create: Callable[[], Study]) -> Study:
+    """The study; tried again for a while where the database objects.
+
+    Workers that start together all find no tables and all make them: every one but the first then
+    meets an error, and finds them at its next attempt.
+    """
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    for pause in _PAUSES:
+        try:
+            return create()
+        except (SQLAlchemyError, StorageInternalError, RuntimeError):
+            time.sleep(pause)
+    return create()
 
 
 def check_same_settings(study: Study, task: Task) -> None:
@@ -218,27 +238,18 @@ def _differences(
 def _storage(url: str) -> RDBStorage:
     from optuna.exceptions import ExperimentalWarning
     from optuna.storages import RDBStorage
-    from sqlalchemy.exc import OperationalError
 
     # Several workers write to one file, and SQLite gives up waiting for the others after 5 s.
     waits = {"connect_args": {"timeout": _WAIT_FOR_LOCK}} if url.startswith("sqlite") else {}
-    for attempt in range(_OPENINGS):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ExperimentalWarning)
-                return RDBStorage(
-                    url,
-                    engine_kwargs=waits,
-                    heartbeat_interval=_HEARTBEAT,
-                    grace_period=_GRACE,
-                    heartbeat_stale_trial_callback=put_in_line,
-                )
-        except OperationalError:
-            # Two workers that make the tables at once are in each other's way.
-            if attempt == _OPENINGS - 1:
-                raise
-            time.sleep(1 + attempt)
-    raise AssertionError
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return RDBStorage(
+            url,
+            engine_kwargs=waits,
+            heartbeat_interval=_HEARTBEAT,
+            grace_period=_GRACE,
+            heartbeat_stale_trial_callback=put_in_line,
+        )
 
 
 def put_in_line(study: Study, lost: FrozenTrial) -> None:
