@@ -78,6 +78,28 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield directory
 
 
+bodies: dict[str, bytearray] = {}
+"""All that each server sent, by its address; the library's own scripts and styles left out."""
+
+
+def kept(app: Any, body: bytearray) -> Any:
+    """The application with what it sends kept, streams that a browser leaves early included."""
+
+    async def keeping(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or re.search("/(assets|static)/", scope["path"]):
+            await app(scope, receive, send)
+            return
+        plain = [pair for pair in scope["headers"] if pair[0] != b"accept-encoding"]
+
+        async def noted(message: Any) -> None:
+            body.extend(message.get("body", b""))
+            await send(message)
+
+        await app({**scope, "headers": plain}, receive, noted)
+
+    return keeping
+
+
 @contextmanager
 def running(checked: Any, pair: Any) -> Iterator[str]:
     """The page's server in a thread of its own; gives its address."""
@@ -86,6 +108,8 @@ def running(checked: Any, pair: Any) -> Iterator[str]:
 
     opened = listening(checked.inputs.host, 0)
     server = server_of(checked, pair)
+    url = address(checked.inputs.host, opened.getsockname()[1])
+    server.config.app = kept(server.config.app, bodies.setdefault(url, bytearray()))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]}, daemon=True)
     thread.start()
     try:
@@ -93,7 +117,7 @@ def running(checked: Any, pair: Any) -> Iterator[str]:
         while not server.started:
             assert time.monotonic() < until, "the server did not start"
             time.sleep(0.02)
-        yield address(checked.inputs.host, opened.getsockname()[1])
+        yield url
     finally:
         server.should_exit = True
         thread.join(timeout=20)
@@ -143,21 +167,21 @@ class Visit:
         self.page.set_default_timeout(WAIT)
         self.requests: list[Any] = []
         self.faults: list[str] = []
-        self.bodies: list[str] = []
+        self.url = ""
+        self.start = 0
         self.page.on("request", lambda request: self.requests.append(request))
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on(
             "console",
             lambda message: self.faults.append(message.text) if message.type == "error" else None,
         )
-        self.page.on("requestfinished", self._keep)
 
-    def _keep(self, request: Any) -> None:
-        if "/assets/" not in request.url and "/static/" not in request.url:
-            self.bodies.append(request.response().text())
+    def goto(self, url: str) -> None:
+        self.url, self.start = url, len(bodies[url])
+        self.page.goto(url)
 
     def open(self, url: str) -> Any:
-        self.page.goto(url)
+        self.goto(url)
         self.page.wait_for_selector("#x-prompt textarea")
         return self.page
 
@@ -178,9 +202,13 @@ class Visit:
             self.page.wait_for_timeout(100)
         raise AssertionError("it did not come to hold in time")
 
+    def streamed(self) -> str:
+        """All that the server sent since this page was opened."""
+        return bodies[self.url][self.start :].decode("utf-8", "replace")
+
     def sent(self) -> str:
         """All that came from the server, and all that the page holds now."""
-        return "\n".join([*self.bodies, self.page.content()])
+        return self.streamed() + "\n" + self.page.content()
 
 
 @pytest.fixture
@@ -310,8 +338,8 @@ def test_a_masked_page_never_holds_text_of_a_row(
     assert "exact match" not in page.inner_text(".x-outcomes")  # the last one is a continuation
     for name in ("Report", "Compare", "Prompt"):
         visit.tab(name)
-    # Streams are among what is searched, once they have ended: the answers' lengths came by one.
-    visit.until(lambda: "masked, " in "".join(visit.bodies))
+    # Streams are among what is searched: the answers' lengths came by one.
+    visit.until(lambda: "masked, " in visit.streamed())
     sent = visit.sent()
     assert forget_rows[0]["id"] in sent
     assert found(texts, sent) == []
@@ -444,7 +472,7 @@ def test_a_wrong_password_is_refused_and_the_right_one_opens(
     visit: Visit, locked: str, served: dict[str, Path], forget_rows: list[dict[str, str]]
 ) -> None:
     page = visit.page
-    page.goto(locked)
+    visit.goto(locked)
     password = page.locator("input[type=password]")
     password.wait_for()
     for path in ("/config", "/gradio_api/queue/data?session_hash=x"):
