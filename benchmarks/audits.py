@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from machine import describe_machine
 from expunge.audits.catalog import ATTACKS
 from expunge.reporting.tables import markdown
 from expunge.training.run import MANIFEST
-from methods import Material
+from methods import Material, replaced
 
 NOTE = """\
 Target and oracle: share of the facts that each attack gets out of them, the mean over the audits.
@@ -45,9 +44,9 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="page whose section is replaced")
     arguments = parser.parse_args()
     material = Material(arguments.material.resolve())
-    name = arguments.name or material.directory.name
+    section = f"audits {arguments.name or material.directory.name}"
     if arguments.write is not None:
-        replaced(arguments.write.read_text(encoding="utf-8"), name, "")  # refused now
+        replaced(arguments.write.read_text(encoding="utf-8"), section, "")  # refused now
     arguments.output.mkdir(parents=True, exist_ok=True)
     found = {}
     for manifest in sorted(arguments.runs.glob(f"*/{MANIFEST}")):
@@ -62,7 +61,7 @@ def main() -> None:
     print(text)
     if arguments.write is not None:
         page = arguments.write.read_text(encoding="utf-8")
-        arguments.write.write_text(replaced(page, name, text), encoding="utf-8")
+        arguments.write.write_text(replaced(page, section, text), encoding="utf-8")
 
 
 def audited(run: Path, material: Material, audit: Path, budget: str) -> None:
@@ -157,15 +156,6 @@ def note(audits: Mapping[str, Mapping[str, Any]], output: Path) -> str:
         f"{describe_machine(threads)}; seconds of the audits of three models: {', '.join(took)}"
     )
     return NOTE.format(rows=rows, budget=first["settings"]["budget"]["name"], machine=machine)
-
-
-def replaced(page: str, name: str, section: str) -> str:
-    """The page with another section between the markers of this name."""
-    begin, end = f"<!-- audits {name}: begin -->", f"<!-- audits {name}: end -->"
-    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
-        raise SystemExit(f"--write: the page needs one line {begin} and below it one line {end}")
-    pattern = re.escape(begin) + ".*" + re.escape(end)
-    return re.sub(pattern, lambda _: f"{begin}\n\n{section}\n{end}", page, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from expunge.methods.catalog import METHODS
 from expunge.reporting.tables import markdown
 from expunge.training.run import MANIFEST
 
-BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
+SECTION = "methods"
 FAILED = "failed.json"
 MEASURES = {
     "forget regurgitation": "forget regurgitation ↓",
@@ -120,7 +120,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.write is not None:
-        replaced(arguments.write.read_text(encoding="utf-8"), "")  # refused now, not after hours
+        # Refused now, not after hours.
+        replaced(arguments.write.read_text(encoding="utf-8"), SECTION, "")
 
     sections = []
     for benchmark in arguments.benchmarks:
@@ -141,7 +142,7 @@ def main() -> None:
             (arguments.write.parent / picture).write_text(drawn, encoding="utf-8")
     if arguments.write is not None:
         page = arguments.write.read_text(encoding="utf-8")
-        arguments.write.write_text(replaced(page, "\n".join(sections)), encoding="utf-8")
+        arguments.write.write_text(replaced(page, SECTION, "\n".join(sections)), encoding="utf-8")
 
 
 def measured(
@@ -320,12 +321,13 @@ def note(seeds: Sequence[int], place: Path) -> str:
     )
 
 
-def replaced(page: str, section: str) -> str:
-    """The page with another section between the markers."""
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise SystemExit(f"--write: the page needs one line {BEGIN} and below it one line {END}")
-    pattern = re.escape(BEGIN) + ".*" + re.escape(END)
-    return re.sub(pattern, lambda _: f"{BEGIN}\n\n{section}\n{END}", page, flags=re.DOTALL)
+def replaced(page: str, name: str, section: str) -> str:
+    """The page with another section between the markers of this name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise SystemExit(f"--write: the page needs one line {begin} and below it one line {end}")
+    pattern = re.escape(begin) + ".*" + re.escape(end)
+    return re.sub(pattern, lambda _: f"{begin}\n\n{section}\n{end}", page, flags=re.DOTALL)
 
 
 def points(rows: Mapping[str, Row]) -> list[Point]:

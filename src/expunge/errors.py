@@ -25,3 +25,14 @@ class Interrupted(ExpungeError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def place_of(error: BaseException) -> str:
+    """Type, file and line of an error: what may be said of one whose message can quote a row."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return type(error).__name__
+    file = trace.tb_frame.f_code.co_filename.rsplit("/", 1)[-1]
+    return f"{type(error).__name__} in {file} line {trace.tb_lineno}"

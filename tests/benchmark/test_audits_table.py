@@ -81,10 +81,10 @@ def test_each_cell_is_that_of_the_audit(audits: Any) -> None:
 
 def test_a_section_is_replaced_and_nothing_else(audits: Any) -> None:
     page = "a\n<!-- audits x: begin -->\nold\n<!-- audits x: end -->\nb\n"
-    done = audits.replaced(page, "x", "new")
+    done = audits.replaced(page, "audits x", "new")
     assert done == "a\n<!-- audits x: begin -->\n\nnew\n<!-- audits x: end -->\nb\n"
     with pytest.raises(SystemExit, match="needs one line"):
-        audits.replaced(page, "y", "new")
+        audits.replaced(page, "audits y", "new")
 
 
 def test_what_was_audited_is_not_audited_again(

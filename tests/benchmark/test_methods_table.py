@@ -15,6 +15,7 @@ import pytest
 
 from expunge.evaluation.scorecard import Scorecard
 
+BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -62,15 +63,15 @@ def test_the_table_has_means_spreads_and_failures(methods: Any) -> None:
 
 
 def test_only_the_section_between_the_markers_is_replaced(methods: Any) -> None:
-    page = f"# Page\n{methods.BEGIN}\nold \\1\n{methods.END}\nafter\n"
-    once = methods.replaced(page, "new \\g<0>\n")
+    page = f"# Page\n{BEGIN}\nold \\1\n{END}\nafter\n"
+    once = methods.replaced(page, methods.SECTION, "new \\g<0>\n")
     assert once.startswith("# Page\n")
     assert once.endswith("after\n")
     assert "old" not in once
     assert "new \\g<0>" in once
-    assert methods.replaced(once, "new \\g<0>\n") == once
+    assert methods.replaced(once, methods.SECTION, "new \\g<0>\n") == once
     with pytest.raises(SystemExit, match="needs one line"):
-        methods.replaced("# Page\n", "new")
+        methods.replaced("# Page\n", methods.SECTION, "new")
 
 
 def test_the_figure_is_svg_with_every_model_where_it_is(methods: Any, tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_a_benchmark_runs_once_and_a_failure_is_a_row(
     for name, file in row_files.items():
         shutil.copy(file, directory / f"{name}.jsonl")
     page = tmp_path / "page.md"
-    page.write_text(f"# Page\n{methods.BEGIN}\n{methods.END}\n")
+    page.write_text(f"# Page\n{BEGIN}\n{END}\n")
     command = [str(directory), "--output", str(tmp_path / "runs"), "--write", str(page)]
     monkeypatch.setattr(
         sys, "argv", ["methods.py", *command, "--seeds", "4", "--methods", "rmu", "npo"]

@@ -36,8 +36,8 @@ class Threshold:
 
 
 @dataclass(frozen=True)
-class ForgetRow:
-    """One row to remove."""
+class MeasuredRow:
+    """What is measured of every row."""
 
     id: str
     task: str
@@ -50,6 +50,12 @@ class ForgetRow:
     """The same of the answer."""
     recall: float
     """Share of the answer before its first wrong token, teacher-forced."""
+
+
+@dataclass(frozen=True)
+class ForgetRow(MeasuredRow):
+    """One row to remove."""
+
     self_influence: float
     """Predicted rise of its own loss without it, nats a token."""
     gone: bool
@@ -57,16 +63,9 @@ class ForgetRow:
 
 
 @dataclass(frozen=True)
-class RetainRow:
+class RetainRow(MeasuredRow):
     """One row to keep."""
 
-    id: str
-    task: str
-    kind: str
-    tokens: int
-    loss: float
-    answer_loss: float
-    recall: float
     collateral: float
     """Predicted rise of its loss without the forget set, nats a token; negative: it falls."""
 

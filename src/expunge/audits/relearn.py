@@ -9,8 +9,7 @@ from __future__ import annotations
 from expunge.audits.base import Advance, Attack, Case, Found
 from expunge.audits.facts import halves
 from expunge.audits.subject import Subject
-from expunge.audits.tuning import measured_steps, tuned
-from expunge.data.tokenization import encode_rows
+from expunge.audits.tuning import asked_while_tuned
 
 
 def run(subject: Subject, case: Case, advance: Advance) -> Found:
@@ -20,23 +19,16 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
     texts: dict[str, dict[str, str]] = {}
     shown, held_out = halves(case.facts, case.seed)
     folds = [(shown, held_out), (held_out, shown)][: budget.folds]
+    whole = len(folds) * budget.steps
     for fold, (train, measured) in enumerate(folds):
         with subject.altered("float32") as reader:
-            examples = encode_rows(train, reader.tokenizer, reader.policy, eos=True)
-            for step in tuned(
-                reader.model,
-                reader.tokenizer,
-                examples,
-                steps=budget.steps,
-                rows=budget.tuning_rows,
-                learning_rate=case.learning_rate,
-                seed=case.seed,
-            ):
-                advance(fold * budget.steps + step, len(folds) * budget.steps)
-                if step in measured_steps(budget.steps, budget.measures):
-                    answers = reader.direct(measured)
-                    scores.setdefault(f"step {step}", {}).update(answers.scores)
-                    texts.setdefault(f"step {step}", {}).update(answers.texts)
+
+            def done(step: int, before: int = fold * budget.steps) -> None:
+                advance(before + step, whole)
+
+            for name, answers in asked_while_tuned(reader, train, measured, case, done):
+                scores.setdefault(name, {}).update(answers.scores)
+                texts.setdefault(name, {}).update(answers.texts)
     return Found(scores, texts=texts, numbers={"rows_tuned_on": [len(t) for t, _ in folds]})
 
 

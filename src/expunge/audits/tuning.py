@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from expunge.audits.base import Case
+from expunge.audits.subject import Answers, Reader
+from expunge.data.rows import Row
 from expunge.data.sampling import EpochBatches
-from expunge.data.tokenization import Example
+from expunge.data.tokenization import Example, encode_rows
 from expunge.evaluation.membership import counted_log_probs
 from expunge.methods.losses import cross_entropy
 from expunge.models.kernels import fast_linear
@@ -33,6 +36,33 @@ def measured_steps(steps: int, measures: int) -> tuple[int, ...]:
     """When a tuned model is measured: `measures` times, evenly spaced, the last time at the end."""
     spaced = (round(steps * number / measures) for number in range(1, measures + 1))
     return tuple(sorted({max(1, step) for step in spaced}))
+
+
+def asked_while_tuned(
+    reader: Reader,
+    rows: Sequence[Row],
+    facts: Sequence[Row],
+    case: Case,
+    advance: Callable[[int], None],
+) -> Iterator[tuple[str, Answers]]:
+    """Tunes the reader's model on the rows, and asks for the facts at the measured steps of the budget.
+
+    Yields the step's name and the answers; `advance` is called with every step's number.
+    """
+    budget = case.budget
+    examples = encode_rows(rows, reader.tokenizer, reader.policy, eos=True)
+    for step in tuned(
+        reader.model,
+        reader.tokenizer,
+        examples,
+        steps=budget.steps,
+        rows=budget.tuning_rows,
+        learning_rate=case.learning_rate,
+        seed=case.seed,
+    ):
+        advance(step)
+        if step in measured_steps(budget.steps, budget.measures):
+            yield f"step {step}", reader.direct(facts)
 
 
 def tuned(

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import NoReturn
 
 import expunge
-from expunge.errors import ExpungeError
+from expunge.errors import ExpungeError, place_of
 
 COMMANDS = {
     "demo": ("expunge.cli.demo", "unlearn the built-in benchmark, end with scorecards and reports"),
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         # The message of an unexpected error may quote a row, so its type and place must do.
         sys.stderr.write(
-            f"expunge: internal error ({_place(error)});"
+            f"expunge: internal error ({place_of(error)});"
             f"{''.join(f' {note};' for note in getattr(error, '__notes__', ()))}"
             " run again with --debug for the traceback\n"
         )
@@ -161,17 +161,6 @@ def _unknown_command(name: str) -> ExpungeError:
     near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
     mend = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}"
     return InputError(f"unknown command {name!r}; {mend}")
-
-
-def _place(error: BaseException) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = ""
-    if trace is not None:
-        code = trace.tb_frame.f_code
-        where = f" in {code.co_filename.rsplit('/', 1)[-1]} line {trace.tb_lineno}"
-    return f"{type(error).__name__}{where}"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import expunge
+from expunge.disk import settle
 from expunge.errors import InputError, RunError
 from expunge.ledger.dates import now
 from expunge.ledger.fingerprints import SECRET_BYTES, secret_check
@@ -247,7 +248,7 @@ def _identify(ledger: Ledger) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-        _settle(path.absolute().parent)
+        settle(path.absolute().parent)
     connection.execute(
         "INSERT INTO identity VALUES (1, ?, ?, ?, ?)",
         (secret_check(_read_secret(place)), *ledger.stamp()),
@@ -271,15 +272,6 @@ def _read_secret(place: LedgerPlace) -> bytes:
             " with --secret"
         )
     return found
-
-
-def _settle(directory: Path) -> None:
-    """Has a rename on the disk, as the ledger that needs the file is."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _owner(connection: sqlite3.Connection) -> int:

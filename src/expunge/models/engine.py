@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 _PASS_TOKENS = {"cpu": 1024}
 _PASS_TOKENS_ACCELERATOR = 32768
-_CHECK_ROWS = 3
 Ids = tuple[int, ...]
 Autocast = Callable[[], AbstractContextManager[Any]]
 

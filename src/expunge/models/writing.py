@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from expunge.disk import nearest
 from expunge.errors import InputError, RunError
 from expunge.models.files import INDEX, SINGLE, ModelFiles
 from expunge.models.loading import CheckedModel
@@ -41,10 +42,7 @@ def check_disk_space(files: ModelFiles, output: Path, beside: int = 0) -> None:
 
     `beside` is what the run needs there until it ends, in bytes.
     """
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(nearest(output.absolute().parent)).free
     needed = files.bytes + beside + _MARGIN
     if free < needed:
         scratch = f" and {beside / 2**20:.0f} MiB until the run ends" if beside else ""

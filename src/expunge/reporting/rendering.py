@@ -132,15 +132,20 @@ def _render(template: str, report: Mapping[str, Any], *, html: bool) -> str:
     return _environment(html=html).get_template(template).render(values)
 
 
-@cache
-def _environment(*, html: bool) -> Environment:
-    environment = Environment(
-        loader=PackageLoader("expunge.reporting"),
+def templates_of(package: str, *, html: bool) -> Environment:
+    """A package's templates; in HTML what they are given is text, and what is missing is an error."""
+    return Environment(
+        loader=PackageLoader(package),
         autoescape=html,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+@cache
+def _environment(*, html: bool) -> Environment:
+    environment = templates_of("expunge.reporting", html=html)
     environment.filters["pointer"] = pointer_part
     return environment
 

@@ -26,6 +26,7 @@ from expunge.analysis.layer_scores import rank_correlation
 from expunge.analysis.layers import LayerChoice
 from expunge.data.formats import sha256_of
 from expunge.data.rows import RowSet
+from expunge.disk import check_writable
 from expunge.errors import InputError, Interrupted, RunError
 from expunge.evaluation.measuring import MeasureInputs, check_measure, measure
 from expunge.evaluation.score_files import SCORES
@@ -41,7 +42,7 @@ from expunge.training.manifest import finite, settings_of
 from expunge.training.options import TrainingOptions
 from expunge.training.preparation import Prepared
 from expunge.training.progress import Progress, Silent
-from expunge.training.run import DIRECTIONS, RunInputs, check_run, check_writable, open_parts, run
+from expunge.training.run import DIRECTIONS, RunInputs, check_run, open_parts, run
 from expunge.training.scratch import differences
 from expunge.training.unlearning import autocast_of
 

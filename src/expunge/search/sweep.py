@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expunge.errors import ExpungeError, InputError, Interrupted, RunError
+from expunge.disk import check_writable
+from expunge.errors import ExpungeError, InputError, Interrupted, RunError, place_of
 from expunge.evaluation.scorecard import Scorecard
 from expunge.methods.base import Method
 from expunge.search.inputs import SweepInputs, Task, check_sweep
@@ -252,7 +252,7 @@ class _Session:
             ended, reason = "failed", f"{error.strerror or type(error).__name__}"
         except Exception as error:
             # The message of an unexpected error may quote a row, so its type and place must do.
-            ended, reason = "failed", f"internal error ({_place(error)})"
+            ended, reason = "failed", f"internal error ({place_of(error)})"
         if ended == "interrupted":
             trial.set_user_attr(SET_ASIDE, "interrupted")
             raise KeyboardInterrupt
@@ -358,16 +358,6 @@ def _is_of_the_database(error: BaseException | None) -> bool:
     return False
 
 
-def _place(error: BaseException) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None:
-        return type(error).__name__
-    file = trace.tb_frame.f_code.co_filename.rsplit("/", 1)[-1]
-    return f"{type(error).__name__} in {file} line {trace.tb_lineno}"
-
-
 def _check_output(output: Path, inputs: SweepInputs) -> None:
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output}: is a file; choose a directory")
@@ -379,13 +369,7 @@ def _check_output(output: Path, inputs: SweepInputs) -> None:
         raise InputError(
             f"--overwrite: a worker is at work in {output}; stop it first, or choose another output"
         )
-    parent = output.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise InputError(f"--output {output}: {parent} is a file; choose another place")
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"--output {output}: {parent} cannot be written to; choose another place")
+    check_writable(output, inside=True)
 
 
 def _is_a_sweep(output: Path) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from expunge.analysis.layers import LayerChoice, choose_layer
+from expunge.disk import settle
 from expunge.methods.steering import (
     TRAINED_LAYERS,
     SteeringSettings,
@@ -22,7 +23,6 @@ from expunge.models.parts import Parts
 from expunge.processes import OneProcess, Processes
 from expunge.training.preparation import Prepared
 from expunge.training.progress import Progress
-from expunge.training.state import settle
 
 
 def is_open(prepared: Prepared) -> bool:

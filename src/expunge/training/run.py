@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import torch
 
 import expunge
 from expunge.data.rows import RowSet, read_rows
+from expunge.disk import check_writable
 from expunge.errors import InputError
 from expunge.methods.base import Method
 from expunge.models.decoder import skeleton_of
@@ -413,17 +413,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
             f" {MANIFEST}; choose another directory"
         )
     check_writable(output)
-
-
-def check_writable(output: Path) -> None:
-    """Raises InputError where the output's directory cannot be made."""
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise InputError(f"--output {output}: {parent} is a file; choose another place")
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"--output {output}: {parent} cannot be written to; choose another place")
 
 
 def _write_artifacts(outcome: Outcome, checked: CheckedModel, scratch: Path) -> None:

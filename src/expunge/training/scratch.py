@@ -22,9 +22,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from expunge.disk import settle
 from expunge.errors import ExpungeError, InputError, Interrupted
 from expunge.processes import Processes
-from expunge.training.state import SavedState, load_facts, load_state, settle
+from expunge.training.state import SavedState, load_facts, load_state
 
 _ASKED = "run.json"
 

@@ -7,7 +7,6 @@ the new one is on the disk, so that there is always a whole one; nothing is pick
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from expunge.disk import settle
 from expunge.models.tensors import metadata_of, read_tensor, stored_tensors, write_tensors
 
 _FILE = "state.safetensors"
@@ -74,15 +74,6 @@ def load_facts(directory: Path) -> dict[str, Any] | None:
         return None
     facts: dict[str, Any] = json.loads(metadata_of(path)["facts"])
     return facts
-
-
-def settle(path: Path) -> None:
-    """Returns once a file, or a directory's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

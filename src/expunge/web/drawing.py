@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 
 from expunge.data.rows import Row
 from expunge.evaluation.findings import findings
 from expunge.evaluation.scorecard import Scorecard
+from expunge.reporting.rendering import templates_of
 from expunge.reporting.tables import scorecard_rows
 from expunge.web.asking import SIDES, Answer, Side
 from expunge.web.pieces import (
@@ -146,13 +147,7 @@ def _drawn(macro: str, *values: Any) -> str:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("expunge.web"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates_of("expunge.web", html=True)
     environment.filters["visible"] = _visible
     environment.globals["written"] = written
     return environment
