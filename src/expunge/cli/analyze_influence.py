@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from expunge.analysis.influence import InfluenceInputs, analyze_influence
 from expunge.analysis.influence_file import Influence
 from expunge.cli.console import progress_on_stderr
@@ -17,6 +15,7 @@ from expunge.cli.options import parse, take_flag
 from expunge.data.rows import RowSet
 from expunge.errors import InputError
 from expunge.reporting.influence import influence_tables, summary_lines, write_figure
+from expunge.reporting.tables import table_console
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def _show(influence: Influence, sets: Mapping[str, RowSet], settings: AnalyzeInf
     if settings.json:
         sys.stdout.write(json.dumps(influence.to_json(), indent=2) + "\n")
         return
-    console = Console(markup=False, highlight=False)
+    console = table_console()
     texts = {row.id: row for rows in sets.values() for row in rows} if settings.reveal else None
     for table in influence_tables(influence, settings.top, texts):
         console.print(table)

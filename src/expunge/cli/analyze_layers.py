@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from rich.console import Console
-
 from expunge.analysis.layers import LayerChoice
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.options import take_flag
@@ -22,6 +20,7 @@ from expunge.reporting.layers import (
     table_of,
     write_figure,
 )
+from expunge.reporting.tables import table_console
 from expunge.search.layer_sweep import LayerInputs, LayerSweep, predict, sweep_layers
 from expunge.training.options import TrainingOptions
 
@@ -63,7 +62,7 @@ def _show_prediction(choice: LayerChoice, *, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(choice.to_json(), indent=2) + "\n")
         return
-    console = Console(markup=False, highlight=False)
+    console = table_console()
     if choice.readings:
         console.print(table_of("Predicted", *prediction_rows(choice)))
     if choice.clean is not None and choice.corrupted is not None:
@@ -82,7 +81,7 @@ def _show_sweep(sweep: LayerSweep, model: str, *, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(sweep.to_json(), indent=2) + "\n")
         return
-    console = Console(markup=False, highlight=False)
+    console = table_console()
     console.print(table_of(f"Layers of {model}", *sweep_rows(sweep)))
     console.print(agreement_text(sweep), soft_wrap=True)
     for result in sweep.results:

@@ -7,14 +7,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
-
 from expunge.cli.options import parse, take_flag
 from expunge.errors import InputError
 from expunge.evaluation.findings import findings
 from expunge.evaluation.score_files import read_scores
 from expunge.evaluation.scorecard import Scorecard
-from expunge.reporting.tables import label_of, markdown_table, scorecard_table
+from expunge.reporting.tables import label_of, markdown_table, scorecard_table, table_console
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def show(cards: dict[str, Scorecard], *, as_json: bool = False, as_markdown: boo
     if as_markdown:
         sys.stdout.write(markdown_table(cards))
         return
-    console = Console(markup=False)
+    console = table_console()
     console.print(scorecard_table(cards, "Scorecards"))
     for name, card in cards.items():
         if name in ("target", "oracle"):

@@ -73,9 +73,9 @@ def _json(found: Plan, others: Iterable[tuple[str, Plan]]) -> dict[str, Any]:
 
 
 def _print(found: Plan, others: Iterable[tuple[str, Plan]]) -> None:
-    from rich.console import Console
+    from expunge.reporting.tables import table_console
 
-    console = Console(markup=False, highlight=False)
+    console = table_console()
     place = "GPU memory" if found.budget.device_type == "cuda" else "memory"
     accelerator = any(phase.cpu_parts for phase in found.phases)
     if accelerator:

@@ -390,9 +390,9 @@ def _said(checked: Checked, bundle: str) -> list[str]:
 
 
 def _print(*parts: Any) -> None:
-    from rich.console import Console
+    from expunge.reporting.tables import table_console
 
-    console = Console(markup=False, highlight=False)
+    console = table_console()
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))
 

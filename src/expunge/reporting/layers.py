@@ -135,8 +135,10 @@ def table_of(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in header:
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for column, heading in enumerate(header):
+        # On a narrow terminal a heading may break at its spaces; a number is never cut.
+        widest = max((len(row[column]) for row in rows), default=0)
+        table.add_column(heading, justify="right" if heading else "left", min_width=widest)
     for row in rows:
         table.add_row(*row)
     return table

@@ -6,11 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from expunge.reporting.tables import number
+from expunge.reporting.tables import number, table_console
 
 _SHOWN = 20
-_WIDE = 240
-"""Columns of what is not a terminal, which wraps nothing."""
 
 
 def sweep_rows(result: Mapping[str, Any]) -> list[list[str]]:
@@ -90,12 +88,9 @@ def sweep_notes(result: Mapping[str, Any], output: str) -> list[str]:
 def print_sweep(result: Mapping[str, Any], output: str) -> None:
     """Prints the table to standard output."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDE
+    console = table_console()
     table = Table(
         title="Trials (0-1, high is good)",
         title_justify="left",

@@ -10,8 +10,10 @@ from expunge.evaluation.score_files import SCORES
 from expunge.evaluation.scorecard import KIND_NAMES, Cells, Scorecard
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
+_WIDE = 240
 LOW, HIGH, EVEN = "low", "high", "0.5"
 _TOTALS = (
     ("task aggregate", "task_aggregate", "0-1", HIGH),
@@ -20,6 +22,16 @@ _TOTALS = (
     ("utility (guessing: 0.25)", "utility", "0-1", HIGH),
     ("final score", "final_score", "0-1", HIGH),
 )
+
+
+def table_console() -> Console:
+    """A console for tables. What is no terminal wraps nothing: there a table must not be cut."""
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDE
+    return console
 
 
 def label_of(run: str, taken: Mapping[str, object]) -> str:
