@@ -162,6 +162,8 @@ def _prepared(arguments: argparse.Namespace) -> tuple[Any, Any]:
             layer=arguments.layer[0],
             alpha=ALPHA,
             beta=BETA,
+            directions="shared",
+            draws=1,
             forget_tokens="all",
             row_balance=0.0,
             random_rows=0,
@@ -251,7 +253,7 @@ def _published(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str,
     )  # fmt: skip
     method = prepared.method
     assert isinstance(method, AdaptiveRMU)
-    direction = next(iter(method.draw_directions(context).values()))
+    direction = next(iter(method.draw_directions(context).vectors.values()))
 
     def state(model: Any, batch: Any) -> Any:
         outputs = model(

@@ -96,9 +96,7 @@ def test_a_steered_row_goes_no_further_than_it_must(make_context: Contexts) -> N
         0.75,
     ]  # 2 of 4 nats too far, half of it back
     norms = objective.hidden.norms_before(forget)
-    directions = torch.stack([objective.directions[task] for task in forget.tasks])
-    lengths = torch.tensor(forget.lengths)
-    full = adaptive_target(norms, directions.repeat_interleave(lengths, dim=0), 5.0)
+    full = adaptive_target(norms, objective.directions.of_tokens(forget), 5.0)
     weaker = objective.weakened(full, forget)
     start = objective.hidden.before(forget)
     rows = weaker.split(forget.lengths)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -15,9 +15,10 @@ from expunge.errors import InputError
 from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.base import Context
 from expunge.methods.kl_minimization import KLMinimization
+from expunge.methods.losses import unit_direction
 from expunge.methods.rmu import RMU
 from expunge.methods.steering import candidate_layers, row_weights, usual_layer, with_noise
-from expunge.models.decoder import find_layout
+from expunge.models.decoder import find_layout, forward_hook
 from expunge.training.loop import optimizer_of
 from expunge.training.unlearning import autocast_of
 
@@ -68,10 +69,11 @@ def test_the_loss_against_full_forward_passes_of_two_models(
 
     total = count = 0.0
     now, before = state(context.model, forget), state(frozen, forget)
-    for row, task in enumerate(forget.tasks):
+    for row, (name, task) in enumerate(zip(forget.row_ids, forget.tasks, strict=True)):
         for token in range(forget.input_ids.shape[1]):
             if forget.token_mask[row, token]:
-                target = 5.0 * before[row, token].norm() * objective.directions[task]
+                direction = objective.directions.of(name, task)
+                target = 5.0 * before[row, token].norm() * direction
                 weight = float(forget.token_mask[row].sum()) ** -balance
                 total += weight * float((now[row, token] - target).square().mean().detach())
                 count += weight
@@ -125,8 +127,8 @@ def test_gradients_reach_the_three_weights_and_padding_does_not_count(
 
 
 def test_directions_follow_the_seed_and_the_task(make_context: Contexts) -> None:
-    def drawn(seed: int, **settings: Any) -> dict[str, torch.Tensor]:
-        return AdaptiveRMU(layer=3, **settings).start(make_context(seed=seed)).directions
+    def drawn(seed: int, **settings: Any) -> Mapping[str, torch.Tensor]:
+        return AdaptiveRMU(layer=3, **settings).start(make_context(seed=seed)).directions.vectors
 
     first, again, other = (drawn(seed, directions="per-task") for seed in (0, 0, 1))
     assert set(first) == {"Task1", "Task2"}
@@ -135,6 +137,68 @@ def test_directions_follow_the_seed_and_the_task(make_context: Contexts) -> None
     assert not torch.equal(first["Task1"], first["Task2"])
     shared = drawn(0, directions="shared")
     assert torch.equal(shared["Task1"], shared["Task2"])
+
+
+def test_directions_are_spread_over_rows_where_tasks_are_few(make_context: Contexts) -> None:
+    context = make_context()
+    spread = AdaptiveRMU(layer=3).draw_directions(context)  # two tasks
+    assert set(spread.vectors) == {"0", "1", "2"}
+    again = AdaptiveRMU(layer=3, directions=3).draw_directions(context)
+    assert all(torch.equal(spread.vectors[name], again.vectors[name]) for name in spread.vectors)
+    met = [spread.of(f"row {number}", "Task1") for number in range(300)]
+    for vector in spread.vectors.values():
+        assert 70 < sum(torch.equal(vector, other) for other in met) < 130
+    # A row keeps its direction whatever its task is called and whatever it is batched with.
+    assert torch.equal(spread.of("row 7", "Task1"), spread.of("row 7", "Task9"))
+    batch = collate(context.forget, [1, 0], context.pad_id)
+    per_token = spread.of_tokens(batch)
+    assert len(per_token) == sum(batch.lengths)
+    for row, part in zip(batch.row_ids, per_token.split(batch.lengths), strict=True):
+        assert torch.equal(part, spread.of(row, "").expand_as(part))
+    more = [dataclasses.replace(context.forget[0], task=f"Task{number}") for number in range(4)]
+    by_task = AdaptiveRMU(layer=3).draw_directions(dataclasses.replace(context, forget=more))
+    assert set(by_task.vectors) == {"Task0", "Task1", "Task2", "Task3"}
+    for option in ("directions", "draws"):
+        none: dict[str, Any] = {option: 0}
+        with pytest.raises(InputError, match=option):
+            AdaptiveRMU(layer=3, **none)
+
+
+@pytest.mark.parametrize("family", ["olmo", "gpt_neox"])
+def test_of_the_drawn_directions_the_one_that_leaves_least_is_taken(
+    family: str, make_context: Contexts
+) -> None:
+    context = make_context(family)
+    method = AdaptiveRMU(layer=2, directions="shared", draws=6)
+    width = context.model.config.hidden_size
+    generator = context.generator("direction")
+    candidates = [unit_direction(width, "gaussian", generator) for _ in range(6)]
+
+    def loss_along(direction: torch.Tensor) -> float:
+        """One row at a time, the upper layers run one by one on the replaced states."""
+        total = count = 0.0
+        for example in sorted(context.forget, key=len, reverse=True)[:4]:
+            batch = collate([example], [0], context.pad_id)
+
+            def along(_module: Any, _inputs: Any, output: Any) -> Any:
+                states = output[0] if isinstance(output, tuple) else output
+                new = 5.0 * torch.stack([state.norm() * direction for state in states[0]])[None]
+                return (new, *output[1:]) if isinstance(output, tuple) else new
+
+            with torch.no_grad(), forward_hook(context.layout.layer(context.model, 2), along):
+                logits = context.model(input_ids=batch.input_ids).logits[0].log_softmax(-1)
+            for place in range(1, len(example)):
+                if batch.mask("content")[0, place]:
+                    total -= float(logits[place - 1, batch.input_ids[0, place]])
+                    count += 1
+        return total / count
+
+    losses = [loss_along(candidate) for candidate in candidates]
+    assert max(losses) > min(losses) + 1e-3
+    chosen = method.draw_directions(context).vectors
+    assert torch.equal(chosen["Task1"], candidates[losses.index(max(losses))])
+    first = AdaptiveRMU(layer=2, directions="shared", draws=1).draw_directions(context)
+    assert torch.equal(first.vectors["Task1"], candidates[0])
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

@@ -12,18 +12,25 @@ updated model, whose norms then grow by up to beta an epoch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from expunge.data.batches import Batch
+from expunge.data.batches import Batch, collate
+from expunge.data.tokenization import Example
 from expunge.errors import InputError
 from expunge.methods.base import Context, Preset, RunDefaults, Terms
 from expunge.methods.losses import adaptive_target, unit_direction
+from expunge.methods.numerics import masked_mean
 from expunge.methods.steering import SteeringObjective, SteeringSettings
+from expunge.models.decoder import forward_hook
 
+_FEWEST = 3
+"""Directions from which on the audit's ablation of one found nothing (docs/decisions.md)."""
+_JUDGED_ROWS = 4
 _SEMEVAL = "github.com/ArjunDosajh/Mr.Snuffleupagus-SemEval-2025-Task-4 (arXiv 2506.16548)"
 
 _PUBLISHED = {
@@ -33,8 +40,32 @@ _PUBLISHED = {
     "random_rows": 0,
     "calibration_gain": 0.0,
     "optimizer": "adamw",
+    "draws": 1,
 }
 _SEMEVAL_SETTINGS = {**_PUBLISHED, "alpha": 900.0, "directions": "per-task"}
+
+
+def _name_of(row_id: str, task: str, names: Sequence[str], by_task: bool) -> str:
+    return task if by_task else names[zlib.crc32(row_id.encode()) % len(names)]
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Unit directions, (width,) each, and which row goes along which."""
+
+    vectors: Mapping[str, torch.Tensor]
+    """By task, or by number where they are spread over the rows."""
+    by_task: bool
+
+    def of(self, row_id: str, task: str) -> torch.Tensor:
+        """The direction of a row. It depends on the row alone, whatever else is in the set."""
+        return self.vectors[_name_of(row_id, task, list(self.vectors), self.by_task)]
+
+    def of_tokens(self, batch: Batch) -> torch.Tensor:
+        """Those of a batch's tokens, row after row: (tokens, width)."""
+        rows = [self.of(*named) for named in zip(batch.row_ids, batch.tasks, strict=True)]
+        lengths = torch.tensor(batch.lengths, device=rows[0].device)
+        return torch.stack(rows).repeat_interleave(lengths, dim=0)
 
 
 @dataclass(frozen=True)
@@ -43,9 +74,16 @@ class AdaptiveRMU(SteeringSettings):
 
     beta: float = 5.0
     """Length of the target in units of the frozen hidden state's norm."""
-    directions: Literal["shared", "per-task"] = "shared"
-    """One random direction for all forget text, or one for each task as at SemEval; a shared one is
-    learned in fewer steps."""
+    directions: int | Literal["auto", "shared", "per-task"] = "auto"
+    """Random directions: one that all forget text shares, one for each task as at SemEval, or so many,
+    spread over the rows. auto: one for each task, and three spread over the rows where there are fewer
+    than three tasks. A shared one is learned in the fewest steps, but who finds it takes it out and has
+    all back."""
+    draws: int = 8
+    """Random directions of which each one is the best: where states along it give a few forget rows the
+    highest loss in the frozen model. Along some, rows are still better predicted than never-seen text,
+    however hard they are pushed. 1 keeps the first, as published; so does a run that measures no
+    candidates and has no layers above l in memory."""
 
     name: ClassVar[str] = "adaptive-rmu"
     defaults: ClassVar[RunDefaults] = RunDefaults(
@@ -97,20 +135,65 @@ class AdaptiveRMU(SteeringSettings):
         super().__post_init__()
         if self.beta < 0:
             raise InputError(f"--method.beta {self.beta}: must be 0 or more")
+        for option in ("directions", "draws"):
+            value = getattr(self, option)
+            if isinstance(value, int) and value < 1:
+                raise InputError(f"--method.{option} {value}: must be 1 or more")
 
-    def draw_directions(self, context: Context) -> dict[str, torch.Tensor]:
-        """The direction of each task of the forget set, (width,), of unit norm."""
+    def draw_directions(self, context: Context) -> Directions:
+        """Directions for the tasks of the forget set."""
         tasks = sorted({example.task for example in context.forget})
+        spread: int | str = self.directions
+        if spread == "auto":
+            spread = "per-task" if len(tasks) >= _FEWEST else _FEWEST
         generator = context.generator("direction")
+        if spread == "shared":
+            vector = self._draw(context, context.forget, generator)
+            return Directions(dict.fromkeys(tasks, vector), by_task=True)
+        by_task = not isinstance(spread, int)
+        names = tasks if isinstance(spread, str) else [str(number) for number in range(spread)]
+        drawn: dict[str, torch.Tensor] = {}
+        for name in names:
+            rows = [e for e in context.forget if _name_of(e.row_id, e.task, names, by_task) == name]
+            drawn[name] = self._draw(context, rows, generator)
+        return Directions(drawn, by_task)
+
+    def _draw(
+        self, context: Context, rows: Sequence[Example], generator: torch.Generator
+    ) -> torch.Tensor:
+        """The direction of these rows, (width,)."""
+        engine = context.engine
+        measurable = bool(rows) and (engine is None or engine.measures)
         width = context.model.config.hidden_size
-        directions: dict[str, torch.Tensor] = {}
-        for task in tasks:
-            if self.directions == "shared" and directions:
-                directions[task] = directions[tasks[0]]
-                continue
-            drawn = unit_direction(width, self.direction_kind, generator)
-            directions[task] = drawn.to(context.device)
-        return directions
+        drawn = [
+            unit_direction(width, self.direction_kind, generator).to(context.device)
+            for _ in range(self.draws if measurable else 1)
+        ]
+        if len(drawn) == 1:
+            return drawn[0]
+        losses = [self._loss_along(vector, context, rows) for vector in drawn]
+        # Rounding must not make two processes choose two ways.
+        best: int = context.processes.gather(max(range(len(drawn)), key=losses.__getitem__))[0]
+        return drawn[best]
+
+    @torch.no_grad()
+    def _loss_along(
+        self, direction: torch.Tensor, context: Context, rows: Sequence[Example]
+    ) -> float:
+        """Mean loss, nats a token, of the longest rows with every state at the full target."""
+
+        def moved(_module: object, _inputs: object, output: Any) -> Any:
+            states = output[0] if isinstance(output, tuple) else output
+            norms = states.float().norm(dim=-1, keepdim=True)
+            states = (self.beta * norms * direction).to(states.dtype)
+            return (states, *output[1:]) if isinstance(output, tuple) else states
+
+        longest = sorted(rows, key=len, reverse=True)[:_JUDGED_ROWS]
+        batch = collate(longest, range(len(longest)), context.pad_id).to(context.device)
+        layer = context.layout.layer(context.model, self.layer_in(context.layout))
+        with forward_hook(layer, moved), context.autocast():
+            log_probs, _ = context.next_tokens(batch)
+        return -float(masked_mean(log_probs, batch.mask(self.forget_tokens)[:, 1:]))
 
     def start(self, context: Context) -> AdaptiveRMUObjective:
         """Draws the directions and keeps a copy of the trained weights as reference."""
@@ -121,22 +204,21 @@ class AdaptiveRMUObjective(SteeringObjective):
     """Adaptive RMU at work on one model."""
 
     def __init__(self, settings: AdaptiveRMU, context: Context) -> None:
+        # Before the trained weights become float32, so that the model runs as it is.
+        self.directions = settings.draw_directions(context)
         super().__init__(settings, context)
         self._beta = settings.beta
-        self.directions = settings.draw_directions(context)
 
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """The two terms of L."""
-        directions = torch.stack([self.directions[task] for task in forget.tasks])
-        lengths = torch.tensor(forget.lengths, device=directions.device)
-        per_token = directions.repeat_interleave(lengths, dim=0)
-        target = adaptive_target(self.hidden.norms_before(forget), per_token, self._beta)
+        norms = self.hidden.norms_before(forget)
+        target = adaptive_target(norms, self.directions.of_tokens(forget), self._beta)
         return self.terms(forget, self.weakened(target, forget), retain)
 
     def artifacts(self) -> Mapping[str, torch.Tensor]:
-        """The directions, by task."""
+        """The directions, by task or number."""
         return {
             # A copy each: a safetensors file refuses one storage under two names.
-            f"direction.{task}": vector.to("cpu", copy=True)
-            for task, vector in self.directions.items()
+            f"direction.{name}": vector.to("cpu", copy=True)
+            for name, vector in self.directions.vectors.items()
         }

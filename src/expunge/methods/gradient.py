@@ -21,7 +21,7 @@ from expunge.methods.forward import all_logits, head_takes_places, logits_at, re
 from expunge.methods.losses import cross_entropy, token_kl
 from expunge.methods.numerics import row_sums, target_log_probs
 from expunge.models.decoder import DecoderLayout
-from expunge.models.lora import Adapter, LoraShape, Targets
+from expunge.models.lora import Adapter, LoraShape, Start, Targets
 from expunge.models.weights import snapshot, swapped_in, train_only
 
 
@@ -39,6 +39,9 @@ class GradientSettings:
     """Dropout on the adapter's input in training steps."""
     targets: Targets = "all"
     """Which linear maps of a decoder layer are adapted."""
+    adapter_start: Start = "zero"
+    """How the adapter starts, its product 0 either way: with B = 0, where A has no gradient in the first
+    step, or in pairs of opposite terms, where both factors move at once."""
     tokens: Tokens = "all"
     """Which tokens the losses are taken over: the whole text, or the output given the input."""
     gradient_checkpointing: bool = False
@@ -47,6 +50,10 @@ class GradientSettings:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise InputError(f"--method.rank {self.rank}: must be 1 or more")
+        if self.adapter_start == "paired" and self.rank % 2:
+            raise InputError(
+                f"--method.rank {self.rank}: --method.adapter_start paired needs an even rank"
+            )
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"--method.lora_dropout {self.lora_dropout}: must be in [0, 1)")
         for option in ("lora_alpha", "beta", "retain_weight"):
@@ -121,6 +128,7 @@ class GradientObjective:
                 settings.lora_dropout,
                 settings.targets,
                 None if layers is None else tuple(layers),
+                settings.adapter_start,
             )
             seed = context.generator("adapter").initial_seed() % 2**63
             self.adapter = Adapter(context.model, context.layout, shape, seed)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Targets = Literal["attention", "mlp", "all"]
+Start = Literal["zero", "paired"]
 _ADAPTER = "default"
 
 
@@ -30,6 +31,9 @@ class LoraShape:
     targets: Targets
     layers: tuple[int, ...] | None = None
     """Decoder layers that are adapted; None: all."""
+    start: Start = "zero"
+    """zero: B = 0 (the paper's), so that only B has a gradient at first. paired: A = [A1; A1] and
+    B = [B1, -B1], whose product is 0 as well while both factors have a gradient; the rank is even."""
 
 
 def linears_of(layout: DecoderLayout, targets: Targets) -> tuple[str, ...]:
@@ -78,7 +82,20 @@ class Adapter:
                 parameter = getattr(layer, factor)[_ADAPTER].weight
                 parameter.data = parameter.data.float()
                 self.parameters[f"{name}.{factor}.weight"] = parameter.requires_grad_(True)
+        if shape.start == "paired":
+            self._pair(torch.Generator().manual_seed(seed))
         self.set_dropout(False)  # new modules are born in training mode
+
+    @torch.no_grad()
+    def _pair(self, generator: torch.Generator) -> None:
+        for layer in self.layers.values():
+            first, second = (getattr(layer, f)[_ADAPTER].weight.data for f in ("lora_A", "lora_B"))
+            half = len(first) // 2
+            first[half:] = first[:half]
+            # As A's entries are drawn: uniform, up to 1 / sqrt(inputs).
+            drawn = torch.rand(second[:, :half].shape, generator=generator) * 2 - 1
+            second[:, :half] = (drawn / len(first) ** 0.5).to(second.device)
+            second[:, half:] = -second[:, :half]
 
     @contextmanager
     def using(self, factors: Mapping[str, nn.Parameter]) -> Iterator[None]:

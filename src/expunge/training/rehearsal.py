@@ -231,14 +231,12 @@ class _Rehearsal:
         ).run(_silent, largest_only=True)
 
     def _context(self, model: PlannedModel, engine: SegmentEngine | None) -> Context:
-        """A start is given the longest rows, as many as are in one pass, and one of every task."""
         prepared = self._prepared
-        one_of_each = {example.task: example for example in prepared.forget}.values()
         size = prepared.used["batch_size"]
         return Context(
             model=model.model,
             layout=self._checked.layout,
-            forget=[*longest(prepared.forget, size), *one_of_each],
+            forget=self._start_rows(),
             retain=longest(prepared.retain, size),
             pad_id=prepared.pad_id,
             batch_size=size,
@@ -321,6 +319,12 @@ class _Rehearsal:
                 found[1] |= size if start == 0 else set()
         return _ratio(*found)
 
+    def _start_rows(self) -> list[Example]:
+        """A start is given the longest rows, as many as are in one pass, and one of every task."""
+        rows = self._prepared.forget
+        one_of_each = {example.task: example for example in rows}.values()
+        return [*longest(rows, self._prepared.used["batch_size"]), *one_of_each]
+
     def _validation(self) -> ValidationSet:
         rows, size = self._prepared.validation, self._prepared.used["batch_size"]
         return ValidationSet(
@@ -338,6 +342,7 @@ class _Rehearsal:
             measured.retain,
             measured.members,
             measured.nonmembers,
+            self._start_rows(),
             shortest(self._prepared.forget, 2),
             shortest(self._prepared.retain, 2),
         ]
