@@ -79,7 +79,7 @@ class AdaptiveRMU(SteeringSettings):
     spread over the rows. auto: one for each task, and three spread over the rows where there are fewer
     than three tasks. A shared one is learned in the fewest steps, but who finds it takes it out and has
     all back."""
-    draws: int = 8
+    draws: int = 32
     """Random directions of which each one is the best: where states along it give a few forget rows the
     highest loss in the frozen model. Along some, rows are still better predicted than never-seen text,
     however hard they are pushed. 1 keeps the first, as published; so does a run that measures no
