@@ -255,7 +255,7 @@ def assert_as_the_whole_model(
                 assert not engine.before(batch).requires_grad
                 if changed:
                     assert relative_error(expected, old) > 10 * tolerance
-        if engine.measures:
+        if engine._measures:
             assert_next_tokens(engine, reference, dtype, tolerance)
     direction = torch.randn(now[0].shape, generator=torch.Generator().manual_seed(3))
     (now[0].float() * direction).sum().backward()

@@ -83,7 +83,7 @@ class AdaptiveRMU(SteeringSettings):
     """Random directions of which each one is the best: where states along it give a few forget rows the
     highest loss in the frozen model. Along some, rows are still better predicted than never-seen text,
     however hard they are pushed. 1 keeps the first, as published; so does a run that measures no
-    candidates and has no layers above l in memory."""
+    candidates, as it has no layers above l in memory."""
 
     name: ClassVar[str] = "adaptive-rmu"
     defaults: ClassVar[RunDefaults] = RunDefaults(
@@ -162,12 +162,10 @@ class AdaptiveRMU(SteeringSettings):
         self, context: Context, rows: Sequence[Example], generator: torch.Generator
     ) -> torch.Tensor:
         """The direction of these rows, (width,)."""
-        engine = context.engine
-        measurable = bool(rows) and (engine is None or engine.measures)
         width = context.model.config.hidden_size
         drawn = [
             unit_direction(width, self.direction_kind, generator).to(context.device)
-            for _ in range(self.draws if measurable else 1)
+            for _ in range(self.draws if rows and context.measures else 1)
         ]
         if len(drawn) == 1:
             return drawn[0]

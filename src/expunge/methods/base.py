@@ -101,6 +101,9 @@ class Context:
     """How the method draws its rows."""
     resumed: Mapping[str, Any] | None = None
     """The notes of a start whose parameters and optimiser will be put back; None for a new run."""
+    measures: bool = True
+    """Whether the run measures candidates. Only then may a method ask for `next_tokens`: a run that does
+    not has no layers above the trained ones in memory."""
 
     def next_tokens(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each token and whether greedy decoding gives it: (rows, tokens - 1).

@@ -129,7 +129,7 @@ class SegmentEngine:
         Raises NotASegment.
         """
         self._parts, self._layout, self._autocast = parts, layout, autocast
-        self._first, self._last, self.measures = first, last, measures
+        self._first, self._last, self._measures = first, last, measures
         self._names = module_names(parts.model, layout)
         self._segment = Segment(parts.model, layout, first, last)
         self._upper = Segment(parts.model, layout, first, layout.count - 1)
@@ -152,7 +152,7 @@ class SegmentEngine:
         real = batch.attention_mask.bool()
         ids, lengths = batch.input_ids[real], real.sum(1).tolist()
         self._parts.load(*self._names.others)
-        if self.measures:
+        if self._measures:
             self._parts.load(*self._names.head)
         errors = {}
         with (
@@ -170,7 +170,7 @@ class SegmentEngine:
                 errors["states"] = relative_error(
                     self._segment(below, lengths), whole["states"][real]
                 )
-                if self.measures:
+                if self._measures:
                     errors["logits"] = relative_error(
                         self._upper.logits(below, lengths), whole["logits"][real]
                     )
@@ -201,7 +201,7 @@ class SegmentEngine:
             forward_hook(below, keep("below")),
             forward_hook(self._layout.layer(model, self._last), keep("states")),
         ):
-            if self.measures:
+            if self._measures:
                 caught["logits"] = model(
                     input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
                 ).logits
@@ -257,7 +257,7 @@ class SegmentEngine:
             self._fill_targets(advance)
         if prefix is not None and self._processes.is_main:
             prefix.keep(cache, self._first, directory / "below")
-        if self.measures:
+        if self._measures:
             above = self._layers(self._last + 1, self._layout.count - 1)
             self._parts.load(*above, *self._names.head)
 

@@ -246,6 +246,7 @@ class _Rehearsal:
             autocast=autocast_of(torch.device("cpu"), self._dtype),
             progress=_silent,
             engine=engine,
+            measures=prepared.measures,
         )
 
     def _unlearn(

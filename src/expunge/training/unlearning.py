@@ -205,6 +205,7 @@ def unlearn_prepared(
             processes=place.processes,
             sampling=prepared.method.sampling,
             resumed=None if place.saved is None else place.saved.facts["notes"],
+            measures=prepared.measures,
         )
         if prepared.options.trackers:
             log = stack.enter_context(
