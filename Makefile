@@ -36,8 +36,8 @@ demo: $(RUNS) ## unlearn the built-in benchmark with LIBU and Adaptive RMU, end 
 test: $(STAMP) ## every test, slow ones included
 	$(BIN)/python -m pytest
 
-test-quick: $(STAMP) ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+test-quick: $(STAMP) ## the tests that take seconds, on all cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
 
 check: lint types wheel ## ruff, mypy --strict, and the wheel built, installed elsewhere and imported
 
