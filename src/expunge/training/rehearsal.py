@@ -20,7 +20,8 @@ import torch
 from expunge.analysis.layers import LayerPass
 from expunge.data.batches import Batch
 from expunge.data.tokenization import Example
-from expunge.methods.base import Context, OptimizerSpec, Terms
+from expunge.methods.adaptive_rmu import AdaptiveRMU
+from expunge.methods.base import Context, Method, OptimizerSpec, Terms
 from expunge.methods.steering import TRAINED_LAYERS
 from expunge.models.decoder import skeleton_of
 from expunge.models.engine import CacheLayout, SegmentEngine, pass_tokens_on
@@ -262,7 +263,7 @@ class _Rehearsal:
         with self._phase(
             "start", self._ratio_of((prepared.forget, prepared.retain), packed=packed)
         ):
-            objective = prepared.method.start(context)
+            objective = _with_few_draws(prepared.method).start(context)
             model.unmap()
         for parameter in objective.parameters.values():
             meter.name(parameter, TRAINED)
@@ -406,6 +407,13 @@ def _fill_sizes(cache: CacheLayout, limit: int) -> set[tuple[int, ...]]:
 
 def _sides(rows: ValidationSet) -> tuple[Sequence[Example], ...]:
     return rows.forget, rows.retain, rows.members, rows.nonmembers
+
+
+def _with_few_draws(method: Method) -> Method:
+    """Directions are judged one after the other: the third pass takes no more than the second."""
+    if isinstance(method, AdaptiveRMU):
+        return dataclasses.replace(method, draws=min(2, method.draws))
+    return method
 
 
 def _ratio(whole: Collection[object], part: Collection[object]) -> float:
