@@ -169,16 +169,16 @@ class AdaptiveRMU(SteeringSettings):
         ]
         if len(drawn) == 1:
             return drawn[0]
-        losses = [self._loss_along(vector, context, rows) for vector in drawn]
+        longest = sorted(rows, key=len, reverse=True)[:_JUDGED_ROWS]
+        batch = collate(longest, range(len(longest)), context.pad_id).to(context.device)
+        losses = [self._loss_along(vector, context, batch) for vector in drawn]
         # Rounding must not make two processes choose two ways.
         best: int = context.processes.gather(max(range(len(drawn)), key=losses.__getitem__))[0]
         return drawn[best]
 
     @torch.no_grad()
-    def _loss_along(
-        self, direction: torch.Tensor, context: Context, rows: Sequence[Example]
-    ) -> float:
-        """Mean loss, nats a token, of the longest rows with every state at the full target."""
+    def _loss_along(self, direction: torch.Tensor, context: Context, batch: Batch) -> float:
+        """Mean loss, nats a token, of the batch with every state at the full target."""
 
         def moved(_module: object, _inputs: object, output: Any) -> Any:
             states = output[0] if isinstance(output, tuple) else output
@@ -186,8 +186,6 @@ class AdaptiveRMU(SteeringSettings):
             states = (self.beta * norms * direction).to(states.dtype)
             return (states, *output[1:]) if isinstance(output, tuple) else states
 
-        longest = sorted(rows, key=len, reverse=True)[:_JUDGED_ROWS]
-        batch = collate(longest, range(len(longest)), context.pad_id).to(context.device)
         layer = context.layout.layer(context.model, self.layer_in(context.layout))
         with forward_hook(layer, moved), context.autocast():
             log_probs, _ = context.next_tokens(batch)
