@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from expunge.methods.membership import membership_auc, membership_score
 from expunge.training.validation import (
     Measured,
+    ValidationSet,
     is_destroyed,
+    measure,
     score,
 )
 
@@ -62,3 +66,35 @@ def test_without_a_retain_set_worse_than_guessing_is_destroyed() -> None:
 def test_a_loss_that_is_not_finite_is_destroyed() -> None:
     assert is_destroyed(Measured(0.0, math.nan), TARGET, GUESSING)
     assert is_destroyed(Measured(0.0, 1.0, 0.8, math.inf), TARGET, GUESSING)
+
+
+def test_documents_are_run_once_and_measured_as_if_by_themselves(
+    make_context: Callable[..., Any],
+) -> None:
+    """The forget sample and the documents overlap; one of them is in neither's whole."""
+    context = make_context()
+    every = [
+        dataclasses.replace(example, row_id=str(n)) for n, example in enumerate(context.forget)
+    ]
+    sample, documents = every[:-1], every[1:]
+    assert len(documents) > 1
+    others = [dataclasses.replace(row, row_id=f"n{n}") for n, row in enumerate(context.retain)]
+    run: list[str] = []
+    plain = type(context).next_tokens
+
+    def counted(self: Any, batch: Any) -> Any:
+        run.extend(batch.row_ids)
+        return plain(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(context), "next_tokens", counted)
+        both = measure(context, ValidationSet(sample, (), documents, others))
+    assert sorted(run) == sorted(example.row_id for example in (*every, *others))
+    alone = measure(context, ValidationSet(documents, (), documents, others))
+    forget = measure(context, ValidationSet(sample, (), (), ()))
+    assert both.never_seen is not None
+    assert alone.never_seen is not None
+    assert both.never_seen.losses == pytest.approx(alone.never_seen.losses)
+    assert both.measured.mia_auc == pytest.approx(alone.measured.mia_auc)
+    assert both.measured.forget_loss == pytest.approx(forget.measured.forget_loss)
+    assert both.measured.forget_accuracy == pytest.approx(forget.measured.forget_accuracy)

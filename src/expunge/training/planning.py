@@ -222,8 +222,7 @@ def _planned(
     ]
     writing = {PROCESS: process, **_writing(checked, rehearsal)}
     phases.append(Phase("write", {} if accelerator else writing, writing if accelerator else {}))
-    used, cache, validation = prepared.used, rehearsal.cache, prepared.validation
-    measured = (validation.forget, validation.retain, validation.members, validation.nonmembers)
+    used, cache, measured = prepared.used, rehearsal.cache, prepared.validation.sides
     return Plan(
         model=checked.name,
         method=prepared.method.name,

@@ -258,7 +258,7 @@ class _Rehearsal:
         target = None
         packed = engine is not None
         if prepared.measures:
-            with self._phase("measure", self._ratio_of(_sides(prepared.validation), packed=packed)):
+            with self._phase("measure", self._ratio_of(prepared.validation.sides, packed=packed)):
                 target = measure(context, self._validation()).measured
         with self._phase(
             "start", self._ratio_of((prepared.forget, prepared.retain), packed=packed)
@@ -328,22 +328,18 @@ class _Rehearsal:
         return [*longest(rows, self._prepared.used["batch_size"]), *one_of_each]
 
     def _validation(self) -> ValidationSet:
-        rows, size = self._prepared.validation, self._prepared.used["batch_size"]
-        return ValidationSet(
-            *(
-                longest(examples, size)
-                for examples in (rows.forget, rows.retain, rows.members, rows.nonmembers)
-            )
+        size = self._prepared.used["batch_size"]
+        forget, retain, nonmembers = (
+            longest(rows, size) for rows in self._prepared.validation.sides
         )
+        # Every row of the first side counts as a document: what is compared takes no more of each.
+        members = forget if self._prepared.validation.members else ()
+        return ValidationSet(forget, retain, members, nonmembers)
 
     def _filled(self, cache: CacheLayout, largest: Largest) -> CacheLayout:
         """The layout with the rows that are needed here, and those of the largest passes of a fill."""
-        measured = self._validation()
         needed: list[Sequence[Example]] = [
-            measured.forget,
-            measured.retain,
-            measured.members,
-            measured.nonmembers,
+            *self._validation().sides,
             self._start_rows(),
             shortest(self._prepared.forget, 2),
             shortest(self._prepared.retain, 2),
@@ -403,10 +399,6 @@ def _fill_passes(cache: CacheLayout, limit: int) -> list[list[tuple[int, ...]]]:
 
 def _fill_sizes(cache: CacheLayout, limit: int) -> set[tuple[int, ...]]:
     return {(sum(map(len, rows)),) for rows in _fill_passes(cache, limit)}
-
-
-def _sides(rows: ValidationSet) -> tuple[Sequence[Example], ...]:
-    return rows.forget, rows.retain, rows.members, rows.nonmembers
 
 
 def _with_few_draws(method: Method) -> Method:

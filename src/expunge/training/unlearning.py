@@ -150,8 +150,7 @@ def plan_cache(prepared: Prepared, width: int, dtype: torch.dtype) -> CacheLayou
     options = prepared.options
     measured: list[Example] = []
     if prepared.measures:
-        rows = prepared.validation
-        measured = [*rows.forget, *rows.retain, *rows.members, *rows.nonmembers]
+        measured = [example for side in prepared.validation.sides for example in side]
     return lay_out(
         [*prepared.forget, *prepared.retain],
         measured,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,13 @@ class ValidationSet:
     """The forget set's documents, compared with the non-members as the scorecard does."""
     nonmembers: Sequence[Example]
 
+    @property
+    def sides(self) -> tuple[Sequence[Example], ...]:
+        """What is run together, each example once: documents are most of the forget set's tokens."""
+        known = set(self.forget)
+        documents = [example for example in self.members if example not in known]
+        return [*self.forget, *documents], self.retain, self.nonmembers
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -64,15 +71,17 @@ class Reading:
 
 def measure(context: Context, rows: ValidationSet) -> Reading:
     """Measures the model as it is."""
-    forget = _pass(context, rows.forget)
-    retain = _pass(context, rows.retain) if rows.retain else None
+    both, retain_rows, nonmembers = rows.sides
+    either = _pass(context, both)
+    forget = either.of(rows.forget)
+    retain = _pass(context, retain_rows) if retain_rows else None
     auc = compared = None
-    if rows.members and rows.nonmembers:
-        members = _pass(context, rows.members).losses
-        others = _pass(context, rows.nonmembers).losses
+    if rows.members and nonmembers:
+        members = either.of(rows.members).losses
+        others = _pass(context, nonmembers).losses
         if all(map(math.isfinite, [*members.values(), *others.values()])):
             auc = membership_auc(list(members.values()), list(others.values()))
-            tasks = {e.row_id: e.task for e in (*rows.members, *rows.nonmembers)}
+            tasks = {e.row_id: e.task for e in (*rows.members, *nonmembers)}
             compared = never_seen(members, others, tasks)
     measured = Measured(
         forget.accuracy,
@@ -112,14 +121,28 @@ def score(candidate: Measured, target: Measured) -> float:
 
 @dataclass(frozen=True)
 class _Pass:
-    accuracy: float
-    """Share of the answer before the first token that greedy decoding gets wrong, over examples."""
+    accuracies: Mapping[str, Sequence[float]]
+    """By row id, of each of its windows: share of the answer before greedy decoding's first mistake."""
     losses: Mapping[str, float]
     """Mean loss of each row's tokens, by row id; its windows count as one."""
 
+    @property
+    def accuracy(self) -> float:
+        """Mean over the examples that have an answer."""
+        found = [value for values in self.accuracies.values() for value in values]
+        return statistics.fmean(found) if found else math.nan
+
+    def of(self, examples: Iterable[Example]) -> _Pass:
+        """That of these examples' rows alone."""
+        rows = {example.row_id for example in examples}
+        return _Pass(
+            {row: values for row, values in self.accuracies.items() if row in rows},
+            {row: loss for row, loss in self.losses.items() if row in rows},
+        )
+
 
 def _pass(context: Context, examples: Sequence[Example]) -> _Pass:
-    accuracies: list[float] = []
+    found: list[tuple[str, float]] = []
     losses = RowLosses()
     processes = context.processes
     mine = examples[processes.rank :: processes.count]
@@ -128,9 +151,16 @@ def _pass(context: Context, examples: Sequence[Example]) -> _Pass:
         with torch.no_grad(), context.autocast():
             log_probs, right = context.next_tokens(batch)
         answers = batch.answer_mask[:, 1:]
-        accuracies += unbroken_share(right, answers)[answers.any(1)].tolist()
+        shares = unbroken_share(right, answers).tolist()
+        asked = answers.any(1).tolist()
+        found += [
+            (row, share)
+            for row, share, has in zip(batch.row_ids, shares, asked, strict=True)
+            if has
+        ]
         losses.add(batch, log_probs)
-    everywhere = processes.gather((accuracies, losses))
-    accuracies = [accuracy for found, _ in everywhere for accuracy in found]
-    accuracy = statistics.fmean(accuracies) if accuracies else math.nan
-    return _Pass(accuracy, RowLosses.of_all(found for _, found in everywhere).means())
+    accuracies: dict[str, list[float]] = {}
+    everywhere = processes.gather((found, losses))
+    for row, share in (pair for pairs, _ in everywhere for pair in pairs):
+        accuracies.setdefault(row, []).append(share)
+    return _Pass(accuracies, RowLosses.of_all(part for _, part in everywhere).means())
