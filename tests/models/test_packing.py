@@ -274,3 +274,27 @@ def test_dropout_in_attention_is_refused_while_it_acts() -> None:
     together(model, rows_of())
     with pytest.raises(NotASegment, match="dropout"):
         together(model.train(), rows_of())
+
+
+def test_gradients_in_bfloat16_are_rounded_once() -> None:
+    """As those of float32 are, also under autocast, which would compute them in bfloat16."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = (9, 4)
+    states = torch.randn(3, 1, 4, sum(lengths), 16, generator=generator).bfloat16()
+    weights = torch.randn(1, 4, sum(lengths), 16, generator=generator)
+
+    def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
+        given = [part.to(dtype).requires_grad_(True) for part in states]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            query, key, value = given
+            output = packing._row_by_row(query, key, value, lengths, None, max(lengths))
+        assert output.dtype == dtype
+        (output.float() * weights.bfloat16().float()).sum().backward()
+        found = []
+        for part in given:
+            assert part.grad is not None
+            found.append(part.grad.bfloat16())
+        return found
+
+    for rounded, whole in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
+        assert torch.equal(rounded, whole)

@@ -84,9 +84,17 @@ def _row_by_row(
     scaling: float | None,
     window: int,
 ) -> torch.Tensor:
-    """One call a row: nothing is computed twice, and a processor does not mind many calls."""
+    """One call a row: nothing is computed twice, and a processor does not mind many calls.
+
+    Gradients are computed in float32: in bfloat16 oneDNN compiles products for every length of row,
+    which cost more than what they compute (docs/decisions.md).
+    """
+    dtype = query.dtype
+    if query.requires_grad:
+        query, key, value = query.float(), key.float(), value.float()
     parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    return torch.cat([_causal(q, k, v, scaling, window) for q, k, v in parts], dim=2)
+    with torch.autocast(query.device.type, enabled=False):
+        return torch.cat([_causal(q, k, v, scaling, window) for q, k, v in parts], dim=2).to(dtype)
 
 
 def _padded(
