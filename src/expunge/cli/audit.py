@@ -7,16 +7,17 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from expunge.audits.auditing import audit
 from expunge.audits.inputs import AuditInputs
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.options import parse, take_flag
 from expunge.errors import InputError
-from expunge.reporting.tables import audit_table
+from expunge.reporting.tables import audit_table, table_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _show(report: dict[str, Any], settings: Audit) -> None:
-    console = Console(markup=False, highlight=False)
+    console = table_console()
     for request in report["requests"]:
         audited = request["audited"]
         console.print(

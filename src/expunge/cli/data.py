@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from expunge.cli.options import parse, take_flag
@@ -18,6 +17,7 @@ from expunge.data.rows import Row, RowSet, read_rows
 from expunge.data.tokenization import Example, LongRows, encode_rows
 from expunge.errors import InputError
 from expunge.models.loading import check_model, text_policy
+from expunge.reporting.tables import table_console
 
 _MASKED = "•••"
 
@@ -125,21 +125,19 @@ def _row(row: Row, windows: Sequence[Example], tokenizer: Any, *, reveal: bool) 
 
 
 def _print(report: dict[str, Any]) -> None:
-    console = Console(markup=False)
-    console.print(f"{report['rows']} rows, {report['sequences']} sequences", highlight=False)
+    console = table_console()
+    console.print(f"{report['rows']} rows, {report['sequences']} sequences")
     for name, count in report["by_task_and_kind"].items():
-        console.print(f"  {name}: {count}", markup=False, highlight=False)
+        console.print(f"  {name}: {count}")
     tokens = report["tokens"]
     console.print(
         f"tokens: {tokens['total']} ({tokens['answer']} of answers),"
         f" median {tokens['median']}, longest {tokens['longest']}",
-        highlight=False,
     )
     text = report["text"]
     console.print(
         f"context {text['context']}, BOS {text['bos']}, EOS {text['eos']},"
         f" chat template {'on' if text['chat_template'] else 'off'}",
-        highlight=False,
     )
     if "row" not in report:
         return

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from expunge.cli.console import progress_on_stderr, speaks
 from expunge.cli.options import parse, take_flag
 from expunge.evaluation.findings import findings
 from expunge.evaluation.measuring import MeasureInputs, measure
 from expunge.evaluation.scorecard import Scorecard
-from expunge.reporting.tables import scorecard_table
+from expunge.reporting.tables import scorecard_table, table_console
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,9 @@ def _show(card: Scorecard, settings: Evaluate) -> None:
     if settings.json:
         sys.stdout.write(json.dumps(card.to_json(), indent=2) + "\n")
         return
-    console = Console(markup=False)
+    console = table_console()
     console.print(
         scorecard_table({Path(settings.model).name: card}, f"Scorecard of {settings.model}")
     )
     for finding in findings(card):
-        console.print(finding, markup=False, highlight=False)
+        console.print(finding)

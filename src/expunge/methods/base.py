@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import nn
@@ -212,6 +212,9 @@ class Method(Protocol):
 
         None where a step needs the whole model.
         """
+
+    def rehearsed(self) -> Self:
+        """These settings for a rehearsal of the memory: what only repeats itself is left out."""
 
     def start(self, context: Context) -> Objective:
         """Makes the model ready and returns the objective."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -85,6 +85,10 @@ class GradientSettings:
 
     def trained_layers(self, layout: DecoderLayout) -> None:
         """None: the loss is on the whole model's output."""
+
+    def rehearsed(self) -> Self:
+        """As they are: nothing in a start repeats itself."""
+        return self
 
     def check(self, layout: DecoderLayout) -> None:
         """Raises InputError where the model has none of the linear maps to adapt."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import torch
 from torch import nn
@@ -111,6 +111,10 @@ class SteeringSettings:
         """The first and the last layer that a step has to run."""
         last = self.layer_in(layout)
         return last - TRAINED_LAYERS + 1, last
+
+    def rehearsed(self) -> Self:
+        """As they are: nothing in a start repeats itself."""
+        return self
 
     def layer_in(self, layout: DecoderLayout) -> int:
         """The layer to steer; where it is yet to be chosen, the deepest that can be."""

@@ -20,8 +20,7 @@ import torch
 from expunge.analysis.layers import LayerPass
 from expunge.data.batches import Batch
 from expunge.data.tokenization import Example
-from expunge.methods.adaptive_rmu import AdaptiveRMU
-from expunge.methods.base import Context, Method, OptimizerSpec, Terms
+from expunge.methods.base import Context, OptimizerSpec, Terms
 from expunge.methods.steering import TRAINED_LAYERS
 from expunge.models.decoder import skeleton_of
 from expunge.models.engine import CacheLayout, SegmentEngine, pass_tokens_on
@@ -263,7 +262,7 @@ class _Rehearsal:
         with self._phase(
             "start", self._ratio_of((prepared.forget, prepared.retain), packed=packed)
         ):
-            objective = _with_few_draws(prepared.method).start(context)
+            objective = prepared.method.rehearsed().start(context)
             model.unmap()
         for parameter in objective.parameters.values():
             meter.name(parameter, TRAINED)
@@ -399,13 +398,6 @@ def _fill_passes(cache: CacheLayout, limit: int) -> list[list[tuple[int, ...]]]:
 
 def _fill_sizes(cache: CacheLayout, limit: int) -> set[tuple[int, ...]]:
     return {(sum(map(len, rows)),) for rows in _fill_passes(cache, limit)}
-
-
-def _with_few_draws(method: Method) -> Method:
-    """Directions are judged one after the other: the third pass takes no more than the second."""
-    if isinstance(method, AdaptiveRMU):
-        return dataclasses.replace(method, draws=min(2, method.draws))
-    return method
 
 
 def _ratio(whole: Collection[object], part: Collection[object]) -> float:
