@@ -33,11 +33,14 @@ install: $(STAMP) ## make .venv and install expunge with its development tools
 demo: $(RUNS) ## unlearn the built-in benchmark with LIBU and Adaptive RMU, end with the scorecards
 	$(BIN)/expunge demo --overwrite
 
-test: $(STAMP) ## every test, slow ones included
-	$(BIN)/python -m pytest
+# A file's tests stay together: they share what its fixtures made. One thread a worker, or they wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+test: $(STAMP) ## every test, slow ones included, on all cores
+	$(PYTEST) --durations 25
 
 test-quick: $(STAMP) ## the tests that take seconds, on all cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
+	$(PYTEST) -m "not slow"
 
 check: lint types wheel ## ruff, mypy --strict, and the wheel built, installed elsewhere and imported
 

@@ -30,6 +30,7 @@ from expunge.data.batches import Batch, collate, in_order
 from expunge.data.rows import read_rows
 from expunge.data.tokenization import Example, TextPolicy, encode_rows
 from expunge.methods.base import Context
+from expunge.methods.influence_step import InfluenceStep
 from expunge.methods.libu import LIBU, LIBUObjective
 from expunge.methods.numerics import row_means
 from expunge.models.loading import check_model, load_model
@@ -66,7 +67,7 @@ def main() -> None:
                 parameter.normal_(std=0.02)
     sides: dict[str, Callable[[], object]] = {
         "plain": lambda: _plain(objective, context, examples),
-        "fisher": lambda: objective.diagonal_fisher(examples),
+        "fisher": lambda: InfluenceStep(objective, context).diagonal_fisher(examples),
     }
     if arguments.probe:
         print(_added_by(sides[arguments.probe]))
@@ -121,7 +122,7 @@ def _plain(objective: LIBUObjective, context: Context, examples: Sequence[Exampl
 def _exactness(objective: LIBUObjective, context: Context, examples: Sequence[Example]) -> str:
     """The Fisher of 32 rows against one backward pass a row, in the model's dtype."""
     chosen = examples[:: max(1, len(examples) // 32)][:32]
-    found = objective.diagonal_fisher(chosen)
+    found = InfluenceStep(objective, context).diagonal_fisher(chosen)
     expected = {name: torch.zeros_like(p) for name, p in objective.parameters.items()}
     for index in range(len(chosen)):
         for name, square in _alone(objective, context, collate(chosen, [index], context.pad_id)):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,16 +169,10 @@ def correlations(
 
 def exact(problem: Problem, truth: Truth) -> tuple[float, float]:
     """The same with the Hessian of the objective as the curvature."""
-    losses = _token_losses(problem).mean(1)
     gradients = torch.stack(
         [
-            torch.cat(
-                [
-                    part.flatten()
-                    for part in torch.autograd.grad(loss, _trained(problem), retain_graph=True)
-                ]
-            )
-            for loss in losses
+            _flat(torch.autograd.grad(loss, _trained(problem), retain_graph=True))
+            for loss in _token_losses(problem).mean(1)
         ]
     )
     turned = gradients @ _preconditioner(problem)
@@ -198,6 +193,10 @@ def agreement(
         kept = [value for row, value in enumerate(change) if row not in group]
         found.append(float(spearmanr(rises, kept).statistic))
     return float(spearmanr(own, list(truth.own.values())).statistic), statistics.fmean(found)
+
+
+def _flat(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([part.flatten() for part in parts])
 
 
 def _trained(problem: Problem) -> list[torch.nn.Parameter]:
@@ -234,7 +233,7 @@ def _objective(problem: Problem, kept: Sequence[int]) -> torch.Tensor:
 def _gradient(problem: Problem, kept: Sequence[int], *, graph: bool = False) -> torch.Tensor:
     """Of the objective, (parameters,)."""
     parts = torch.autograd.grad(_objective(problem, kept), _trained(problem), create_graph=graph)
-    return torch.cat([part.flatten() for part in parts])
+    return _flat(parts)
 
 
 def _preconditioner(problem: Problem) -> torch.Tensor:
@@ -269,7 +268,7 @@ def _settle(problem: Problem, kept: Sequence[int], turn: torch.Tensor, what: str
     Raises SystemExit where none was reached.
     """
     weights = _trained(problem)
-    start = torch.cat([weight.detach().flatten() for weight in weights])
+    start = _flat(weights).detach()
     sizes = [weight.numel() for weight in weights]
 
     def place(moved: Any) -> None:
@@ -281,8 +280,7 @@ def _settle(problem: Problem, kept: Sequence[int], turn: torch.Tensor, what: str
         place(moved)
         loss = _objective(problem, kept)
         parts = torch.autograd.grad(loss, weights)
-        gradient = turn.T @ torch.cat([part.flatten() for part in parts])
-        return float(loss.detach()), gradient.numpy()
+        return float(loss.detach()), (turn.T @ _flat(parts)).numpy()
 
     most = _MOST_ITERATIONS[what]
     options = {"gtol": 1e-7, "ftol": 1e-15, "maxcor": 50, "maxiter": most, "maxfun": 2 * most}
@@ -316,7 +314,7 @@ def main() -> None:
                 found[setting].append(exact(problem, truth))
             else:
                 found[setting].append(correlations(problem, truth, *setting))
-        print(f"seed {seed}", {" ".join(map(str, s)): v[-1] for s, v in found.items()}, flush=True)
+        print(f"seed {seed} done", file=sys.stderr, flush=True)
     lines = []
     for (kind, labels, damping), values in found.items():
         unit = "penalty" if damping is None else f"{damping:g} x mean"

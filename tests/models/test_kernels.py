@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from conftest import shaken, tiny_model
 from expunge.models import kernels
-from expunge.models.kernels import fast_linear
+from expunge.models.kernels import fast_linear, quick_dtype
 
 CPU = torch.device("cpu")
 
@@ -109,6 +109,7 @@ def test_half_precision_and_torch_without_the_call_are_left_alone(
         raise ZeroDivisionError
 
     monkeypatch.setattr(kernels, "_linear", fail)
+    monkeypatch.setattr(kernels, "_serves_bfloat16", lambda: True)
     half = torch.nn.Linear(8, 8).bfloat16()
     with fast_linear(torch.bfloat16, CPU), torch.no_grad():
         half(torch.zeros(16, 8, dtype=torch.bfloat16))
@@ -116,3 +117,122 @@ def test_half_precision_and_torch_without_the_call_are_left_alone(
     full = torch.nn.Linear(8, 8)
     with fast_linear(torch.float32, CPU):
         full(torch.zeros(16, 8))
+
+
+@pytest.mark.parametrize("product", ["linear", "matmul", "operator", "bmm", "addmm"])
+def test_products_of_bfloat16_are_rounded_once(
+    product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_serves_bfloat16", lambda: False)
+    generator = torch.Generator().manual_seed(0)
+    batch = (3,) if product in ("matmul", "bmm") else ()
+    left = torch.randn((*batch, 16, 24), generator=generator).bfloat16()
+    right = torch.randn((*batch, 24, 40), generator=generator).bfloat16()
+    bias = torch.randn(40, generator=generator).bfloat16()
+    exact = left.double() @ right.double()
+    with fast_linear(torch.bfloat16, CPU):
+        if product == "linear":
+            found, exact = functional.linear(left, right.t(), bias), exact + bias.double()
+        elif product == "addmm":
+            found, exact = torch.addmm(bias, left, right), exact + bias.double()
+        elif product == "bmm":
+            found = torch.bmm(left, right)
+        else:
+            found = left @ right if product == "operator" else torch.matmul(left, right)
+    assert found.dtype == torch.bfloat16
+    # Half a unit in the last of bfloat16's 8 bits, and the float32 sum's own error near 0.
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)
+
+
+def test_a_bfloat16_model_learns_alike_with_and_without_its_own_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = shaken(tiny_model("olmo", 300))
+    ids = torch.randint(0, 300, (4, 20), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for has in (True, False):
+        monkeypatch.setattr(kernels, "_serves_bfloat16", lambda has=has: has)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16), fast_linear(torch.bfloat16, CPU):
+            output = model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert functional.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.999
+
+
+def test_the_call_is_tried_in_float32_whatever_autocast_says() -> None:
+    kernels._available.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = kernels._available()
+    kernels._available.cache_clear()
+    assert inside == kernels._available()
+
+
+def test_other_dtypes_are_left_alone_where_bfloat16_is_wide(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "_serves_bfloat16", lambda: False)
+    full = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    with fast_linear(torch.bfloat16, CPU):
+        assert (full @ full.t()).dtype == torch.float32
+        torch.testing.assert_close(full @ full.t(), full.matmul(full.t()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ({}, "float32"),
+        ({"avx2": True, "avx512_f": True}, "float32"),
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"amx_bf16": True}, "bfloat16"),
+        ({"sve_bf16": True}, "bfloat16"),
+    ],
+)
+def test_the_quick_dtype_is_what_the_processor_multiplies(
+    flags: dict[str, bool], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
+    assert quick_dtype("cpu") == dtype
+    assert quick_dtype("mps") == "float32"
+
+
+def test_tensors_given_by_name_go_torchs_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_serves_bfloat16", lambda: False)
+    a = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    plain = (functional.linear(a, weight=a), functional.linear(a, a, bias=a[0]), torch.matmul(a, a))
+    out = torch.empty(1, 16, 16, dtype=torch.bfloat16)
+    with fast_linear(torch.bfloat16, CPU):
+        found = (
+            functional.linear(a, weight=a),
+            functional.linear(a, a, bias=a[0]),
+            torch.matmul(input=a, other=a),
+        )
+        torch.bmm(a[None], a[None], out=out)
+        wide = torch.matmul(input=a.float(), other=a.float())
+        scaled = torch.addmm(a, a, a, beta=0.5, alpha=2)
+    for one, other in zip((*found, out[0]), (*plain, plain[2]), strict=True):
+        torch.testing.assert_close(one, other, rtol=2**-7, atol=1e-2)
+    assert wide.dtype == torch.float32
+    exact = 0.5 * a.double() + 2 * (a.double() @ a.double())
+    torch.testing.assert_close(scaled.double(), exact, rtol=2**-7, atol=1e-5)
+
+
+def test_what_a_wide_product_keeps_is_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_serves_bfloat16", lambda: False)
+    layer = torch.nn.Linear(24, 40).bfloat16()
+    inputs = torch.randn(16, 24).bfloat16().requires_grad_()
+    saved: list[torch.dtype] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.dtype)
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        fast_linear(torch.bfloat16, CPU),
+    ):
+        output = layer(inputs)
+    assert set(saved) == {torch.bfloat16}
+    output.float().sum().backward()
+    expected = torch.ones(16, 40) @ layer.weight.float()
+    torch.testing.assert_close(inputs.grad, expected.bfloat16())

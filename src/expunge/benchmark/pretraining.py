@@ -21,6 +21,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import OlmoConfig, OlmoForCausalLM, PreTrainedTokenizerFast
 
 from expunge.benchmark.recipe import PretrainingSettings, Progress, TrainingText
+from expunge.models.kernels import fast_linear, quick_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -107,13 +108,17 @@ def train_model(
         for batch in _epoch(examples, settings.batch_tokens, generator)
     ]
     optimizers = _optimizers(model, settings)
+    in_bfloat16 = quick_dtype("cpu") == "bfloat16"
     started = time.perf_counter()
     model.train()
     for step, indices in enumerate(plan):
         progress(stage, step, len(plan))
         rate = _rate(step, len(plan), settings.warmup_steps)
         batch = _collate([examples[index] for index in indices])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16),
+            fast_linear(torch.float32, torch.device("cpu")),
+        ):
             logits = model(input_ids=batch.ids, use_cache=False).logits
         loss = cross_entropy(
             logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=_IGNORED
@@ -123,7 +128,8 @@ def train_model(
         for optimizer, highest in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = highest * rate
-            optimizer.step()
+            with fast_linear(torch.bfloat16, torch.device("cpu")):  # Muon's own are bfloat16
+                optimizer.step()
             optimizer.zero_grad()
     model.eval()
     mean_loss, accuracy = _measure(model, examples, settings.batch_tokens)

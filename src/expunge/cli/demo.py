@@ -17,7 +17,8 @@ from expunge.evaluation.measuring import MeasureInputs, measure
 from expunge.evaluation.score_files import SCORES
 from expunge.methods.base import Method
 from expunge.methods.catalog import METHODS
-from expunge.models.loading import quick_dtype, resolve_device
+from expunge.models.kernels import quick_dtype
+from expunge.models.loading import resolve_device
 from expunge.reporting.material import ReportInputs
 from expunge.reporting.report import PAGE, write_report
 from expunge.training.options import TrainingOptions

@@ -20,7 +20,7 @@ from torch import nn
 from expunge.data.batches import Batch, collate
 from expunge.data.tokenization import Example
 from expunge.errors import ExpungeError
-from expunge.models.decoder import DecoderLayout, forward_hook, hidden_states
+from expunge.models.decoder import DecoderLayout, forward_hook, hidden_states, states_of
 from expunge.models.packing import NotASegment
 from expunge.models.parts import Parts, loaded_in_turn
 from expunge.models.segment import Segment, relative_error
@@ -187,7 +187,7 @@ class SegmentEngine:
 
         def keep(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, _inputs: object, output: Any) -> None:
-                caught[name] = output[0] if isinstance(output, tuple) else output
+                caught[name] = states_of(output)
 
             return hook
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -165,17 +165,6 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def quick_dtype(device_type: str) -> Literal["float32", "bfloat16"]:
-    """bfloat16 where the device has products of it; elsewhere they are emulated and slower."""
-    if device_type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        asked: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
-        found = asked() if device_type == "cpu" else {}  # not in every torch that is supported
-        native = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-    return "bfloat16" if native else "float32"
 
 
 def resolve_device(device: str) -> str:

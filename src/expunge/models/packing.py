@@ -89,12 +89,15 @@ def _row_by_row(
     Gradients are computed in float32: in bfloat16 oneDNN compiles products for every length of row,
     which cost more than what they compute (docs/decisions.md).
     """
-    dtype = query.dtype
-    if query.requires_grad:
-        query, key, value = query.float(), key.float(), value.float()
-    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+
+    def each(*states: torch.Tensor) -> torch.Tensor:
+        parts = zip(*(x.split(lengths, dim=2) for x in states), strict=True)
+        return torch.cat([_causal(q, k, v, scaling, window) for q, k, v in parts], dim=2)
+
+    if not query.requires_grad:
+        return each(query, key, value)
     with torch.autocast(query.device.type, enabled=False):
-        return torch.cat([_causal(q, k, v, scaling, window) for q, k, v in parts], dim=2).to(dtype)
+        return each(query.float(), key.float(), value.float()).to(query.dtype)
 
 
 def _padded(
