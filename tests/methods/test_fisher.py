@@ -12,6 +12,7 @@ from torch import nn
 from expunge.data.batches import collate, in_order
 from expunge.methods.base import Context
 from expunge.methods.fisher import SquaredGradients, squared_example_gradients
+from expunge.methods.influence_step import InfluenceStep
 from expunge.methods.libu import LIBU, LIBUObjective
 from expunge.methods.numerics import row_means
 
@@ -98,7 +99,7 @@ def objective(context: Context) -> LIBUObjective:
 
 def test_libu_fisher_is_the_exact_diagonal(context: Context, objective: LIBUObjective) -> None:
     """Both factors after phase 1, padded batches of 3, against one example at a time."""
-    found = objective.diagonal_fisher(context.retain)
+    found = InfluenceStep(objective, context).diagonal_fisher(context.retain)
     expected = {name: torch.zeros_like(p) for name, p in objective.parameters.items()}
     for index in range(len(context.retain)):
         batch = collate(context.retain, [index], context.pad_id)
@@ -116,9 +117,9 @@ def test_libu_fisher_is_the_exact_diagonal(context: Context, objective: LIBUObje
 def test_libu_fisher_does_not_depend_on_the_batch_size(
     context: Context, objective: LIBUObjective
 ) -> None:
-    found = objective.diagonal_fisher(context.retain)
+    found = InfluenceStep(objective, context).diagonal_fisher(context.retain)
     object.__setattr__(context, "batch_size", 1)
-    alone = objective.diagonal_fisher(context.retain)
+    alone = InfluenceStep(objective, context).diagonal_fisher(context.retain)
     for name in found:
         torch.testing.assert_close(found[name], alone[name], rtol=1e-3, atol=1e-9)
 
@@ -128,7 +129,10 @@ def test_libu_fisher_is_the_same_with_recomputed_activations(
 ) -> None:
     other = make_context(layers=3)
     recomputing = LIBU(rank=2, targets="all", gradient_checkpointing=True).start(other)
-    found, expected = (o.diagonal_fisher(context.retain) for o in (recomputing, objective))
+    found, expected = (
+        InfluenceStep(o, c).diagonal_fisher(context.retain)
+        for o, c in ((recomputing, other), (objective, context))
+    )
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-9)
 
@@ -140,7 +144,7 @@ def test_libu_fisher_in_bfloat16_is_that_of_its_own_gradients(
     context.model.to(torch.bfloat16)
     low = dataclasses.replace(context, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
     objective = LIBU(rank=2, targets="all").start(low)
-    found = objective.diagonal_fisher(context.retain)
+    found = InfluenceStep(objective, low).diagonal_fisher(context.retain)
     expected = {name: torch.zeros_like(p) for name, p in objective.parameters.items()}
     for index in range(len(context.retain)):
         batch = collate(context.retain, [index], context.pad_id)
@@ -160,7 +164,7 @@ def test_libu_fisher_in_bfloat16_is_that_of_its_own_gradients(
 def test_forget_gradient_is_that_of_the_mean_token_loss(
     context: Context, objective: LIBUObjective
 ) -> None:
-    found = objective.forget_gradient(context.forget)
+    found = InfluenceStep(objective, context).forget_gradient(context.forget)
     (batch,) = in_order(context.forget, len(context.forget), context.pad_id)
     loss = objective.cross_entropy(batch)
     gradients = torch.autograd.grad(loss, list(objective.parameters.values()))

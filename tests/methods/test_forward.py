@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -11,11 +12,19 @@ from torch import nn
 
 from conftest import FAMILIES, random_examples, shaken, tiny_model
 from expunge.data.batches import Batch, collate
+from expunge.errors import InputError
 from expunge.methods.base import Context
-from expunge.methods.forward import all_logits, head_takes_places, logits_at, recomputed
+from expunge.methods.forward import (
+    all_logits,
+    check_lens,
+    head_takes_places,
+    lens_added,
+    logits_at,
+    recomputed,
+)
 from expunge.methods.gradient import GradientObjective
 from expunge.methods.gradient_difference import GradientDifference
-from expunge.models.decoder import find_layout
+from expunge.models.decoder import find_layout, forward_hook
 
 # The last three scale or cap their logits after the head.
 ALL = (*FAMILIES, "gpt2", "gemma2", "cohere", "granite")
@@ -47,6 +56,47 @@ def test_logits_of_chosen_places_are_the_models_own(family: str) -> None:
     torch.testing.assert_close(found, expected[where], rtol=1e-4, atol=1e-4)
     assert head_takes_places(model)
     assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_lens_reads_what_the_model_would_say_of_a_layers_states(
+    family: str, layer: int
+) -> None:
+    model, batch = shaken(tiny_model(family, VOCABULARY, layers=3)), whole_batch()
+    where = batch.answer_mask
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    outer = all_logits(model, **inputs)[where]
+    layout = find_layout(model)
+    # The slow way: every layer above gives what it was given.
+    skipped = [layout.layer(model, index) for index in range(layer + 1, layout.count)]
+    with ExitStack() as stack:
+        for module in skipped:
+            stack.enter_context(forward_hook(module, through))
+        inner = all_logits(model, **inputs)[where]
+    assert not torch.allclose(inner, outer, atol=1e-2)
+    with lens_added(model, layout, layer):
+        found = logits_at(model, torch.cat([where, where]), **inputs)
+    torch.testing.assert_close(found[: len(outer)], outer, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[len(outer) :], inner, rtol=1e-4, atol=1e-4)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_family_that_the_lens_cannot_read_is_refused_by_option() -> None:
+    """GPT-BigCode gives every layer's output the shape of the input ids."""
+    model = shaken(tiny_model("gpt_bigcode", VOCABULARY, layers=2))
+    with pytest.raises(InputError, match=r"--method\.lens-weight.*gpt_bigcode"):
+        check_lens(model, find_layout(model))
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_other_families_are_read(family: str) -> None:
+    model = model_of(family)
+    check_lens(model, find_layout(model))
+
+
+def through(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:
+    return (inputs[0], *output[1:]) if isinstance(output, tuple) else inputs[0]
 
 
 class FlattensFirst(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,21 +13,33 @@ import pytest
 import torch
 from scipy.linalg import hadamard
 
+from conftest import shaken
 from expunge.data.batches import Batch, collate, in_order
 from expunge.data.random_text import random_examples
 from expunge.errors import InputError
 from expunge.methods.base import Context
+from expunge.methods.calibration import NeverSeen, RowTokens, TokenSpread, token_spread
 from expunge.methods.libu import LIBU, LIBUObjective
+from expunge.models.decoder import every_layer, find_layout
 
 Contexts = Callable[..., Context]
 
 
 @pytest.fixture
-def context(make_context: Contexts, memorised_dir: Path) -> Context:
+def memorised(make_context: Contexts, memorised_dir: Path) -> Callable[[], Context]:
+    """Makes a context with a model of its own: an objective leaves its adapter on the model."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(memorised_dir, dtype=torch.float32).eval()
-    return dataclasses.replace(make_context(), model=model)
+    def make() -> Context:
+        model = AutoModelForCausalLM.from_pretrained(memorised_dir, dtype=torch.float32).eval()
+        return dataclasses.replace(make_context(), model=model)
+
+    return make
+
+
+@pytest.fixture
+def context(memorised: Callable[[], Context]) -> Context:
+    return memorised()
 
 
 def whole(context: Context, side: str) -> Batch:
@@ -78,7 +91,7 @@ def test_a_fresh_adapter_moves_b_only_and_then_both(context: Context) -> None:
 
 
 def test_phase_2_is_bounded_and_holds_retain(context: Context) -> None:
-    objective = LIBU(rank=4, retain_weight=3.0, ceiling=2.0).start(context)
+    objective = LIBU(rank=4, retain_weight=3.0, ceiling=2.0, lens_weight=0).start(context)
     forget, retain = whole(context, "forget"), whole(context, "retain")
     terms = objective.loss(forget, retain)
     assert terms.retain is not None
@@ -110,11 +123,18 @@ def test_phase_2_is_bounded_and_holds_retain(context: Context) -> None:
     assert float(terms.retain.detach()) == pytest.approx(expected, rel=1e-2)
 
 
+def outputs(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities, and states after each layer, where a token is predicted, in float64."""
+    with every_layer(model, find_layout(model)) as caught:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    return logits[:, :-1].double().log_softmax(-1), torch.stack(caught)[:, :, :-1].double()
+
+
 def test_random_rows_hold_the_targets_predictions(context: Context, tokenizer: Any) -> None:
-    """Weighed by tokens: odds of the user's rows, KL to the target of random ones."""
+    """Weighed by tokens: odds of the user's rows, KL to the target and states of random ones."""
     held = random_examples(2, tokenizer, 10**6, 32, seed=0)
     context = dataclasses.replace(context, retain=[*context.retain, *held])
-    objective = LIBU(rank=4, retain_weight=3.0).start(context)
+    objective = LIBU(rank=4, retain_weight=3.0, states_weight=7.0).start(context)
     count = len(context.retain)
 
     def terms(*rows: int) -> torch.Tensor:
@@ -125,12 +145,16 @@ def test_random_rows_hold_the_targets_predictions(context: Context, tokenizer: A
 
     random = collate(context.retain, [count - 2, count - 1], context.pad_id)
     with torch.no_grad(), objective.reference():
-        before = objective.logits(random)[:, :-1].double().log_softmax(-1)
+        before, states_before = outputs(context.model, random)
     with torch.no_grad():
-        now = objective.logits(random)[:, :-1].double().log_softmax(-1)
+        now, states = outputs(context.model, random)
     mask = random.token_mask[:, 1:]
     drift = (before.exp() * (before - now)).sum(-1)[mask].sum()
     assert float(drift) > 0  # phase 1 has moved the model
+    moved = (states - states_before).norm(dim=-1) / states_before.norm(dim=-1)
+    moved = moved.square().mean(0)[mask].sum()
+    assert float(moved) > 0
+    drift = drift + 7 * moved
     assert float(terms(count - 2, count - 1)) == pytest.approx(float(drift), rel=1e-4)
     # Each kind counts as it does alone, wherever its rows stand in the batch.
     mixed = terms(count - 1, 0, count - 2, 1)
@@ -193,9 +217,135 @@ def test_the_default_ceiling_is_below_guessing(context: Context) -> None:
     assert ceiling == pytest.approx(0.8 * math.log(context.model.config.vocab_size))
 
 
+def forgetting(objective: LIBUObjective, batch: Batch) -> float:
+    return float(objective.loss(batch, None).forget.detach())
+
+
+def spread_of(*rows: tuple[list[float], float]) -> TokenSpread:
+    documents = [RowTokens(torch.tensor(ls), torch.full((len(ls),), h)) for ls, h in rows]
+    return token_spread(documents, documents)
+
+
+def test_tokens_of_a_calibrated_document_take_the_spread_of_never_seen_ones(
+    memorised: Callable[[], Context],
+) -> None:
+    context = memorised()
+    objective = LIBU(rank=4, match_tokens=True, retain_weight=0, entropy_weight=0).start(context)
+    batch = collate(context.forget, [0], context.pad_id)
+    row = batch.row_ids[0]
+    log_probs, mask = objective.log_probs(batch)
+    count = int(mask.sum())
+    never = torch.linspace(0.2, 6.0, count).tolist()
+    objective.calibrate(
+        NeverSeen({row: 0.0}, {row: 3.1}, {row: "t"}, {"t": spread_of((never, 0.0))})
+    )
+    with torch.no_grad(), objective.reference():
+        before = objective.log_probs(batch)[0][mask]
+
+    def log_odds(nll: torch.Tensor) -> torch.Tensor:
+        return torch.logit(torch.exp(-nll.double()))
+
+    # The likeliest token is to have the least of the losses, and none is made likelier than it was.
+    losses = -log_probs[mask].detach()
+    wanted = torch.empty(count)
+    wanted[losses.argsort()] = torch.tensor(never)
+    aims = torch.minimum(log_odds(wanted), log_odds(-before))
+    away = (log_odds(losses) - aims).abs()
+    expected = torch.where(away < 16, away.square() / 32, away - 8).mean()
+    assert forgetting(objective, batch) == pytest.approx(float(expected), rel=0.01)
+    # A row that nothing is known of has one ceiling for all of its tokens.
+    other = collate(context.forget, [1], context.pad_id)
+    plain = LIBU(rank=4, retain_weight=0, lens_weight=0, match_tokens=False).start(memorised())
+    assert forgetting(objective, other) == pytest.approx(forgetting(plain, other), rel=1e-5)
+
+
+def test_the_model_is_to_be_as_undecided_as_never_seen_text_leaves_it(
+    make_context: Contexts,
+) -> None:
+    context, again = make_context(), make_context()
+    for each in (context, again):
+        shaken(each.model)  # so that some tokens are above the mean entropy and some below
+    settings = LIBU(rank=4, match_tokens=True, retain_weight=0, entropy_weight=0)
+    without = settings.start(context)
+    batch = collate(context.forget, [0], context.pad_id)
+    row = batch.row_ids[0]
+    with torch.no_grad():
+        logits = without.counted_logits(batch).double()
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    wanted = float(entropy.mean())
+    rows = NeverSeen({row: 0.0}, {row: 3.0}, {row: "t"}, {"t": spread_of(([3.0] * 9, wanted))})
+    without.calibrate(rows)
+    plain = forgetting(without, batch)
+    away = (entropy - wanted).abs()
+    expected = 0.7 * torch.where(away < 2, away.square() / 4, away - 1).mean()
+    objective = dataclasses.replace(settings, entropy_weight=0.7).start(again)
+    objective.calibrate(rows)
+    assert forgetting(objective, batch) - plain == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_what_a_layer_inside_knows_is_pushed_as_well(memorised: Callable[[], Context]) -> None:
+    """One way: what is less likely inside than it may be at the output is left alone."""
+    context = memorised()
+    settings = LIBU(rank=4, retain_weight=0, ceiling=2.0, lens_weight=0)
+    plain = settings.start(context)
+    batch = whole(context, "forget")
+    expected = forgetting(plain, batch)
+    objective = dataclasses.replace(settings, lens_weight=0.5).start(memorised())
+    layer = objective._inner_layer()
+    with torch.no_grad():
+        states = context.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            output_hidden_states=True,
+        ).hidden_states[layer + 1]
+        inner = context.model.lm_head(context.model.model.norm(states))[:, :-1].double()
+        with objective.reference():
+            before = objective.log_probs(batch)[0].double()
+    mask = batch.token_mask[:, 1:]
+    log_probs = inner.log_softmax(-1).gather(2, batch.input_ids[:, 1:, None])[..., 0]
+    odds = torch.logit(log_probs[mask].exp())
+    wanted = torch.logit(before[mask].clamp(max=-2.0).exp())
+    excess = (odds - wanted).clamp(min=0)
+    assert 0 < int((excess > 0).sum()) < len(excess)
+    term = torch.where(excess < 16, excess.square() / 32, excess - 8).mean()
+    found = forgetting(objective, batch)
+    assert found - expected == pytest.approx(0.5 * float(term), rel=1e-3)
+
+
+def test_every_layer_inside_has_its_turn(memorised: Callable[[], Context]) -> None:
+    context = memorised()
+    objective = LIBU(rank=4).start(context)
+    objective._layout = dataclasses.replace(objective._layout, count=33)
+    drawn = []
+    for step in range(1, 200):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(context.generator(f"step {step}").initial_seed() % 2**63)
+            drawn.append(objective._inner_layer())
+            assert objective._inner_layer() == drawn[-1]  # in every micro-batch
+    assert set(drawn) == set(range(32))
+    assert max(map(drawn.count, drawn)) < 20  # 6.2 expected
+
+
+def test_calibration_is_put_back_as_it_was(memorised: Callable[[], Context]) -> None:
+    context = memorised()
+    objective = LIBU(rank=4, match_tokens=True).start(context)
+    batch = collate(context.forget, [0], context.pad_id)
+    row = batch.row_ids[0]
+    spread = spread_of(([0.5, 1.0, 4.0], 1.5), ([2.0, 3.0], 2.5))
+    objective.calibrate(NeverSeen({row: 1.0}, {row: 2.0}, {row: "t"}, {"t": spread}))
+    expected = forgetting(objective, batch)
+    saved = json.loads(json.dumps(objective.calibration))
+    again = LIBU(rank=4, match_tokens=True).start(memorised())
+    assert forgetting(again, batch) != pytest.approx(expected, rel=1e-3)
+    again.restore_calibration(saved)
+    assert forgetting(again, batch) == expected
+
+
 @pytest.mark.parametrize(
     ("settings", "option"),
     [
+        ({"lens_weight": -0.5}, "--method.lens_weight"),
+        ({"entropy_weight": -1.0}, "--method.entropy_weight"),
         ({"parameters": "full"}, "--method.parameters"),
         ({"damping": 0}, "--method.damping"),
         ({"ceiling": -1.0}, "--method.ceiling"),

@@ -10,9 +10,9 @@ import torch
 from expunge.methods.losses import (
     adaptive_target,
     cross_entropy,
+    huber,
     log_odds_at,
     npo,
-    odds_distance,
     simnpo,
     steer,
     token_kl,
@@ -95,22 +95,22 @@ def test_log_odds_at_a_loss_by_arithmetic() -> None:
         assert found == pytest.approx(math.log(p / (1 - p)), abs=1e-4)
 
 
-def test_the_odds_distance_by_arithmetic() -> None:
+def test_hubers_distance_by_arithmetic() -> None:
     wanted = [0.0, 1.0, -3.0, 10.0, 2.0]
     log_odds = [0.0, 2.0, -3.5, -8.0, 2.0 + 2.0]
     slow = [
         x * x / (2 * 2.0) if x < 2 else x - 1.0
         for x in (abs(a - b) for a, b in zip(log_odds, wanted, strict=True))
     ]
-    found = odds_distance(torch.tensor(log_odds), torch.tensor(wanted), 2.0)
+    found = huber(torch.tensor(log_odds), torch.tensor(wanted), 2.0)
     assert found.tolist() == pytest.approx(slow)
-    assert odds_distance(torch.zeros(0), torch.zeros(0), 2.0).tolist() == []
+    assert huber(torch.zeros(0), torch.zeros(0), 2.0).tolist() == []
 
 
-def test_the_odds_distance_pulls_alike_from_both_sides_and_not_at_its_aim() -> None:
+def test_hubers_distance_pulls_alike_from_both_sides_and_not_at_its_aim() -> None:
     for shift, gradient in ((-30.0, -1.0), (-1.0, -0.5), (0.0, 0.0), (1.0, 0.5), (30.0, 1.0)):
         log_odds = torch.tensor([2.0 + shift], requires_grad=True)
-        odds_distance(log_odds, torch.tensor([2.0]), 2.0).sum().backward()
+        huber(log_odds, torch.tensor([2.0]), 2.0).sum().backward()
         assert log_odds.grad is not None
         assert float(log_odds.grad) == pytest.approx(gradient)
 
@@ -216,7 +216,7 @@ def test_a_batch_is_the_weighted_mean_of_its_parts(
             where = kept[:, 1:]
             return token_kl(logits[rows, :-1][where], others[rows, :-1][where]).mean(), tokens
         if loss == "odds":
-            distances = odds_distance(chosen[kept], others[rows, :, 0][kept], 2.0)
+            distances = huber(chosen[kept], others[rows, :, 0][kept], 2.0)
             return distances.mean(), int(kept.sum())
         return cross_entropy(chosen, kept), int(kept.sum())
 

@@ -23,7 +23,7 @@ from torch import nn
 from expunge.analysis.layer_scores import combined, separate, share, written
 from expunge.data.tokenization import Example
 from expunge.methods.numerics import target_log_probs
-from expunge.models.decoder import DecoderLayout, forward_hook
+from expunge.models.decoder import DecoderLayout, forward_hook, states_of, with_states
 from expunge.models.engine import Autocast, module_names, pass_tokens_on
 from expunge.models.parts import Parts, loaded_in_turn
 
@@ -438,8 +438,7 @@ class _Taken:
         """Patches what a layer gives; behind the last layer only what is to be read remains."""
 
         def run(_module: nn.Module, _inputs: object, output: Any) -> Any:
-            # Decoder layers return a tensor in recent transformers and a tuple in older ones.
-            given: torch.Tensor = output[0] if isinstance(output, tuple) else output
+            given = states_of(output)
             self.states.append(given[self._rows, self._places])
             changed = given
             if layer in self._patches:
@@ -449,6 +448,6 @@ class _Taken:
                 variants = [given[self._rows + v, self._places] for v in range(self._variants)]
                 pieces = [*(self.states[read] for read in self._lens), *variants]
                 changed = torch.cat(pieces)[None]
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+            return with_states(output, changed)
 
         return run

@@ -18,7 +18,7 @@ from expunge.audits.subject import Reader, Subject
 from expunge.data.batches import in_order
 from expunge.data.rows import Row
 from expunge.data.tokenization import encode_rows
-from expunge.models.decoder import DecoderLayout, forward_hook
+from expunge.models.decoder import DecoderLayout, every_layer, forward_hook, states_of, with_states
 from expunge.models.kernels import fast_linear
 from expunge.models.loading import pad_id_of
 
@@ -69,9 +69,8 @@ def ablated(
 
     def hook_of(layer: int) -> Callable[..., object]:
         def hook(_module: nn.Module, _inputs: object, output: Any) -> object:
-            if isinstance(output, tuple):
-                return (without_direction(output[0], direction, references[layer]), *output[1:])
-            return without_direction(output, direction, references[layer])
+            states = without_direction(states_of(output), direction, references[layer])
+            return with_states(output, states)
 
         return hook
 
@@ -101,14 +100,7 @@ def layer_outputs(
     model: nn.Module, layout: DecoderLayout, input_ids: torch.Tensor
 ) -> list[torch.Tensor]:
     """Every layer's output for right-padded ids (rows, tokens): each (rows, tokens, width)."""
-    caught: list[torch.Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: object, output: Any) -> None:
-        caught.append(output[0] if isinstance(output, tuple) else output)
-
-    with ExitStack() as stack:
-        for layer in range(layout.count):
-            stack.enter_context(forward_hook(layout.layer(model, layer), keep))
+    with every_layer(model, layout) as caught:
         # Padding on the right needs no mask, for no token looks ahead.
         model(input_ids=input_ids, use_cache=False, **_one_logit(model))
     return caught

@@ -27,7 +27,7 @@ from expunge.methods.base import Context, Preset, RunDefaults, Terms
 from expunge.methods.losses import adaptive_target, unit_direction
 from expunge.methods.numerics import masked_mean
 from expunge.methods.steering import SteeringObjective, SteeringSettings
-from expunge.models.decoder import forward_hook
+from expunge.models.decoder import forward_hook, states_of, with_states
 
 _FEWEST = 3
 """Directions from which on the audit's ablation of one found nothing (docs/decisions.md)."""
@@ -186,10 +186,9 @@ class AdaptiveRMU(SteeringSettings):
         """Mean loss, nats a token, of the batch with every state at the full target."""
 
         def moved(_module: object, _inputs: object, output: Any) -> Any:
-            states = output[0] if isinstance(output, tuple) else output
+            states = states_of(output)
             norms = states.float().norm(dim=-1, keepdim=True)
-            states = (self.beta * norms * direction).to(states.dtype)
-            return (states, *output[1:]) if isinstance(output, tuple) else states
+            return with_states(output, (self.beta * norms * direction).to(states.dtype))
 
         layer = context.layout.layer(context.model, self.layer_in(context.layout))
         with forward_hook(layer, moved), context.autocast():

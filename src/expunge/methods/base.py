@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 import torch
 from torch import nn
 
-from expunge.data.batches import Batch
+from expunge.data.batches import Batch, Tokens, in_order
 from expunge.data.sampling import Sampling
 from expunge.data.tokenization import Example
 from expunge.methods.calibration import NeverSeen
-from expunge.methods.numerics import token_log_probs
+from expunge.methods.numerics import token_entropy, token_log_probs
 from expunge.models.decoder import DecoderLayout
 from expunge.models.engine import SegmentEngine
 from expunge.processes import OneProcess, Processes
@@ -112,11 +112,31 @@ class Context:
         """
         if self.engine is not None:
             return self.engine.next_tokens(batch)
+        return self.next_tokens_with_entropy(batch, None)[:2]
+
+    def next_tokens_with_entropy(
+        self, batch: Batch, where: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`next_tokens` of the whole model, and the entropy of the predictions marked in `where`.
+
+        where (rows, tokens - 1), boolean -> (marked,), nats, in reading order. Not where an engine runs
+        the trained layers alone.
+        """
         logits = self.model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         ).logits
         right = logits[:, :-1].argmax(-1) == batch.input_ids[:, 1:]
-        return token_log_probs(logits, batch.input_ids), right
+        entropy = logits.new_zeros(0) if where is None else token_entropy(logits[:, :-1][where])
+        return token_log_probs(logits, batch.input_ids), right, entropy
+
+    def passes(self, examples: Sequence[Example], phase: str | None) -> Iterator[Batch]:
+        """The examples batch by batch on the device; a phase's name tells its progress."""
+        done = 0
+        for batch in in_order(examples, self.batch_size, self.pad_id):
+            yield batch.to(self.device)
+            done += len(batch.indices)
+            if phase is not None:
+                self.progress(phase, done, len(examples))
 
     def generator(self, purpose: str) -> torch.Generator:
         """A CPU generator of its own for each purpose, so that draws do not depend on each other."""
@@ -149,11 +169,11 @@ class Objective(Protocol):
         """What Sophia starts from, if anything."""
 
     @property
-    def strengths(self) -> Mapping[str, float]:
-        """How hard each calibrated row is pushed, by row id; what a resumed run goes on with."""
+    def calibration(self) -> Mapping[str, Any]:
+        """How hard calibrated rows are pushed, as JSON; what a resumed run goes on with."""
 
-    def restore_strengths(self, strengths: Mapping[str, float]) -> None:
-        """Puts back what `strengths` was."""
+    def restore_calibration(self, calibration: Mapping[str, Any]) -> None:
+        """Puts back what `calibration` was."""
 
     def calibrate(self, rows: NeverSeen) -> None:
         """Pushes each row harder or less, as its loss is under or over that of a never-seen one."""
@@ -199,6 +219,10 @@ class Method(Protocol):
     @property
     def sampling(self) -> Sampling:
         """How rows are drawn, beside the batch size."""
+
+    @property
+    def matches_tokens(self) -> Tokens | None:
+        """Which tokens' spread inside documents calibration wants; None: the documents' means alone."""
 
     @property
     def has_adapter(self) -> bool:

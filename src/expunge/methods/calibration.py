@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
+POINTS = 128
+"""Ranks at which the losses of a document's tokens are compared."""
 _ENOUGH = 8
 """Never-seen rows of a group from which its forget rows are compared with that group alone."""
+EVERY = ""
+"""The group of forget rows whose own has too few never-seen ones."""
 
 
 def matched_by_rank(values: Sequence[float], reference: Sequence[float]) -> list[float]:
@@ -31,6 +35,40 @@ def matched_by_rank(values: Sequence[float], reference: Sequence[float]) -> list
 
 
 @dataclass(frozen=True)
+class RowTokens:
+    """What a model says of the tokens of one document, each (1 or more tokens,), in nats."""
+
+    losses: torch.Tensor
+    entropy: torch.Tensor
+    """Of the distribution that predicts each."""
+
+
+def joined(windows: Sequence[RowTokens]) -> RowTokens:
+    """The windows of one document as one."""
+    return RowTokens(
+        torch.cat([window.losses for window in windows]),
+        torch.cat([window.entropy for window in windows]),
+    )
+
+
+@dataclass(frozen=True)
+class TokenSpread:
+    """The tokens of a group's documents by the rank of their loss, each (POINTS,), in nats.
+
+    A document's are its quantile function; those of several are the mean of theirs, the barycentre of
+    their distributions under the transport that moves losses least. Pooled tokens would not do: their
+    tails are those of the most and the least usual document, and no single one is like that.
+    """
+
+    wanted: torch.Tensor
+    """Losses of never-seen documents."""
+    reached: torch.Tensor
+    """Losses of the forget documents."""
+    entropy: torch.Tensor
+    """Mean over never-seen documents of the entropy at each rank."""
+
+
+@dataclass(frozen=True)
 class NeverSeen:
     """Forget rows beside never-seen ones; mean losses in nats a token, by row id."""
 
@@ -38,6 +76,10 @@ class NeverSeen:
     """Of the forget rows, as the model is."""
     wanted: Mapping[str, float]
     """What they would be had the model never seen them."""
+    groups: Mapping[str, str] = field(default_factory=dict)
+    """The group whose never-seen rows each forget row was compared with; EVERY: all of them."""
+    spreads: Mapping[str, TokenSpread] = field(default_factory=dict)
+    """By group; empty where only rows were measured."""
 
     @property
     def distance(self) -> float:
@@ -50,26 +92,61 @@ class NeverSeen:
         return statistics.fmean(self.wanted.values())
 
 
+def at_ranks(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Values in the order of their rank, read at the ranks (i + 1/2) / count: (n,) -> (count,).
+
+    Interpolated between the values' own ranks, (j + 1/2) / n.
+    """
+    places = (torch.arange(count, dtype=torch.float64) + 0.5) / count * len(values) - 0.5
+    places = places.clamp(0, len(values) - 1)
+    below = places.floor().long()
+    above = (below + 1).clamp(max=len(values) - 1)
+    return torch.lerp(values[below], values[above], (places - below).to(values.dtype))
+
+
+def token_spread(never: Sequence[RowTokens], forget: Sequence[RowTokens]) -> TokenSpread:
+    """Compares documents' tokens by the rank of their loss; neither side is empty."""
+    orders = [row.losses.argsort(stable=True) for row in never]
+    entropies = [
+        at_ranks(row.entropy[order], POINTS) for row, order in zip(never, orders, strict=True)
+    ]
+    return TokenSpread(
+        torch.stack([at_ranks(row.losses.sort().values, POINTS) for row in never]).mean(0),
+        torch.stack([at_ranks(row.losses.sort().values, POINTS) for row in forget]).mean(0),
+        torch.stack(entropies).mean(0),
+    )
+
+
 def never_seen(
     members: Mapping[str, float],
     nonmembers: Mapping[str, float],
-    groups: Mapping[str, Hashable],
+    groups: Mapping[str, str],
+    tokens: Mapping[str, RowTokens] | None = None,
 ) -> NeverSeen:
     """Compares two sets of losses by row id, rank by rank.
 
     Rows are compared inside their group (their task) where it has eight never-seen rows, as stories and
-    biographies differ in loss; otherwise with all of them. `groups` holds the group of every row.
+    biographies differ in loss; otherwise with all of them. `groups` holds the group of every row,
+    `tokens` the tokens of the rows of both that have any, where these are compared too.
     """
-    reference: dict[Hashable, list[float]] = defaultdict(list)
+    reference: dict[str, list[float]] = defaultdict(list)
     for row, loss in nonmembers.items():
         reference[groups[row]].append(loss)
     own = {group for group, losses in reference.items() if len(losses) >= _ENOUGH}
-    pools: dict[Hashable, list[str]] = defaultdict(list)
+    pools: dict[str, list[str]] = defaultdict(list)
     for row in members:
-        pools[groups[row] if groups[row] in own else None].append(row)
+        pools[groups[row] if groups[row] in own else EVERY].append(row)
     wanted: dict[str, float] = {}
+    spreads: dict[str, TokenSpread] = {}
     for group, rows in pools.items():
-        losses = list(nonmembers.values()) if group is None else reference[group]
-        matched = matched_by_rank([members[row] for row in rows], losses)
+        others = [row for row in nonmembers if group in (EVERY, groups[row])]
+        matched = matched_by_rank(
+            [members[row] for row in rows], [nonmembers[row] for row in others]
+        )
         wanted |= dict(zip(rows, matched, strict=True))
-    return NeverSeen(dict(members), wanted)
+        if tokens is not None:
+            sides = [[tokens[row] for row in side if row in tokens] for side in (others, rows)]
+            if all(sides):
+                spreads[group] = token_spread(*sides)
+    group_of = {row: group for group, rows in pools.items() for row in rows}
+    return NeverSeen(dict(members), wanted, group_of, spreads)

@@ -14,6 +14,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from expunge.errors import InputError
+from expunge.models.decoder import DecoderLayout, forward_hook, states_of, with_states
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -76,9 +79,7 @@ def head_takes_places(model: PreTrainedModel) -> bool:
 
     Tried on a few tokens with padding.
     """
-    rows, tokens = _PROBE
-    ids = torch.arange(rows * tokens, device=model.device).view(rows, tokens)
-    ids %= model.config.get_text_config().vocab_size
+    ids = _probe_ids(model)
     real = torch.ones_like(ids)
     real[1, -2:] = 0
     where = real.bool()
@@ -91,6 +92,57 @@ def head_takes_places(model: PreTrainedModel) -> bool:
         return False
     tolerance = _ROUNDING.get(model.dtype, 3e-2) * float(expected.abs().max())
     return alone and torch.allclose(found.float(), expected, rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+def check_lens(model: PreTrainedModel, layout: DecoderLayout) -> None:
+    """Raises InputError where the logit lens cannot run beside the model in one pass.
+
+    Tried on a few tokens: a family that gives the last layer's output the shape of the input cannot.
+    """
+    ids = _probe_ids(model)
+    where = torch.ones_like(ids).bool()
+    inputs = {"input_ids": ids, "attention_mask": where.long(), "use_cache": False}
+    plain = logits_at(model, where, **inputs).float()
+    try:
+        with lens_added(model, layout, 0):
+            both = logits_at(model, torch.cat([where, where]), **inputs).float()
+        works = len(both) == 2 * len(plain)
+    except (ValueError, RuntimeError, IndexError):
+        works = False
+    tolerance = _ROUNDING.get(model.dtype, 3e-2) * float(plain.abs().max())
+    if not works or not torch.allclose(both[: len(plain)], plain, rtol=0, atol=tolerance):
+        raise InputError(
+            f"--method.lens-weight: {model.config.model_type} models cannot be read between their layers"
+            " in one pass; set --method.lens-weight 0"
+        )
+
+
+def _probe_ids(model: PreTrainedModel) -> torch.Tensor:
+    """A few tokens, (rows, tokens), to try on a model what not every family can."""
+    rows, tokens = _PROBE
+    ids = torch.arange(rows * tokens, device=model.device).view(rows, tokens)
+    return ids % model.config.get_text_config().vocab_size
+
+
+@contextmanager
+def lens_added(model: nn.Module, layout: DecoderLayout, layer: int) -> Iterator[None]:
+    """Forward passes in the body unembed the states after `layer` as well, in the same call.
+
+    These follow the rows that the last layer gives, as rows of their own: (rows, ...) -> (2 rows, ...).
+    The final norm and the head are the model's (the logit lens), and gradients reach both.
+    """
+    inner: list[torch.Tensor] = []
+
+    def caught(_module: nn.Module, _inputs: object, output: Any) -> None:
+        inner[:] = [states_of(output)]
+
+    def added(_module: nn.Module, _inputs: object, output: Any) -> Any:
+        return with_states(output, torch.cat([states_of(output), inner.pop()]))
+
+    last = layout.layer(model, layout.count - 1)
+    with forward_hook(layout.layer(model, layer), caught), forward_hook(last, added):
+        yield
 
 
 @contextmanager

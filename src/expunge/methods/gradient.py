@@ -11,16 +11,22 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from expunge.data.batches import Batch, Tokens, in_order
+from expunge.data.batches import Batch, Tokens
 from expunge.data.sampling import Sampling
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
 from expunge.methods.base import Context, Finished, OptimizerSpec, Terms
 from expunge.methods.calibration import NeverSeen
-from expunge.methods.forward import all_logits, head_takes_places, logits_at, recomputed
+from expunge.methods.forward import (
+    all_logits,
+    head_takes_places,
+    lens_added,
+    logits_at,
+    recomputed,
+)
 from expunge.methods.losses import cross_entropy, token_kl
 from expunge.methods.numerics import row_sums, target_log_probs
-from expunge.models.decoder import DecoderLayout
+from expunge.models.decoder import DecoderLayout, every_layer
 from expunge.models.lora import Adapter, LoraShape, Start, Targets
 from expunge.models.weights import snapshot, swapped_in, train_only
 
@@ -74,6 +80,11 @@ class GradientSettings:
         return 0
 
     @property
+    def matches_tokens(self) -> Tokens | None:
+        """None: every row is pushed alike."""
+        return None
+
+    @property
     def sampling(self) -> Sampling:
         """As many retain rows as forget rows, all of them in turn."""
         return Sampling()
@@ -112,6 +123,7 @@ class GradientObjective:
     ) -> None:
         """`layers` are those that an adapter is put on, `weights` what is trained without one."""
         self._model = context.model
+        self._layout = context.layout
         self._tokens = settings.tokens
         self._recomputed = (
             list(context.model.get_submodule(context.layout.layers).children())
@@ -164,8 +176,36 @@ class GradientObjective:
         (counted tokens, vocabulary): the head runs nowhere else. `tokens` counts others than the
         settings' own.
         """
-        mask = batch.mask(tokens or self._tokens)
-        where = functional.pad(mask[:, 1:], (0, 1))
+        return self._logits_at(batch, self._places(batch, tokens))
+
+    def lens_logits(
+        self, batch: Batch, layer: int, tokens: Tokens | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`counted_logits` of the model's output and, by the logit lens, of those after `layer`."""
+        where = self._places(batch, tokens)
+        with lens_added(self._model, self._layout, layer):
+            outer, inner = self._logits_at(batch, torch.cat([where, where])).chunk(2)
+        return outer, inner
+
+    def logits_and_states(
+        self, batch: Batch, rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """`counted_logits`, and after every layer the states at the same places of the marked rows.
+
+        rows (rows,), boolean, or None for no states; these are (counted tokens of the rows, width).
+        """
+        where = self._places(batch, None)
+        if rows is None:
+            return self._logits_at(batch, where), []
+        held = where & rows[:, None]
+        with every_layer(self._model, self._layout, lambda states: states[held]) as caught:
+            logits = self._logits_at(batch, where)
+        return logits, caught
+
+    def _places(self, batch: Batch, tokens: Tokens | None) -> torch.Tensor:
+        return functional.pad(batch.mask(tokens or self._tokens)[:, 1:], (0, 1))
+
+    def _logits_at(self, batch: Batch, where: torch.Tensor) -> torch.Tensor:
         if not self._head_takes_places:
             return self.logits(batch)[where]
         with self._kept():
@@ -212,14 +252,11 @@ class GradientObjective:
     ) -> torch.Tensor:
         """Each row's summed log-probability and its counted tokens, (examples, 2), as the model is."""
         found = torch.zeros(len(examples), 2, device=context.device)
-        done = 0
-        for batch in in_order(examples, context.batch_size, context.pad_id):
+        for batch in context.passes(examples, phase):
             with torch.no_grad(), context.autocast():
-                log_probs, mask = self.log_probs(batch.to(context.device))
+                log_probs, mask = self.log_probs(batch)
             sums = torch.stack([row_sums(log_probs, mask), mask.sum(1).float()], dim=1)
             found[list(batch.indices)] = sums
-            done += len(batch.indices)
-            context.progress(phase, done, len(examples))
         return found
 
     def drift(self, batch: Batch) -> torch.Tensor:
@@ -241,11 +278,11 @@ class GradientObjective:
         return recomputed(self._recomputed if torch.is_grad_enabled() else [])
 
     @property
-    def strengths(self) -> Mapping[str, float]:
+    def calibration(self) -> Mapping[str, Any]:
         """None: every row is pushed alike."""
         return {}
 
-    def restore_strengths(self, strengths: Mapping[str, float]) -> None:
+    def restore_calibration(self, calibration: Mapping[str, Any]) -> None:
         """Nothing to put back."""
 
     def calibrate(self, rows: NeverSeen) -> None:

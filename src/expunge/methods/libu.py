@@ -13,12 +13,17 @@ is halved until the measured rise does too.
 
 Phase 2, Sophia (arXiv 2305.14342) on
 
-    L = mean_F |logit p_t - logit exp(-c_t)| + w * mean_R |logit p_t - logit p_t_target|
+    L = mean_F [ |logit p_t - logit exp(-c_t)| + u |H(p) - e_t| + v |logit p_t^l - logit exp(-c_t)|+ ]
+        + w * (mean_R |logit p_t - logit p_t_target| + mean_random [ KL + s |h - h0|^2 / |h0|^2 ])
 
 with p_t the probability of a token and c_t the loss that it should have once it is forgotten: a forget
 term that ends per token, and the retain term that the published code lacks. Both on the log-odds, as
 the gradient of the NLL is 1 - p, nearly 0 for what is known by heart: by the time that a cross-entropy
-resists, retain text known by heart is lost. |x| is Huber's.
+resists, retain text known by heart is lost. |x| is Huber's, |x|+ that of max(0, x). H(p) is the entropy
+of the distribution that predicts the token, e_t that of never-seen text; p_t^l is what the logit lens
+reads after a layer l; h are states of random tokens after every layer, h0 the target's. The terms in u,
+v and s are ours: without them what is gone from the output still shows in its distribution and between
+the layers. The means over retain and random tokens are one, over both together.
 Sophia divides by the Gauss-Newton diagonal of that retain term, the mean squared gradient of a token's
 log-odds. Sophia-G's own estimate, with labels sampled from the model, is near 0 where text is known by
 heart; `curvature: sampled-labels` takes it, warmed up from phase 1's Fisher.
@@ -28,29 +33,34 @@ A fresh adapter has B = 0, so the gradient of A is zero and phase 1 moves B only
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch.nn import functional
 
-from expunge.data.batches import Batch, Tokens, in_order
+from expunge.data.batches import Batch, Tokens
 from expunge.data.tokenization import Example
-from expunge.errors import InputError, RunError
+from expunge.errors import InputError
+from expunge.methods.aims import Aims
 from expunge.methods.base import Context, OptimizerSpec, Preset, RunDefaults, Terms
 from expunge.methods.calibration import NeverSeen
-from expunge.methods.fisher import SquaredGradients
+from expunge.methods.forward import check_lens
 from expunge.methods.gradient import GradientObjective, GradientSettings
-from expunge.methods.influence import predicted_rise, removal_step, size_within
-from expunge.methods.losses import log_odds_at, odds_distance, token_kl
-from expunge.methods.numerics import row_means, target_log_odds, target_log_probs
+from expunge.methods.influence_step import InfluenceStep
+from expunge.methods.losses import huber, log_odds_at, relative_change, token_kl
+from expunge.methods.numerics import (
+    target_log_odds,
+    target_log_probs,
+    token_entropy,
+)
 
-_HALVINGS = 12
-_PROBE_ROWS = 64
 _CEILING = 0.8
-_RANGE = (0.5, 1.25)
 _FORGET_WIDTH = 16.0
 """Nats of log-odds, as far as a token known by heart has to go: the furthest off are pushed hardest."""
+_ENTROPY_WIDTH = 2.0
+"""Nats."""
 _RETAIN_WIDTH = 2.0
 """Nats of log-odds, a factor of 7 in the odds: what is lost is pulled back with all weight soon."""
 _PUBLISHED = {
@@ -67,6 +77,10 @@ _PUBLISHED = {
     "forget_tokens": "all",
     "random_rows": 0,
     "calibration_gain": 0.0,
+    "match_tokens": False,
+    "entropy_weight": 0.0,
+    "lens_weight": 0.0,
+    "states_weight": 0.0,
 }
 
 
@@ -96,6 +110,18 @@ class LIBU(GradientSettings):
     calibration_gain: float = 1.0
     """With non-members: how far a row's ceiling moves for each nat that its loss is wrong by; 0 leaves
     all of them where they are."""
+    match_tokens: bool = False
+    """With non-members and a gain: give the tokens of a document the spread of losses of never-seen
+    ones, rank by rank, and not all of them the document's ceiling."""
+    entropy_weight: float = 1.0
+    """Where tokens are matched: weight of the term that leaves the model as undecided about a forgotten
+    token as about one of the same rank in never-seen text, and no more."""
+    lens_weight: float = 0.0
+    """Weight of the forget term of a layer inside, another one in every step: what the logit lens reads
+    there may be no likelier than what is wanted of the output."""
+    states_weight: float = 0.0
+    """Weight, on random rows, of how far the states after each layer moved, squared, in units of their
+    length: what pushes inside is held inside."""
     curvature: Literal["log-odds", "sampled-labels"] = "log-odds"
     """What Sophia divides by: the mean squared gradient of retain tokens' log-odds, or the published
     estimate, that of the loss on labels sampled from the model."""
@@ -117,6 +143,16 @@ class LIBU(GradientSettings):
         epochs=24, batch_size=16, learning_rate=2e-3, schedule="cosine"
     )
     presets: ClassVar[Mapping[str, Preset]] = {
+        "deep": Preset(
+            {
+                "match_tokens": True,
+                "lens_weight": 0.5,
+                "states_weight": 3.0,
+                "random_rows": 256,
+            },
+            {},
+            "ours, docs/decisions.md: against attacks on the weights, at the risk of retain text",
+        ),
         "setup-2": Preset(
             _PUBLISHED,
             {"learning_rate": 3e-5, "epochs": 5, "batch_size": 16, "schedule": "constant"},
@@ -149,6 +185,9 @@ class LIBU(GradientSettings):
         for option in ("damping", "step_budget", "gamma", "rho", "curvature_interval"):
             if getattr(self, option) <= 0:
                 raise InputError(f"--method.{option} {getattr(self, option)}: must be positive")
+        for option in ("calibration_gain", "entropy_weight", "lens_weight", "states_weight"):
+            if getattr(self, option) < 0:
+                raise InputError(f"--method.{option} {getattr(self, option)}: must be 0 or more")
         for option in ("step_size", "ceiling"):
             value = getattr(self, option)
             if value is not None and value <= 0:
@@ -161,6 +200,12 @@ class LIBU(GradientSettings):
     def needs_retain(self) -> bool:
         """Always: the Fisher is the retain set's."""
         return True
+
+    @property
+    def matches_tokens(self) -> Tokens | None:
+        """Those that are forgotten, where they have aims of their own and these are calibrated."""
+        calibrated = self.calibration_gain > 0 and self.direction == "remove"
+        return self.forget_tokens if self.match_tokens and calibrated else None
 
     def start(self, context: Context) -> LIBUObjective:
         """Attaches the adapter and takes the step of phase 1."""
@@ -188,120 +233,125 @@ class LIBUObjective(GradientObjective):
         # Text that was never seen is still better predicted than by guessing, log(vocabulary).
         guessing = math.log(vocabulary)
         self.ceiling = _CEILING * guessing if settings.ceiling is None else settings.ceiling
-        self._ceilings: dict[str, float] = {}
+        self._aims = Aims(
+            self.ceiling,
+            settings.calibration_gain,
+            match_tokens=settings.matches_tokens is not None,
+        )
         # Sharded weights are gathered in every pass, so all processes must make as many passes,
         # whichever kinds of rows their shares hold.
         self._equal_passes = context.processes.shards and settings.random_rows > 0
+        if settings.lens_weight > 0 and settings.direction == "remove":
+            with context.autocast():
+                check_lens(context.model, context.layout)
         if settings.direction == "remove":
             self._forget_before = self._odds_before(context.forget, settings.forget_tokens)
             self._retain_before = self._odds_before(context.retain, settings.tokens)
-        self._probe = [e for e in context.retain if e.listed][:_PROBE_ROWS]
         self.fisher: Mapping[str, torch.Tensor] = {}
         if context.resumed is not None:  # the adapter and the curvature are put back
             self._notes = context.resumed["phase_1"]
             return
-        self.fisher = self.diagonal_fisher([e for e in context.retain if e.listed])
-        self._notes = self._phase_one(self.forget_gradient(context.forget), self.fisher)
-
-    def diagonal_fisher(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """Mean over examples of T * (gradient of the mean loss of its T tokens)^2, by parameter.
-
-        With tokens' gradients uncorrelated this is the mean squared gradient per token, so that
-        d^T F d / 2 predicts the rise of the mean token loss.
-        """
-        assert self.adapter is not None
-        squares = SquaredGradients(self.adapter.factors())
-        for batch in self._passes(examples, "Fisher"):
-            with squares.collecting(len(batch.row_ids)), self._context.autocast():
-                log_probs, mask = self.log_probs(batch)
-                loss = -(row_means(log_probs, mask) * mask.sum(1).float().sqrt()).sum()
-                loss.backward()
-        self._clear_gradients()
-        return squares.mean()
-
-    def forget_gradient(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """Gradient of the mean token loss over all examples, by parameter."""
-        tokens = 0
-        for batch in self._passes(examples, "forget gradient"):
-            with self._context.autocast():
-                log_probs, mask = self.log_probs(batch)
-                torch.where(mask, -log_probs, 0.0).sum().backward()
-            tokens += int(mask.sum())
-        gradient = {
-            name: torch.zeros_like(p) if p.grad is None else p.grad.div_(max(1, tokens))
-            for name, p in self.parameters.items()
-        }
-        self._clear_gradients()
-        return gradient
+        step = InfluenceStep(self, context)
+        self.fisher = step.diagonal_fisher([e for e in context.retain if e.listed])
+        gradient = step.forget_gradient(context.forget)
+        self._notes = step.take(settings, gradient, self.fisher)
 
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """Phase 2's loss; as published, the forget loss itself."""
         settings = self._settings
         if settings.direction == "as-published":
             return self.with_retain(self.cross_entropy(forget), retain, settings.retain_weight)
-        mask = forget.mask(settings.forget_tokens)[:, 1:]
-        log_odds = target_log_odds(
-            self.counted_logits(forget, settings.forget_tokens), forget.input_ids[:, 1:][mask]
-        )
-        distances = odds_distance(log_odds, self._wanted_odds(forget)[mask], _FORGET_WIDTH)
+        distances = self._distances(forget)
         term = distances.sum() / max(1, len(distances))
         if retain is None or settings.retain_weight == 0:
             return Terms(term, None)
         return Terms(term, settings.retain_weight * self._drift(retain))
 
+    def _distances(self, forget: Batch) -> torch.Tensor:
+        """How far each forget token is from what is wanted of it: at the output, by its distribution's
+        entropy, and by the logit lens inside; (counted tokens,)."""
+        settings = self._settings
+        mask = forget.mask(settings.forget_tokens)[:, 1:]
+        targets = forget.input_ids[:, 1:][mask]
+        inner = None
+        if settings.lens_weight > 0 and self._layout.count > 1:
+            logits, inner = self.lens_logits(forget, self._inner_layer(), settings.forget_tokens)
+        else:
+            logits = self.counted_logits(forget, settings.forget_tokens)
+        log_odds = target_log_odds(logits, targets)
+        wanted, entropy = self._wanted(forget, mask, log_odds)
+        distances = huber(log_odds, wanted, _FORGET_WIDTH)
+        if settings.entropy_weight > 0 and settings.matches_tokens is not None:
+            away = huber(token_entropy(logits), entropy.nan_to_num(), _ENTROPY_WIDTH)
+            distances = distances + settings.entropy_weight * torch.where(
+                entropy.isnan(), 0.0, away
+            )
+        if inner is not None:
+            above = torch.maximum(target_log_odds(inner, targets), wanted)
+            distances = distances + settings.lens_weight * huber(above, wanted, _FORGET_WIDTH)
+        return distances
+
+    def _inner_layer(self) -> int:
+        """A layer below the last, drawn anew in every step; the same in all its micro-batches."""
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        return int(torch.randint(max(1, self._layout.count - 1), (), generator=generator))
+
+    def _wanted(
+        self, batch: Batch, mask: torch.Tensor, log_odds: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The log-odds that each counted token should have, and the entropy of what predicts it.
+
+        The first are those of its row's aims, or what they were in the target where that was less: no
+        token of a forget row is made more likely than the target had it.
+        """
+        losses = -functional.logsigmoid(log_odds.detach())
+        rows = losses.split(mask.sum(1).tolist())
+        wanted = [self._aims.of_row(row, now) for row, now in zip(batch.row_ids, rows, strict=True)]
+        odds = log_odds_at(torch.cat([aim.losses for aim in wanted]))
+        before = self._forget_before[list(batch.indices), : mask.shape[1]][mask]
+        return torch.minimum(before, odds), torch.cat([aim.entropy for aim in wanted])
+
     def _drift(self, retain: Batch) -> torch.Tensor:
         """How far retain text is from what the target says of it, mean over counted tokens.
 
         The user's tokens by their log-odds, random ones by KL(target || model), as a random token itself
-        has no log-odds worth holding.
+        has no log-odds worth holding, and by their states after every layer.
         """
-        mask = retain.mask(self._settings.tokens)[:, 1:]
+        settings = self._settings
+        mask = retain.mask(settings.tokens)[:, 1:]
         listed = torch.tensor([example.listed for example in retain.examples], device=mask.device)
-        logits = self.counted_logits(retain)
+        _, random = retain.split_listed()
+        hold = settings.states_weight > 0 and random is not None
+        logits, states = self.logits_and_states(retain, ~listed if hold else None)
         of_user = listed[:, None].expand_as(mask)[mask]
         targets = retain.input_ids[:, 1:][mask]
         log_odds = target_log_odds(logits[of_user], targets[of_user])
         before = self._retain_before[list(retain.indices), : mask.shape[1]][mask][of_user]
-        total = odds_distance(log_odds, before, _RETAIN_WIDTH).sum()
-        _, random = retain.split_listed()
+        total = huber(log_odds, before, _RETAIN_WIDTH).sum()
         if random is not None or self._equal_passes:
+            some = retain.rows(0, 1) if random is None else random
+            every = torch.ones(len(some.indices), dtype=torch.bool, device=mask.device)
             with self.reference():
-                reference = self.counted_logits(random or retain.rows(0, 1))
+                reference, states_before = self.logits_and_states(some, every if hold else None)
             if random is not None:
                 total = total + token_kl(logits[~of_user], reference).sum()
+            if hold:
+                moved = torch.stack(list(map(relative_change, states, states_before))).mean(0)
+                total = total + settings.states_weight * moved.sum()
         return total / max(1, len(logits))
 
     @property
-    def strengths(self) -> Mapping[str, float]:
-        """Calibrated rows' ceilings, nats a token."""
-        return self._ceilings
+    def calibration(self) -> Mapping[str, Any]:
+        """What is wanted of calibrated rows."""
+        return self._aims.state()
 
-    def restore_strengths(self, strengths: Mapping[str, float]) -> None:
-        """Puts back what `strengths` was."""
-        self._ceilings = dict(strengths)
+    def restore_calibration(self, calibration: Mapping[str, Any]) -> None:
+        """Puts back what `calibration` was."""
+        self._aims.restore(calibration)
 
     def calibrate(self, rows: NeverSeen) -> None:
-        """Raises or lowers each row's ceiling by what its loss lacks or has too much."""
-        gain = self._settings.calibration_gain
-        if gain == 0:
-            return
-        for row, loss in rows.losses.items():
-            wanted = rows.wanted[row]
-            start = self._ceilings.get(row)
-            moved = wanted if start is None else start + gain * (wanted - loss)
-            # A ceiling far off would go on pushing long after the loss has arrived.
-            self._ceilings[row] = min(max(moved, wanted * _RANGE[0]), wanted * _RANGE[1])
-
-    def _wanted_odds(self, batch: Batch) -> torch.Tensor:
-        """The log-odds that each token should have, (rows, tokens - 1).
-
-        Those of its row's ceiling, or what they were in the target where that was less: no token of a
-        forget row is made more likely than the target had it.
-        """
-        before = self._forget_before[list(batch.indices), : batch.input_ids.shape[1] - 1]
-        ceilings = [self._ceilings.get(row, self.ceiling) for row in batch.row_ids]
-        wanted = log_odds_at(torch.tensor(ceilings, device=before.device))
-        return torch.minimum(before, wanted[:, None])
+        """Raises or lowers what is wanted of each row by what its losses lack or have too much."""
+        self._aims.calibrate(rows)
 
     def _odds_before(self, examples: Sequence[Example], tokens: Tokens) -> torch.Tensor:
         """The target's log-odds of every counted token of the user's rows, 0 elsewhere.
@@ -311,7 +361,7 @@ class LIBUObjective(GradientObjective):
         width = max(map(len, examples), default=1) - 1
         odds = torch.zeros(len(examples), width, device=self._context.device)
         listed = [index for index, example in enumerate(examples) if example.listed]
-        for batch in self._passes([examples[index] for index in listed], None):
+        for batch in self._context.passes([examples[index] for index in listed], None):
             mask = batch.mask(tokens)[:, 1:]
             with self.reference(), self._context.autocast():
                 counted = target_log_odds(
@@ -364,7 +414,7 @@ class LIBUObjective(GradientObjective):
         total = [torch.zeros_like(parameter) for parameter in self.parameters.values()]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._context.generator("curvature").initial_seed() % 2**63)
-            for batch in self._passes(listed, "curvature"):
+            for batch in self._context.passes(listed, "curvature"):
                 for sum_, part in zip(total, self.curvature(batch), strict=True):
                     sum_ += part * (len(batch.indices) / len(listed))
         return total
@@ -372,71 +422,3 @@ class LIBUObjective(GradientObjective):
     def notes(self) -> Mapping[str, Any]:
         """The measured figures of phase 1."""
         return {**super().notes(), "ceiling": self.ceiling, "phase_1": self._notes}
-
-    def _phase_one(
-        self, gradient: Mapping[str, torch.Tensor], fisher: Mapping[str, torch.Tensor]
-    ) -> dict[str, float]:
-        settings = self._settings
-        entries = sum(f.numel() for f in fisher.values())
-        mean_fisher = sum(float(f.sum()) for f in fisher.values()) / entries
-        damping = settings.damping * (mean_fisher if settings.damping_unit == "mean-fisher" else 1)
-        step = {name: removal_step(gradient[name], fisher[name], damping) for name in gradient}
-        rise = sum(float(predicted_rise(step[name], fisher[name])) for name in step)
-        if not math.isfinite(rise) or rise <= 0:
-            raise RunError(
-                f"LIBU phase 1: the predicted rise along its step is {rise:.3g}, no step size"
-                " follows; set --method.damping higher or use --dtype float32"
-            )
-        size = settings.step_size
-        halvings = 0
-        before = self._retain_loss()
-        start = {name: p.detach().clone() for name, p in self.parameters.items()}
-        sign = 1 if settings.direction == "remove" else -1
-        if size is not None:
-            self._move(start, step, sign * size)
-            after = self._retain_loss()
-        else:
-            size = size_within(settings.step_budget, rise)
-            self._move(start, step, sign * size)
-            while (after := self._retain_loss()) - before > settings.step_budget:
-                # The quadratic model holds near the start only, so its answer is checked.
-                halvings += 1
-                size = size / 2 if halvings <= _HALVINGS else 0.0
-                self._move(start, step, sign * size)
-        return {
-            "mean_fisher": mean_fisher,
-            "damping": damping,
-            "step_size": size,
-            "predicted_retain_rise": size**2 * rise,
-            "measured_retain_rise": after - before,
-            "halvings": halvings,
-        }
-
-    def _move(
-        self, start: Mapping[str, torch.Tensor], step: Mapping[str, torch.Tensor], size: float
-    ) -> None:
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(start[name] + size * step[name])
-
-    def _retain_loss(self) -> float:
-        total = tokens = 0.0
-        for batch in self._passes(self._probe, None):
-            with torch.no_grad(), self._context.autocast():
-                log_probs, mask = self.log_probs(batch)
-            total -= float(torch.where(mask, log_probs, 0.0).sum())
-            tokens += float(mask.sum())
-        return total / max(1.0, tokens)
-
-    def _passes(self, examples: Sequence[Example], phase: str | None) -> Iterator[Batch]:
-        context = self._context
-        done = 0
-        for batch in in_order(examples, context.batch_size, context.pad_id):
-            yield batch.to(context.device)
-            done += len(batch.indices)
-            if phase is not None:
-                context.progress(phase, done, len(examples))
-
-    def _clear_gradients(self) -> None:
-        for parameter in self.parameters.values():
-            parameter.grad = None

@@ -23,14 +23,21 @@ def log_odds_at(nll: torch.Tensor) -> torch.Tensor:
     return -(nll + torch.log(-torch.expm1(-nll)))
 
 
-def odds_distance(log_odds: torch.Tensor, wanted: torch.Tensor, width: float) -> torch.Tensor:
-    """Distance of each token's log-odds from those wanted: Huber's, divided by its width; (tokens,).
+def huber(values: torch.Tensor, wanted: torch.Tensor, width: float) -> torch.Tensor:
+    """Huber's distance of each value from what is wanted, divided by its width; shapes are equal.
 
     |x| - width / 2 beyond `width`, x^2 / (2 width) within it, so that nothing rattles about its aim. On
-    the log-odds a token known by heart is pushed, or held, as hard as any other, where the gradient of
-    its NLL is 1 - p.
+    log-odds a token known by heart is pushed, or held, as hard as any other, where the gradient of its
+    NLL is 1 - p.
     """
-    return functional.huber_loss(log_odds, wanted, reduction="none", delta=width) / width
+    return functional.huber_loss(values, wanted, reduction="none", delta=width) / width
+
+
+def relative_change(hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """||h - h0||^2 / ||h0||^2 of each token's state: (tokens, width) twice -> (tokens,)."""
+    reference = reference.float()
+    length = reference.square().sum(-1).clamp(min=1e-12)
+    return (hidden.float() - reference).square().sum(-1) / length
 
 
 def token_kl(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,15 @@ def target_log_odds(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     return logits.gather(1, chosen)[:, 0] - others
 
 
+def token_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy of each next-token distribution, in nats: (..., vocabulary) -> (...).
+
+    A token that a family masks with -inf adds nothing.
+    """
+    log_probs = functional.log_softmax(logits.float(), dim=-1)
+    return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
+
+
 def token_log_probs(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Log-probability of each token given those before it, in nats.
 

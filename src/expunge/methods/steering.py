@@ -99,6 +99,11 @@ class SteeringSettings:
         return Sampling()
 
     @property
+    def matches_tokens(self) -> Tokens | None:
+        """None: a row's hidden states move as one."""
+        return None
+
+    @property
     def has_adapter(self) -> bool:
         """Never: the weights themselves are trained."""
         return False
@@ -242,13 +247,13 @@ class SteeringObjective:
         }
 
     @property
-    def strengths(self) -> Mapping[str, float]:
+    def calibration(self) -> Mapping[str, Any]:
         """Calibrated rows' share of the way to their target, from 0 to 1."""
         return self._strengths
 
-    def restore_strengths(self, strengths: Mapping[str, float]) -> None:
-        """Puts back what `strengths` was."""
-        self._strengths = dict(strengths)
+    def restore_calibration(self, calibration: Mapping[str, Any]) -> None:
+        """Puts back what `calibration` was."""
+        self._strengths = dict(calibration)
 
     def calibrate(self, rows: NeverSeen) -> None:
         """Moves each row's target along the line from its frozen states to the full target."""

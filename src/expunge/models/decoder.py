@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -126,8 +126,7 @@ def hidden_states(
     caught: list[torch.Tensor] = []
 
     def stop(_module: nn.Module, _inputs: object, output: object) -> None:
-        # Decoder layers return a tensor in recent transformers and a tuple in older ones.
-        caught.append(output[0] if isinstance(output, tuple) else output)  # type: ignore[arg-type]
+        caught.append(states_of(output))
         raise _LayerReached
 
     with forward_hook(layout.layer(model, layer), stop):
@@ -136,6 +135,38 @@ def hidden_states(
         except _LayerReached:
             return caught[0]
     raise RuntimeError(f"layer {layer} did not run")
+
+
+def states_of(output: Any) -> torch.Tensor:
+    """What a decoder layer gives: its output, in older transformers the first of a tuple."""
+    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+@contextmanager
+def every_layer(
+    model: nn.Module,
+    layout: DecoderLayout,
+    pick: Callable[[torch.Tensor], torch.Tensor] = lambda states: states,
+) -> Iterator[list[torch.Tensor]]:
+    """A forward pass in the body adds what `pick` takes of each layer's states to the list, in order.
+
+    It is given (rows, tokens, width); left out, it takes all of them.
+    """
+    caught: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: object, output: object) -> None:
+        caught.append(pick(states_of(output)))
+
+    with ExitStack() as stack:
+        for layer in range(layout.count):
+            stack.enter_context(forward_hook(layout.layer(model, layer), keep))
+        yield caught
+
+
+def with_states(output: Any, states: torch.Tensor) -> Any:
+    """A decoder layer's output with other hidden states, in the form that it has."""
+    return (states, *output[1:]) if isinstance(output, tuple) else states
 
 
 @contextmanager

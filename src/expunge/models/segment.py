@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from expunge.models.decoder import DecoderLayout, forward_hook
+from expunge.models.decoder import DecoderLayout, forward_hook, states_of
 from expunge.models.packing import NotASegment, packed, positions_of
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Segment:
         caught: list[torch.Tensor] = []
 
         def stop(_module: nn.Module, _inputs: object, output: object) -> None:
-            caught.append(output[0] if isinstance(output, tuple) else output)  # type: ignore[arg-type]
+            caught.append(states_of(output))
             raise _Done
 
         device = next(iter(given.values())).device

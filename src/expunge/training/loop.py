@@ -19,6 +19,7 @@ from expunge.data.batches import Batch
 from expunge.data.sampling import step_batches
 from expunge.errors import RunError
 from expunge.methods.base import Context, Objective, Schedule
+from expunge.models.kernels import fast_linear
 from expunge.models.weights import restore, snapshot
 from expunge.training.ending import Judgement
 from expunge.training.options import Select
@@ -149,7 +150,7 @@ class Loop:
         self._best = best or None
         facts = state.facts
         self.history.steps = facts["step"]
-        self._objective.restore_strengths(facts["strengths"])
+        self._objective.restore_calibration(facts["calibration"])
         self.history.candidates = [
             Candidate(**{**candidate, "measured": Measured(**candidate["measured"])})
             for candidate in facts["candidates"]
@@ -163,7 +164,7 @@ class Loop:
             {
                 "step": self.history.steps,
                 "steps": self._options.steps,
-                "strengths": dict(self._objective.strengths),
+                "calibration": dict(self._objective.calibration),
                 "candidates": [asdict(candidate) for candidate in self.history.candidates],
             },
             {
@@ -226,7 +227,8 @@ class Loop:
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._options.max_grad_norm))
         if not math.isfinite(norm):
             return f"the gradient was not finite at step {step}"
-        self._optimizer.step()
+        with fast_linear(torch.bfloat16, self._context.device):  # Muon's products are bfloat16
+            self._optimizer.step()
         self._optimizer.zero_grad()
         self._progress.step(step, self._options.steps, forget_term, retain_term)
         self._log(

@@ -17,7 +17,7 @@ _TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Select = Literal["best", "last"]
-_CANDIDATES = (10, 25)
+_CANDIDATES = (10, 16)
 _MOST_RISK = 10.0
 _COUNTS = ("epochs", "max_steps", "batch_size", "validate_every", "micro_batch_size", "save_every")
 CacheDtype = Literal["float32", "bfloat16"]
@@ -44,12 +44,12 @@ class TrainingOptions:
     """Seed of every random draw."""
     time_limit: str | None = None
     """Stop in time for this limit, for example 90s, 20m or 1h; the best checkpoint is kept."""
-    validation_fraction: float = 0.02
+    validation_fraction: float | None = None
     """Share of the retain rows that is kept out of training, 32 rows at most; candidates are measured
-    on these and on rows that are trained on. Nothing holds them, so no more are kept out than needed.
-    Forget rows are always all unlearned."""
+    on these and on rows that are trained on. Nothing holds them, so no more are kept out than needed;
+    null: 2%, but none where those would be fewer than 16. Forget rows are always all unlearned."""
     validate_every: int | None = None
-    """Steps between two measured candidates; null: one epoch, but at least 10 and at most 25 times a
+    """Steps between two measured candidates; null: one epoch, but at least 10 and at most 16 times a
     run, and never with `--select last`. Forget rows are calibrated as often."""
     select: Select = "best"
     """Keep the best candidate that is not destroyed, or the last state whatever it is; what only
@@ -89,7 +89,7 @@ class TrainingOptions:
             raise InputError(f"--learning-rate {self.learning_rate}: must be positive")
         if not self.max_grad_norm > 0:
             raise InputError(f"--max-grad-norm {self.max_grad_norm}: must be positive")
-        if not 0 <= self.validation_fraction < 1:
+        if self.validation_fraction is not None and not 0 <= self.validation_fraction < 1:
             raise InputError(f"--validation-fraction {self.validation_fraction}: must be in [0, 1)")
         if self.time_limit is not None:
             seconds(self.time_limit)

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _VALIDATION_ROWS = 64
+_KEPT_OUT = 0.02
+_FEWEST_KEPT_OUT = 16
+"""Fewer say nothing and are harmed for nothing (docs/decisions.md)."""
+_NEVER_SEEN = 64
+"""Never-seen documents of a task that candidates are compared with: more cost time and say no more."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +215,8 @@ def prepare_encoded(
         _sample(sets.forget, generator),
         _validation_retain(kept_out, trained_on, generator),
         sets.members,
-        sets.nonmembers,
+        _of_every_task(sets.nonmembers, _NEVER_SEEN, generator),
+        method.matches_tokens,
     )
     return Prepared(
         method=method,
@@ -277,13 +283,15 @@ def _check_retain(method: Method, retain: object | None) -> list[str]:
 
 
 def _split(
-    examples: Sequence[Example], fraction: float, seed: int
+    examples: Sequence[Example], fraction: float | None, seed: int
 ) -> tuple[list[Example], list[Example]]:
     """Whole rows kept out of training, no more than are looked at, and the rest.
 
     At least one row stays on each side.
     """
     ids = sorted({example.row_id for example in examples})
+    if fraction is None:
+        fraction = _KEPT_OUT if _KEPT_OUT * len(ids) >= _FEWEST_KEPT_OUT else 0.0
     count = min(round(fraction * len(ids)), len(ids) - 1, _VALIDATION_ROWS // 2)
     if fraction > 0 and len(ids) > 1:
         count = max(1, count)
@@ -301,6 +309,22 @@ def _validation_retain(
     """Kept-out rows first, at most half; the rest are trained on, which most of the set is."""
     unseen = _sample(kept_out, generator)[: _VALIDATION_ROWS // 2]
     return unseen + _sample(trained_on, generator)[: _VALIDATION_ROWS - len(unseen)]
+
+
+def _of_every_task(
+    examples: Sequence[Example], rows: int, generator: torch.Generator
+) -> list[Example]:
+    """All examples of up to so many rows of each task, evenly drawn."""
+    by_task: dict[str, list[str]] = {}
+    for example in examples:
+        ids = by_task.setdefault(example.task, [])
+        if example.row_id not in ids[-1:]:
+            ids.append(example.row_id)
+    chosen: set[str] = set()
+    for task in sorted(by_task):
+        order = torch.randperm(len(by_task[task]), generator=generator).tolist()
+        chosen |= {by_task[task][index] for index in order[:rows]}
+    return [example for example in examples if example.row_id in chosen]
 
 
 def _sample(examples: Sequence[Example], generator: torch.Generator) -> list[Example]:

@@ -333,7 +333,7 @@ class _Rehearsal:
         )
         # Every row of the first side counts as a document: what is compared takes no more of each.
         members = forget if self._prepared.validation.members else ()
-        return ValidationSet(forget, retain, members, nonmembers)
+        return ValidationSet(forget, retain, members, nonmembers, self._prepared.validation.tokens)
 
     def _filled(self, cache: CacheLayout, largest: Largest) -> CacheLayout:
         """The layout with the rows that are needed here, and those of the largest passes of a fill."""

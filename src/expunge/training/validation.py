@@ -14,14 +14,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 
 import torch
 
-from expunge.data.batches import in_order
+from expunge.data.batches import Batch, Tokens, in_order
 from expunge.data.tokenization import Example
 from expunge.methods.base import Context
-from expunge.methods.calibration import NeverSeen, never_seen
+from expunge.methods.calibration import NeverSeen, RowTokens, joined, never_seen
 from expunge.methods.membership import RowLosses, membership_auc
 from expunge.methods.numerics import unbroken_share
 
@@ -51,6 +52,8 @@ class ValidationSet:
     members: Sequence[Example]
     """The forget set's documents, compared with the non-members as the scorecard does."""
     nonmembers: Sequence[Example]
+    tokens: Tokens | None = None
+    """Which tokens of documents are compared one by one as well; None: none."""
 
     @property
     def sides(self) -> tuple[Sequence[Example], ...]:
@@ -72,17 +75,21 @@ class Reading:
 def measure(context: Context, rows: ValidationSet) -> Reading:
     """Measures the model as it is."""
     both, retain_rows, nonmembers = rows.sides
-    either = _pass(context, both)
+    documents = frozenset(e.row_id for e in (*rows.members, *nonmembers) if nonmembers)
+    either = _pass(context, both, documents, rows.tokens)
     forget = either.of(rows.forget)
     retain = _pass(context, retain_rows) if retain_rows else None
     auc = compared = None
     if rows.members and nonmembers:
         members = either.of(rows.members).losses
-        others = _pass(context, nonmembers).losses
+        unseen = _pass(context, nonmembers, documents, rows.tokens)
+        others = unseen.losses
         if all(map(math.isfinite, [*members.values(), *others.values()])):
             auc = membership_auc(list(members.values()), list(others.values()))
             tasks = {e.row_id: e.task for e in (*rows.members, *nonmembers)}
-            compared = never_seen(members, others, tasks)
+            compared = never_seen(
+                members, others, tasks, {**either.tokens, **unseen.tokens} if rows.tokens else None
+            )
     measured = Measured(
         forget.accuracy,
         statistics.fmean(forget.losses.values()),
@@ -125,6 +132,8 @@ class _Pass:
     """By row id, of each of its windows: share of the answer before greedy decoding's first mistake."""
     losses: Mapping[str, float]
     """Mean loss of each row's tokens, by row id; its windows count as one."""
+    tokens: Mapping[str, RowTokens] = field(default_factory=dict)
+    """By row id, of the rows that were asked for."""
 
     @property
     def accuracy(self) -> float:
@@ -141,15 +150,27 @@ class _Pass:
         )
 
 
-def _pass(context: Context, examples: Sequence[Example]) -> _Pass:
+def _pass(
+    context: Context,
+    examples: Sequence[Example],
+    documents: AbstractSet[str] = frozenset(),
+    tokens: Tokens | None = None,
+) -> _Pass:
+    """Of the rows in `documents` these tokens are kept one by one."""
     found: list[tuple[str, float]] = []
     losses = RowLosses()
+    windows: list[tuple[str, RowTokens]] = []
     processes = context.processes
     mine = examples[processes.rank :: processes.count]
     for cpu_batch in in_order(mine, context.batch_size, context.pad_id):
         batch = cpu_batch.to(context.device)
         with torch.no_grad(), context.autocast():
-            log_probs, right = context.next_tokens(batch)
+            if tokens is not None:
+                where = _places_of(batch, documents, tokens)
+                log_probs, right, entropy = context.next_tokens_with_entropy(batch, where)
+                windows += _tokens_of(batch, where, log_probs, entropy)
+            else:
+                log_probs, right = context.next_tokens(batch)
         answers = batch.answer_mask[:, 1:]
         shares = unbroken_share(right, answers).tolist()
         asked = answers.any(1).tolist()
@@ -160,7 +181,35 @@ def _pass(context: Context, examples: Sequence[Example]) -> _Pass:
         ]
         losses.add(batch, log_probs)
     accuracies: dict[str, list[float]] = {}
-    everywhere = processes.gather((found, losses))
-    for row, share in (pair for pairs, _ in everywhere for pair in pairs):
+    everywhere = processes.gather((found, losses, windows))
+    for row, share in (pair for pairs, _, _ in everywhere for pair in pairs):
         accuracies.setdefault(row, []).append(share)
-    return _Pass(accuracies, RowLosses.of_all(part for _, part in everywhere).means())
+    by_row: dict[str, list[RowTokens]] = {}
+    for row, window in (pair for _, _, pairs in everywhere for pair in pairs):
+        by_row.setdefault(row, []).append(window)
+    return _Pass(
+        accuracies,
+        RowLosses.of_all(part for _, part, _ in everywhere).means(),
+        {row: joined(parts) for row, parts in by_row.items()},
+    )
+
+
+def _places_of(batch: Batch, documents: AbstractSet[str], tokens: Tokens) -> torch.Tensor:
+    """(rows, tokens - 1), boolean: what is predicted of these tokens of these rows."""
+    mask = batch.mask(tokens)[:, 1:]
+    chosen = torch.tensor([row in documents for row in batch.row_ids], device=mask.device)
+    return mask & chosen[:, None]
+
+
+def _tokens_of(
+    batch: Batch, where: torch.Tensor, log_probs: torch.Tensor, entropy: torch.Tensor
+) -> list[tuple[str, RowTokens]]:
+    counts = where.sum(1).tolist()
+    losses = (-log_probs[where]).float().cpu().split(counts)
+    return [
+        (row, RowTokens(row_losses, row_entropy))
+        for row, row_losses, row_entropy in zip(
+            batch.row_ids, losses, entropy.float().cpu().split(counts), strict=True
+        )
+        if len(row_losses)
+    ]
