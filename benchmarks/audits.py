@@ -74,6 +74,8 @@ def audited(run: Path, material: Material, audit: Path, budget: str) -> None:
             budget,
             "--output",
             str(audit),
+            "--cache",
+            str(audit.parent / "cache"),
             "--quiet",
         ),
         *material.options(nonmembers="nonmembers.jsonl", paraphrases="paraphrases.jsonl"),
@@ -153,7 +155,8 @@ def note(audits: Mapping[str, Mapping[str, Any]], output: Path) -> str:
         seconds = json.loads((output / f"{name}.seconds").read_text(encoding="utf-8"))["seconds"]
         took.append(f"{name} {seconds:.0f}")
     machine = (
-        f"{describe_machine(threads)}; seconds of the audits of three models: {', '.join(took)}"
+        f"{describe_machine(threads)}; seconds of the audits, of which the first attacks target"
+        f" and oracle for all: {', '.join(took)}"
     )
     return NOTE.format(rows=rows, budget=first["settings"]["budget"]["name"], machine=machine)
 

@@ -327,6 +327,55 @@ def test_another_seed_or_file_uses_nothing_of_an_earlier_audit(
     assert ran == ["target", "unlearned"] * 4
 
 
+def test_target_and_oracle_are_attacked_once_for_many_audits(
+    audit: Cli, nudged_dir: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("direct", "verbatim")
+    runs: list[tuple[str, str]] = []
+
+    def counted(attack: Attack) -> Attack:
+        def run(subject: Any, case: Case, advance: Any) -> Found:
+            runs.append((subject.name, attack.name))
+            return attack.run(subject, case, advance)
+
+        return Attack(**{**vars(attack), "run": run})
+
+    monkeypatch.setattr(inputs, "ATTACKS", {name: counted(ATTACKS[name]) for name in names})
+    cache, without, with_cache = tmp_path / "kept", tmp_path / "w.json", tmp_path / "c.json"
+    assert audit(nudged_dir, "--output", without)[0] == 0
+    assert len(runs) == 6
+    assert audit(nudged_dir, "--output", with_cache, "--cache", cache)[0] == 0
+    assert len(runs) == 12
+    assert with_cache.read_bytes() == without.read_bytes()
+    assert {path.name.split("-")[1] for path in cache.iterdir()} == {"target", "oracle"}
+    assert cache.stat().st_mode & 0o077 == 0
+    found = every_file(cache)
+    assert [text for text in texts if text in found] == []
+
+    with_cache.unlink()
+    assert audit(nudged_dir, "--output", with_cache, "--cache", cache)[0] == 0
+    assert runs[12:] == [("unlearned", "direct"), ("unlearned", "verbatim")]
+    assert with_cache.read_bytes() == without.read_bytes()
+    assert audit(nudged_dir, "--seed", 1, "--output", with_cache, "--cache", cache)[0] == 0
+    assert len(runs) == 14 + 6
+
+
+def test_a_cache_keeps_no_text_and_needs_a_place(
+    audit: Cli, nudged_dir: Path, tmp_path: Path
+) -> None:
+    output, file = tmp_path / "audit.json", tmp_path / "file"
+    file.write_text("")
+    for options, part in (
+        (("--cache", tmp_path / "kept", "--reveal"), "--cache: keeps no text"),
+        (("--cache", file), "is a file"),
+        (("--cache", tmp_path / "no" / "kept"), "does not exist"),
+    ):
+        code, _, err = audit(nudged_dir, "--output", output, *options)
+        assert code == 2
+        assert part in err
+    assert not (tmp_path / "kept").exists()
+
+
 def test_earlier_requests_are_audited_again(
     audit: Cli, nudged_dir: Path, tmp_path: Path, forget_rows: list[dict[str, str]]
 ) -> None:

@@ -16,6 +16,7 @@ from expunge.audits.facts import document_of
 from expunge.audits.inputs import (
     AuditInputs,
     Request,
+    check_cache,
     check_output,
     checked_models,
     read_sets,
@@ -48,6 +49,8 @@ def audit(inputs: AuditInputs, progress: Progress | None = None) -> dict[str, An
     device = resolve_device(inputs.device)
     if inputs.output is not None:
         check_output(Path(inputs.output))
+    if inputs.cache is not None:
+        check_cache(Path(inputs.cache))
     checked = checked_models(inputs)
     policies = {
         name: text_policy(model, chat_template=inputs.chat_template, long_rows=inputs.long_rows)
@@ -57,7 +60,11 @@ def audit(inputs: AuditInputs, progress: Progress | None = None) -> dict[str, An
     requests = requests_of(inputs, sets, checked, policies)
     digests = {name: model.files.sha256() for name, model in checked.items()}
     dtypes = {name: inputs.dtype or stored_dtype(model) for name, model in checked.items()}
-    partial = Partial(None if inputs.output is None else Path(inputs.output), reveal=inputs.reveal)
+    partial = Partial(
+        None if inputs.output is None else Path(inputs.output),
+        None if inputs.cache is None else Path(inputs.cache),
+        reveal=inputs.reveal,
+    )
     found: Results = {}
     for name in (n for n in MODELS if n in checked):
         subject = Subject(
@@ -112,7 +119,7 @@ def _attack(
     subject: Subject,
     requests: Sequence[Request],
     inputs: AuditInputs,
-    digests: Mapping[str, str],
+    digest: Mapping[str, str],
     device: str,
     partial: Partial,
     progress: Progress,
@@ -123,7 +130,7 @@ def _attack(
     done = 0
     for number, request in enumerate(requests):
         for attack in request.attacks:
-            facts = _facts(inputs, request, attack, subject, digests, device)
+            facts = _facts(inputs, request, attack, subject, digest, device)
             result = partial.read(facts)
             if result is None:
                 bar = _Bar(progress, subject.name, done, total)
@@ -196,7 +203,7 @@ def _facts(
     request: Request,
     attack: Attack,
     subject: Subject,
-    digests: Mapping[str, str],
+    digest: Mapping[str, str],
     device: str,
 ) -> dict[str, Any]:
     """All that the result of one attack on one model follows from."""
@@ -221,7 +228,7 @@ def _facts(
         "versions": {name: version(name) for name in _LIBRARIES},
         "attack": attack.name,
         "model": subject.name,
-        "weights": dict(digests),
+        "weights": dict(digest),
         "rows": content.hexdigest(),
         "budget": asdict(case.budget),
         "learning_rate": case.learning_rate,

@@ -50,6 +50,9 @@ class AuditInputs:
     """Learning rate of attacks by tuning; null: 5e-4, above width 256 times 256 / width."""
     output: str | None = None
     """Write audit.json here; unfinished, an audit goes on from OUTPUT.partial."""
+    cache: str | None = None
+    """Directory that keeps what was found on target and oracle, scores by row id and no text: other
+    audits of the same models, rows and settings read it."""
     reveal: bool = False
     """Add the generated text that came nearest; it can hold forgotten text."""
     batch_size: int = 64
@@ -74,6 +77,8 @@ class AuditInputs:
             raise InputError(f"--learning-rate {self.learning_rate:g}: must be above 0")
         if self.reveal and self.output is None:
             raise InputError("--reveal: adds text to audit.json; give --output FILE")
+        if self.reveal and self.cache is not None:
+            raise InputError("--cache: keeps no text, which --reveal asks for; leave one of them out")
         names = self.attack_names()
         unknown = [name for name in names if name not in ATTACKS]
         if unknown:
@@ -269,3 +274,11 @@ def check_output(path: Path) -> None:
         raise InputError(f"--output {path}: its directory does not exist; make it first")
     if path.is_dir():
         raise InputError(f"--output {path}: is a directory; name a file")
+
+
+def check_cache(directory: Path) -> None:
+    """Raises InputError where nothing can be kept there."""
+    if not directory.absolute().parent.is_dir():
+        raise InputError(f"--cache {directory}: its directory does not exist; make it first")
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"--cache {directory}: is a file; name a directory")

@@ -1,4 +1,5 @@
-"""Finished attacks on disk, so that an interrupted audit goes on where it was.
+"""Finished attacks on disk: an interrupted audit goes on where it was, and what every audit of the same
+target and oracle repeats is measured once.
 
 One file an attack, model and request, named by a digest of all that its result follows from: another
 model, row, setting or version gives another name, and nothing stale is ever read.
@@ -14,50 +15,52 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from expunge.audits.base import Found
+from expunge.audits.base import Found, ModelName
 
 SUFFIX = ".partial"
+REPEATED: tuple[ModelName, ...] = ("target", "oracle")
+"""Models that the audits of several runs have in common."""
 
 
 class Partial:
-    """The directory beside the output; None of it is used where there is no output."""
+    """Where finished attacks are kept: beside the output until it is written, and, of the models that
+    other audits attack too, in a directory that stays. Without either nothing is kept."""
 
-    def __init__(self, output: Path | None, *, reveal: bool) -> None:
+    def __init__(self, output: Path | None, lasting: Path | None = None, *, reveal: bool) -> None:
+        """`lasting` is the directory that stays; it holds scores by row id and no text."""
         self._directory = None if output is None else output.with_name(output.name + SUFFIX)
+        self._lasting = lasting
         self._reveal = reveal
 
     def read(self, facts: Mapping[str, Any]) -> Found | None:
         """What was found before on the same facts, or None."""
-        path = self._path(facts)
-        if path is None or not path.is_file():
-            return None
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if kept["facts"] != _plain(facts):
-                return None
-            return Found(**kept["found"])
-        except (ValueError, KeyError, TypeError):
-            return None  # cut off by what ended the run; it is measured again
+        for path in self._paths(facts):
+            try:
+                kept = json.loads(path.read_text(encoding="utf-8"))
+                if kept["facts"] == _plain(facts):
+                    return Found(**kept["found"])
+            except (FileNotFoundError, ValueError, KeyError, TypeError):
+                continue  # not there, or cut off by what ended the run: it is measured again
+        return None
 
     def write(self, facts: Mapping[str, Any], found: Found) -> Found:
         """Keeps a result and returns it as it will be read: the same whether resumed or not."""
         values = found.to_json(reveal=self._reveal)
-        path = self._path(facts)
-        if path is not None:
-            path.parent.mkdir(mode=0o700, exist_ok=True)
+        for path in self._paths(facts):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             whole(path, {"facts": _plain(facts), "found": values})
         return Found(**json.loads(json.dumps(values)))
 
     def remove(self) -> None:
-        """Deletes everything kept."""
+        """Deletes what was kept beside the output."""
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _path(self, facts: Mapping[str, Any]) -> Path | None:
-        if self._directory is None:
-            return None
+    def _paths(self, facts: Mapping[str, Any]) -> list[Path]:
         digest = hashlib.sha256(json.dumps(_plain(facts), sort_keys=True).encode()).hexdigest()
-        return self._directory / f"{facts['attack']}-{facts['model']}-{digest[:16]}.json"
+        name = f"{facts['attack']}-{facts['model']}-{digest[:16]}.json"
+        lasting = self._lasting if facts["model"] in REPEATED else None
+        return [place / name for place in (self._directory, lasting) if place is not None]
 
 
 def whole(path: Path, values: Mapping[str, Any]) -> None:

@@ -69,6 +69,9 @@ class VerifyInputs:
     """Attacks to run, with commas or spaces between; none: all that there is material for."""
     budget: BudgetName = "quick"
     """How many rows, steps and samples: quick, standard or thorough."""
+    cache: str | None = None
+    """Directory that keeps what was found on target and oracle, scores by row id and no text: the next
+    verification reads it."""
     batch_size: int = 64
     """Rows a batch; it changes the speed, never a score."""
     dtype: Dtype | None = None
@@ -200,6 +203,7 @@ def _audit_inputs(
         attacks=inputs.attacks,
         budget=inputs.budget,
         output=str(Path(inputs.output) / WHOLE),
+        cache=inputs.cache,
         batch_size=inputs.batch_size,
         dtype=inputs.dtype,
         device=inputs.device,
