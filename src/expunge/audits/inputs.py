@@ -78,7 +78,9 @@ class AuditInputs:
         if self.reveal and self.output is None:
             raise InputError("--reveal: adds text to audit.json; give --output FILE")
         if self.reveal and self.cache is not None:
-            raise InputError("--cache: keeps no text, which --reveal asks for; leave one of them out")
+            raise InputError(
+                "--cache: keeps no text, which --reveal asks for; leave one of them out"
+            )
         names = self.attack_names()
         unknown = [name for name in names if name not in ATTACKS]
         if unknown:
