@@ -11,10 +11,16 @@ from torch import nn
 
 from expunge.data.batches import collate, in_order
 from expunge.methods.base import Context
-from expunge.methods.fisher import SquaredGradients, squared_example_gradients
+from expunge.methods.fisher import (
+    FactorCovariances,
+    SquaredGradients,
+    squared_example_gradients,
+)
 from expunge.methods.influence_step import InfluenceStep
 from expunge.methods.libu import LIBU, LIBUObjective
+from expunge.methods.npo import NPO
 from expunge.methods.numerics import row_means
+from expunge.models.lora import Start
 
 
 def test_factors_give_the_gradient_of_each_example() -> None:
@@ -55,6 +61,68 @@ def test_factors_give_the_sum_of_squares_whatever_the_shapes(
     # Against float64.
     found = squared_example_gradients(inputs, gradients).double()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_bases_are_the_eigenvectors_of_the_tokens_that_count() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(4, 3, bias=False)
+    inputs, weights = (torch.randn(5, 6, n, generator=generator) for n in (4, 3))
+    weights[-1, 2:] = 0  # padding: whatever stands there must not turn an axis
+    inputs[-1, 2:] = 1e3
+    covariances = FactorCovariances([("map", layer)])
+    for rows in (slice(0, 2), slice(2, 5)):
+        with covariances.collecting():
+            (layer(inputs[rows]) * weights[rows]).sum().backward()
+    basis = covariances.bases()["map"]
+    counted = [
+        (x, g) for x, g in zip(inputs.view(-1, 4), weights.view(-1, 3), strict=True) if g.any()
+    ]
+    for axes, factor in ((basis.inputs, 0), (basis.outputs, 1)):
+        dense = torch.zeros(len(axes), len(axes))
+        for token in counted:
+            dense += torch.outer(token[factor], token[factor])
+        turned = axes.T @ dense @ axes
+        torch.testing.assert_close(turned, turned.diag().diag(), rtol=0, atol=1e-3)
+        torch.testing.assert_close(axes.T @ axes, torch.eye(len(axes)), rtol=0, atol=1e-5)
+
+
+def test_ekfac_eigenvalues_are_the_squares_along_the_axes(
+    context: Context, objective: LIBUObjective
+) -> None:
+    """Against one example at a time, and with the trace of the diagonal."""
+    step = InfluenceStep(objective, context)
+    found = step.ekfac(context.retain, objective.parameters)
+    assert set(found.eigenvalues) == set(objective.parameters)
+    expected = {name: torch.zeros_like(part) for name, part in objective.parameters.items()}
+    for index in range(len(context.retain)):
+        batch = collate(context.retain, [index], context.pad_id)
+        log_probs, mask = objective.log_probs(batch)
+        loss = -row_means(log_probs, mask).sum()
+        gradients = torch.autograd.grad(loss, list(objective.parameters.values()))
+        for name, part in zip(objective.parameters, gradients, strict=True):
+            turned = found.bases[name].into(part)
+            expected[name] += int(mask.sum()) * turned.square() / len(context.retain)
+    diagonal = step.diagonal_fisher(context.retain)
+    for name, values in found.eigenvalues.items():
+        # Sums in another order, float32.
+        torch.testing.assert_close(values, expected[name], rtol=1e-2, atol=1e-8)
+        assert float(values.sum()) == pytest.approx(float(diagonal[name].sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("start", ["zero", "paired"])
+def test_what_moves_first_is_what_has_a_gradient(
+    make_context: Callable[..., Context], start: Start
+) -> None:
+    """With B = 0 phase 1 needs no basis of A, whose inputs are the widest there are."""
+    context = make_context(layers=2)
+    objective = NPO(rank=2, adapter_start=start).start(context)
+    batch = collate(context.forget, range(2), context.pad_id)
+    objective.cross_entropy(batch).backward()
+    moved = [
+        name for name, p in objective.parameters.items() if p.grad is not None and p.grad.any()
+    ]
+    assert objective.adapter is not None
+    assert sorted(moved) == sorted(objective.adapter.moves_first)
 
 
 def test_the_weights_get_no_gradient_meanwhile_and_do_afterwards() -> None:

@@ -57,14 +57,19 @@ def before(objective: LIBUObjective, batch: Batch) -> float:
         return float(objective.cross_entropy(batch))
 
 
-def test_phase_1_raises_the_forget_loss_within_the_budget_on_retain(context: Context) -> None:
-    objective = LIBU(rank=4, step_budget=0.05).start(context)
+@pytest.mark.parametrize("preconditioner", ["diagonal", "ekfac"])
+def test_phase_1_raises_the_forget_loss_within_the_budget_on_retain(
+    context: Context, preconditioner: Any
+) -> None:
+    objective = LIBU(rank=4, step_budget=0.05, preconditioner=preconditioner).start(context)
     forget, retain = whole(context, "forget"), whole(context, "retain")
     assert loss(objective, forget) > before(objective, forget) + 1e-3
     assert loss(objective, retain) - before(objective, retain) < 0.05 + 1e-4
     notes: Any = objective.notes()
     assert 0 < notes["phase_1"]["measured_retain_rise"] <= 0.05
     assert notes["phase_1"]["step_size"] > 0
+    rise = loss(objective, forget) - before(objective, forget)
+    assert notes["phase_1"]["measured_forget_rise"] == pytest.approx(rise, rel=1e-3)
 
 
 def test_the_published_direction_learns_the_forget_set_better(make_context: Contexts) -> None:

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from conftest import shaken, tiny_model
 from expunge.models import kernels
-from expunge.models.kernels import fast_linear, quick_dtype
+from expunge.models.kernels import fast_products, quick_dtype
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ def test_it_is_the_linear_map(shape: tuple[int, ...], bias: bool) -> None:
     strided = torch.randn((*shape[:-1], 48), generator=generator)[..., ::2]
     for x in (inputs, strided):
         expected = functional.linear(x.double(), layer.weight.double(), _double(layer.bias))
-        with torch.no_grad(), fast_linear(torch.float32, CPU):
+        with torch.no_grad(), fast_products(torch.float32, CPU):
             found = layer(x)
         torch.testing.assert_close(found, expected.float())
 
@@ -44,7 +44,7 @@ def test_its_gradients_are_those_of_the_linear_map(shape: tuple[int, ...], train
             name: tensor.to(dtype).requires_grad_(name in trained.split())
             for name, tensor in tensors.items()
         }
-        with fast_linear(dtype, CPU):
+        with fast_products(dtype, CPU):
             output = functional.linear(made["inputs"], made["weight"], made["bias"])
         output.backward(upstream.to(dtype))
         gradients.append([made[name].grad for name in trained.split()])
@@ -69,7 +69,7 @@ def test_only_what_a_gradient_needs_is_kept(trained: str, kept: set[str]) -> Non
 
     with (
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        fast_linear(torch.float32, CPU),
+        fast_products(torch.float32, CPU),
     ):
         functional.linear(tensors["inputs"], tensors["weight"], tensors["bias"])
     assert {name for name, tensor in tensors.items() if tensor.data_ptr() in saved} == kept
@@ -92,7 +92,7 @@ def test_a_model_gives_the_same_logits_and_gradients(monkeypatch: pytest.MonkeyP
         return used(inputs, weight, bias)
 
     monkeypatch.setattr(kernels, "_linear", counted)
-    with fast_linear(model.dtype, model.device):
+    with fast_products(model.dtype, model.device):
         found = model(input_ids=ids, labels=ids)
         found.loss.backward()
     # Two libraries sum in two orders.
@@ -111,11 +111,11 @@ def test_half_precision_and_torch_without_the_call_are_left_alone(
     monkeypatch.setattr(kernels, "_linear", fail)
     monkeypatch.setattr(kernels, "_serves_bfloat16", lambda: True)
     half = torch.nn.Linear(8, 8).bfloat16()
-    with fast_linear(torch.bfloat16, CPU), torch.no_grad():
+    with fast_products(torch.bfloat16, CPU), torch.no_grad():
         half(torch.zeros(16, 8, dtype=torch.bfloat16))
     monkeypatch.setattr(kernels, "_available", lambda: False)
     full = torch.nn.Linear(8, 8)
-    with fast_linear(torch.float32, CPU):
+    with fast_products(torch.float32, CPU):
         full(torch.zeros(16, 8))
 
 
@@ -130,7 +130,7 @@ def test_products_of_bfloat16_are_rounded_once(
     right = torch.randn((*batch, 24, 40), generator=generator).bfloat16()
     bias = torch.randn(40, generator=generator).bfloat16()
     exact = left.double() @ right.double()
-    with fast_linear(torch.bfloat16, CPU):
+    with fast_products(torch.bfloat16, CPU):
         if product == "linear":
             found, exact = functional.linear(left, right.t(), bias), exact + bias.double()
         elif product == "addmm":
@@ -153,7 +153,7 @@ def test_a_bfloat16_model_learns_alike_with_and_without_its_own_products(
     for has in (True, False):
         monkeypatch.setattr(kernels, "_serves_bfloat16", lambda has=has: has)
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16), fast_linear(torch.bfloat16, CPU):
+        with torch.autocast("cpu", torch.bfloat16), fast_products(torch.bfloat16, CPU):
             output = model(input_ids=ids, labels=ids)
         output.loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -173,7 +173,7 @@ def test_other_dtypes_are_left_alone_where_bfloat16_is_wide(
 ) -> None:
     monkeypatch.setattr(kernels, "_serves_bfloat16", lambda: False)
     full = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
-    with fast_linear(torch.bfloat16, CPU):
+    with fast_products(torch.bfloat16, CPU):
         assert (full @ full.t()).dtype == torch.float32
         torch.testing.assert_close(full @ full.t(), full.matmul(full.t()), rtol=0, atol=0)
 
@@ -201,7 +201,7 @@ def test_tensors_given_by_name_go_torchs_own_way(monkeypatch: pytest.MonkeyPatch
     a = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     plain = (functional.linear(a, weight=a), functional.linear(a, a, bias=a[0]), torch.matmul(a, a))
     out = torch.empty(1, 16, 16, dtype=torch.bfloat16)
-    with fast_linear(torch.bfloat16, CPU):
+    with fast_products(torch.bfloat16, CPU):
         found = (
             functional.linear(a, weight=a),
             functional.linear(a, a, bias=a[0]),
@@ -229,7 +229,7 @@ def test_what_a_wide_product_keeps_is_bfloat16(monkeypatch: pytest.MonkeyPatch) 
 
     with (
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        fast_linear(torch.bfloat16, CPU),
+        fast_products(torch.bfloat16, CPU),
     ):
         output = layer(inputs)
     assert set(saved) == {torch.bfloat16}

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from expunge.analysis.curvature import Eigenbasis, EigenbasisCurvature
 from expunge.analysis.row_gradients import (
     Labels,
     RowGradients,
@@ -24,6 +23,7 @@ from expunge.analysis.row_gradients import (
 )
 from expunge.data.batches import collate
 from expunge.errors import InputError
+from expunge.methods.curvature import Eigenbasis, EigenbasisCurvature
 from expunge.methods.forward import all_logits
 from expunge.methods.numerics import target_log_probs
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 import expunge
-from expunge.analysis.curvature import DampingUnit
 from expunge.analysis.ekfac import check_ekfac
 from expunge.analysis.influence_file import (
     ForgetRow,
@@ -37,8 +36,9 @@ from expunge.data.batches import Tokens
 from expunge.data.rows import RowSet, check_disjoint, read_rows
 from expunge.data.tokenization import LongRows, encode_rows
 from expunge.errors import InputError
+from expunge.methods.curvature import DampingUnit
 from expunge.models.decoder import DecoderLayout, skeleton_of
-from expunge.models.kernels import fast_linear
+from expunge.models.kernels import fast_products
 from expunge.models.loading import (
     Dtype,
     check_model,
@@ -162,7 +162,7 @@ def analyze_influence(
     maps = linear_maps(model, checked.layout, first, last)
     passes = RowGradients(model, maps, checked.pad_id, inputs.batch_size, inputs.tokens)
     forget, retain = rows["forget"], rows.get("retain", [])
-    with fast_linear(model.dtype, torch.device(device)):
+    with fast_products(model.dtype, torch.device(device)):
         message(f"about {_duration(_timed(passes, forget, retain, cost))} (from one batch)")
         options = CurvatureOptions(
             inputs.curvature, inputs.labels, inputs.damping, inputs.damping_unit, inputs.seed

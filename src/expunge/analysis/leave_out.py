@@ -18,7 +18,6 @@ from typing import Literal
 
 import torch
 
-from expunge.analysis.curvature import Curvature, DampingUnit, DiagonalCurvature
 from expunge.analysis.ekfac import fit_ekfac
 from expunge.analysis.row_gradients import (
     Known,
@@ -30,6 +29,7 @@ from expunge.analysis.row_gradients import (
     gradient_of,
 )
 from expunge.errors import RunError
+from expunge.methods.curvature import Curvature, DampingUnit, DiagonalCurvature
 
 CurvatureKind = Literal["diagonal", "ekfac"]
 Report = Callable[[str, int, int], None]

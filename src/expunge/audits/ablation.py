@@ -19,7 +19,7 @@ from expunge.data.batches import in_order
 from expunge.data.rows import Row
 from expunge.data.tokenization import encode_rows
 from expunge.models.decoder import DecoderLayout, every_layer, forward_hook, states_of, with_states
-from expunge.models.kernels import fast_linear
+from expunge.models.kernels import fast_products
 from expunge.models.loading import pad_id_of
 
 
@@ -87,7 +87,7 @@ def mean_states(reader: Reader, layout: DecoderLayout, rows: Sequence[Row]) -> t
     model, sums, count = reader.model, None, 0
     for cpu_batch in in_order(examples, reader.batch_size, pad_id_of(reader.tokenizer)):
         batch = cpu_batch.to(model.device)
-        with fast_linear(model.dtype, model.device):
+        with fast_products(model.dtype, model.device):
             states = layer_outputs(model, layout, batch.input_ids)
         chosen = torch.stack([state[batch.token_mask].float().sum(0) for state in states])
         sums = chosen if sums is None else sums + chosen

@@ -24,7 +24,7 @@ from expunge.data.rows import Row
 from expunge.evaluation.batches import padded, token_batches
 from expunge.methods.forward import logits_at
 from expunge.models.decoder import DecoderLayout, forward_hook
-from expunge.models.kernels import fast_linear
+from expunge.models.kernels import fast_products
 
 WITHIN = 10
 """An answer is read at a layer where each of its first tokens is among this many candidates."""
@@ -176,7 +176,7 @@ def _read(
         for line, index in enumerate(chosen):
             where[line, len(pairs[index][0]) - 1 : len(texts[index]) - 1] = True
         targets = ids[:, 1:][where[:, :-1].to(ids.device)]
-        with fast_linear(model.dtype, model.device):
+        with fast_products(model.dtype, model.device):
             outputs = layer_outputs(model, layout, ids)
             for layer, output in enumerate(outputs):
                 values = lens_rank(_lens(reader, layout, output, where, ids), targets).tolist()

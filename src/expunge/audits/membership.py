@@ -26,7 +26,7 @@ from expunge.data.tokenization import encode_rows
 from expunge.evaluation.batches import token_batches
 from expunge.methods.forward import logits_at
 from expunge.methods.numerics import target_log_probs
-from expunge.models.kernels import fast_linear
+from expunge.models.kernels import fast_products
 from expunge.models.loading import pad_id_of
 
 SCORES = ("loss", "zlib", "min-k%", "min-k%++")
@@ -44,7 +44,7 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
         batch = collate(examples, chosen, pad_id_of(reader.tokenizer)).to(model.device)
         counted = batch.token_mask[:, 1:]
         where = torch.nn.functional.pad(counted, (0, 1))
-        with torch.no_grad(), fast_linear(model.dtype, model.device):
+        with torch.no_grad(), fast_products(model.dtype, model.device):
             logits = logits_at(model, where, input_ids=batch.input_ids, use_cache=False)
             log_probs = target_log_probs(logits, batch.input_ids[:, 1:][counted])
             mean, deviation = next_token_moments(logits)

@@ -18,7 +18,7 @@ from expunge.evaluation.decoding import Choice, Greedy, Request, decode
 from expunge.evaluation.generation import MAX_NEW_TOKENS, ends_of
 from expunge.methods.forward import logits_at
 from expunge.methods.numerics import target_log_probs
-from expunge.models.kernels import fast_linear
+from expunge.models.kernels import fast_products
 from expunge.models.loading import CheckedModel, Dtype, load_model
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Reader:
             Request(ask.prompt, [*ask.answer, *ends[:1]][: ask.room], ask.room) for ask in asks
         ]
         written = [""] * len(asks)
-        with torch.no_grad(), fast_linear(self.model.dtype, self.model.device):
+        with torch.no_grad(), fast_products(self.model.dtype, self.model.device):
             for index, tokens in decode(
                 self.model, requests, frozenset(ends), self.batch_size, choose or Greedy()
             ):
@@ -136,7 +136,7 @@ class Reader:
         texts = [[*prompt, *answer] for prompt, answer in pairs]
         found: list[list[float]] = [[] for _ in pairs]
         batches = token_batches([len(t) for t in texts], self.batch_size, self.model.device)
-        with torch.no_grad(), fast_linear(self.model.dtype, self.model.device):
+        with torch.no_grad(), fast_products(self.model.dtype, self.model.device):
             for chosen in batches:
                 ids = padded([texts[index] for index in chosen]).to(self.model.device)
                 where = torch.zeros(ids.shape, dtype=torch.bool)

@@ -14,7 +14,7 @@ from expunge.data.sampling import EpochBatches
 from expunge.data.tokenization import Example, encode_rows
 from expunge.evaluation.membership import counted_log_probs
 from expunge.methods.losses import cross_entropy
-from expunge.models.kernels import fast_linear
+from expunge.models.kernels import fast_products
 from expunge.models.loading import pad_id_of
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def tuned(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, step / warmup)
         batch = batches.at(step).to(model.device)
-        with torch.enable_grad(), fast_linear(model.dtype, model.device):
+        with torch.enable_grad(), fast_products(model.dtype, model.device):
             loss = cross_entropy(counted_log_probs(model, batch), batch.token_mask[:, 1:])
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_NORM)

@@ -18,7 +18,7 @@ from expunge.data.tokenization import encode_rows
 from expunge.evaluation.batches import padded, token_batches
 from expunge.evaluation.decoding import alone, choices
 from expunge.methods.forward import logits_at
-from expunge.models.kernels import fast_linear
+from expunge.models.kernels import fast_products
 
 PREFIXES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 LEAST_TOKENS = 8
@@ -77,7 +77,7 @@ def right_tokens(
     names, texts = list(first), list(first.values())
     found: dict[str, list[bool]] = {}
     batches = token_batches([len(ids) for ids in texts], reader.batch_size, reader.model.device)
-    with torch.no_grad(), fast_linear(reader.model.dtype, reader.model.device):
+    with torch.no_grad(), fast_products(reader.model.dtype, reader.model.device):
         for chosen in batches:
             ids = padded([texts[index] for index in chosen]).to(reader.model.device)
             where = torch.zeros(ids.shape, dtype=torch.bool)

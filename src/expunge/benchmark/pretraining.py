@@ -21,7 +21,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import OlmoConfig, OlmoForCausalLM, PreTrainedTokenizerFast
 
 from expunge.benchmark.recipe import PretrainingSettings, Progress, TrainingText
-from expunge.models.kernels import fast_linear, quick_dtype
+from expunge.models.kernels import fast_products, quick_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def train_model(
         batch = _collate([examples[index] for index in indices])
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16),
-            fast_linear(torch.float32, torch.device("cpu")),
+            fast_products(torch.float32, torch.device("cpu")),
         ):
             logits = model(input_ids=batch.ids, use_cache=False).logits
         loss = cross_entropy(
@@ -128,7 +128,7 @@ def train_model(
         for optimizer, highest in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = highest * rate
-            with fast_linear(torch.bfloat16, torch.device("cpu")):  # Muon's own are bfloat16
+            with fast_products(torch.bfloat16, torch.device("cpu")):  # Muon's own are bfloat16
                 optimizer.step()
             optimizer.zero_grad()
     model.eval()

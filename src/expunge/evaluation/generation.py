@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from expunge.errors import InputError
-from expunge.models.kernels import fast_linear
+from expunge.models.kernels import fast_products
 from expunge.models.loading import context_of
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def generate(
         draft = [*drafts[number], *ends[:1]][:room] if drafts is not None else []
         requests.append(Request(prompt, draft, room))
     outputs: list[list[int]] = [[] for _ in prompts]
-    with torch.no_grad(), fast_linear(model.dtype, model.device):
+    with torch.no_grad(), fast_products(model.dtype, model.device):
         for index, tokens in greedy(model, requests, frozenset(ends), batch_size):
             outputs[index] = tokens
             advance(1)

@@ -13,7 +13,7 @@ from expunge.evaluation.batches import token_batches
 from expunge.methods.forward import logits_at
 from expunge.methods.membership import RowLosses
 from expunge.methods.numerics import target_log_probs
-from expunge.models.kernels import fast_linear
+from expunge.models.kernels import fast_products
 from expunge.processes import OneProcess, Processes, gathered
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def document_losses(
     batches = token_batches([len(e) for e in examples], batch_size, model.device)
     mine = range(processes.rank, len(batches), processes.count)
     found: dict[int, RowLosses] = {}
-    with torch.no_grad(), fast_linear(model.dtype, model.device):
+    with torch.no_grad(), fast_products(model.dtype, model.device):
         for number in mine:
             batch = collate(examples, batches[number], pad_id).to(model.device)
             log_probs = counted_log_probs(model, batch)

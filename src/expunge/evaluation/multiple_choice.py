@@ -17,7 +17,7 @@ import torch
 from expunge.errors import InputError
 from expunge.evaluation.batches import in_runs, padded, token_batches
 from expunge.methods.forward import logits_at
-from expunge.models.kernels import fast_linear
+from expunge.models.kernels import fast_products
 from expunge.models.loading import context_of
 from expunge.processes import OneProcess, Processes, gathered
 
@@ -124,7 +124,7 @@ def choice_log_probs(
     found: dict[int, list[float]] = {}
     past: Past | None = None
     begun: int | None = None  # the first text of the group whose start `past` holds
-    with torch.no_grad(), fast_linear(model.dtype, model.device):
+    with torch.no_grad(), fast_products(model.dtype, model.device):
         for (shared, first, chosen), process in zip(
             batches, in_runs(costs, processes.count), strict=True
         ):

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from expunge.methods.curvature import Eigenbasis
+
 _CHUNK = 2**20
 """Numbers of per-example gradients that exist at a time: 4 MiB."""
 
@@ -42,8 +44,14 @@ def squared_example_gradients(inputs: torch.Tensor, gradients: torch.Tensor) -> 
 class SquaredGradients:
     """Running sums of squared per-example gradients for the weights of some linear modules."""
 
-    def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+    def __init__(
+        self,
+        modules: Iterable[tuple[str, nn.Module]],
+        bases: Mapping[str, Eigenbasis] | None = None,
+    ) -> None:
+        """With `bases` the squares are of the gradients along their axes: EK-FAC's eigenvalues."""
         self._modules = dict(modules)
+        self._bases = bases
         self._sums = {
             name: torch.zeros_like(module.get_parameter("weight"), dtype=torch.float32)
             for name, module in self._modules.items()
@@ -58,6 +66,10 @@ class SquaredGradients:
         """
 
         def add(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+            if self._bases is not None:
+                basis = self._bases[name]
+                inputs = _turned(inputs, basis.inputs)
+                gradients = _turned(gradients, basis.outputs)
             self._sums[name] += squared_example_gradients(inputs, gradients)
 
         with tapped(self._modules, add):
@@ -67,6 +79,57 @@ class SquaredGradients:
     def mean(self) -> dict[str, torch.Tensor]:
         """The mean over all examples added so far, by name."""
         return {name: total / max(1, self._rows) for name, total in self._sums.items()}
+
+
+class FactorCovariances:
+    """Running sums of x x^T and g g^T over tokens, for the weights of some linear modules.
+
+    The bases that EK-FAC turns into (George et al., arXiv 1806.03884): two matrices a module, inputs and
+    outputs squared in size, in float32.
+    """
+
+    def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        self._modules = dict(modules)
+        self._sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for name, module in self._modules.items():
+            weight = module.get_parameter("weight")
+            sizes = (weight.shape[1], weight.shape[0])
+            first, second = (
+                torch.zeros(n, n, dtype=torch.float32, device=weight.device) for n in sizes
+            )
+            self._sums[name] = (first, second)
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Adds the tokens whose forward and backward pass run in the body."""
+
+        def add(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+            # A token without a gradient is padding, or counts for no loss.
+            counted = inputs * gradients.any(-1, keepdim=True)
+            with torch.autocast(inputs.device.type, enabled=False):
+                for total, factor in zip(self._sums[name], (counted, gradients), strict=True):
+                    tokens = factor.float().flatten(0, -2)
+                    total += tokens.T @ tokens
+
+        with tapped(self._modules, add):
+            yield
+
+    def bases(self) -> dict[str, Eigenbasis]:
+        """The eigenvectors of both, by module. The sums are gone afterwards."""
+        found = {}
+        for name in self._modules:
+            inputs, outputs = (
+                torch.linalg.eigh(total.double()).eigenvectors.float()
+                for total in self._sums.pop(name)
+            )
+            found[name] = Eigenbasis(outputs, inputs)
+        return found
+
+
+def _turned(factor: torch.Tensor, axes: torch.Tensor) -> torch.Tensor:
+    """factor (..., size) along axes (size, size), in float32."""
+    with torch.autocast(factor.device.type, enabled=False):
+        return factor.float() @ axes
 
 
 @contextmanager

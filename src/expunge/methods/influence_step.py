@@ -1,19 +1,27 @@
-"""Phase 1 of LIBU: one step of an influence function along an adapter, its size checked on the model."""
+"""Phase 1 of LIBU: one step of an influence function along an adapter, its size checked on the model.
+
+Preconditioned by the retain set's Fisher as a diagonal, or by EK-FAC: a diagonal in the eigenbasis of
+each factor's inputs and output gradients (arXiv 1806.03884, 2308.03296). There the gradients' main
+directions are axes, so that a step along the others is dear to no retain row.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
+from expunge.data.batches import Batch
 from expunge.data.tokenization import Example
 from expunge.errors import RunError
 from expunge.methods.base import Context
-from expunge.methods.fisher import SquaredGradients
+from expunge.methods.curvature import Curvature, DiagonalCurvature, EigenbasisCurvature
+from expunge.methods.fisher import FactorCovariances, SquaredGradients
 from expunge.methods.gradient import GradientObjective
-from expunge.methods.influence import predicted_rise, removal_step, size_within
+from expunge.methods.influence import size_within
 from expunge.methods.numerics import row_means
 
 if TYPE_CHECKING:
@@ -24,12 +32,13 @@ _PROBE_ROWS = 64
 
 
 class InfluenceStep:
-    """The diagonal Fisher and the step that it allows, of one objective's adapter."""
+    """The Fisher and the step that it allows, of one objective's adapter."""
 
     def __init__(self, objective: GradientObjective, context: Context) -> None:
         self._objective = objective
         self._context = context
         self._probe = [e for e in context.retain if e.listed][:_PROBE_ROWS]
+        self._forgotten = [e for e in context.forget if e.listed][:_PROBE_ROWS]
 
     def diagonal_fisher(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Mean over examples of T * (gradient of the mean loss of its T tokens)^2, by parameter.
@@ -37,15 +46,40 @@ class InfluenceStep:
         With tokens' gradients uncorrelated this is the mean squared gradient per token, so that
         d^T F d / 2 predicts the rise of the mean token loss.
         """
-        assert self._objective.adapter is not None
-        squares = SquaredGradients(self._objective.adapter.factors())
+        squares = SquaredGradients(self._factors())
         for batch in self._context.passes(examples, "Fisher"):
-            with squares.collecting(len(batch.row_ids)), self._context.autocast():
-                log_probs, mask = self._objective.log_probs(batch)
-                loss = -(row_means(log_probs, mask) * mask.sum(1).float().sqrt()).sum()
-                loss.backward()
-        self._clear_gradients()
+            with squares.collecting(len(batch.row_ids)):
+                self._backward(batch)
         return squares.mean()
+
+    def ekfac(self, examples: Sequence[Example], names: Collection[str]) -> EigenbasisCurvature:
+        """The same Fisher of the named parameters, as a diagonal in the eigenbasis of their factors.
+
+        Two passes over the examples: for the bases and for the eigenvalues.
+        """
+        factors = [(name, factor) for name, factor in self._factors() if name in names]
+        covariances = FactorCovariances(factors)
+        for batch in self._context.passes(examples, "EK-FAC bases"):
+            with covariances.collecting():
+                self._backward(batch)
+        bases = covariances.bases()
+        squares = SquaredGradients(factors, bases)
+        for batch in self._context.passes(examples, "EK-FAC"):
+            with squares.collecting(len(batch.row_ids)):
+                self._backward(batch)
+        return EigenbasisCurvature(bases, squares.mean())
+
+    def _factors(self) -> list[tuple[str, nn.Module]]:
+        assert self._objective.adapter is not None
+        return list(self._objective.adapter.factors())
+
+    def _backward(self, batch: Batch) -> None:
+        """One backward pass of sum_n sqrt(T_n) * (mean loss of the T_n tokens of example n)."""
+        with self._context.autocast():
+            log_probs, mask = self._objective.log_probs(batch)
+            loss = -(row_means(log_probs, mask) * mask.sum(1).float().sqrt()).sum()
+            loss.backward()
+        self._clear_gradients()
 
     def forget_gradient(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Gradient of the mean token loss over all examples, by parameter."""
@@ -67,16 +101,20 @@ class InfluenceStep:
         settings: LIBU,
         gradient: Mapping[str, torch.Tensor],
         fisher: Mapping[str, torch.Tensor],
+        curvature: Curvature,
     ) -> dict[str, float]:
-        """Moves the parameters and returns the figures of the step.
+        """Moves the parameters that `gradient` names and returns the figures of the step.
 
+        `fisher` is the diagonal over all parameters, whose mean is the unit of the damping;
+        `curvature` is what the gradient is divided by.
         Raises RunError where no step size follows from the curvature.
         """
-        entries = sum(f.numel() for f in fisher.values())
-        mean_fisher = sum(float(f.sum()) for f in fisher.values()) / entries
+        mean_fisher = DiagonalCurvature(fisher).mean()
         damping = settings.damping * (mean_fisher if settings.damping_unit == "mean-fisher" else 1)
-        step = {name: removal_step(gradient[name], fisher[name], damping) for name in gradient}
-        rise = sum(float(predicted_rise(step[name], fisher[name])) for name in step)
+        curvature.damping = damping
+        step = {name: curvature.solve(name, part) for name, part in gradient.items()}
+        rise = sum(float(curvature.rise(name, part)) for name, part in step.items())
+        forget_before = self._loss(self._forgotten)
         if not math.isfinite(rise) or rise <= 0:
             raise RunError(
                 f"LIBU phase 1: the predicted rise along its step is {rise:.3g}, no step size"
@@ -84,16 +122,16 @@ class InfluenceStep:
             )
         size = settings.step_size
         halvings = 0
-        before = self._retain_loss()
+        before = self._loss(self._probe)
         start = {name: p.detach().clone() for name, p in self._objective.parameters.items()}
         sign = 1 if settings.direction == "remove" else -1
         if size is not None:
             self._move(start, step, sign * size)
-            after = self._retain_loss()
+            after = self._loss(self._probe)
         else:
             size = size_within(settings.step_budget, rise)
             self._move(start, step, sign * size)
-            while (after := self._retain_loss()) - before > settings.step_budget:
+            while (after := self._loss(self._probe)) - before > settings.step_budget:
                 # The quadratic model holds near the start only, so its answer is checked.
                 halvings += 1
                 size = size / 2 if halvings <= _HALVINGS else 0.0
@@ -104,6 +142,7 @@ class InfluenceStep:
             "step_size": size,
             "predicted_retain_rise": size**2 * rise,
             "measured_retain_rise": after - before,
+            "measured_forget_rise": self._loss(self._forgotten) - forget_before,
             "halvings": halvings,
         }
 
@@ -111,12 +150,13 @@ class InfluenceStep:
         self, start: Mapping[str, torch.Tensor], step: Mapping[str, torch.Tensor], size: float
     ) -> None:
         with torch.no_grad():
-            for name, parameter in self._objective.parameters.items():
-                parameter.copy_(start[name] + size * step[name])
+            for name, direction in step.items():
+                self._objective.parameters[name].copy_(start[name] + size * direction)
 
-    def _retain_loss(self) -> float:
+    def _loss(self, examples: Sequence[Example]) -> float:
+        """Mean loss of the examples' counted tokens, in nats."""
         total = tokens = 0.0
-        for batch in self._context.passes(self._probe, None):
+        for batch in self._context.passes(examples, None):
             with torch.no_grad(), self._context.autocast():
                 log_probs, mask = self._objective.log_probs(batch)
             total -= float(torch.where(mask, log_probs, 0.0).sum())

@@ -4,7 +4,8 @@ Phase 1, one step of an influence function along the adapter:
 
     theta <- theta + s * w * g_forget,   w = 1 / (F + lambda)
 
-with g_forget the gradient of the forget loss and F the diagonal Fisher of the retain set. The sign
+with g_forget the gradient of the forget loss and F the diagonal Fisher of the retain set, or the same
+in EK-FAC's eigenbasis. The sign
 removes: theta + H^-1 g_forget is the direction of the weights trained without those rows (Koh and
 Liang, arXiv 1703.04730). As printed and published the step descends on the forget loss, which
 strengthens the memory; `direction: as-published` repeats that for replication. The step size s is
@@ -46,6 +47,7 @@ from expunge.errors import InputError
 from expunge.methods.aims import Aims
 from expunge.methods.base import Context, OptimizerSpec, Preset, RunDefaults, Terms
 from expunge.methods.calibration import NeverSeen
+from expunge.methods.curvature import Curvature, DiagonalCurvature
 from expunge.methods.forward import check_lens
 from expunge.methods.gradient import GradientObjective, GradientSettings
 from expunge.methods.influence_step import InfluenceStep
@@ -92,6 +94,9 @@ class LIBU(GradientSettings):
     """Which tokens phase 2 forgets: all, or of questions the answer only."""
     direction: Literal["remove", "as-published"] = "remove"
     """Remove the influence of forget rows, or descend on their loss as the published code does."""
+    preconditioner: Literal["diagonal", "ekfac"] = "diagonal"
+    """F in phase 1: the Fisher's diagonal, or EK-FAC, a diagonal in the eigenbasis of each factor of the
+    adapter, at two more passes over the retain set and inputs^2 + outputs^2 numbers a factor."""
     damping: float = 1.0
     """lambda, what is added to the Fisher before it is inverted."""
     damping_unit: Literal["mean-fisher", "absolute"] = "mean-fisher"
@@ -254,7 +259,12 @@ class LIBUObjective(GradientObjective):
         step = InfluenceStep(self, context)
         self.fisher = step.diagonal_fisher([e for e in context.retain if e.listed])
         gradient = step.forget_gradient(context.forget)
-        self._notes = step.take(settings, gradient, self.fisher)
+        assert self.adapter is not None
+        moved = {name: gradient[name] for name in self.adapter.moves_first}
+        curvature: Curvature = DiagonalCurvature(self.fisher)
+        if settings.preconditioner == "ekfac":
+            curvature = step.ekfac([e for e in context.retain if e.listed], moved)
+        self._notes = step.take(settings, moved, self.fisher, curvature)
 
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """Phase 2's loss; as published, the forget loss itself."""

@@ -52,7 +52,7 @@ def _serves_bfloat16() -> bool:
 
 
 @contextmanager
-def fast_linear(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+def fast_products(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """Inside, a CPU's float32 linear layers are oneDNN's, its bfloat16 products float32's if need be.
 
     Forwards and backwards. Changes nothing for a model of another dtype or device, nor where torch

@@ -82,6 +82,8 @@ class Adapter:
                 parameter = getattr(layer, factor)[_ADAPTER].weight
                 parameter.data = parameter.data.float()
                 self.parameters[f"{name}.{factor}.weight"] = parameter.requires_grad_(True)
+        self.moves_first = [n for n in self.parameters if shape.start == "paired" or "lora_B" in n]
+        """Parameters that have a gradient in the first step: with B = 0 there is none in A."""
         if shape.start == "paired":
             self._pair(torch.Generator().manual_seed(seed))
         self.set_dropout(False)  # new modules are born in training mode

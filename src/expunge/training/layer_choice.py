@@ -18,7 +18,7 @@ from expunge.methods.steering import (
 )
 from expunge.models.decoder import DecoderLayout
 from expunge.models.engine import Autocast
-from expunge.models.kernels import fast_linear
+from expunge.models.kernels import fast_products
 from expunge.models.parts import Parts
 from expunge.processes import OneProcess, Processes
 from expunge.training.preparation import Prepared
@@ -91,7 +91,7 @@ def read_layers(
     progress: Progress,
 ) -> LayerChoice:
     """Reads a sample of the run's rows, and says which layer to steer and why."""
-    with fast_linear(parts.model.dtype, parts.device):
+    with fast_products(parts.model.dtype, parts.device):
         return choose_layer(
             parts,
             layout,

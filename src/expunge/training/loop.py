@@ -19,7 +19,7 @@ from expunge.data.batches import Batch
 from expunge.data.sampling import step_batches
 from expunge.errors import RunError
 from expunge.methods.base import Context, Objective, Schedule
-from expunge.models.kernels import fast_linear
+from expunge.models.kernels import fast_products
 from expunge.models.weights import restore, snapshot
 from expunge.training.ending import Judgement
 from expunge.training.options import Select
@@ -227,7 +227,7 @@ class Loop:
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._options.max_grad_norm))
         if not math.isfinite(norm):
             return f"the gradient was not finite at step {step}"
-        with fast_linear(torch.bfloat16, self._context.device):  # Muon's products are bfloat16
+        with fast_products(torch.bfloat16, self._context.device):  # Muon's products are bfloat16
             self._optimizer.step()
         self._optimizer.zero_grad()
         self._progress.step(step, self._options.steps, forget_term, retain_term)

@@ -19,7 +19,7 @@ from expunge.errors import InputError
 from expunge.methods.base import Context, Finished, Method
 from expunge.models.decoder import DecoderLayout, find_layout
 from expunge.models.engine import CacheLayout, SegmentEngine, lay_out
-from expunge.models.kernels import fast_linear
+from expunge.models.kernels import fast_products
 from expunge.models.packing import NotASegment
 from expunge.models.parts import Parts, WholeModel
 from expunge.models.prefix import Prefix
@@ -185,7 +185,7 @@ def unlearn_prepared(
     if prepared.layer_choice is not None:
         notes["layer_choice"] = prepared.layer_choice.to_json()
     with ExitStack() as stack:
-        stack.enter_context(fast_linear(model.dtype, device))
+        stack.enter_context(fast_products(model.dtype, device))
         if engine is not None:
             notes["cache"] = _fill(engine, prepared, parts, place, progress, stack)
         context = Context(

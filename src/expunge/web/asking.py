@@ -20,7 +20,7 @@ from expunge.evaluation.decoding import Choice, Greedy, Place, Request, stream
 from expunge.evaluation.generation import ends_of
 from expunge.evaluation.scores import knowledge, regurgitation
 from expunge.methods.numerics import target_log_probs
-from expunge.models.kernels import fast_linear
+from expunge.models.kernels import fast_products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -178,7 +178,7 @@ class Pair:
     def _next(self, side: Side, tokens: Iterator[Token]) -> Token | None:
         # Entered for each token anew: the next one may be asked for by another thread.
         model = self.voices[side].model
-        with self._lock, torch.no_grad(), fast_linear(model.dtype, model.device):
+        with self._lock, torch.no_grad(), fast_products(model.dtype, model.device):
             return next(tokens, None)
 
     def _ending(self, side: Side, answer: Answer) -> Ending:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from expunge.analysis.curvature import (
+from expunge.methods.curvature import (
     Curvature,
     DiagonalCurvature,
     Eigenbasis,
@@ -42,6 +42,14 @@ def test_solve_and_energy_are_those_of_the_dense_matrix(kind: str, damping: floa
     energy = curvature.energy("map", gradient)
     torch.testing.assert_close(energy, (gradient * expected).sum())
     assert float(energy) > 0
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "ekfac"])
+def test_the_rise_is_the_dense_quadratic_form_without_the_damping(kind: str) -> None:
+    curvature, dense = made(kind, 7.0)
+    step = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = step.flatten() @ dense @ step.flatten() / 2
+    torch.testing.assert_close(curvature.rise("map", step), expected)
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "ekfac"])

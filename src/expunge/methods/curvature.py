@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from expunge.methods.influence import removal_step
+from expunge.methods.influence import predicted_rise, removal_step
 
 DampingUnit = Literal["mean-fisher", "absolute"]
 
@@ -35,6 +35,9 @@ class Curvature(Protocol):
 
     def energy(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """gradient^T (H + lambda)^-1 gradient, a scalar, never negative."""
+
+    def rise(self, name: str, step: torch.Tensor) -> torch.Tensor:
+        """step^T H step / 2, a scalar: what a loss at its minimum rises by, without the damping."""
 
     def mean(self) -> float:
         """The mean of H's eigenvalues over all blocks: the unit of the damping."""
@@ -56,6 +59,10 @@ class DiagonalCurvature:
     def energy(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
         """The sum of gradient^2 / (F + lambda)."""
         return (gradient * self.solve(name, gradient)).sum()
+
+    def rise(self, name: str, step: torch.Tensor) -> torch.Tensor:
+        """The sum of F step^2 / 2."""
+        return predicted_rise(step, self.fisher[name])
 
     def mean(self) -> float:
         """The mean of F; trace over size is the same in every basis."""
@@ -100,6 +107,10 @@ class EigenbasisCurvature:
         """The same as gradient^T solve(gradient), at half the products."""
         turned = self.bases[name].into(gradient)
         return (turned * removal_step(turned, self.eigenvalues[name], self.damping)).sum()
+
+    def rise(self, name: str, step: torch.Tensor) -> torch.Tensor:
+        """The sum of L (Qs^T step Qa)^2 / 2."""
+        return predicted_rise(self.bases[name].into(step), self.eigenvalues[name])
 
     def mean(self) -> float:
         """The mean of L."""
