@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from typing import Any
 
+import pytest
+import torch
+
 from expunge.data.batches import collate
 from expunge.data.random_text import LENGTH, random_examples
-from expunge.data.sampling import rows_a_step
+from expunge.data.sampling import BesideRandom
 
 
 def test_rows_are_seeded_and_as_long_as_the_context_allows(tokenizer: Any) -> None:
@@ -57,11 +61,42 @@ def test_a_batch_comes_apart_into_the_users_rows_and_random_ones(tokenizer: Any)
     assert only is not None
 
 
-def test_random_rows_come_on_top_of_a_steps_rows(tokenizer: Any) -> None:
+@pytest.mark.parametrize("by_length", [True, False])
+@pytest.mark.parametrize(
+    ("listed", "held", "size"), [(12, 6, 4), (10, 13, 4), (9, 1, 2), (5, 0, 2)]
+)
+def test_every_step_has_the_users_rows_and_its_share_of_random_ones(
+    tokenizer: Any, listed: int, held: int, size: int, by_length: bool
+) -> None:
+    """Random rows are all of one length: sorted with the others they would be batches of their own."""
     from conftest import random_examples as listed_examples
 
-    listed = listed_examples([5] * 12, 300)
-    random = random_examples(6, tokenizer, 10**6, 16, seed=0)
-    assert rows_a_step(listed, 4) == 4
-    assert rows_a_step([*listed, *random], 4) == 6
-    assert rows_a_step(random, 4) == 4
+    users = listed_examples([4 + 7 * (i % 3) for i in range(listed)], 300)
+    rows = [*random_examples(held, tokenizer, 10**6, 16, seed=0), *users]
+    batches = BesideRandom(rows, size, 0, seeded, by_length=by_length)
+    steps = -(-listed // size)
+    seen: Counter[int] = Counter()
+    for step in range(1, 3 * steps + 1):
+        batch = batches.indices(step)
+        of_user = [index for index in batch if rows[index].listed]
+        assert size >= len(of_user) >= 1
+        assert abs(len(batch) - len(of_user) - held / steps) < 1
+        assert len(set(of_user)) == len(of_user)
+        seen.update(batch)
+    assert set(seen.values()) == {3}  # three epochs: every row, the user's or not, three times
+    assert [batches.indices(step) for step in (5, 2)] == [
+        BesideRandom(rows, size, 0, seeded, by_length=by_length).indices(step) for step in (5, 2)
+    ]
+
+
+def test_each_half_of_a_step_has_random_rows(tokenizer: Any) -> None:
+    from conftest import random_examples as listed_examples
+
+    rows = [*listed_examples([5] * 16, 300), *random_examples(8, tokenizer, 10**6, 16, seed=0)]
+    batch = BesideRandom(rows, 16, 0, seeded).indices(1)
+    halves = [[rows[index].listed for index in half] for half in (batch[:12], batch[12:])]
+    assert [sum(half) for half in halves] == [8, 8]
+
+
+def seeded(purpose: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(purpose.encode()))

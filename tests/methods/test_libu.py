@@ -135,11 +135,15 @@ def outputs(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return logits[:, :-1].double().log_softmax(-1), torch.stack(caught)[:, :, :-1].double()
 
 
-def test_random_rows_hold_the_targets_predictions(context: Context, tokenizer: Any) -> None:
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_random_rows_hold_the_targets_predictions(
+    context: Context, tokenizer: Any, weight: float
+) -> None:
     """Weighed by tokens: odds of the user's rows, KL to the target and states of random ones."""
     held = random_examples(2, tokenizer, 10**6, 32, seed=0)
     context = dataclasses.replace(context, retain=[*context.retain, *held])
-    objective = LIBU(rank=4, retain_weight=3.0, states_weight=7.0).start(context)
+    settings = LIBU(rank=4, retain_weight=3.0, states_weight=7.0, random_weight=weight)
+    objective = settings.start(context)
     count = len(context.retain)
 
     def terms(*rows: int) -> torch.Tensor:
@@ -159,7 +163,7 @@ def test_random_rows_hold_the_targets_predictions(context: Context, tokenizer: A
     moved = (states - states_before).norm(dim=-1) / states_before.norm(dim=-1)
     moved = moved.square().mean(0)[mask].sum()
     assert float(moved) > 0
-    drift = drift + 7 * moved
+    drift = weight * (drift + 7 * moved)
     assert float(terms(count - 2, count - 1)) == pytest.approx(float(drift), rel=1e-4)
     # Each kind counts as it does alone, wherever its rows stand in the batch.
     mixed = terms(count - 1, 0, count - 2, 1)

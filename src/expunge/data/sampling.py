@@ -32,15 +32,6 @@ class Sampling:
     """Times that the chunks are gone through, each with its part of the epochs."""
 
 
-def rows_a_step(examples: Sequence[Example], batch_size: int) -> int:
-    """Rows that a step takes of a set: `batch_size` of the user's, and random ones on top.
-
-    So many that an epoch of both is as long as one of the user's alone.
-    """
-    listed = sum(example.listed for example in examples)
-    return round(batch_size * len(examples) / listed) if listed else batch_size
-
-
 def epoch_order(
     lengths: Sequence[int], batch_size: int, generator: torch.Generator, *, by_length: bool = True
 ) -> list[list[int]]:
@@ -139,6 +130,60 @@ class EpochBatches:
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
+class BesideRandom:
+    """Batches of the user's rows, and in each the same share of the rows that no set lists.
+
+    Sorted by length together, rows of random tokens, which are all of one length, would fill batches of
+    their own, and in those steps nothing of the user's would be held. All of them have their turn
+    before one comes again.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        pad_id: int,
+        generator: Callable[[str], torch.Generator],
+        *,
+        by_length: bool = True,
+    ) -> None:
+        """`batch_size` counts the user's rows, of which there is at least one; `generator` gives that of
+        a purpose."""
+        self._examples, self._pad_id, self._generator = examples, pad_id, generator
+        self._listed = [i for i, example in enumerate(examples) if example.listed]
+        self._others = [i for i, example in enumerate(examples) if not example.listed]
+        self._batches = EpochBatches(
+            [examples[index] for index in self._listed],
+            batch_size,
+            pad_id,
+            lambda epoch: generator(f"retain order of epoch {epoch}"),
+            by_length=by_length,
+        )
+        self._steps = -(-len(self._listed) // batch_size)
+        self._turns: dict[int, list[int]] = {}
+
+    def indices(self, step: int) -> list[int]:
+        """Positions of the rows of a step, counted from 1."""
+        count = len(self._others)
+        begin, end = (count * place // self._steps for place in (step - 1, step))
+        others = [self._turn(place // count)[place % count] for place in range(begin, end)]
+        sides = [self._listed[index] for index in self._batches.indices(step)], others
+        # Spread evenly, so that every part of a batch has its share of both.
+        placed = [((i + 0.5) / len(side), row) for side in sides for i, row in enumerate(side)]
+        return [row for _, row in sorted(placed, key=lambda pair: pair[0])]
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step, counted from 1."""
+        return collate(self._examples, self.indices(step), self._pad_id)
+
+    def _turn(self, turn: int) -> list[int]:
+        if turn not in self._turns:
+            generator = self._generator(f"order of random rows, turn {turn}")
+            order = torch.randperm(len(self._others), generator=generator).tolist()
+            self._turns[turn] = [self._others[place] for place in order]
+        return self._turns[turn]
+
+
 class StepBatches(Protocol):
     """One side's batch of every step."""
 
@@ -235,17 +280,15 @@ def step_batches(
     `by_length` puts rows of similar length together.
     """
 
-    def orders(side: str) -> Callable[[int], torch.Generator]:
-        return lambda epoch: generator(f"{side} order of epoch {epoch}")
+    def order(epoch: int) -> torch.Generator:
+        return generator(f"forget order of epoch {epoch}")
 
     forgotten: StepBatches = (
-        EpochBatches(forget, batch_size, pad_id, orders("forget"), by_length=by_length)
+        EpochBatches(forget, batch_size, pad_id, order, by_length=by_length)
         if sampling.chunk_size is None
-        else ChunkedBatches(
-            forget, batch_size, pad_id, orders("forget"), sampling, steps, by_length=by_length
-        )
+        else ChunkedBatches(forget, batch_size, pad_id, order, sampling, steps, by_length=by_length)
     )
     if not retain:
         return forgotten, None
-    rows = rows_a_step(retain, batch_size * sampling.retain_ratio)
-    return forgotten, EpochBatches(retain, rows, pad_id, orders("retain"), by_length=by_length)
+    rows = batch_size * sampling.retain_ratio
+    return forgotten, BesideRandom(retain, rows, pad_id, generator, by_length=by_length)

@@ -269,7 +269,7 @@ class GradientObjective:
         """Most forget terms are means over counted tokens."""
         return int(batch.mask(self._tokens)[:, 1:].sum())
 
-    def retain_size(self, batch: Batch) -> int:
+    def retain_size(self, batch: Batch) -> float:
         """Every retain term is a mean over counted tokens."""
         return int(batch.mask(self._tokens)[:, 1:].sum())
 

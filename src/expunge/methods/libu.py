@@ -112,6 +112,8 @@ class LIBU(GradientSettings):
     random_rows: int = 128
     """Rows of random tokens on which the target's predictions are held, beside the retain set. They
     stand for all text that no set lists: without them utility moves by chance."""
+    random_weight: float = 1.0
+    """Weight of a random token in the retain term, where one of the user's has 1."""
     calibration_gain: float = 1.0
     """With non-members: how far a row's ceiling moves for each nat that its loss is wrong by; 0 leaves
     all of them where they are."""
@@ -190,7 +192,13 @@ class LIBU(GradientSettings):
         for option in ("damping", "step_budget", "gamma", "rho", "curvature_interval"):
             if getattr(self, option) <= 0:
                 raise InputError(f"--method.{option} {getattr(self, option)}: must be positive")
-        for option in ("calibration_gain", "entropy_weight", "lens_weight", "states_weight"):
+        for option in (
+            "random_weight",
+            "calibration_gain",
+            "entropy_weight",
+            "lens_weight",
+            "states_weight",
+        ):
             if getattr(self, option) < 0:
                 raise InputError(f"--method.{option} {getattr(self, option)}: must be 0 or more")
         for option in ("step_size", "ceiling"):
@@ -344,11 +352,11 @@ class LIBUObjective(GradientObjective):
             with self.reference():
                 reference, states_before = self.logits_and_states(some, every if hold else None)
             if random is not None:
-                total = total + token_kl(logits[~of_user], reference).sum()
+                total = total + settings.random_weight * token_kl(logits[~of_user], reference).sum()
             if hold:
                 moved = torch.stack(list(map(relative_change, states, states_before))).mean(0)
-                total = total + settings.states_weight * moved.sum()
-        return total / max(1, len(logits))
+                total = total + settings.random_weight * settings.states_weight * moved.sum()
+        return total / max(1.0, self.retain_size(retain))
 
     @property
     def calibration(self) -> Mapping[str, Any]:
@@ -388,6 +396,12 @@ class LIBUObjective(GradientObjective):
         if self._settings.direction == "as-published":
             return super().forget_size(batch)
         return int(batch.mask(self._settings.forget_tokens)[:, 1:].sum())
+
+    def retain_size(self, batch: Batch) -> float:
+        """The retain term is a mean over tokens, of which random ones weigh otherwise."""
+        counts = batch.mask(self._settings.tokens)[:, 1:].sum(1).tolist()
+        weights = [1.0 if e.listed else self._settings.random_weight for e in batch.examples]
+        return sum(n * weight for n, weight in zip(counts, weights, strict=True))
 
     def curvature(self, batch: Batch) -> list[torch.Tensor]:
         """Estimate of the diagonal Hessian of the retain term, or of the retain loss.

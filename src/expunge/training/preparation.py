@@ -206,9 +206,11 @@ def prepare_encoded(
         policy.context,
         options.seed,
     )
-    forgotten, kept, facts = sets.forget, [*trained_on, *held], None
+    forgotten: Sequence[Example] = sets.forget
+    kept: Sequence[Example] = trained_on
+    facts = None
     if sets.influence is not None:
-        forgotten, kept, facts = _applied(sets.influence, options, sets.forget, trained_on, held)
+        forgotten, kept, facts = _applied(sets.influence, options, sets.forget, trained_on)
         warnings += [facts.said] if facts.skipped else []
     generator = torch.Generator().manual_seed(options.seed)
     validation = ValidationSet(
@@ -224,7 +226,7 @@ def prepare_encoded(
         used=resolved(method, options, config.hidden_size, len(forgotten)),
         text=sets.text,
         forget=forgotten,
-        retain=kept,
+        retain=[*kept, *held],
         validation=validation,
         retain_kept_out=bool(kept_out),
         pad_id=pad_id_of(tokenizer),
@@ -238,12 +240,10 @@ def _applied(
     options: TrainingOptions,
     forget: Sequence[Example],
     retain: Sequence[Example],
-    random: Sequence[Example],
-) -> tuple[Sequence[Example], list[Example], InfluenceUsed]:
+) -> tuple[Sequence[Example], Sequence[Example], InfluenceUsed]:
     """The examples without forget rows that are gone, and with weights on the retain rows.
 
-    Random tokens get the mean weight, so that their share of a batch stays. Raises InputError where no
-    forget row is left.
+    Raises InputError where no forget row is left.
     """
     skipped: set[str] = set()
     if options.skip_gone:
@@ -261,9 +261,8 @@ def _applied(
         weights = sampling_weights(values, options.risk_factor)
         retain = [replace(e, weight=weights[e.row_id]) for e in retain]
         mean = sum(example.weight for example in retain) / len(retain)
-        random = [replace(example, weight=mean) for example in random]
     used = InfluenceUsed(influence.sha256, influence.model_sha256, len(skipped), mean)
-    return forget, [*retain, *random], used
+    return forget, retain, used
 
 
 def _check_retain(method: Method, retain: object | None) -> list[str]:
