@@ -24,7 +24,7 @@ resists, retain text known by heart is lost. |x| is Huber's, |x|+ that of max(0,
 of the distribution that predicts the token, e_t that of never-seen text; p_t^l is what the logit lens
 reads after a layer l; h are states of random tokens after every layer, h0 the target's. The terms in u,
 v and s are ours: without them what is gone from the output still shows in its distribution and between
-the layers. The means over retain and random tokens are one, over both together.
+the layers. The means over retain and random tokens are one over both, in which a random token counts r.
 Sophia divides by the Gauss-Newton diagonal of that retain term, the mean squared gradient of a token's
 log-odds. Sophia-G's own estimate, with labels sampled from the model, is near 0 where text is known by
 heart; `curvature: sampled-labels` takes it, warmed up from phase 1's Fisher.
@@ -77,7 +77,9 @@ _PUBLISHED = {
     "gamma": 1.0,
     "beta2": 0.999,
     "forget_tokens": "all",
+    "retain_weight": 2.0,
     "random_rows": 0,
+    "random_weight": 1.0,
     "calibration_gain": 0.0,
     "match_tokens": False,
     "entropy_weight": 0.0,
@@ -109,24 +111,24 @@ class LIBU(GradientSettings):
     """Phase 2 raises each forget token's loss to this many nats; null: 0.8 log(vocabulary)."""
     retain_weight: float = 2.0
     """Weight of the retain term."""
-    random_rows: int = 128
+    random_rows: int = 256
     """Rows of random tokens on which the target's predictions are held, beside the retain set. They
     stand for all text that no set lists: without them utility moves by chance."""
-    random_weight: float = 1.0
+    random_weight: float = 0.4
     """Weight of a random token in the retain term, where one of the user's has 1."""
     calibration_gain: float = 1.0
     """With non-members: how far a row's ceiling moves for each nat that its loss is wrong by; 0 leaves
     all of them where they are."""
-    match_tokens: bool = False
+    match_tokens: bool = True
     """With non-members and a gain: give the tokens of a document the spread of losses of never-seen
     ones, rank by rank, and not all of them the document's ceiling."""
     entropy_weight: float = 1.0
     """Where tokens are matched: weight of the term that leaves the model as undecided about a forgotten
     token as about one of the same rank in never-seen text, and no more."""
-    lens_weight: float = 0.0
+    lens_weight: float = 0.5
     """Weight of the forget term of a layer inside, another one in every step: what the logit lens reads
     there may be no likelier than what is wanted of the output."""
-    states_weight: float = 0.0
+    states_weight: float = 3.0
     """Weight, on random rows, of how far the states after each layer moved, squared, in units of their
     length: what pushes inside is held inside."""
     curvature: Literal["log-odds", "sampled-labels"] = "log-odds"
@@ -150,16 +152,6 @@ class LIBU(GradientSettings):
         epochs=24, batch_size=16, learning_rate=2e-3, schedule="cosine"
     )
     presets: ClassVar[Mapping[str, Preset]] = {
-        "deep": Preset(
-            {
-                "match_tokens": True,
-                "lens_weight": 0.5,
-                "states_weight": 3.0,
-                "random_rows": 256,
-            },
-            {},
-            "ours, docs/decisions.md: against attacks on the weights, at the risk of retain text",
-        ),
         "setup-2": Preset(
             _PUBLISHED,
             {"learning_rate": 3e-5, "epochs": 5, "batch_size": 16, "schedule": "constant"},
