@@ -155,8 +155,8 @@ def note(audits: Mapping[str, Mapping[str, Any]], output: Path) -> str:
         seconds = json.loads((output / f"{name}.seconds").read_text(encoding="utf-8"))["seconds"]
         took.append(f"{name} {seconds:.0f}")
     machine = (
-        f"{describe_machine(threads)}; seconds of the audits, of which the first attacks target"
-        f" and oracle for all: {', '.join(took)}"
+        f"{describe_machine(threads)}; seconds of the audits, target and oracle attacked in the"
+        f" first one and read in the others: {', '.join(took)}"
     )
     return NOTE.format(rows=rows, budget=first["settings"]["budget"]["name"], machine=machine)
 

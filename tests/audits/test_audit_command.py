@@ -348,7 +348,8 @@ def test_target_and_oracle_are_attacked_once_for_many_audits(
     assert len(runs) == 12
     assert with_cache.read_bytes() == without.read_bytes()
     assert {path.name.split("-")[1] for path in cache.iterdir()} == {"target", "oracle"}
-    assert cache.stat().st_mode & 0o077 == 0
+    for path in (cache, *cache.iterdir()):
+        assert path.stat().st_mode & 0o077 == 0
     found = every_file(cache)
     assert [text for text in texts if text in found] == []
 
@@ -358,6 +359,10 @@ def test_target_and_oracle_are_attacked_once_for_many_audits(
     assert with_cache.read_bytes() == without.read_bytes()
     assert audit(nudged_dir, "--seed", 1, "--output", with_cache, "--cache", cache)[0] == 0
     assert len(runs) == 14 + 6
+    # What other code measured is measured again.
+    monkeypatch.setattr(auditing, "_code", lambda: "changed")
+    assert audit(nudged_dir, "--output", with_cache, "--cache", cache)[0] == 0
+    assert len(runs) == 20 + 6
 
 
 def test_a_cache_keeps_no_text_and_needs_a_place(

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from conftest import refusal
+from expunge.data import random_text
 from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.catalog import METHODS
 from expunge.methods.libu import LIBU
@@ -91,6 +92,26 @@ def test_every_method_can_be_planned_and_its_parts_add_up(
     steering = found.method in ("rmu", "adaptive-rmu")
     assert found.path == ("segment" if steering else "whole model")
     assert (found.cache_bytes > 0) == steering
+
+
+@pytest.mark.parametrize("length", [3, 64])
+@pytest.mark.parametrize("name", ["libu", "adaptive-rmu"])
+def test_random_rows_longer_and_shorter_than_all_others_are_planned(
+    planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, name: str, length: int
+) -> None:
+    """The rows that stand for all others are some of the user's and some random ones."""
+    monkeypatch.setattr(random_text, "LENGTH", length)
+    found = planned(METHODS[name](random_rows=9))
+    without = planned(METHODS[name](random_rows=0))
+    assert work(found) >= work(without) > 0
+
+
+def test_a_basis_of_ekfac_is_counted(planned: Callable[..., Plan]) -> None:
+    diagonal, ekfac = (
+        work(planned(LIBU(preconditioner=kind, random_rows=0), batch_size=1), "start")
+        for kind in ("diagonal", "ekfac")
+    )
+    assert ekfac > diagonal
 
 
 @pytest.mark.parametrize(("optimizer", "moments"), [("muon", 1), ("adamw", 2)])

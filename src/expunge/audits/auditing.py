@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from expunge.audits.partial import Partial, whole
 from expunge.audits.subject import Subject
 from expunge.audits.summary import kept_share, summarise
 from expunge.audits.verdict import Evidence, Verdict, judge_audit, worst_of
-from expunge.models.loading import resolve_device, text_policy
+from expunge.data.formats import sha256_of
+from expunge.models.loading import CheckedModel, resolve_device, text_policy
 from expunge.training.manifest import finite
 from expunge.training.progress import Progress, Silent
 
@@ -58,7 +60,7 @@ def audit(inputs: AuditInputs, progress: Progress | None = None) -> dict[str, An
     }
     sets = read_sets(inputs)
     requests = requests_of(inputs, sets, checked, policies)
-    digests = {name: model.files.sha256() for name, model in checked.items()}
+    digests = {name: _files_of(model, inputs) for name, model in checked.items()}
     dtypes = {name: inputs.dtype or stored_dtype(model) for name, model in checked.items()}
     partial = Partial(
         None if inputs.output is None else Path(inputs.output),
@@ -198,6 +200,22 @@ def _verdict_json(verdict: Verdict) -> dict[str, Any]:
     return asdict(verdict) | {"findings": [asdict(finding) for finding in verdict.findings]}
 
 
+def _files_of(model: CheckedModel, inputs: AuditInputs) -> dict[str, str]:
+    """SHA-256 of the files that an attack on a model follows from, by name."""
+    code = model.files.companions(code=True) if inputs.trust_remote_code else []
+    return {**{path.name: sha256_of(path) for path in code}, **model.files.sha256()}
+
+
+@cache
+def _code() -> str:
+    """SHA-256 of this package's modules: what another one of them measured is not read."""
+    content = hashlib.sha256()
+    root = Path(expunge.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        content.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return content.hexdigest()
+
+
 def _facts(
     inputs: AuditInputs,
     request: Request,
@@ -208,7 +226,9 @@ def _facts(
 ) -> dict[str, Any]:
     """All that the result of one attack on one model follows from."""
     case = request.case
-    rows = (
+    words = [row for wordings in case.paraphrases.values() for row in wordings]
+    content = hashlib.sha256()
+    for part in (
         case.facts,
         case.members,
         case.forget,
@@ -216,15 +236,15 @@ def _facts(
         case.tuning,
         case.others,
         case.nonmembers,
-    )
-    words = [row for wordings in case.paraphrases.values() for row in wordings]
-    content = hashlib.sha256()
-    for row in (row for part in (*rows, words) for row in part):
-        for value in (row.id, row.input, row.output, row.task, row.kind):
-            content.update(value.encode() + b"\0")
+        words,
+    ):
+        content.update(f"{len(part)} rows\0".encode())
+        for row in part:
+            for value in (row.id, row.input, row.output, row.task, row.kind):
+                content.update(value.encode() + b"\0")
     return {
         "format": FORMAT,
-        "expunge": expunge.__version__,
+        "code": _code(),
         "versions": {name: version(name) for name in _LIBRARIES},
         "attack": attack.name,
         "model": subject.name,

@@ -37,8 +37,8 @@ class Partial:
         for path in self._paths(facts):
             try:
                 kept = json.loads(path.read_text(encoding="utf-8"))
-                if kept["facts"] == _plain(facts):
-                    return Found(**kept["found"])
+                if kept["facts"] == _digest(facts):
+                    return self.write(facts, Found(**kept["found"]))
             except (FileNotFoundError, ValueError, KeyError, TypeError):
                 continue  # not there, or cut off by what ended the run: it is measured again
         return None
@@ -48,7 +48,8 @@ class Partial:
         values = found.to_json(reveal=self._reveal)
         for path in self._paths(facts):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            whole(path, {"facts": _plain(facts), "found": values})
+            whole(path, {"facts": _digest(facts), "found": values})
+            path.chmod(0o600)
         return Found(**json.loads(json.dumps(values)))
 
     def remove(self) -> None:
@@ -57,8 +58,7 @@ class Partial:
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def _paths(self, facts: Mapping[str, Any]) -> list[Path]:
-        digest = hashlib.sha256(json.dumps(_plain(facts), sort_keys=True).encode()).hexdigest()
-        name = f"{facts['attack']}-{facts['model']}-{digest[:16]}.json"
+        name = f"{facts['attack']}-{facts['model']}-{_digest(facts)[:16]}.json"
         lasting = self._lasting if facts["model"] in REPEATED else None
         return [place / name for place in (self._directory, lasting) if place is not None]
 
@@ -73,5 +73,5 @@ def whole(path: Path, values: Mapping[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(facts))
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from expunge.errors import RunError
 from expunge.methods.curvature import Eigenbasis
 
 _CHUNK = 2**20
@@ -115,13 +116,16 @@ class FactorCovariances:
             yield
 
     def bases(self) -> dict[str, Eigenbasis]:
-        """The eigenvectors of both, by module. The sums are gone afterwards."""
+        """The eigenvectors of both, by module. The sums are gone afterwards.
+
+        Raises RunError where a sum is not finite.
+        """
         found = {}
         for name in self._modules:
-            inputs, outputs = (
-                torch.linalg.eigh(total.double()).eigenvectors.float()
-                for total in self._sums.pop(name)
-            )
+            sums = self._sums.pop(name)
+            if not all(bool(total.isfinite().all()) for total in sums):
+                raise RunError(f"{name}: its gradients are not finite; use --dtype float32")
+            inputs, outputs = (torch.linalg.eigh(s.double()).eigenvectors.float() for s in sums)
             found[name] = Eigenbasis(outputs, inputs)
         return found
 

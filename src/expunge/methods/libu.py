@@ -348,7 +348,7 @@ class LIBUObjective(GradientObjective):
             if hold:
                 moved = torch.stack(list(map(relative_change, states, states_before))).mean(0)
                 total = total + settings.random_weight * settings.states_weight * moved.sum()
-        return total / max(1.0, self.retain_size(retain))
+        return total / (self.retain_size(retain) or 1.0)
 
     @property
     def calibration(self) -> Mapping[str, Any]:
@@ -399,7 +399,8 @@ class LIBUObjective(GradientObjective):
         """Estimate of the diagonal Hessian of the retain term, or of the retain loss.
 
         Of the retain term: E[(gradient of the sum of a token's log-odds times a random sign)^2] / tokens
-        is the mean over tokens of the squared gradient (Hutchinson's estimate of J^T J). Of the loss:
+        is the mean over tokens of the squared gradient (Hutchinson's estimate of J^T J), over all of the
+        batch alike, random ones included: what moves them is to be moved with care as well. Of the loss:
         Gauss-Newton-Bartlett, tokens * (gradient on labels sampled from the model)^2.
         """
         with self._context.autocast():

@@ -430,7 +430,7 @@ def _parts(batch: Batch, count: int, size: Callable[[Batch], float]) -> list[tup
             parts.append((batch.rows(0, 1), 0.0))
         else:
             cut = batch.rows(chosen.start, chosen.stop)
-            parts.append((cut, size(cut) / max(1, whole)))
+            parts.append((cut, size(cut) / (whole or 1)))
     return parts
 
 

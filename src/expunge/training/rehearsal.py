@@ -237,7 +237,7 @@ class _Rehearsal:
             model=model.model,
             layout=self._checked.layout,
             forget=self._start_rows(),
-            retain=longest(prepared.retain, size),
+            retain=[row for side in self._kinds() for row in longest(side, size)],
             pad_id=prepared.pad_id,
             batch_size=size,
             learning_rate=prepared.used["learning_rate"],
@@ -278,7 +278,7 @@ class _Rehearsal:
                 dataclasses.replace(
                     context,
                     forget=shortest(prepared.forget, rows),
-                    retain=shortest(prepared.retain, rows),
+                    retain=[row for side in self._kinds() for row in shortest(side, rows)],
                 ),
                 self._validation(),
                 target,
@@ -304,6 +304,11 @@ class _Rehearsal:
         with self._phase("finish"):
             finished = objective.finish(keep_adapter=False)
         return {name: tuple(tensor.shape) for name, tensor in finished.weights.items()}
+
+    def _kinds(self) -> list[list[Example]]:
+        """Retain rows of the user's and random ones: a step has some of each, however long they are."""
+        retain = self._prepared.retain
+        return [[row for row in retain if row.listed is listed] for listed in (True, False)]
 
     def _saved(self, size: int) -> None:
         self._state_bytes = max(self._state_bytes, size)
