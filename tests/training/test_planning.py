@@ -95,14 +95,13 @@ def test_every_method_can_be_planned_and_its_parts_add_up(
 
 
 @pytest.mark.parametrize("length", [3, 64])
-@pytest.mark.parametrize("name", ["libu", "adaptive-rmu"])
+@pytest.mark.parametrize("method", [LIBU, AdaptiveRMU])
 def test_random_rows_longer_and_shorter_than_all_others_are_planned(
-    planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, name: str, length: int
+    planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, method: Any, length: int
 ) -> None:
     """The rows that stand for all others are some of the user's and some random ones."""
     monkeypatch.setattr(random_text, "LENGTH", length)
-    found = planned(METHODS[name](random_rows=9))
-    without = planned(METHODS[name](random_rows=0))
+    found, without = (planned(method(random_rows=count)) for count in (9, 0))
     assert work(found) >= work(without) > 0
 
 
