@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -94,14 +94,10 @@ def test_ekfac_eigenvalues_are_the_squares_along_the_axes(
     found = step.ekfac(context.retain, objective.parameters)
     assert set(found.eigenvalues) == set(objective.parameters)
     expected = {name: torch.zeros_like(part) for name, part in objective.parameters.items()}
-    for index in range(len(context.retain)):
-        batch = collate(context.retain, [index], context.pad_id)
-        log_probs, mask = objective.log_probs(batch)
-        loss = -row_means(log_probs, mask).sum()
-        gradients = torch.autograd.grad(loss, list(objective.parameters.values()))
-        for name, part in zip(objective.parameters, gradients, strict=True):
+    for tokens, gradients in one_at_a_time(context, objective):
+        for name, part in gradients.items():
             turned = found.bases[name].into(part)
-            expected[name] += int(mask.sum()) * turned.square() / len(context.retain)
+            expected[name] += tokens * turned.square() / len(context.retain)
     diagonal = step.diagonal_fisher(context.retain)
     for name, values in found.eigenvalues.items():
         # Sums in another order, float32.
@@ -165,17 +161,26 @@ def objective(context: Context) -> LIBUObjective:
     return LIBU(rank=2, targets="all").start(context)
 
 
+def one_at_a_time(
+    context: Context, objective: LIBUObjective
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """The slow way: of each retain row its tokens and the gradient of their mean loss, by parameter."""
+    for index in range(len(context.retain)):
+        batch = collate(context.retain, [index], context.pad_id)
+        with context.autocast():
+            log_probs, mask = objective.log_probs(batch)
+            loss = -row_means(log_probs, mask).sum()
+        gradients = torch.autograd.grad(loss, list(objective.parameters.values()))
+        yield int(mask.sum()), dict(zip(objective.parameters, gradients, strict=True))
+
+
 def test_libu_fisher_is_the_exact_diagonal(context: Context, objective: LIBUObjective) -> None:
     """Both factors after phase 1, padded batches of 3, against one example at a time."""
     found = InfluenceStep(objective, context).diagonal_fisher(context.retain)
     expected = {name: torch.zeros_like(p) for name, p in objective.parameters.items()}
-    for index in range(len(context.retain)):
-        batch = collate(context.retain, [index], context.pad_id)
-        log_probs, mask = objective.log_probs(batch)
-        loss = -row_means(log_probs, mask).sum()
-        gradients = torch.autograd.grad(loss, list(objective.parameters.values()))
-        for name, gradient in zip(expected, gradients, strict=True):
-            expected[name] += int(mask.sum()) * gradient.square() / len(context.retain)
+    for tokens, gradients in one_at_a_time(context, objective):
+        for name, gradient in gradients.items():
+            expected[name] += tokens * gradient.square() / len(context.retain)
     for name, fisher in found.items():
         # Sums in another order, float32.
         torch.testing.assert_close(fisher, expected[name], rtol=1e-3, atol=1e-9)
@@ -214,14 +219,9 @@ def test_libu_fisher_in_bfloat16_is_that_of_its_own_gradients(
     objective = LIBU(rank=2, targets="all").start(low)
     found = InfluenceStep(objective, low).diagonal_fisher(context.retain)
     expected = {name: torch.zeros_like(p) for name, p in objective.parameters.items()}
-    for index in range(len(context.retain)):
-        batch = collate(context.retain, [index], context.pad_id)
-        with low.autocast():
-            log_probs, mask = objective.log_probs(batch)
-            loss = -row_means(log_probs, mask).sum()
-        gradients = torch.autograd.grad(loss, list(objective.parameters.values()))
-        for name, gradient in zip(expected, gradients, strict=True):
-            expected[name] += int(mask.sum()) * gradient.square() / len(context.retain)
+    for tokens, gradients in one_at_a_time(low, objective):
+        for name, gradient in gradients.items():
+            expected[name] += tokens * gradient.square() / len(context.retain)
     for name, fisher in found.items():
         assert fisher.dtype == torch.float32
         # bfloat16 has 8 bits; the loss's factor sqrt(T) rounds otherwise than T afterwards.
