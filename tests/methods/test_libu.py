@@ -355,6 +355,8 @@ def test_calibration_is_put_back_as_it_was(memorised: Callable[[], Context]) -> 
     ("settings", "option"),
     [
         ({"lens_weight": -0.5}, "--method.lens_weight"),
+        ({"random_rows": -1}, "--method.random_rows"),
+        ({"random_weight": -0.1}, "--method.random_weight"),
         ({"entropy_weight": -1.0}, "--method.entropy_weight"),
         ({"parameters": "full"}, "--method.parameters"),
         ({"damping": 0}, "--method.damping"),

@@ -34,10 +34,11 @@ class Partial:
 
     def read(self, facts: Mapping[str, Any]) -> Found | None:
         """What was found before on the same facts, or None."""
-        for path in self._paths(facts):
+        digest = _digest(facts)
+        for path in self._paths(facts, digest):
             try:
                 kept = json.loads(path.read_text(encoding="utf-8"))
-                if kept["facts"] == _digest(facts):
+                if kept["facts"] == digest:
                     return self.write(facts, Found(**kept["found"]))
             except (FileNotFoundError, ValueError, KeyError, TypeError):
                 continue  # not there, or cut off by what ended the run: it is measured again
@@ -46,9 +47,10 @@ class Partial:
     def write(self, facts: Mapping[str, Any], found: Found) -> Found:
         """Keeps a result and returns it as it will be read: the same whether resumed or not."""
         values = found.to_json(reveal=self._reveal)
-        for path in self._paths(facts):
+        digest = _digest(facts)
+        for path in self._paths(facts, digest):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            whole(path, {"facts": _digest(facts), "found": values})
+            whole(path, {"facts": digest, "found": values})
             path.chmod(0o600)
         return Found(**json.loads(json.dumps(values)))
 
@@ -57,8 +59,8 @@ class Partial:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _paths(self, facts: Mapping[str, Any]) -> list[Path]:
-        name = f"{facts['attack']}-{facts['model']}-{_digest(facts)[:16]}.json"
+    def _paths(self, facts: Mapping[str, Any], digest: str) -> list[Path]:
+        name = f"{facts['attack']}-{facts['model']}-{digest[:16]}.json"
         lasting = self._lasting if facts["model"] in REPEATED else None
         return [place / name for place in (self._directory, lasting) if place is not None]
 

@@ -185,6 +185,7 @@ class LIBU(GradientSettings):
             if getattr(self, option) <= 0:
                 raise InputError(f"--method.{option} {getattr(self, option)}: must be positive")
         for option in (
+            "random_rows",
             "random_weight",
             "calibration_gain",
             "entropy_weight",
@@ -257,13 +258,14 @@ class LIBUObjective(GradientObjective):
             self._notes = context.resumed["phase_1"]
             return
         step = InfluenceStep(self, context)
-        self.fisher = step.diagonal_fisher([e for e in context.retain if e.listed])
+        retained = [example for example in context.retain if example.listed]
+        self.fisher = step.diagonal_fisher(retained)
         gradient = step.forget_gradient(context.forget)
         assert self.adapter is not None
         moved = {name: gradient[name] for name in self.adapter.moves_first}
         curvature: Curvature = DiagonalCurvature(self.fisher)
         if settings.preconditioner == "ekfac":
-            curvature = step.ekfac([e for e in context.retain if e.listed], moved)
+            curvature = step.ekfac(retained, moved)
         self._notes = step.take(settings, moved, self.fisher, curvature)
 
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
