@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from expunge.errors import InputError
@@ -23,6 +24,20 @@ def nearest(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def check_file_output(option: str, path: Path, read: Mapping[str, str | None]) -> None:
+    """Raises InputError where no file can be written there, or one that is read would be replaced.
+
+    `read` holds the paths of what is read, by the option that names it.
+    """
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--{option} {path}: its directory does not exist; make it first")
+    if path.is_dir():
+        raise InputError(f"--{option} {path}: is a directory; name a file")
+    for other, given in read.items():
+        if given is not None and path.exists() and path.resolve() == Path(given).resolve():
+            raise InputError(f"--{option} {path}: is what --{other} reads; name another file")
 
 
 def check_writable(output: Path, *, inside: bool = False) -> None:

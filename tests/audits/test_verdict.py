@@ -8,8 +8,10 @@ from expunge.audits.estimates import Estimate
 from expunge.audits.verdict import Evidence, Verdict, VerdictName, judge_audit, worst_of
 
 
-def recovered(value: float, low: float, high: float, attack: str = "relearn") -> Evidence:
-    return Evidence(attack, attack.title(), "extraction", Estimate(value, low, high), True)
+def recovered(
+    value: float, low: float, high: float, attack: str = "relearn", *, oracle: bool = True
+) -> Evidence:
+    return Evidence(attack, attack.title(), "extraction", Estimate(value, low, high), oracle)
 
 
 def membership(value: float, low: float, high: float) -> Evidence:
@@ -35,11 +37,14 @@ CASES: list[tuple[str, Estimate | None, list[Evidence], VerdictName | None, str 
     ("a tenth", KEPT, [recovered(0.1, 0.01, 0.2)], "partly forgotten", "relearn"),
     ("below a tenth", KEPT, [recovered(0.09, 0.01, 0.2)], "forgotten", "relearn"),
     ("perhaps chance", KEPT, [recovered(0.2, 0.0, 0.4)], "forgotten", "relearn"),
+    ("one of ten, no oracle", KEPT, [recovered(0.1, 0.0, 0.3, oracle=False)], "partly forgotten",
+     "relearn"),
     ("too few rows", KEPT, [recovered(0.0, 0.0, 0.6)], None, "relearn"),
     ("no bound at all", KEPT, [Evidence("a", "A", "extraction", Estimate(0, None, None))], None, "a"),
     ("no power anywhere", KEPT, [], None, None),
     ("only a quiet MIA", KEPT, [membership(0.0, -0.1, 0.1)], None, None),
     ("driven too far", Estimate(0.49, 0.4, 0.6), [CLEAN], "destroyed", "direct"),
+    ("one retain row lost", Estimate(0.0, 0.0, 3.4), [CLEAN], "forgotten", "relearn"),
     ("retain half left", Estimate(0.5, 0.4, 0.6), [CLEAN], "forgotten", "relearn"),
     ("retain not measured", None, [CLEAN], "forgotten", "relearn"),
     ("members told", KEPT, [CLEAN, membership(0.2, 0.1, 0.3)], "partly forgotten", "membership"),
@@ -65,6 +70,23 @@ def test_each_rule(
     found = judge_audit(kept, evidence)
     assert (found.verdict, found.weakest) == (verdict, weakest)
     assert found.sentence
+
+
+def test_what_came_back_is_said_though_it_be_too_little_to_count() -> None:
+    none, some = (judge_audit(KEPT, [recovered(v, 0.0, 0.2)]).sentence for v in (0.0, 0.09))
+    assert "no attack got it back" in none
+    assert "got 9% back" in some
+    assert "no attack" not in some
+    # Without an oracle 0 is the floor, and one fact is above it.
+    assert judge_audit(KEPT, [recovered(0.2, 0.0, 0.4)]).verdict == "forgotten"
+    unsure = recovered(0.2, 0.0, 0.4, oracle=False)
+    assert judge_audit(KEPT, [unsure]).verdict == "partly forgotten"
+
+
+@pytest.mark.parametrize("kept", [None, Estimate(0.0, 0.0, 3.4)])
+def test_a_cost_that_cannot_be_told_is_said(kept: Estimate | None) -> None:
+    assert "too few retain rows" in judge_audit(kept, [CLEAN]).sentence
+    assert "too few retain rows" not in judge_audit(KEPT, [CLEAN]).sentence
 
 
 def test_the_gravest_comes_first_and_all_are_kept() -> None:

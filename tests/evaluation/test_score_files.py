@@ -25,7 +25,7 @@ CARD = Scorecard(
 
 
 def test_what_was_written_is_read_from_the_file_and_from_its_directory(tmp_path: Path) -> None:
-    write_scores(CARD, tmp_path / "scores.json", "model")
+    write_scores(CARD, tmp_path / "scores.json", "model", {"a.safetensors": "0" * 64})
     for source in (tmp_path, tmp_path / "scores.json"):
         assert read_scores(str(source)) == CARD
 

@@ -113,6 +113,28 @@ def test_scores_in_the_wrong_order_are_refused(run: Path, tmp_path: Path) -> Non
     assert "is not a scores.json" in refused(run, scores=(str(tmp_path / "odd.json"),))
 
 
+def test_scores_are_of_the_weights_that_the_run_wrote_or_began_with(run: Path) -> None:
+    manifest = manifest_of(run)
+    weights = {"model.safetensors": manifest["output_sha256"]["model.safetensors"]}
+    after, before = run / "scores.json", run.parent / "before.json"
+    for digests in (weights, None):
+        more = {} if digests is None else {"model_sha256": digests}
+        scores(after, "a copy", 0.1, 0.9, **more)
+        (card,) = gather(ReportInputs(run=str(run))).cards
+        assert card.is_checked is (digests is not None)
+        said = write_report(ReportInputs(run=str(run)))["summary"]["cautions"]
+        assert any("hold no hash" in each for each in said) is (digests is None)
+    scores(after, str(run), 0.1, 0.9, model_sha256={"model.safetensors": "f" * 64})
+    assert "other weights than this run's model" in refused(run)
+    scores(after, str(run), 0.1, 0.9, model_sha256=weights)
+    scores(before, "some/target", 0.9, 0.9, model_sha256=weights)
+    both = (str(before), str(after))
+    assert "other weights than this run's target" in refused(run, scores=both)
+    scores(before, "a copy", 0.9, 0.9, model_sha256=manifest["model_sha256"])
+    target, _ = gather(ReportInputs(run=str(run), scores=both)).cards
+    assert target.is_checked
+
+
 def test_scores_beside_a_run_count_only_where_they_are_of_its_target(run: Path) -> None:
     scores(run / "scores.json", str(run), 0.1, 0.9)
     scores(run.parent / "oracle.json", "some/oracle", 0.0, 0.9)
@@ -148,8 +170,10 @@ def test_an_audit_of_another_model_is_refused(run: Path) -> None:
 def test_options_that_cannot_be(run: Path, tmp_path: Path) -> None:
     message = refusal(lambda: ReportInputs(run="x", reveal=True))
     assert "--reveal: shows the text of the rows; give --forget FILE" in message
-    message = refusal(lambda: ReportInputs(run="x", requested="2.11.2026"))
-    assert "write it as YYYY-MM-DD" in message
+    for day in ("2.11.2026", "20261102", "2026-W10-1", "2026-13-01"):
+        message = refusal(lambda day=day: ReportInputs(run="x", requested=day))  # type: ignore[misc]
+        assert f"--requested {day}: is not a date; write it as YYYY-MM-DD" in message
+    assert "is in the future" in refusal(lambda: ReportInputs(run="x", requested="2999-01-01"))
     taken = tmp_path / "taken"
     taken.write_text("")
     assert "is a file" in refused(run, output=str(taken))

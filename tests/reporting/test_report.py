@@ -94,6 +94,29 @@ def test_without_scores_and_audit_nothing_is_filled_in(tmp_path: Path, fits: Che
     assert numbers.find(".//svg") is None
 
 
+def test_the_strongest_attack_is_that_of_all_requests_and_none_that_reads_inside(
+    tmp_path: Path, fits: Check
+) -> None:
+    manifest = made_up(tmp_path / "run")
+    path = tmp_path / "run" / "audit.json"
+    audited = audit(path, manifest)
+    first = audited["requests"][0]
+    quantize = first["attacks"]["quantize"]
+    inside = {**quantize, "kind": "latent", "recovered": {**quantize["recovered"], "value": 0.96}}
+    second = json.loads(json.dumps(first))
+    second["attacks"]["quantize"]["recovered"]["value"] = 0.4
+    first["attacks"]["latent"] = inside
+    audited["requests"].append(second)
+    path.write_text(json.dumps(audited))
+    write_report(ReportInputs(run=str(tmp_path / "run")))
+    page, data, _ = read(tmp_path / "run")
+    fits(data)
+    (strongest,) = [m for m in data["measures"] if m["name"] == "strongest_attack"]
+    assert strongest["values"]["unlearned"] == 0.4
+    assert strongest["title"].endswith("(request 2 of 2)")
+    assert "Request 1 of 2: f.jsonl" in words(page)
+
+
 def test_every_part_is_that_of_its_file(tmp_path: Path, fits: Check) -> None:
     manifest = made_up(tmp_path / "run")
     run = str(tmp_path / "run")
@@ -420,7 +443,7 @@ def test_scores_of_other_rows_are_named(tmp_path: Path) -> None:
     details = {"rows": {"forget": 96, "retain": 40}}
     scores(tmp_path / "run" / "scores.json", "x", 0.1, 0.8, details=details)
     report = write_report(ReportInputs(run=str(tmp_path / "run")))
-    assert report["summary"]["cautions"] == [
+    assert report["summary"]["cautions"][1:] == [
         "The scores of unlearned are of 96 forget rows, the run had 1250."
     ]
 

@@ -2,10 +2,12 @@
 
 The first rule that holds:
 
-1. destroyed: less than half of what the target answers on the retain set is left;
+1. destroyed: less than half of what the target answers on the retain set is left, and its interval
+   lies below all of it;
 2. not forgotten: an extraction attack with power recovers at least half, (unlearned - oracle) /
    (target - oracle) >= 0.5;
-3. partly forgotten: one recovers at least a tenth and its interval lies above 0; or forget documents
+3. partly forgotten: one recovers at least a tenth and its interval lies above 0, or no oracle is
+   given, as 0 is then what a model that never saw it is held to; or forget documents
    are told from never-seen text by their loss, the AUC 0.2 or more above the reference with its
    interval above it; or, against an oracle, the latent probe recovers at least half;
 4. over-unlearned: forget documents stand out the other way, the AUC 0.2 or more below the reference
@@ -38,6 +40,7 @@ PARTLY_FROM = 0.1
 AUC_DISTANCE = 0.2
 LATENT_FROM = 0.5
 FRAGILE_FROM = 0.2
+_NO_COST = "; the target answers too few retain rows to tell what it cost"
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def judge_audit(kept: Estimate | None, evidence: Sequence[Evidence]) -> Verdict:
         for each in evidence
         if (finding := _finding(each)) is not None
     ]
-    if kept is not None and kept.value < DESTROYED_BELOW:
+    if kept is not None and kept.value < DESTROYED_BELOW and _lost(kept):
         sentence = f"{kept.value:.0%} is left of what the target answers on the retain set"
         weighed.append((Finding("destroyed", "direct", sentence), 1.0))
     # Of equal gravity the strongest comes first, but where asking is enough no attack is needed.
@@ -111,7 +114,15 @@ def judge_audit(kept: Estimate | None, evidence: Sequence[Evidence]) -> Verdict:
             f"nothing was found, but the rows are too few to tell ({bound})",
             worst.attack,
         )
-    return Verdict("forgotten", f"no attack got it back; the widest bound is {bound}", worst.attack)
+    most = max(attacks, key=lambda each: each.figure.value)
+    told = "no attack got it back"
+    if most.figure.value > 0:
+        told = (
+            f"{most.title} got {_signed(most.figure.value)} back, too little to count"
+            f" ({_signed(PARTLY_FROM)} or more, beyond chance)"
+        )
+    cost = "" if kept is not None and (kept.value >= DESTROYED_BELOW or _lost(kept)) else _NO_COST
+    return Verdict("forgotten", f"{told}; the widest bound is {bound}{cost}", worst.attack)
 
 
 def worst_of(verdicts: Sequence[Verdict]) -> Verdict:
@@ -127,7 +138,7 @@ def _finding(each: Evidence) -> Finding | None:
         told += f"{' beyond the oracle' if each.against_oracle else ''} comes back"
         if value >= NOT_FORGOTTEN_FROM:
             return Finding("not forgotten", each.attack, told)
-        if value >= PARTLY_FROM and above:
+        if value >= PARTLY_FROM and (above or not each.against_oracle):
             return Finding("partly forgotten", each.attack, told)
     elif each.kind == "membership":
         high = each.figure.high
@@ -148,6 +159,11 @@ def _finding(each: Evidence) -> Finding | None:
     return None
 
 
+def _lost(kept: Estimate) -> bool:
+    """Whether the loss is more than the few rows that the target answers could give by chance."""
+    return kept.high is not None and kept.high < 1
+
+
 def _upper(figure: Estimate) -> float:
     return 1.0 if figure.high is None else figure.high
 
@@ -157,4 +173,4 @@ def _shown(each: Evidence) -> str:
 
 
 def _signed(share: float) -> str:
-    return f"{share:.0%}"
+    return "less than 1%" if 0 < share < 0.005 else f"{share:.0%}"

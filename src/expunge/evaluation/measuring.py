@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from expunge.data.formats import sha256_of
 from expunge.data.rows import RowSet, read_rows
 from expunge.data.tokenization import LongRows, TextPolicy
+from expunge.disk import check_file_output
 from expunge.errors import InputError
 from expunge.evaluation.multiple_choice import Question, read_questions
 from expunge.evaluation.score_files import write_records, write_scores
@@ -107,7 +109,8 @@ def measure(
         processes=processes,
     )
     if processes.is_main and inputs.output is not None:
-        write_scores(card, Path(inputs.output), inputs.model)
+        weights = {path.name: sha256_of(path) for path in checked.files.shards}
+        write_scores(card, Path(inputs.output), inputs.model, weights)
     if processes.is_main and inputs.records is not None:
         write_records(card, Path(inputs.records), reveal=inputs.reveal)
     return card
@@ -149,9 +152,9 @@ def _read_material(inputs: MeasureInputs, checked: CheckedModel, policy: TextPol
 
 
 def _check_outputs(inputs: MeasureInputs) -> None:
+    names = ("forget", "retain", "nonmembers", "members")
     for option in ("output", "records"):
         path = getattr(inputs, option)
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise InputError(f"--{option} {path}: its directory does not exist; make it first")
-        if path is not None and Path(path).is_dir():
-            raise InputError(f"--{option} {path}: is a directory; name a file")
+        if path is not None:
+            read = {name: getattr(inputs, name) for name in names}
+            check_file_output(option, Path(path), read)

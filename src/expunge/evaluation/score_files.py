@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from expunge.errors import InputError
@@ -12,9 +13,10 @@ SCORES = "scores.json"
 """Its name in a run directory."""
 
 
-def write_scores(card: Scorecard, path: Path, model: str) -> None:
-    """Writes scores.json."""
-    text = json.dumps({"model": model, **card.to_json()}, indent=2)
+def write_scores(card: Scorecard, path: Path, model: str, sha256: Mapping[str, str]) -> None:
+    """Writes scores.json; `sha256` is of the files with the weights that were measured."""
+    named = {"model": model, "model_sha256": dict(sha256)}
+    text = json.dumps({**named, **card.to_json()}, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
 
 

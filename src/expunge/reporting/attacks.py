@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from expunge.errors import InputError
 from expunge.reporting.material import Material
 
 MODELS = ("target", "unlearned", "oracle")
+_RECOVERED = ("name", "title", "value", "low", "high", "against")
 
 
 def attacks(material: Material) -> dict[str, Any] | None:
@@ -24,7 +25,7 @@ def attacks(material: Material) -> dict[str, Any] | None:
             "verdict": verdict,
             "weakest": _weakest(verdict, requests),
             "requests": requests,
-            "recovered": [each for each in requests[0]["attacks"] if each["value"] is not None],
+            "strongest": _strongest(requests),
             "models": {
                 name: {"path": model["path"], "dtype": model["dtype"]}
                 for name, model in audit["models"].items()
@@ -87,6 +88,20 @@ def _attack(name: str, attack: Mapping[str, Any]) -> dict[str, Any]:
         "beyond_target": attack.get("beyond_target"),
         "models": models,
     }
+
+
+def _strongest(requests: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The extraction attack that recovered most from any request; None where none has power.
+
+    What is read inside comes back by no attack, and has a rule of its own in the verdict.
+    """
+    found = [
+        {**{key: attack[key] for key in _RECOVERED}, "request": number}
+        for number, request in enumerate(requests, 1)
+        for attack in request["attacks"]
+        if attack["kind"] == "extraction" and attack["value"] is not None
+    ]
+    return max(found, key=lambda each: (each["value"], each["high"] or 0.0), default=None)
 
 
 def _powerful(request: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -26,11 +26,13 @@ VERDICTS: Mapping[str | None, tuple[str, str]] = {
     ),
     "over-unlearned": (
         "Over-unlearned",
-        "The removed content does not come back, but the model shows that something was removed.",
+        "The model shows that something was removed: what it forgot looks stranger to it than text that"
+        " it never saw, or a word of it breaks other answers.",
     ),
     "forgotten": (
         "Forgotten, as far as was tried",
-        "No attack of this audit got the removed content back. Others may exist.",
+        "No attack of this audit got back as much as counts: a tenth or more, beyond chance. Others may"
+        " exist.",
     ),
     None: ("No verdict", "The audit could not decide."),
 }
@@ -191,11 +193,11 @@ def _strongest(audit: Mapping[str, Any] | None, entry: Any) -> dict[str, Any]:
         " gets back.",
         "low: 0", values,
     )  # fmt: skip
-    attacks = [] if audit is None else audit["recovered"]
-    if attacks:
-        weakest = None if audit is None or audit["weakest"] is None else audit["weakest"]["name"]
-        worst = max(attacks, key=lambda each: (each["value"], each["name"] == weakest))
+    worst = None if audit is None else audit["strongest"]
+    if audit is not None and worst is not None:
         found["title"] = f"{title}: {worst['title']}"
+        if len(audit["requests"]) > 1:
+            found["title"] += f" (request {worst['request']} of {len(audit['requests'])})"
         oracle = 0.0 if worst["against"] == "oracle" else None
         found["values"] = {"target": 1.0, "unlearned": worst["value"], "oracle": oracle}
         found["low"], found["high"] = worst["low"], worst["high"]
@@ -259,6 +261,7 @@ def _cost(material: Material, audit: Mapping[str, Any] | None) -> list[str]:
         said.append(_by_validation(material, "retain"))
     else:
         said.append("The run was given no retain set, so what it cost was not watched.")
+    # Every request's is of the same retain rows.
     kept = None if audit is None else audit["requests"][0]["kept"]
     if kept is not None and kept["value"] is not None:
         said.append(f"By the audit, {kept['value']:.0%} of the target's retain answers are left.")
@@ -337,6 +340,11 @@ def _mismatches(material: Material) -> list[str]:
     said = []
     rows = material.manifest["rows"]
     for each in material.cards:
+        if each.role in ("target", "unlearned") and not each.is_checked:
+            said.append(
+                f"The scores of {each.label}, {each.source}, hold no hash of the weights they were"
+                f" measured on ({each.model or 'not named'}), so that they may be another model's."
+            )
         scored = each.card.details.get("rows")
         for split in ("forget", "retain"):
             count = scored.get(split) if isinstance(scored, Mapping) else None

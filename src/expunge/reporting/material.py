@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,16 @@ class ReportInputs:
             raise InputError("--reveal: shows the text of the rows; give --forget FILE")
         if self.requested is not None:
             try:
-                date.fromisoformat(self.requested)
+                # It reads other forms too, which the page would show as they are.
+                if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", self.requested):
+                    raise ValueError
+                asked = date.fromisoformat(self.requested)
             except ValueError:
                 raise InputError(
                     f"--requested {self.requested}: is not a date; write it as YYYY-MM-DD"
                 ) from None
+            if asked > datetime.now(UTC).date() + timedelta(days=1):  # today, wherever that is
+                raise InputError(f"--requested {self.requested}: is in the future")
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,8 @@ class Card:
     model: str
     """The model that was measured, as its file says."""
     card: Scorecard
+    is_checked: bool
+    """Whether its file holds hashes of the weights, and they are those of the run's model or target."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -260,7 +268,8 @@ def _cards(inputs: ReportInputs, directory: Path, manifest: Mapping[str, Any]) -
     for role, path in paths:
         file = path / SCORES if path.is_dir() else path
         card = read_scores(str(file))
-        model = read_json(file).get("model")
+        values = read_json(file)
+        model = values.get("model")
         named = model if isinstance(model, str) else ""
         option = "--oracle-scores" if role == "oracle" else "--scores"
         if role in ("target", "oracle") and _same(named, str(directory)):
@@ -273,10 +282,34 @@ def _cards(inputs: ReportInputs, directory: Path, manifest: Mapping[str, Any]) -
                 f"{option} {file}: was measured on the target, {target}; give --scores BEFORE AFTER"
                 " in this order"
             )
+        is_checked = _check_weights(values, role, manifest, f"{option} {file}")
         label = role if role != "other" else _label(named, file, [each.label for each in cards])
-        cards.append(Card(role, label, str(file), named, card))
+        cards.append(Card(role, label, str(file), named, card, is_checked))
     order = ("target", "unlearned", "oracle", "other")
     return sorted(cards, key=lambda each: order.index(each.role))
+
+
+def _check_weights(
+    values: Mapping[str, Any], role: str, manifest: Mapping[str, Any], given: str
+) -> bool:
+    """Whether scores are of the weights that the run wrote, or began with.
+
+    False where nothing says so. Raises InputError where they are of others.
+    """
+    recorded = {
+        "unlearned": (manifest["output_sha256"], "this run's model"),
+        "target": (manifest["model_sha256"], "this run's target"),
+    }
+    measured = values.get("model_sha256")
+    if role not in recorded or not isinstance(measured, dict) or not measured:
+        return False
+    digests, meant = recorded[role]
+    if set(measured.values()) != _weights(digests):
+        raise InputError(
+            f"{given}: was measured on other weights than {meant}; measure that one with expunge"
+            " evaluate"
+        )
+    return True
 
 
 def _beside(directory: Path, role: str, target: str) -> list[tuple[str, Path]]:
