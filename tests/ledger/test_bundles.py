@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import markupsafe
 import pytest
 
 from conftest import none_in, refusal
@@ -22,7 +23,7 @@ from expunge.ledger import bundles
 from expunge.ledger.bundles import BundleInputs, check_bundle, export
 from expunge.ledger.leaks import SHORTEST, rows_in
 from expunge.ledger.receiving import Added
-from expunge.ledger.records import write_event
+from expunge.ledger.records import read_request, write_event
 from expunge.ledger.store import LedgerPlace, open_ledger
 
 Asked = Callable[..., Added]
@@ -108,7 +109,7 @@ def test_it_holds_record_manifest_scores_report_and_audit(
     place: LedgerPlace, served: Path, tmp_path: Path, forget_rows: list[dict[str, str]]
 ) -> None:
     for name in ("scores.json", "report.html", "report.json", "model.safetensors"):
-        (served / name).write_text(name)
+        (served / name).write_text('{"audit": null}' if name == "report.json" else name)
     output = tmp_path / "bundles" / "one.zip"
     output.parent.mkdir()
     bundle = export(place, 1, BundleInputs(output=str(output)))
@@ -193,6 +194,44 @@ def test_a_file_that_is_not_what_was_recorded_is_refused(
     assert not (tmp_path / "a.zip").exists()
 
 
+def report_of(digests: list[str]) -> str:
+    requests = [{"sha256": {f"f{n}.jsonl": digest}} for n, digest in enumerate(digests)]
+    return json.dumps({"audit": {"requests": requests}})
+
+
+def test_a_report_that_names_rows_of_other_requests_is_left_out(
+    asked: Asked, place: LedgerPlace, served: Path, subjects: list[Path], tmp_path: Path
+) -> None:
+    def files() -> tuple[bool, str]:
+        (tmp_path / "a.zip").unlink(missing_ok=True)
+        bundle = export(place, 1, BundleInputs(output=str(tmp_path / "a.zip")))
+        return "run/report.html" in bundle.files, " ".join(bundle.warnings)
+
+    (served / "report.html").write_text("page")
+    with open_ledger(place) as ledger:
+        own = read_request(ledger, 1).forget_fingerprint
+    held = {
+        report_of([own]): True,
+        report_of(["f" * 64]): True,  # the run served this request alone
+        report_of([own, "f" * 64]): False,
+        "no json": False,
+    }
+    for content, expected in held.items():
+        (served / "report.json").write_text(content)
+        there, warned = files()
+        assert there == expected
+        assert ("is not of this request alone" in warned) == (not expected)
+    (served / "report.json").unlink()  # a page alone does not say whose it is
+    assert files()[0] is False
+
+    asked(subjects[1])
+    with open_ledger(place) as ledger, ledger.change() as connection:
+        connection.execute("INSERT INTO run_requests VALUES (1, 2)")
+    for content, expected in ((report_of([own]), True), (report_of(["f" * 64]), False)):
+        (served / "report.json").write_text(content)
+        assert files()[0] is expected
+
+
 @pytest.mark.parametrize("form", ["plain", "json", "html"])
 def test_a_file_with_the_text_of_a_row_is_not_handed_out(
     form: str,
@@ -206,6 +245,7 @@ def test_a_file_with_the_text_of_a_row_is_not_handed_out(
     text = forget_rows[0]["output"]
     written = {"plain": text, "json": json.dumps(text), "html": html.escape(text)}[form]
     (served / "report.html").write_text(f"<p>{written}</p>")
+    (served / "report.json").write_text('{"audit": null}')
     message = refusal(lambda: export(place, 1, BundleInputs(output=str(tmp_path / "a.zip"))))
     assert "run/report.html holds the text of 1 of its rows (ids ada00sc1)" in message
     assert "without --reveal" in message
@@ -221,11 +261,21 @@ def test_where_the_rows_are_gone_the_files_are_not_searched_and_it_is_said(
     assert "not searched for their text" in bundle.warnings[0]
 
 
+def test_without_the_secret_nothing_is_handed_out(
+    place: LedgerPlace, served: Path, tmp_path: Path
+) -> None:
+    place.secret_path.unlink()
+    message = refusal(lambda: export(place, 1, BundleInputs(output=str(tmp_path / "a.zip"))))
+    assert "give it with --secret" in message
+    assert not (tmp_path / "a.zip").exists()
+
+
 def test_text_is_found_in_every_form_and_short_text_is_not_looked_for() -> None:
-    text = 'Zoë said "no" & <left>\n at noon'
+    text = 'Zoë said "it\'s" & <left>\n at noon'
     row = Row("a", "x" * SHORTEST, text)
     forms = [text, json.dumps(text), json.dumps(text, ensure_ascii=False)]
-    forms += ["Zoë said &quot;no&quot; &amp; &lt;left&gt;\n at noon", "y" + "x" * SHORTEST]
+    forms += ["Zoë said &quot;it&#x27;s&quot; &amp; &lt;left&gt;\n at noon", "y" + "x" * SHORTEST]
+    forms += [str(markupsafe.escape(text))]
     for form in forms:
         assert rows_in(f"before {form} after".encode(), [row]) == ["a"]
     assert rows_in(b"x" * (SHORTEST - 1), [row]) == []

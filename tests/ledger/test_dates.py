@@ -37,6 +37,7 @@ def test_a_moment_counts_by_its_day_in_utc(text: str, expected: date) -> None:
         ("21.11.2026", "is no date"),
         ("2026-02-28T10:00:00", "has no time zone; end it with Z"),
         ("2999-01-01", "is in the future; today is"),
+        ("0001-01-01T00:00:00+14:00", "is no date of any request"),
     ],
 )
 def test_what_is_no_day_is_refused(text: str, said: str) -> None:
@@ -52,5 +53,6 @@ def test_due_counts_from_the_day_received() -> None:
     assert due_day("2024-02-29", received) == date(2024, 2, 29)
     assert due_day(None, received) is None
     assert "is before the request was received" in refusal(lambda: due_day("2024-01-30", received))
+    assert "is beyond the year 9999" in refusal(lambda: due_day("99999d", date(9990, 1, 1)))
     for text in ("-3d", "d", "3w"):
         assert "is no date" in refusal(lambda text=text: due_day(text, received))  # type: ignore[misc]

@@ -91,6 +91,7 @@ def test_a_request_from_its_coming_in_to_its_evidence(
         ("list --ledger {none}", ("--ledger {none}: no such file", "add makes a ledger")),
         ("list --ledger {rows}", ("--ledger {rows}: is no ledger",)),
         ("show 7", ("request 7: is not in", "it holds 1 to 1")),
+        ("show 99999999999999999999", ("request 99999999999999999999: is not in",)),
         ("show one", ("--id", "'one'")),
         ("update 1", ("nothing to record; give --forget, --retain or --due",)),
         ("reopen 1", ("request 1: is open; nothing to do",)),

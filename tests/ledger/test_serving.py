@@ -15,6 +15,10 @@ from typing import Any
 import pytest
 
 from conftest import none_in, write_jsonl
+from expunge.audits import inputs
+from expunge.audits.base import Attack, Case, Found
+from expunge.audits.catalog import ATTACKS
+from expunge.audits.subject import Subject
 from expunge.ledger import serving
 from expunge.ledger.receiving import Added, withdraw
 from expunge.ledger.records import RunRecord, read_request, read_runs, read_verdicts
@@ -314,6 +318,7 @@ def test_every_served_request_is_audited_and_its_evidence_handed_out(
     texts: list[str],
     tmp_path: Path,
     memorised_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     retain = str(row_files["retain"])
     asked(subjects[0], retain=retain)
@@ -325,8 +330,9 @@ def test_every_served_request_is_audited_and_its_evidence_handed_out(
     assert (code, "nothing to verify" in out) == (0, True)
     model = tmp_path / "out"
     assert serve(model)[0] == 0
-    attacks = ("--attacks", "direct", "--output", tmp_path / "audits")
-    audited = (*verify, "--model", model, *attacks)
+    kept = tmp_path / "kept"
+    attacks = ("--attacks", "direct", "--cache", kept)
+    audited = (*verify, "--model", model, *attacks, "--output", tmp_path / "audits")
     code, out, err = run_cli(*audited, "--only", 3)
     assert (code, "--only 3: is withdrawn" in err) == (2, True)
     code, out, err = run_cli(*audited, "--json")
@@ -351,6 +357,19 @@ def test_every_served_request_is_audited_and_its_evidence_handed_out(
     assert "ben01" not in first  # another person's rows
     code, _, err = run_cli(*audited)
     assert (code, "holds an audit" in err) == (2, True)
+    attacked: list[str] = []
+
+    def noted(subject: Subject, case: Case, advance: Any) -> Found:
+        attacked.append(subject.name)
+        return ATTACKS["direct"].run(subject, case, advance)
+
+    counted = Attack(**{**vars(ATTACKS["direct"]), "run": noted})
+    monkeypatch.setattr(inputs, "ATTACKS", {"direct": counted})
+    again = (*audited, "--output", tmp_path / "again")
+    assert run_cli(*again)[0] == 0
+    assert set(attacked) == {"unlearned"}
+    for name in ("audit.json", "audit-1.json", "audit-2.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "audits" / name).read_bytes()
     bundle = tmp_path / "bundles" / "1.zip"
     bundle.parent.mkdir()
     code, out, err = run_cli("requests", "export", 1, "--ledger", place.ledger, "--output", bundle)
@@ -362,3 +381,4 @@ def test_every_served_request_is_audited_and_its_evidence_handed_out(
     none_in(words, bundle.parent)
     none_in(words, place.path.parent)
     none_in(words, tmp_path / "audits")
+    none_in(words, kept)

@@ -336,6 +336,20 @@ def test_without_its_secret_a_ledger_is_read_but_takes_no_rows(
     assert numbers(place) == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("secret", "said"),
+    [("no/secret", "--secret {}: its directory does not exist"), ("rows", "is no ledger's secret")],
+)
+def test_a_new_ledger_with_a_wrong_secret_is_not_made(
+    secret: str, said: str, place: LedgerPlace, subjects: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "rows").write_text("no key")
+    there = replace(place, secret=str(tmp_path / secret))
+    message = refusal(lambda: add(there, NewRequest(forget=str(subjects[0]))))
+    assert said.format(tmp_path / secret) in message
+    assert not place.path.exists()
+
+
 def test_several_questions_see_one_state(
     asked: Asked, place: LedgerPlace, subjects: list[Path]
 ) -> None:

@@ -2,7 +2,8 @@
 
     request.json          the record: rows by id and keyed hash, runs, verdicts, history
     run/expunge.json      the manifest of the last run that served it
-    run/scores.json, run/report.html, run/report.json     where the run's directory has them
+    run/scores.json, run/report.html, run/report.json     where the run's directory has them, a report
+                          only where its audit is of this request alone
     audit/audit.json      the last audit of this request
     SHA256SUMS            the SHA-256 of each file above; `sha256sum --check` reads it
     SHA256SUMS.sig, public-key.pem     the Ed25519 signature of SHA256SUMS, where a key is given
@@ -57,6 +58,7 @@ FORMAT = "expunge-evidence/1"
 RECORD, MANIFEST, AUDIT = "request.json", "run/expunge.json", "audit/audit.json"
 SUMS, SIGNATURE, PUBLIC_KEY = "SHA256SUMS", "SHA256SUMS.sig", "public-key.pem"
 _BESIDE = ("scores.json", "report.html", "report.json")
+_REPORT = ("run/report.html", "run/report.json")
 _EARLIEST = (1980, 1, 1, 0, 0, 0)
 _LARGEST = 2**28
 """Bytes of one file that `check_bundle` reads: evidence is small, a zip bomb is not."""
@@ -127,8 +129,9 @@ def export(place: LedgerPlace, number: int, inputs: BundleInputs) -> Bundle:
             "events": [asdict(event) for event in read_events(ledger, number)],
         }
         warnings = []
+        secret = ledger.secret()
         try:
-            rows = forget_rows(ledger, request, ledger.secret())
+            rows = forget_rows(ledger, request, secret)
         except InputError:
             rows = None
             warnings.append(
@@ -137,7 +140,14 @@ def export(place: LedgerPlace, number: int, inputs: BundleInputs) -> Bundle:
             )
     files = {RECORD: _json_bytes(record)}
     if runs:
-        files |= _run_files(request, runs[-1])
+        of_run = _run_files(request, runs[-1])
+        if any(name in of_run for name in _REPORT) and not _only_of(request, runs[-1], of_run):
+            warnings.append(
+                "the run's report is left out, as its audit is not of this request alone and names rows"
+                " of others; make it with expunge report RUN --audit and this request's own audit"
+            )
+            of_run = {name: content for name, content in of_run.items() if name not in _REPORT}
+        files |= of_run
     if verdicts:
         files[AUDIT] = _audit_file(request, verdicts[-1], place)
     for name, content in files.items():
@@ -204,6 +214,19 @@ def _run_files(request: Request, run: RunRecord) -> dict[str, bytes]:
         if (directory / name).is_file():
             found[f"run/{name}"] = (directory / name).read_bytes()
     return found
+
+
+def _only_of(request: Request, run: RunRecord, files: Mapping[str, bytes]) -> bool:
+    """Whether the run's report names rows of this request alone: an audit lists facts by id."""
+    try:
+        audit = json.loads(files["run/report.json"])["audit"]
+        if audit is None:
+            return True
+        (audited,) = audit["requests"]
+        of_request = set(audited["sha256"].values()) == {request.forget_fingerprint}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False  # the page alone does not say
+    return of_request or list(run.requests) == [request.id]
 
 
 def _audit_file(request: Request, verdict: VerdictRecord, place: LedgerPlace) -> bytes:

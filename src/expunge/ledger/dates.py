@@ -28,7 +28,10 @@ def day(option: str, text: str) -> date:
         raise InputError(f"{option} {text}: is no date; write it as 2026-11-21") from None
     if moment.tzinfo is None:
         raise InputError(f"{option} {text}: has no time zone; end it with Z or +01:00")
-    return moment.astimezone(UTC).date()
+    try:
+        return moment.astimezone(UTC).date()
+    except OverflowError:  # the first or the last day there is, in another time zone
+        raise InputError(f"{option} {text}: is no date of any request") from None
 
 
 def received_day(text: str | None) -> date:
@@ -46,7 +49,10 @@ def due_day(text: str | None, received: date) -> date | None:
     if text is None:
         return None
     if match := re.fullmatch(r"(\d{1,5})d", text):
-        return received + timedelta(days=int(match[1]))
+        try:
+            return received + timedelta(days=int(match[1]))
+        except OverflowError:
+            raise InputError(f"--due {text}: is beyond the year 9999") from None
     found = day("--due", text)
     if found < received:
         raise InputError(f"--due {text}: is before the request was received, {received}")

@@ -24,6 +24,9 @@ def rows_in(content: bytes, rows: Iterable[Row]) -> list[str]:
 
 
 def _forms(text: str) -> set[bytes]:
-    written = {text, html.escape(text), html.escape(text, quote=False)}
+    escaped = html.escape(text)
+    # Jinja writes quotes as numbers, the standard library one of them in hexadecimal.
+    numbered = escaped.replace("&#x27;", "&#39;").replace("&quot;", "&#34;")
+    written = {text, escaped, numbered, html.escape(text, quote=False)}
     written |= {json.dumps(text, ensure_ascii=plain)[1:-1] for plain in (True, False)}
     return {form.encode() for form in written}

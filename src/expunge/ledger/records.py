@@ -111,6 +111,7 @@ class Event:
     version: str
 
 
+_SQLITE_INTEGERS = 2**63
 _REQUESTS = """
     SELECT q.id, q.subject, q.received, q.due, q.forget, q.forget_fingerprint, q.retain,
         q.retain_fingerprint, q.at, q.actor, q.version,
@@ -127,7 +128,9 @@ def read_requests(ledger: Ledger) -> list[Request]:
 
 def read_request(ledger: Ledger, number: int) -> Request:
     """One request. Raises InputError where there is none of this number."""
-    values = ledger.connection.execute(f"{_REQUESTS} WHERE q.id = ?", (number,)).fetchone()
+    values = None
+    if abs(number) < _SQLITE_INTEGERS:
+        values = ledger.connection.execute(f"{_REQUESTS} WHERE q.id = ?", (number,)).fetchone()
     if values is None:
         count = ledger.connection.execute("SELECT count(*) FROM requests").fetchone()[0]
         held = f"it holds 1 to {count}" if count else "it holds none yet"

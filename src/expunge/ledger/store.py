@@ -120,6 +120,7 @@ def open_ledger(place: LedgerPlace, *, create: bool = False) -> Iterator[Ledger]
     _check_file(path, create=create)
     with plain_errors(path):
         if create and not path.exists():
+            _check_new_secret(place)
             # Nobody but the owner; SQLite gives its log the same mode.
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         uri = f"{path.absolute().as_uri()}?mode=rw"
@@ -253,6 +254,15 @@ def _identify(ledger: Ledger) -> None:
         "INSERT INTO identity VALUES (1, ?, ?, ?, ?)",
         (secret_check(_read_secret(place)), *ledger.stamp()),
     )
+
+
+def _check_new_secret(place: LedgerPlace) -> None:
+    """Raises InputError for a secret that a new ledger could not have, before it is made."""
+    path = place.secret_path
+    if path.exists():
+        _read_secret(place)
+    elif not path.absolute().parent.is_dir():
+        raise InputError(f"--secret {path}: its directory does not exist; make it first")
 
 
 def _read_secret(place: LedgerPlace) -> bytes:
