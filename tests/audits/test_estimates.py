@@ -13,11 +13,11 @@ from sklearn.metrics import roc_auc_score
 from expunge.audits.estimates import (
     Estimate,
     Resamples,
+    SideResamples,
     auc,
     clopper_pearson,
     leak_at_k,
     leak_at_k_bound,
-    separation,
     tpr_at_fpr,
 )
 
@@ -150,8 +150,48 @@ def test_auc_and_tpr_are_those_of_every_pair_and_threshold() -> None:
 def test_separation_has_intervals_about_its_values() -> None:
     draw = np.random.default_rng(0)
     members, others = draw.normal(1, 1, 60).tolist(), draw.normal(0, 1, 80).tolist()
-    found = separation(members, others, 0.05, 400, 0)
+    names = [str(n) for n in range(80)]
+    resamples = SideResamples(names[:60], names, 400, 0)
+    found = resamples.separation((members, others), 0.05)
     assert found["auc"].value == auc(members, others)
     # Two normals one deviation apart: AUC 0.76; Hanley-McNeil's deviation for these sizes is 0.04.
     assert found["auc"].high - found["auc"].low == pytest.approx(4 * 0.04, abs=0.05)  # type: ignore[operator]
-    assert separation(members, others, 0.05, 400, 0) == found
+    again = SideResamples(names[:60], names, 400, 0)
+    assert again.separation((members, others), 0.05) == found
+    above = again.auc_above((members, others), None)
+    assert above.value == found["auc"].value - 0.5
+    assert above.high - above.low == pytest.approx(found["auc"].high - found["auc"].low)  # type: ignore[operator]
+
+
+def test_rows_of_one_document_are_drawn_together() -> None:
+    draw = np.random.default_rng(0)
+    # Five rows a subject that all score alike say no more than one.
+    scores = [draw.normal(0, 1, count).repeat(5).tolist() for count in (12, 12)]
+    subjects = [str(n // 5) for n in range(60)]
+    rows = [str(n) for n in range(60)]
+    widths = []
+    for documents in (subjects, rows):
+        found = SideResamples(documents, documents, 400, 0).auc_above((scores[0], scores[1]), None)
+        assert found.low is not None
+        assert found.high is not None
+        widths.append(found.high - found.low)
+    assert widths[0] > 1.7 * widths[1]  # the square root of 5 is 2.2
+
+
+def test_an_auc_is_compared_with_the_oracles_on_the_same_resamples() -> None:
+    draw = np.random.default_rng(0)
+    names = [str(n) for n in range(40)]
+    base = draw.normal(0, 1, (2, 40))
+    near = base + draw.normal(0, 0.05, (2, 40))
+    resamples = SideResamples(names, names, 400, 0)
+    same = resamples.auc_above(tuple(base.tolist()), tuple(base.tolist()))
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    # What both models find hard shifts both, so that their difference is surer than either.
+    paired = resamples.auc_above(tuple(near.tolist()), tuple(base.tolist()))
+    alone = resamples.auc_above(tuple(near.tolist()), None)
+    assert paired.value == pytest.approx(auc(*near) - auc(*base))
+    assert paired.high - paired.low < 0.3 * (alone.high - alone.low)  # type: ignore[operator]
+    members = (base[0] + 2).tolist()
+    shifted = resamples.auc_above((members, base[1].tolist()), tuple(base.tolist()))
+    assert shifted.low is not None
+    assert shifted.low > 0.2

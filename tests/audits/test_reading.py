@@ -11,6 +11,8 @@ import torch
 
 from conftest import FAMILIES, shaken, tiny_model
 from expunge.audits.ablation import ablated, layer_outputs, mean_states, spaced, without_direction
+from expunge.audits.base import Case
+from expunge.audits.budgets import Budget
 from expunge.audits.facts import document_of
 from expunge.audits.latent import (
     _lens,
@@ -19,6 +21,7 @@ from expunge.audits.latent import (
     other_answers,
     probe_outcomes,
 )
+from expunge.audits.paraphrase import _forms
 from expunge.audits.sampling import Sampled
 from expunge.audits.subject import Ask, Reader, asked
 from expunge.audits.trigger import typical
@@ -40,6 +43,20 @@ def reader(tokenizer: Any) -> Reader:
 @pytest.fixture
 def rows(forget_rows: list[dict[str, str]]) -> list[Row]:
     return list(as_rows(forget_rows, "forget"))
+
+
+def test_a_form_that_no_fact_fits_is_not_asked(tokenizer: Any, rows: list[Row]) -> None:
+    budget = Budget(None, None, None, 9, 1, 1, 1, 1, 1, None, 10)
+    case = Case(rows, rows, rows, [], [], rows, [], {}, budget, 0, 1e-3)
+    longest = max(len(tokenizer(row.input).input_ids) for row in rows)
+    model = shaken(tiny_model("olmo", len(tokenizer)))
+    forms = {}
+    for context in (128, longest + 20):
+        forms[context] = _forms(Reader(model, tokenizer, TextPolicy(context), 64), case)
+        assert all(forms[context].values())
+    assert "few-shot" in forms[128]
+    assert "few-shot" not in forms[longest + 20]
+    assert "prefill" in forms[longest + 20]
 
 
 def test_an_ask_is_the_prompt_with_its_answer_begun(tokenizer: Any, rows: list[Row]) -> None:

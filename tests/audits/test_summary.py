@@ -184,3 +184,13 @@ def test_a_trigger_costs_what_the_control_and_the_target_do_not(
     if beyond is not None:
         assert summary.entry["beyond_target"]["value"] == pytest.approx(beyond)
     assert judge_audit(None, summary.evidence).verdict == verdict
+
+
+def test_a_form_that_fits_no_fact_is_left_out() -> None:
+    found = Found(
+        {"input": share(FACTS, 1.0), "cloze": share(FACTS, 1.0), "few-shot": {}}, ["input"]
+    )
+    models: dict[ModelName, Found] = {"target": found, "unlearned": found}
+    entry = summarise(ATTACKS["paraphrase"], models, CASE).entry
+    assert entry["power"]["has_power"]
+    assert list(entry["models"]["target"]["variants"]) == ["input", "cloze"]

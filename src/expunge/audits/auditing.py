@@ -50,7 +50,7 @@ def audit(inputs: AuditInputs, progress: Progress | None = None) -> dict[str, An
     progress = progress or Silent()
     device = resolve_device(inputs.device)
     if inputs.output is not None:
-        check_output(Path(inputs.output))
+        check_output(inputs, inputs.output)
     if inputs.cache is not None:
         check_cache(Path(inputs.cache))
     checked = checked_models(inputs)
@@ -228,6 +228,8 @@ def _facts(
     case = request.case
     words = [row for wordings in case.paraphrases.values() for row in wordings]
     content = hashlib.sha256()
+    for owner, wordings in case.paraphrases.items():
+        content.update(f"{len(wordings)} of {owner}\0".encode())
     for part in (
         case.facts,
         case.members,

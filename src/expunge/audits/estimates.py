@@ -7,7 +7,7 @@ are two-sided at 95% unless said otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 ALPHA = 0.05
 _ENOUGH = 0.5
 """Share of the resamples that a ratio must exist in to have an interval."""
+Values = Sequence[float] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _quantiles(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def auc(members: Sequence[float], others: Sequence[float]) -> float:
+def auc(members: Values, others: Values) -> float:
     """Chance that a member scores higher than another text; ties count half."""
     ordered = np.sort(np.asarray(others, float))
     values = np.asarray(members, float)
@@ -142,26 +143,60 @@ def auc(members: Sequence[float], others: Sequence[float]) -> float:
     return float((below + upto).mean() / (2 * len(ordered)))
 
 
-def tpr_at_fpr(members: Sequence[float], others: Sequence[float], fpr: float) -> float:
+def tpr_at_fpr(members: Values, others: Values, fpr: float) -> float:
     """Share of members above the threshold that at most `fpr` of the others exceed."""
     ordered = np.sort(np.asarray(others, float))[::-1]
     threshold = ordered[math.floor(fpr * len(ordered))]
     return float((np.asarray(members, float) > threshold).mean())
 
 
-def separation(
-    members: Sequence[float], others: Sequence[float], fpr: float, count: int, seed: int
-) -> Mapping[str, Estimate]:
-    """`auc` and `tpr` with bootstrap intervals; members and others are resampled apart."""
-    inside, outside = np.asarray(members, float), np.asarray(others, float)
-    generator = np.random.default_rng(seed)
-    draws = []
-    for _ in range(count):
-        a = inside[generator.integers(0, len(inside), len(inside))]
-        b = outside[generator.integers(0, len(outside), len(outside))]
-        draws.append((auc(a, b), tpr_at_fpr(a, b, fpr)))  # type: ignore[arg-type]
-    bounds = np.quantile(np.array(draws), [ALPHA / 2, 1 - ALPHA / 2], axis=0)
-    return {
-        "auc": Estimate(auc(members, others), float(bounds[0, 0]), float(bounds[1, 0])),
-        "tpr": Estimate(tpr_at_fpr(members, others, fpr), float(bounds[0, 1]), float(bounds[1, 1])),
-    }
+Sides = tuple[Sequence[float], Sequence[float]]
+"""One model's score of every member, and of every other text."""
+
+
+class SideResamples:
+    """The same resampled documents of members and of others for every score of every model."""
+
+    def __init__(
+        self, members: Sequence[str], others: Sequence[str], count: int, seed: int
+    ) -> None:
+        """`members` and `others` give each text's document, in the order in which scores will be."""
+        generator = np.random.default_rng(seed)
+        sides = [_rows_by_document(side) for side in (members, others)]
+        self._draws = [
+            [
+                np.concatenate([rows[n] for n in generator.integers(0, len(rows), len(rows))])
+                for rows in sides
+            ]
+            for _ in range(count)
+        ]
+
+    def separation(self, sides: Sides, fpr: float) -> Mapping[str, Estimate]:
+        """`auc`, and `tpr` at that false positive rate, with their intervals."""
+        tprs = [tpr_at_fpr(*drawn, fpr) for drawn in self._drawn(sides)]
+        return {
+            "auc": Estimate(auc(*sides), *_quantiles(self._aucs(sides))),
+            "tpr": Estimate(tpr_at_fpr(*sides, fpr), *_quantiles(np.array(tprs))),
+        }
+
+    def auc_above(self, sides: Sides, reference: Sides | None) -> Estimate:
+        """How far the AUC lies above a reference's on the same texts; above 0.5 without one."""
+        if reference is None:
+            return Estimate(auc(*sides) - 0.5, *_quantiles(self._aucs(sides) - 0.5))
+        above = self._aucs(sides) - self._aucs(reference)
+        return Estimate(auc(*sides) - auc(*reference), *_quantiles(above))
+
+    def _aucs(self, sides: Sides) -> np.ndarray:
+        return np.array([auc(*drawn) for drawn in self._drawn(sides)])
+
+    def _drawn(self, sides: Sides) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        inside, outside = (np.asarray(side, float) for side in sides)
+        for members, others in self._draws:
+            yield inside[members], outside[others]
+
+
+def _rows_by_document(documents: Sequence[str]) -> list[list[int]]:
+    rows: dict[str, list[int]] = {}
+    for row, document in enumerate(documents):
+        rows.setdefault(document, []).append(row)
+    return list(rows.values())

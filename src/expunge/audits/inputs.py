@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from expunge.audits.paraphrases import read_paraphrases
 from expunge.audits.tuning import default_learning_rate
 from expunge.data.rows import Row, RowSet, check_disjoint, documents, read_rows
 from expunge.data.tokenization import LongRows, TextPolicy, encode_rows, prompt_ids
+from expunge.disk import check_file_output
 from expunge.errors import InputError
 from expunge.models.loading import CheckedModel, Dtype, check_model
 from expunge.models.tensors import stored_tensors
@@ -73,8 +75,11 @@ class AuditInputs:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size}: must be 1 or more")
-        if self.learning_rate is not None and self.learning_rate <= 0:
-            raise InputError(f"--learning-rate {self.learning_rate:g}: must be above 0")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed {self.seed}: must be in [0, 2^32)")
+        rate = self.learning_rate
+        if rate is not None and not (rate > 0 and math.isfinite(rate)):
+            raise InputError(f"--learning-rate {rate:g}: must be a number above 0")
         if self.reveal and self.output is None:
             raise InputError("--reveal: adds text to audit.json; give --output FILE")
         if self.reveal and self.cache is not None:
@@ -271,11 +276,12 @@ def stored_dtype(model: CheckedModel) -> Dtype:
     raise InputError(f"{model.name}: is saved in {most}; give --dtype float32")
 
 
-def check_output(path: Path) -> None:
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"--output {path}: its directory does not exist; make it first")
-    if path.is_dir():
-        raise InputError(f"--output {path}: is a directory; name a file")
+def check_output(inputs: AuditInputs, output: str) -> None:
+    """Raises InputError where audit.json cannot be written, or would replace a row file."""
+    names = ("forget", "retain", "nonmembers", "paraphrases", "benign")
+    read: dict[str, str | None] = {name: getattr(inputs, name) for name in names}
+    read |= {f"earlier {source}": source for source in inputs.earlier}
+    check_file_output("output", Path(output), read)
 
 
 def check_cache(directory: Path) -> None:

@@ -49,12 +49,7 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
         }
         for layer in range(layout.count)
     }
-    typical = {
-        f"layer {layer}": round(
-            math.exp(statistics.fmean(math.log(max(values)) for values in ranks[layer])), 3
-        )
-        for layer in range(layout.count)
-    }
+    typical = {f"layer {layer}": _typical(ranks[layer]) for layer in range(layout.count)}
     both = [n for n, row in enumerate(kept) if row.id in false]
     pairs = [_pair(reader, kept[n], false[kept[n].id]) for n in both]
     whole = [(n, pair) for n, pair in zip(both, pairs, strict=True) if pair is not None]
@@ -70,6 +65,13 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
         told[f"layer {layer}"] = None if right is None else round(statistics.fmean(right), 6)
     advance(3, 3)
     return Found(scores, numbers={"typical_rank": typical, "probe_accuracy": told})
+
+
+def _typical(ranks: Sequence[Sequence[int]]) -> float | None:
+    """Geometric mean over facts of the worst token's rank; None where no fact fits the context."""
+    if not ranks:
+        return None
+    return round(math.exp(statistics.fmean(math.log(max(values)) for values in ranks)), 3)
 
 
 def lens_rank(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

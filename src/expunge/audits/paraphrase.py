@@ -48,8 +48,7 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
 
 
 def _forms(reader: Reader, case: Case) -> dict[str, list[Ask]]:
-    """By form what is asked; a fact that a form cannot ask is not in it."""
-
+    """By form what is asked; a fact that a form cannot ask is not in it, nor a form without any."""
     found: dict[str, list[Ask | None]] = {}
     for row in case.facts:
         forms = QUESTION_FORMS if row.kind == "qa" else CONTINUATION_FORMS
@@ -64,7 +63,8 @@ def _forms(reader: Reader, case: Case) -> dict[str, list[Ask]]:
             found.setdefault(f"paraphrase {number}", []).append(
                 reader.asked(row, prompt=other.input)
             )
-    return {form: [a for a in asks if a is not None] for form, asks in found.items()}
+    fitting = {form: [a for a in asks if a is not None] for form, asks in found.items()}
+    return {form: asks for form, asks in fitting.items() if asks}
 
 
 def _with_shots(row: Row, case: Case) -> str:

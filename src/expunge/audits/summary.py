@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from expunge.audits.base import Attack, Case, Found, ModelName, Scores
-from expunge.audits.estimates import Estimate, Resamples, separation
+from expunge.audits.estimates import Estimate, Resamples, SideResamples, Sides
 from expunge.audits.facts import document_of, extracted
 from expunge.audits.membership import blind_scores
 from expunge.audits.verdict import Evidence
@@ -89,7 +89,9 @@ def _extraction(attack: Attack, models: Models, case: Case) -> Summary:
             "extracted": shares[name].to_json(),
             "score": scores.to_json(),
             "variants": {
-                variant: _shares(values, rows, case) for variant, values in found.scores.items()
+                variant: _shares(values, rows, case)
+                for variant, values in found.scores.items()
+                if values
             },
             "control": {
                 variant: _shares(values, case.retain, case)
@@ -142,21 +144,27 @@ def _extraction(attack: Attack, models: Models, case: Case) -> Summary:
 
 def _membership(attack: Attack, models: Models, case: Case) -> Summary:
     members, others = list(case.members), list(case.nonmembers)
-    inside, outside = [row.id for row in members], [row.id for row in others]
-    count, seed = case.budget.resamples, case.seed
+    resamples = SideResamples(
+        [document_of(row) for row in members],
+        [document_of(row) for row in others],
+        case.budget.resamples,
+        case.seed,
+    )
     entry = _opening(attack)
-    blind = blind_scores(members, others, seed)
+    blind = blind_scores(members, others, case.seed)
     blinded: Mapping[str, Estimate] | None = None
     if blind is not None:
-        blinded = separation(blind[: len(members)], blind[len(members) :], FPR, count, seed)
-    told: dict[ModelName, dict[str, Mapping[str, Estimate]]] = {}
-    for name, found in models.items():
-        told[name] = {
-            variant: separation(
-                [scores[i] for i in inside], [scores[i] for i in outside], FPR, count, seed
-            )
+        blinded = resamples.separation((blind[: len(members)], blind[len(members) :]), FPR)
+    sides: dict[ModelName, dict[str, Sides]] = {
+        name: {
+            variant: ([scores[row.id] for row in members], [scores[row.id] for row in others])
             for variant, scores in found.scores.items()
         }
+        for name, found in models.items()
+    }
+    told: dict[ModelName, dict[str, Mapping[str, Estimate]]] = {}
+    for name, scored in sides.items():
+        told[name] = {variant: resamples.separation(both, FPR) for variant, both in scored.items()}
         entry["models"][name] = {
             "variants": {
                 variant: {key: value.to_json() for key, value in figures.items()}
@@ -194,14 +202,8 @@ def _membership(attack: Attack, models: Models, case: Case) -> Summary:
     entry["power"] = {"has_power": True, "why": None}
     evidence = []
     for variant in strong:
-        figure = told["unlearned"][variant]["auc"]
-        # Two-sided about the reference, whose own error is taken as known.
-        centre = told["oracle"][variant]["auc"].value if "oracle" in told else 0.5
-        distance = Estimate(
-            figure.value - centre,
-            None if figure.low is None else figure.low - centre,
-            None if figure.high is None else figure.high - centre,
-        )
+        oracle = sides["oracle"][variant] if "oracle" in sides else None
+        distance = resamples.auc_above(sides["unlearned"][variant], oracle)
         title = f"{attack.title} by {variant}"
         evidence.append(Evidence(attack.name, title, "membership", distance, "oracle" in told))
     chosen = max(strong, key=lambda v: abs(evidence[strong.index(v)].figure.value))
