@@ -69,6 +69,7 @@ RUN = "run {model} --forget {forget} --retain {retain} --output {new} "
 RUN_ON = "run {%s} --forget {forget} --retain {retain} --output {new}"
 EVALUATE = "evaluate {model} --forget {forget} "
 EVALUATE_ON = "evaluate {%s} --forget {forget}"
+AUDIT = "audit {model} --original {model} --forget {forget} --retain {retain} "
 INSPECT = "data inspect {forget} --model {model} "
 INSPECT_ON = "data inspect {forget} --model {%s}"
 
@@ -146,6 +147,27 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "evaluate output": (EVALUATE + "--output {nowhere}", ("--output {nowhere}", "make it first")),
     "evaluate folder": (EVALUATE + "--output {taken}", ("--output {taken}", "name a file")),
     "evaluate records": (EVALUATE + "--records {nowhere}", ("--records {nowhere}",)),
+    "evaluate onto rows": (
+        EVALUATE + "--output {forget}",
+        ("--output {forget}: is what --forget reads", "name another file"),
+    ),
+    "evaluate config": (EVALUATE + "--config {taken}", ("--config {taken}: ", "name a file")),
+    "audit seed": (AUDIT + "--seed -1", ("--seed -1: must be in [0, 2^32)",)),
+    "audit large seed": (AUDIT + "--seed 4294967296", ("must be in [0, 2^32)",)),
+    "audit rate": (AUDIT + "--learning-rate nan", ("--learning-rate nan: must be a number",)),
+    "audit great rate": (AUDIT + "--learning-rate inf", ("--learning-rate inf",)),
+    "audit onto rows": (
+        AUDIT + "--output {retain}",
+        ("--output {retain}: is what --retain reads", "name another file"),
+    ),
+    "audit onto older rows": (
+        AUDIT + "--earlier {nonmembers} --output {nonmembers}",
+        ("is what --earlier {nonmembers} reads",),
+    ),
+    "influence onto rows": (
+        "analyze influence {model} --forget {forget} --output {forget}",
+        ("--output {forget}: is what --forget reads",),
+    ),
     "inspect empty": ("data inspect {empty} --model {model}", ("{empty}: is empty",)),
     "inspect row": (INSPECT + "--row ada00sc", ("--row ada00sc", "did you mean 'ada00sc1'?")),
     "inspect option": (INSPECT + "--reveel", ("--reveel", "did you mean --reveal?")),

@@ -178,6 +178,25 @@ def test_which_addresses_are_of_this_machine_alone(host: str, expected: bool) ->
     assert is_loopback(host) == expected
 
 
+@pytest.mark.parametrize("host", ["192.168..1", "no such host"])
+def test_what_is_no_address_is_refused(host: str) -> None:
+    assert f"--host {host}: is no address" in refusal(lambda: listening(host, 0))
+
+
+def test_an_audit_that_makes_no_report_is_refused_before_a_model_is_loaded(
+    served: dict[str, Path], tmp_path: Path
+) -> None:
+    manifest = json.loads((served["run"] / "expunge.json").read_text())
+    models = {
+        "target": {"sha256": manifest["model_sha256"]},
+        "unlearned": {"sha256": manifest["output_sha256"]},
+    }
+    path = tmp_path / "audit.json"
+    path.write_text(json.dumps({"format": "expunge-audit/1", "models": models}))
+    told = refusal(lambda: check(ServeInputs(str(served["run"]), audit=str(path), device="cpu")))
+    assert "is not as expunge audit writes it" in told
+
+
 def test_passwords_are_the_same_or_not() -> None:
     assert same_password("é漢", "é漢")
     assert not same_password("", "x")

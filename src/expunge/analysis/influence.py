@@ -35,6 +35,7 @@ from expunge.analysis.row_gradients import (
 from expunge.data.batches import Tokens
 from expunge.data.rows import RowSet, check_disjoint, read_rows
 from expunge.data.tokenization import LongRows, encode_rows
+from expunge.disk import check_file_output
 from expunge.errors import InputError
 from expunge.methods.curvature import DampingUnit
 from expunge.models.decoder import DecoderLayout, skeleton_of
@@ -142,7 +143,13 @@ def analyze_influence(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("analyze influence: runs in one process; start it without a launcher")
     for option in ("output", "figure"):
-        _check_output(option, getattr(inputs, option))
+        path = getattr(inputs, option)
+        if path is not None:
+            check_file_output(
+                option,
+                Path(path),
+                {n: getattr(inputs, n) for n in ("forget", "retain", "nonmembers")},
+            )
     checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
     first, last = layer_range(inputs.layers, checked.layout)
     sets = _read_sets(inputs)
@@ -305,10 +312,3 @@ def _with_rows(influence: Influence, sets: Mapping[str, RowSet], found: LeaveOut
         )
     ]
     return dataclasses.replace(influence, forget=forget, retain=retain)
-
-
-def _check_output(option: str, path: str | None) -> None:
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise InputError(f"--{option} {path}: its directory does not exist; make it first")
-    if path is not None and Path(path).is_dir():
-        raise InputError(f"--{option} {path}: is a directory; name a file")

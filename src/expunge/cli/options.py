@@ -91,6 +91,8 @@ def yaml_fields(path: Path) -> dict[str, Any]:
         raise InputError(f"--config {path}: no such file") from None
     except UnicodeDecodeError:
         raise InputError(f"--config {path}: is not UTF-8; convert the file") from None
+    except OSError as error:
+        raise InputError(f"--config {path}: {error.strerror}; name a file of options") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark is not None else ""

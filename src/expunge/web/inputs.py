@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import importlib.util
 import ipaddress
+import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from expunge.errors import InputError
 from expunge.evaluation.score_files import read_scores
 from expunge.evaluation.scorecard import Scorecard, check_material
 from expunge.models.loading import CheckedModel, Dtype, check_model, resolve_device, text_policy
+from expunge.reporting.content import content
 from expunge.reporting.material import Material, ReportInputs, gather
 from expunge.reporting.tables import label_of
 from expunge.web.records import Record, read_records
@@ -89,6 +91,8 @@ class Checked:
 
     inputs: ServeInputs
     material: Material
+    report: Mapping[str, Any]
+    """What the run's report says, as JSON holds it."""
     target: CheckedModel
     unlearned: CheckedModel
     device: str
@@ -123,6 +127,7 @@ def check(inputs: ServeInputs) -> Checked:
             reveal=inputs.reveal,
         )
     )
+    report = json.loads(json.dumps(content(material), allow_nan=False, ensure_ascii=False))
     device = resolve_device(inputs.device)
     target, unlearned = _models(inputs, material.manifest)
     template = inputs.chat_template
@@ -142,6 +147,7 @@ def check(inputs: ServeInputs) -> Checked:
     return Checked(
         inputs=inputs,
         material=material,
+        report=report,
         target=target,
         unlearned=unlearned,
         device=device,
@@ -200,7 +206,7 @@ def listening(host: str, port: int) -> socket.socket:
     """A socket that listens there, so that a port in use is found before a model is loaded."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError:
+    except (OSError, UnicodeError):  # the latter for a name with an empty part
         raise InputError(f"--host {host}: is no address of this machine; use 127.0.0.1") from None
     opened = socket.socket(family, socket.SOCK_STREAM)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -6,7 +6,6 @@ unless it was revealed: not as a value, not as a choice, not as state.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ import gradio as gr
 from expunge.data.rows import Row
 from expunge.errors import InputError
 from expunge.evaluation.generation import MAX_NEW_TOKENS
-from expunge.reporting.content import content
 from expunge.reporting.rendering import page as report_page
 from expunge.web import drawing
 from expunge.web.asking import SIDES, Answer, Pair, Question, Side, row_score
@@ -154,10 +152,10 @@ def said(error: Exception) -> str:
 
 
 def build(checked: Checked, pair: Pair) -> gr.Blocks:
-    """The whole page. Raises InputError where the run's files make no report."""
+    """The whole page."""
     desk = Desk(checked, pair)
     manifest = checked.material.manifest
-    report = json.loads(json.dumps(content(checked.material), allow_nan=False, ensure_ascii=False))
+    report = checked.report
     summary = report["summary"]
     with gr.Blocks(title="Expunge: target and unlearned model", analytics_enabled=False) as page:
         _html(
