@@ -109,7 +109,7 @@ def test_half_precision_and_torch_without_the_call_are_left_alone(
         raise ZeroDivisionError
 
     monkeypatch.setattr(kernels, "_linear", fail)
-    monkeypatch.setattr(kernels, "_serves_bfloat16", lambda: True)
+    monkeypatch.setattr(kernels, "_has_bfloat16", lambda: True)
     half = torch.nn.Linear(8, 8).bfloat16()
     with fast_products(torch.bfloat16, CPU), torch.no_grad():
         half(torch.zeros(16, 8, dtype=torch.bfloat16))
@@ -123,7 +123,7 @@ def test_half_precision_and_torch_without_the_call_are_left_alone(
 def test_products_of_bfloat16_are_rounded_once(
     product: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_serves_bfloat16", lambda: False)
+    monkeypatch.setattr(kernels, "_has_bfloat16", lambda: False)
     generator = torch.Generator().manual_seed(0)
     batch = (3,) if product in ("matmul", "bmm") else ()
     left = torch.randn((*batch, 16, 24), generator=generator).bfloat16()
@@ -151,7 +151,7 @@ def test_a_bfloat16_model_learns_alike_with_and_without_its_own_products(
     ids = torch.randint(0, 300, (4, 20), generator=torch.Generator().manual_seed(0))
     gradients = []
     for has in (True, False):
-        monkeypatch.setattr(kernels, "_serves_bfloat16", lambda has=has: has)
+        monkeypatch.setattr(kernels, "_has_bfloat16", lambda has=has: has)
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16), fast_products(torch.bfloat16, CPU):
             output = model(input_ids=ids, labels=ids)
@@ -171,7 +171,7 @@ def test_the_call_is_tried_in_float32_whatever_autocast_says() -> None:
 def test_other_dtypes_are_left_alone_where_bfloat16_is_wide(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kernels, "_serves_bfloat16", lambda: False)
+    monkeypatch.setattr(kernels, "_has_bfloat16", lambda: False)
     full = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
     with fast_products(torch.bfloat16, CPU):
         assert (full @ full.t()).dtype == torch.float32
@@ -197,7 +197,7 @@ def test_the_quick_dtype_is_what_the_processor_multiplies(
 
 
 def test_tensors_given_by_name_go_torchs_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_serves_bfloat16", lambda: False)
+    monkeypatch.setattr(kernels, "_has_bfloat16", lambda: False)
     a = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     plain = (functional.linear(a, weight=a), functional.linear(a, a, bias=a[0]), torch.matmul(a, a))
     out = torch.empty(1, 16, 16, dtype=torch.bfloat16)
@@ -218,7 +218,7 @@ def test_tensors_given_by_name_go_torchs_own_way(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_a_wide_product_keeps_is_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_serves_bfloat16", lambda: False)
+    monkeypatch.setattr(kernels, "_has_bfloat16", lambda: False)
     layer = torch.nn.Linear(24, 40).bfloat16()
     inputs = torch.randn(16, 24).bfloat16().requires_grad_()
     saved: list[torch.dtype] = []
