@@ -14,7 +14,6 @@ from expunge.audits.likelihood import (
     loss_score,
     min_k,
     min_k_plus_plus,
-    next_token_moments,
     zlib_score,
 )
 from expunge.audits.membership import blind_scores
@@ -38,21 +37,6 @@ def test_min_k_is_the_mean_of_the_least_likely_tokens() -> None:
     assert min_k(values, 0.2) == pytest.approx(fmean(sorted(LOG_PROBS)[:4]))
     assert min_k(values, 1.0) == pytest.approx(loss_score(values))
     assert min_k(values[:2], 0.2) == pytest.approx(min(LOG_PROBS[:2]))  # never no token
-
-
-def test_moments_are_those_of_the_models_own_distribution() -> None:
-    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
-    mean, deviation = next_token_moments(logits)
-    for line in range(4):
-        weights = [math.exp(float(v)) for v in logits[line]]
-        p = [w / sum(weights) for w in weights]
-        expected = sum(q * math.log(q) for q in p)
-        spread = math.sqrt(sum(q * (math.log(q) - expected) ** 2 for q in p))
-        assert float(mean[line]) == pytest.approx(expected, abs=1e-5)
-        assert float(deviation[line]) == pytest.approx(spread, abs=1e-5)
-    even = next_token_moments(torch.zeros(1, 8))
-    assert float(even[0]) == pytest.approx(-math.log(8))
-    assert float(even[1]) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_min_k_plus_plus_is_min_k_of_the_standardised_values() -> None:

@@ -174,8 +174,13 @@ def test_the_spread_of_one_document_is_its_quantile_function() -> None:
     never, forget = row_tokens(300, 0), row_tokens(40, 1, scale=0.1)
     spread = token_spread([never], [forget])
     ranks = (numpy.arange(POINTS) + 0.5) / POINTS
-    for found, row in ((spread.wanted, never), (spread.reached, forget)):
-        expected = numpy.quantile(row.losses.numpy(), ranks, method="hazen")
+    for found, values in (
+        (spread.wanted, never.losses),
+        (spread.reached, forget.losses),
+        (spread.wanted_surprise, never.surprise),
+        (spread.reached_surprise, forget.surprise),
+    ):
+        expected = numpy.quantile(values.numpy(), ranks, method="hazen")
         torch.testing.assert_close(found.double(), torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
@@ -185,7 +190,9 @@ def test_the_spread_of_several_documents_is_their_barycentre() -> None:
     alone = [token_spread([row], [row]) for row in rows]
     spread = token_spread(rows, rows)
     torch.testing.assert_close(spread.wanted, torch.stack([one.wanted for one in alone]).mean(0))
-    torch.testing.assert_close(spread.entropy, torch.stack([one.entropy for one in alone]).mean(0))
+    torch.testing.assert_close(
+        spread.wanted_surprise, torch.stack([one.wanted_surprise for one in alone]).mean(0)
+    )
 
 
 def test_tokens_are_compared_inside_the_groups_that_rows_are() -> None:
@@ -209,17 +216,21 @@ def test_an_aim_follows_what_was_reached_and_stays_near_what_is_wanted() -> None
     mean = float(never.losses.mean())
     rows = NeverSeen({"m": mean}, {"m": mean}, {"m": "t"}, {"t": spread})
     aims = Aims(9.0, 1.0, match_tokens=True)
-    now = torch.tensor([0.3, 0.1, 0.2])
+    now, surprise = torch.tensor([0.3, 0.1, 0.2]), torch.tensor([-1.0, 0.0, 1.0])
     aims.calibrate(rows)
-    first = aims.of_row("m", now).losses
-    assert first.argsort().tolist() == now.argsort().tolist()  # tokens keep their order
-    assert float(first.mean()) == pytest.approx(mean, rel=1e-5)
+    first = aims.of_row("m", now, surprise)
+    assert first.losses.argsort().tolist() == now.argsort().tolist()  # tokens keep their order
+    assert first.surprise.argsort().tolist() == [0, 1, 2]  # each order its own
+    assert float(first.losses.mean()) == pytest.approx(mean, rel=1e-5)
     for _ in range(20):
         aims.calibrate(rows)  # never reached: only the bound ends it
     moved = torch.tensor(aims.state()["losses"]["t"])
     assert bool((moved <= spread.wanted * 1.25 + 1e-5).all())
     assert bool((moved >= spread.wanted * 0.5 - 1e-5).all())
     assert not torch.allclose(moved, spread.wanted)
-    unknown = aims.of_row("other", now)
+    moved = torch.tensor(aims.state()["surprise"]["t"])
+    assert float((moved - spread.wanted_surprise).abs().max()) <= 0.5 + 1e-5
+    assert not torch.allclose(moved, spread.wanted_surprise)
+    unknown = aims.of_row("other", now, surprise)
     assert unknown.losses.tolist() == [9.0] * 3
-    assert unknown.entropy.isnan().all()
+    assert unknown.surprise.isnan().all()

@@ -14,6 +14,7 @@ import torch
 from scipy.linalg import hadamard
 
 from conftest import shaken
+from expunge.audits.likelihood import min_k_plus_plus
 from expunge.data.batches import Batch, collate, in_order
 from expunge.data.random_text import random_examples
 from expunge.errors import InputError
@@ -239,7 +240,7 @@ def test_tokens_of_a_calibrated_document_take_the_spread_of_never_seen_ones(
     memorised: Callable[[], Context],
 ) -> None:
     context = memorised()
-    settings = LIBU(rank=4, retain_weight=0, entropy_weight=0, lens_weight=0)
+    settings = LIBU(rank=4, retain_weight=0, surprise_weight=0, lens_weight=0)
     objective = settings.start(context)
     batch = collate(context.forget, [0], context.pad_id)
     row = batch.row_ids[0]
@@ -269,28 +270,39 @@ def test_tokens_of_a_calibrated_document_take_the_spread_of_never_seen_ones(
     assert forgetting(objective, other) == pytest.approx(forgetting(plain, other), rel=1e-5)
 
 
-def test_the_model_is_to_be_as_undecided_as_never_seen_text_leaves_it(
-    make_context: Contexts,
-) -> None:
+def test_a_token_is_to_be_as_surprising_as_one_of_never_seen_text(make_context: Contexts) -> None:
     context, again = make_context(), make_context()
     for each in (context, again):
-        shaken(each.model)  # so that some tokens are above the mean entropy and some below
-    settings = LIBU(rank=4, match_tokens=True, retain_weight=0, entropy_weight=0)
+        shaken(each.model)
+    settings = LIBU(rank=4, match_tokens=True, retain_weight=0, surprise_weight=0)
     without = settings.start(context)
     batch = collate(context.forget, [0], context.pad_id)
     row = batch.row_ids[0]
     with torch.no_grad():
         logits = without.counted_logits(batch).double()
-    entropy = torch.distributions.Categorical(logits=logits).entropy()
-    wanted = float(entropy.mean())
-    rows = NeverSeen({row: 0.0}, {row: 3.0}, {row: "t"}, {"t": spread_of(([3.0] * 9, wanted))})
+    # By min-k%++ itself, one token at a time.
+    targets = batch.input_ids[:, 1:][batch.token_mask[:, 1:]]
+    log_p = logits.log_softmax(-1)
+    now = []
+    for line, target in zip(log_p, targets.tolist(), strict=True):
+        mean = float((line.exp() * line).sum())
+        deviation = float((line.exp() * (line - mean).square()).sum().sqrt())
+        moments = torch.tensor([mean]), torch.tensor([deviation])
+        now.append(-min_k_plus_plus(line[target][None], *moments))
+    surprise = torch.tensor(now).asinh()
+    # Wanted in another order than the text's: ranks decide which token is to have which.
+    never = torch.linspace(-3, 3, len(now)).flip(0)
+    documents = [RowTokens(torch.full((len(now),), 3.0), never)]
+    rows = NeverSeen({row: 0.0}, {row: 3.0}, {row: "t"}, {"t": token_spread(documents, documents)})
     without.calibrate(rows)
     plain = forgetting(without, batch)
-    away = (entropy - wanted).abs()
-    expected = 0.7 * torch.where(away < 2, away.square() / 4, away - 1).mean()
-    objective = dataclasses.replace(settings, entropy_weight=0.7).start(again)
+    wanted = torch.empty(len(now))
+    wanted[surprise.argsort()] = never.sort().values
+    away = (surprise - wanted).abs()
+    expected = 0.7 * torch.where(away < 1, away.square() / 2, away - 0.5).mean()
+    objective = dataclasses.replace(settings, surprise_weight=0.7).start(again)
     objective.calibrate(rows)
-    assert forgetting(objective, batch) - plain == pytest.approx(float(expected), rel=1e-3)
+    assert forgetting(objective, batch) - plain == pytest.approx(float(expected), rel=0.02)
 
 
 def test_what_a_layer_inside_knows_is_pushed_as_well(memorised: Callable[[], Context]) -> None:
@@ -357,7 +369,7 @@ def test_calibration_is_put_back_as_it_was(memorised: Callable[[], Context]) -> 
         ({"lens_weight": -0.5}, "--method.lens_weight"),
         ({"random_rows": -1}, "--method.random_rows"),
         ({"random_weight": -0.1}, "--method.random_weight"),
-        ({"entropy_weight": -1.0}, "--method.entropy_weight"),
+        ({"surprise_weight": -1.0}, "--method.surprise_weight"),
         ({"parameters": "full"}, "--method.parameters"),
         ({"damping": 0}, "--method.damping"),
         ({"ceiling": -1.0}, "--method.ceiling"),

@@ -20,9 +20,11 @@ from expunge.methods.losses import (
 )
 from expunge.methods.numerics import (
     masked_mean,
+    next_token_moments,
     row_means,
     row_sums,
     target_log_odds,
+    target_surprise,
     token_log_probs,
 )
 
@@ -224,3 +226,33 @@ def test_a_batch_is_the_weighted_mean_of_its_parts(
     parts = [of(slice(0, 2)), of(slice(2, ROWS))]
     found = sum(float(value) * count / total for value, count in parts)
     assert found == pytest.approx(float(whole), rel=1e-5)
+
+
+def test_moments_are_those_of_the_models_own_distribution() -> None:
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    mean, deviation = next_token_moments(logits)
+    for line in range(4):
+        weights = [math.exp(float(v)) for v in logits[line]]
+        p = [w / sum(weights) for w in weights]
+        expected = sum(q * math.log(q) for q in p)
+        spread = math.sqrt(sum(q * (math.log(q) - expected) ** 2 for q in p))
+        assert float(mean[line]) == pytest.approx(expected, abs=1e-5)
+        assert float(deviation[line]) == pytest.approx(spread, abs=1e-5)
+    even = next_token_moments(torch.zeros(1, 8))
+    assert float(even[0]) == pytest.approx(-math.log(8))
+    assert float(even[1]) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_surprise_has_a_gradient_where_a_token_is_known_by_heart_or_masked() -> None:
+    logits = torch.tensor([[80.0, 0.0, -1.0], [0.0, -torch.inf, 1.0], [30.0, 0.0, 0.0]])
+    logits.requires_grad_()
+    targets = torch.tensor([0, 2, 1])
+    surprise = target_surprise(logits, targets)
+    surprise.sum().backward()
+    found = surprise.detach()
+    assert float(found[0]) == pytest.approx(0.0, abs=1e-3)
+    # Certain of another token: nothing is more surprising, and the push stays bounded.
+    assert float(found[2]) > 5
+    assert logits.grad is not None
+    assert bool(torch.isfinite(logits.grad).all())
+    assert float(logits.grad.abs().max()) <= 2

@@ -37,11 +37,3 @@ def min_k_plus_plus(
     Mean and deviation are of log p over the model's own next-token distribution at that place.
     """
     return min_k((log_probs.double() - mean.double()) / deviation.double().clamp(min=1e-6), share)
-
-
-def next_token_moments(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of log p under p itself: (n, vocabulary) -> (n,) and (n,), float32."""
-    log_p = logits.float().log_softmax(-1)
-    p = log_p.exp()
-    mean = (p * log_p).sum(-1)
-    return mean, (p * (log_p - mean[:, None]).square()).sum(-1).sqrt()

@@ -16,7 +16,6 @@ from expunge.audits.likelihood import (
     loss_score,
     min_k,
     min_k_plus_plus,
-    next_token_moments,
     zlib_score,
 )
 from expunge.audits.subject import Subject
@@ -25,7 +24,7 @@ from expunge.data.rows import Row
 from expunge.data.tokenization import encode_rows
 from expunge.evaluation.batches import token_batches
 from expunge.methods.forward import logits_at
-from expunge.methods.numerics import target_log_probs
+from expunge.methods.numerics import next_token_moments, target_log_probs
 from expunge.models.kernels import fast_products
 from expunge.models.loading import pad_id_of
 

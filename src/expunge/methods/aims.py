@@ -13,20 +13,22 @@ from typing import Any
 
 import torch
 
-from expunge.methods.calibration import NeverSeen, TokenSpread, at_ranks
+from expunge.methods.calibration import NeverSeen, at_ranks
 
 _RANGE = (0.5, 1.25)
+_SURPRISE_RANGE = 0.5
 _LEAST = 1e-4
 """Nats; below, log-odds are a matter of rounding."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Of some tokens, in nats, each (tokens,)."""
+    """Of some tokens, each (tokens,)."""
 
     losses: torch.Tensor
-    entropy: torch.Tensor
-    """Of the distribution that predicts it; NaN where nothing is known of it."""
+    """Nats."""
+    surprise: torch.Tensor
+    """As `target_surprise` gives it; NaN where nothing is known of it."""
 
 
 class Aims:
@@ -41,7 +43,7 @@ class Aims:
         self._ceilings: dict[str, float] = {}
         self._groups: dict[str, str] = {}
         self._losses: dict[str, torch.Tensor] = {}
-        self._entropy: dict[str, torch.Tensor] = {}
+        self._surprise: dict[str, torch.Tensor] = {}
 
     def calibrate(self, rows: NeverSeen) -> None:
         """Moves each aim by what was missed, and keeps it near what is wanted: one that is far off
@@ -57,31 +59,50 @@ class Aims:
             return
         self._groups = {row: group for row, group in rows.groups.items() if group in rows.spreads}
         for group, spread in rows.spreads.items():
-            self._losses[group] = self._moved(self._losses.get(group), spread)
-            self._entropy[group] = spread.entropy
+            self._losses[group] = self._moved(
+                self._losses.get(group),
+                spread.wanted,
+                spread.reached,
+                (spread.wanted * _RANGE[0], spread.wanted * _RANGE[1]),
+            )
+            surprise = spread.wanted_surprise
+            self._surprise[group] = self._moved(
+                self._surprise.get(group),
+                surprise,
+                spread.reached_surprise,
+                (surprise - _SURPRISE_RANGE, surprise + _SURPRISE_RANGE),
+            )
 
-    def _moved(self, aim: torch.Tensor | None, spread: TokenSpread) -> torch.Tensor:
+    def _moved(
+        self,
+        aim: torch.Tensor | None,
+        wanted: torch.Tensor,
+        reached: torch.Tensor,
+        near: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
         if aim is None:
-            return spread.wanted
-        moved = aim + self._gain * (spread.wanted - spread.reached)
-        near = moved.minimum(spread.wanted * _RANGE[1]).maximum(spread.wanted * _RANGE[0])
-        return near.sort().values
+            return wanted
+        moved = aim + self._gain * (wanted - reached)
+        return moved.maximum(near[0]).minimum(near[1]).sort().values
 
-    def of_row(self, row: str, losses: torch.Tensor) -> Wanted:
-        """What the tokens of a row should have, whose `losses` (tokens,) the model has now.
+    def of_row(self, row: str, losses: torch.Tensor, surprise: torch.Tensor) -> Wanted:
+        """What the tokens of a row should have, whose `losses` and `surprise` (tokens,) are these now.
 
-        They keep their order: the least likely token is to be the least likely. Of equally likely ones
-        the first in the text is to be the likeliest. Their mean is the row's ceiling.
+        They keep their order: the least likely token is to be the least likely, the most surprising
+        the most surprising. Of equal ones the first in the text is to have least. The mean of the
+        losses is the row's ceiling.
         """
         ceiling = self._ceilings.get(row, self._ceiling)
         group = self._groups.get(row)
         if group is None or not len(losses):
             return Wanted(torch.full_like(losses, ceiling), torch.full_like(losses, torch.nan))
-        ranks = losses.cpu().argsort(stable=True).argsort()
         wanted = at_ranks(self._losses[group], len(losses))
         wanted = wanted * (ceiling / wanted.mean().clamp(min=_LEAST))
-        entropy = at_ranks(self._entropy[group], len(losses))
-        return Wanted(wanted.clamp(min=_LEAST)[ranks].to(losses), entropy[ranks].to(losses))
+        wanted_surprise = at_ranks(self._surprise[group], len(losses))
+        return Wanted(
+            wanted.clamp(min=_LEAST)[_ranks(losses)].to(losses),
+            wanted_surprise[_ranks(surprise)].to(losses),
+        )
 
     def state(self) -> dict[str, Any]:
         """All of it, as JSON can hold it."""
@@ -89,7 +110,7 @@ class Aims:
             "ceilings": dict(self._ceilings),
             "groups": dict(self._groups),
             "losses": {group: points.tolist() for group, points in self._losses.items()},
-            "entropy": {g: points.tolist() for g, points in self._entropy.items()},
+            "surprise": {g: points.tolist() for g, points in self._surprise.items()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -97,4 +118,8 @@ class Aims:
         self._ceilings = dict(state["ceilings"])
         self._groups = dict(state["groups"])
         self._losses = {g: torch.tensor(points) for g, points in state["losses"].items()}
-        self._entropy = {g: torch.tensor(points) for g, points in state["entropy"].items()}
+        self._surprise = {g: torch.tensor(points) for g, points in state["surprise"].items()}
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    return values.cpu().argsort(stable=True).argsort()

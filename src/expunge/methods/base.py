@@ -14,7 +14,7 @@ from expunge.data.batches import Batch, Tokens, in_order
 from expunge.data.sampling import Sampling
 from expunge.data.tokenization import Example
 from expunge.methods.calibration import NeverSeen
-from expunge.methods.numerics import token_entropy, token_log_probs
+from expunge.methods.numerics import target_surprise, token_log_probs
 from expunge.models.decoder import DecoderLayout
 from expunge.models.engine import SegmentEngine
 from expunge.processes import OneProcess, Processes
@@ -112,22 +112,24 @@ class Context:
         """
         if self.engine is not None:
             return self.engine.next_tokens(batch)
-        return self.next_tokens_with_entropy(batch, None)[:2]
+        return self.next_tokens_with_surprise(batch, None)[:2]
 
-    def next_tokens_with_entropy(
+    def next_tokens_with_surprise(
         self, batch: Batch, where: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`next_tokens` of the whole model, and the entropy of the predictions marked in `where`.
+        """`next_tokens` of the whole model, and the surprise at the tokens marked in `where`.
 
-        where (rows, tokens - 1), boolean -> (marked,), nats, in reading order. Not where an engine runs
-        the trained layers alone.
+        where (rows, tokens - 1), boolean -> (marked,), in reading order (`target_surprise`). Not where
+        an engine runs the trained layers alone.
         """
         logits = self.model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         ).logits
         right = logits[:, :-1].argmax(-1) == batch.input_ids[:, 1:]
-        entropy = logits.new_zeros(0) if where is None else token_entropy(logits[:, :-1][where])
-        return token_log_probs(logits, batch.input_ids), right, entropy
+        surprise = logits.new_zeros(0)
+        if where is not None:
+            surprise = target_surprise(logits[:, :-1][where], batch.input_ids[:, 1:][where])
+        return token_log_probs(logits, batch.input_ids), right, surprise
 
     def passes(self, examples: Sequence[Example], phase: str | None) -> Iterator[Batch]:
         """The examples batch by batch on the device; a phase's name tells its progress."""

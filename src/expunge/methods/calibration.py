@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,24 +36,25 @@ def matched_by_rank(values: Sequence[float], reference: Sequence[float]) -> list
 
 @dataclass(frozen=True)
 class RowTokens:
-    """What a model says of the tokens of one document, each (1 or more tokens,), in nats."""
+    """What a model says of the tokens of one document, each (1 or more tokens,)."""
 
     losses: torch.Tensor
-    entropy: torch.Tensor
-    """Of the distribution that predicts each."""
+    """Nats."""
+    surprise: torch.Tensor
+    """How much less likely each is than the distribution expects (`target_surprise`)."""
 
 
 def joined(windows: Sequence[RowTokens]) -> RowTokens:
     """The windows of one document as one."""
     return RowTokens(
         torch.cat([window.losses for window in windows]),
-        torch.cat([window.entropy for window in windows]),
+        torch.cat([window.surprise for window in windows]),
     )
 
 
 @dataclass(frozen=True)
 class TokenSpread:
-    """The tokens of a group's documents by the rank of their loss, each (POINTS,), in nats.
+    """The tokens of a group's documents by the rank of their loss, or of their surprise, each (POINTS,).
 
     A document's are its quantile function; those of several are the mean of theirs, the barycentre of
     their distributions under the transport that moves losses least. Pooled tokens would not do: their
@@ -61,11 +62,11 @@ class TokenSpread:
     """
 
     wanted: torch.Tensor
-    """Losses of never-seen documents."""
+    """Losses of never-seen documents, nats."""
     reached: torch.Tensor
-    """Losses of the forget documents."""
-    entropy: torch.Tensor
-    """Mean over never-seen documents of the entropy at each rank."""
+    """Losses of the forget documents, nats."""
+    wanted_surprise: torch.Tensor
+    reached_surprise: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,16 @@ def at_ranks(values: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def token_spread(never: Sequence[RowTokens], forget: Sequence[RowTokens]) -> TokenSpread:
-    """Compares documents' tokens by the rank of their loss; neither side is empty."""
-    orders = [row.losses.argsort(stable=True) for row in never]
-    entropies = [
-        at_ranks(row.entropy[order], POINTS) for row, order in zip(never, orders, strict=True)
-    ]
+    """Compares documents' tokens by the rank of their loss, and of their surprise; no side is empty."""
+
+    def mean(documents: Iterable[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([at_ranks(values.sort().values, POINTS) for values in documents]).mean(0)
+
     return TokenSpread(
-        torch.stack([at_ranks(row.losses.sort().values, POINTS) for row in never]).mean(0),
-        torch.stack([at_ranks(row.losses.sort().values, POINTS) for row in forget]).mean(0),
-        torch.stack(entropies).mean(0),
+        mean(row.losses for row in never),
+        mean(row.losses for row in forget),
+        mean(row.surprise for row in never),
+        mean(row.surprise for row in forget),
     )
 
 

@@ -14,17 +14,18 @@ is halved until the measured rise does too.
 
 Phase 2, Sophia (arXiv 2305.14342) on
 
-    L = mean_F [ |logit p_t - logit exp(-c_t)| + u |H(p) - e_t| + v |logit p_t^l - logit exp(-c_t)|+ ]
+    L = mean_F [ |logit p_t - logit exp(-c_t)| + u |z_t - s_t| + v |logit p_t^l - logit exp(-c_t)|+ ]
         + w * (mean_R |logit p_t - logit p_t_target| + mean_random [ KL + s |h - h0|^2 / |h0|^2 ])
 
 with p_t the probability of a token and c_t the loss that it should have once it is forgotten: a forget
 term that ends per token, and the retain term that the published code lacks. Both on the log-odds, as
 the gradient of the NLL is 1 - p, nearly 0 for what is known by heart: by the time that a cross-entropy
-resists, retain text known by heart is lost. |x| is Huber's, |x|+ that of max(0, x). H(p) is the entropy
-of the distribution that predicts the token, e_t that of never-seen text; p_t^l is what the logit lens
-reads after a layer l; h are states of random tokens after every layer, h0 the target's. The terms in u,
-v and s are ours: without them what is gone from the output still shows in its distribution and between
-the layers. The means over retain and random tokens are one over both, in which a random token counts r.
+resists, retain text known by heart is lost. |x| is Huber's, |x|+ that of max(0, x). z_t is how much less
+likely the token is than its distribution expects, s_t the same in never-seen text; p_t^l is what the
+logit lens reads after a layer l; h are states of random tokens after every layer, h0 the target's. The
+terms in u, v and s are ours: without them what is gone from the output still shows in its distribution
+and between the layers. The means over retain and random tokens are one over both, in which a random
+token counts r.
 Sophia divides by the Gauss-Newton diagonal of that retain term, the mean squared gradient of a token's
 log-odds. Sophia-G's own estimate, with labels sampled from the model, is near 0 where text is known by
 heart; `curvature: sampled-labels` takes it, warmed up from phase 1's Fisher.
@@ -55,14 +56,14 @@ from expunge.methods.losses import huber, log_odds_at, relative_change, token_kl
 from expunge.methods.numerics import (
     target_log_odds,
     target_log_probs,
-    token_entropy,
+    target_surprise,
 )
 
 _CEILING = 0.8
 _FORGET_WIDTH = 16.0
 """Nats of log-odds, as far as a token known by heart has to go: the furthest off are pushed hardest."""
-_ENTROPY_WIDTH = 2.0
-"""Nats."""
+_SURPRISE_WIDTH = 1.0
+"""A factor of e in how many deviations a token lies from what is expected."""
 _RETAIN_WIDTH = 2.0
 """Nats of log-odds, a factor of 7 in the odds: what is lost is pulled back with all weight soon."""
 _PUBLISHED = {
@@ -82,7 +83,7 @@ _PUBLISHED = {
     "random_weight": 1.0,
     "calibration_gain": 0.0,
     "match_tokens": False,
-    "entropy_weight": 0.0,
+    "surprise_weight": 0.0,
     "lens_weight": 0.0,
     "states_weight": 0.0,
 }
@@ -122,9 +123,9 @@ class LIBU(GradientSettings):
     match_tokens: bool = True
     """With non-members and a gain: give the tokens of a document the spread of losses of never-seen
     ones, rank by rank, and not all of them the document's ceiling."""
-    entropy_weight: float = 1.0
-    """Where tokens are matched: weight of the term that leaves the model as undecided about a forgotten
-    token as about one of the same rank in never-seen text, and no more."""
+    surprise_weight: float = 1.0
+    """Where tokens are matched: weight of the term that makes a forgotten token as surprising, in
+    deviations from what its own distribution expects, as one of the same rank in never-seen text."""
     lens_weight: float = 0.5
     """Weight of the forget term of a layer inside, another one in every step: what the logit lens reads
     there may be no likelier than what is wanted of the output."""
@@ -188,7 +189,7 @@ class LIBU(GradientSettings):
             "random_rows",
             "random_weight",
             "calibration_gain",
-            "entropy_weight",
+            "surprise_weight",
             "lens_weight",
             "states_weight",
         ):
@@ -280,8 +281,8 @@ class LIBUObjective(GradientObjective):
         return Terms(term, settings.retain_weight * self._drift(retain))
 
     def _distances(self, forget: Batch) -> torch.Tensor:
-        """How far each forget token is from what is wanted of it: at the output, by its distribution's
-        entropy, and by the logit lens inside; (counted tokens,)."""
+        """How far each forget token is from what is wanted of it: by its log-odds, by its surprise, and
+        by the logit lens inside; (counted tokens,)."""
         settings = self._settings
         mask = forget.mask(settings.forget_tokens)[:, 1:]
         targets = forget.input_ids[:, 1:][mask]
@@ -291,12 +292,14 @@ class LIBUObjective(GradientObjective):
         else:
             logits = self.counted_logits(forget, settings.forget_tokens)
         log_odds = target_log_odds(logits, targets)
-        wanted, entropy = self._wanted(forget, mask, log_odds)
+        surprises = settings.surprise_weight > 0 and settings.matches_tokens is not None
+        surprise = target_surprise(logits, targets) if surprises else torch.zeros_like(log_odds)
+        wanted, wanted_surprise = self._wanted(forget, mask, log_odds, surprise)
         distances = huber(log_odds, wanted, _FORGET_WIDTH)
-        if settings.entropy_weight > 0 and settings.matches_tokens is not None:
-            away = huber(token_entropy(logits), entropy.nan_to_num(), _ENTROPY_WIDTH)
-            distances = distances + settings.entropy_weight * torch.where(
-                entropy.isnan(), 0.0, away
+        if surprises:
+            away = huber(surprise, wanted_surprise.nan_to_num(), _SURPRISE_WIDTH)
+            distances = distances + settings.surprise_weight * torch.where(
+                wanted_surprise.isnan(), 0.0, away
             )
         if inner is not None:
             above = torch.maximum(target_log_odds(inner, targets), wanted)
@@ -309,19 +312,24 @@ class LIBUObjective(GradientObjective):
         return int(torch.randint(max(1, self._layout.count - 1), (), generator=generator))
 
     def _wanted(
-        self, batch: Batch, mask: torch.Tensor, log_odds: torch.Tensor
+        self, batch: Batch, mask: torch.Tensor, log_odds: torch.Tensor, surprise: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The log-odds that each counted token should have, and the entropy of what predicts it.
+        """The log-odds and the surprise that each counted token should have.
 
         The first are those of its row's aims, or what they were in the target where that was less: no
         token of a forget row is made more likely than the target had it.
         """
         losses = -functional.logsigmoid(log_odds.detach())
-        rows = losses.split(mask.sum(1).tolist())
-        wanted = [self._aims.of_row(row, now) for row, now in zip(batch.row_ids, rows, strict=True)]
+        counts = mask.sum(1).tolist()
+        wanted = [
+            self._aims.of_row(row, *now)
+            for row, *now in zip(
+                batch.row_ids, losses.split(counts), surprise.detach().split(counts), strict=True
+            )
+        ]
         odds = log_odds_at(torch.cat([aim.losses for aim in wanted]))
         before = self._forget_before[list(batch.indices), : mask.shape[1]][mask]
-        return torch.minimum(before, odds), torch.cat([aim.entropy for aim in wanted])
+        return torch.minimum(before, odds), torch.cat([aim.surprise for aim in wanted])
 
     def _drift(self, retain: Batch) -> torch.Tensor:
         """How far retain text is from what the target says of it, mean over counted tokens.

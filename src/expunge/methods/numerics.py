@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+_LEAST_LOG = -1e4
+"""Nats; in the place of -inf, whose product with 0 is no number."""
+_LEAST_VARIANCE = 1e-4
+"""Nats^2, of a token known by heart, so that its gradient is a number."""
+
 
 def target_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Log-probability of each target, in nats: logits (n, vocabulary), targets (n,) -> (n,)."""
@@ -23,13 +28,37 @@ def target_log_odds(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     return logits.gather(1, chosen)[:, 0] - others
 
 
-def token_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy of each next-token distribution, in nats: (..., vocabulary) -> (...).
+def next_token_moments(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of log p under p itself, in nats: (n, vocabulary) -> (n,) and (n,).
 
-    A token that a family masks with -inf adds nothing.
+    The mean is minus the entropy. A token that a family masks with -inf adds nothing.
     """
-    log_probs = functional.log_softmax(logits.float(), dim=-1)
-    return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
+    mean, variance = _moments(_log_softmax(logits))
+    return mean, variance.sqrt()
+
+
+def target_surprise(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """How much less likely each target is than the distribution itself expects of a token.
+
+    asinh((-log p - entropy) / deviation of log p): logits (n, vocabulary), targets (n,) -> (n,). The
+    ratio is min-k%++'s with the other sign (arXiv 2404.02936, eq. 3); asinh, which leaves small values
+    as they are and takes the logarithm of large ones, bounds its gradient.
+    """
+    log_p = _log_softmax(logits)
+    mean, variance = _moments(log_p)
+    chosen = log_p.gather(1, targets[:, None])[:, 0]
+    return torch.asinh((mean - chosen) / (variance + _LEAST_VARIANCE).sqrt())
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    return functional.log_softmax(logits.float(), dim=-1).clamp(min=_LEAST_LOG)
+
+
+def _moments(log_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of log p under p: (n, vocabulary) -> (n,) and (n,)."""
+    p = log_p.exp()
+    mean = (p * log_p).sum(-1)
+    return mean, (p * (log_p - mean[:, None]).square()).sum(-1)
 
 
 def token_log_probs(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:

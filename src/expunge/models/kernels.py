@@ -4,9 +4,10 @@ float32 on a CPU: torch gives linear layers to MKL, which keeps to AVX2 on proce
 Intel's; oneDNN, which comes with torch as well, uses AVX-512 there: 2.2 times the speed on an AMD EPYC.
 Both are full float32. The call is the one that torch.compile makes.
 
-bfloat16 on a CPU without such instructions: torch's own loops (AVX2 only) are 10 to 100 times slower than
-float32's, and oneDNN, which widens the numbers itself where it has AVX-512, 3 to 4 times. Linear layers
-and plain matrix products are taken in float32 of the same bfloat16 numbers there, and rounded once.
+bfloat16 on a CPU without such instructions: torch's own loops (AVX2 only) are 10 to 100 times slower
+than float32's, and oneDNN, which widens the numbers itself where it has AVX-512, 3 to 4 times. Linear
+layers and plain matrix products are taken in float32 of the same bfloat16 numbers there, and rounded
+once.
 """
 
 from __future__ import annotations

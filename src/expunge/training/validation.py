@@ -167,8 +167,8 @@ def _pass(
         with torch.no_grad(), context.autocast():
             if tokens is not None:
                 where = _places_of(batch, documents, tokens)
-                log_probs, right, entropy = context.next_tokens_with_entropy(batch, where)
-                windows += _tokens_of(batch, where, log_probs, entropy)
+                log_probs, right, surprise = context.next_tokens_with_surprise(batch, where)
+                windows += _tokens_of(batch, where, log_probs, surprise)
             else:
                 log_probs, right = context.next_tokens(batch)
         answers = batch.answer_mask[:, 1:]
@@ -202,14 +202,14 @@ def _places_of(batch: Batch, documents: AbstractSet[str], tokens: Tokens) -> tor
 
 
 def _tokens_of(
-    batch: Batch, where: torch.Tensor, log_probs: torch.Tensor, entropy: torch.Tensor
+    batch: Batch, where: torch.Tensor, log_probs: torch.Tensor, surprise: torch.Tensor
 ) -> list[tuple[str, RowTokens]]:
     counts = where.sum(1).tolist()
     losses = (-log_probs[where]).float().cpu().split(counts)
     return [
-        (row, RowTokens(row_losses, row_entropy))
-        for row, row_losses, row_entropy in zip(
-            batch.row_ids, losses, entropy.float().cpu().split(counts), strict=True
+        (row, RowTokens(row_losses, row_surprise))
+        for row, row_losses, row_surprise in zip(
+            batch.row_ids, losses, surprise.float().cpu().split(counts), strict=True
         )
         if len(row_losses)
     ]
