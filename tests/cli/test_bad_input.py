@@ -53,10 +53,19 @@ def places(
         "inspect_key": "modl: x\n",
         "compare_key": "orakle: x\n",
         "list": "[1, 2]",
+        "alias": "a: &a\n  b: *a\n",
+        "digits": f'{{"input": {"9" * 5000}, "output": "x"}}\n',
+        "deep": "[" * 100_000 + "\n",
         "cell": json.dumps({**UNMEASURED, "forget": {"Task1": {"regurgitation": CANARY}}}),
     }
     for name, text in texts.items():
-        suffix = {"secret": "csv", "list": "json", "cell": "json"}.get(name, "yaml")
+        suffix = {
+            "secret": "csv",
+            "list": "json",
+            "cell": "json",
+            "digits": "jsonl",
+            "deep": "jsonl",
+        }.get(name, "yaml")
         found[name] = tmp_path / f"{name}.{suffix}"
         found[name].write_text(text)
     found["taken"] = tmp_path / "taken"
@@ -154,7 +163,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "evaluate config": (EVALUATE + "--config {taken}", ("--config {taken}: ", "name a file")),
     "audit seed": (AUDIT + "--seed -1", ("--seed -1: must be in [0, 2^32)",)),
     "audit large seed": (AUDIT + "--seed 4294967296", ("must be in [0, 2^32)",)),
-    "audit rate": (AUDIT + "--learning-rate nan", ("--learning-rate nan: must be a number",)),
+    "audit rate": (
+        AUDIT + "--learning-rate nan",
+        ("--learning-rate nan: must be a finite number",),
+    ),
     "audit great rate": (AUDIT + "--learning-rate inf", ("--learning-rate inf",)),
     "audit onto rows": (
         AUDIT + "--output {retain}",
@@ -168,6 +180,38 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         "analyze influence {model} --forget {forget} --output {forget}",
         ("--output {forget}: is what --forget reads",),
     ),
+    "evaluate onto weights": (
+        EVALUATE + "--output {model}/model.safetensors",
+        ("is there, and has the name of a model's or a run's own file",),
+    ),
+    "evaluate onto config": (EVALUATE + "--records {model}/config.json", ("run's own file",)),
+    "evaluate twice": (
+        EVALUATE + "--output {new} --records {new}",
+        ("--records {new}: is what --output writes",),
+    ),
+    "audit none": (AUDIT + "--attacks ,", ("--attacks: names none; choose from direct",)),
+    "audit twice": (AUDIT + "--earlier {forget}", ("--earlier {forget}: is the forget set",)),
+    "run nan": (RUN + "--method.alpha nan", ("--method.alpha nan: must be a finite number",)),
+    "run inf": (RUN + "--max-grad-norm=inf", ("--max-grad-norm inf: must be a finite number",)),
+    "run random": (
+        RUN + "--method.random-rows 99999999999999999999",
+        ("--method.random_rows 99999999999999999999: must be 0 or more, and 1,048,576 at most",),
+    ),
+    "run core": (RUN + "--device cpu:5", ("--device cpu:5: this machine has 1 of the kind",)),
+    "run long name": (RUN + f"--forget {'x' * 300}.jsonl", ("--forget: has a name of 306 bytes",)),
+    "run alias": (RUN + "--config {alias}", ("--config {alias}: refers to itself",)),
+    "run digits": (RUN + "--forget {digits}", ("{digits} line 1: holds a number of too many",)),
+    "run deep": (RUN + "--forget {deep}", ("{deep} line 1: holds a number",)),
+    "plan nothing": (
+        "plan {model} --forget {forget} --retain {retain} --on 0GB",
+        ("--on 0GB: unknown; give a size such as 24GB",),
+    ),
+    "demo seed": ("demo {new} --seed=-1", ("--seed -1: must be in [0, 2^32)",)),
+    "demo file": ("demo {forget}", ("--output {forget}: ", "is a file")),
+    "demo no methods": ("demo {new} --methods", ("--methods: is empty",)),
+    "build seed": ("benchmark build {new} --seed=-1", ("--seed -1: must be in [0, 2^32)",)),
+    "build below a file": ("benchmark build {forget}/x", ("{forget} is a file",)),
+    "inspect nothing": ("data inspect", ("--rows", "--help")),
     "inspect empty": ("data inspect {empty} --model {model}", ("{empty}: is empty",)),
     "inspect row": (INSPECT + "--row ada00sc", ("--row ada00sc", "did you mean 'ada00sc1'?")),
     "inspect option": (INSPECT + "--reveel", ("--reveel", "did you mean --reveal?")),
@@ -340,3 +384,24 @@ def test_a_process_of_its_own_adds_no_line_of_a_library(places: dict[str, Path])
     assert done.stderr.startswith("expunge: row 'wide': its prompt has")
     assert done.stderr.count("\n") == 1
     assert json.loads((places["model"] / "config.json").read_text())  # and it was left alone
+
+
+def test_an_empty_word_is_no_path_of_this_directory(run_cli: Cli) -> None:
+    for words in (("--forget", ""), ("--forget=",), ("--method", " "), ("--preset", "")):
+        code, out, err = run_cli("plan", "model", *words)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert f"{words[0].rstrip('=')}: is empty; give a value" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--epochs two", "--epochs 'two': takes a whole number or None"),
+        ("--learning-rate x", "--learning-rate 'x': takes a number or None"),
+        ("--method.layer x", "--method.layer 'x': takes a whole number or auto"),
+        ("--method libu --method.rank 1.5", "--method.rank '1.5': takes a whole number"),
+    ],
+)
+def test_a_value_of_another_type_is_said_in_words(words: str, said: str, run_cli: Cli) -> None:
+    code, _, err = run_cli("plan", "model", "--forget", "f", *words.split())
+    assert (code, err) == (2, f"expunge: {said}; see expunge plan --help\n")

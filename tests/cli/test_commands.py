@@ -88,6 +88,7 @@ def test_evaluate_gives_the_same_json_on_paper_and_on_screen(
     assert (code, err) == (0, "")
     written = json.loads(path.read_text())
     assert written.pop("model") == str(memorised_dir)
+    assert list(written.pop("model_sha256")) == ["model.safetensors"]
     assert written == json.loads(out)
     assert written["forget"]["Task1"] == {"regurgitation": 1.0, "knowledge": 1.0}
     assert written["final_score"] == pytest.approx(written["utility"] / 3)

@@ -286,8 +286,16 @@ def test_an_existing_file_is_kept(place: LedgerPlace, served: Path, tmp_path: Pa
     output = tmp_path / "a.zip"
     output.write_text("mine")
     assert "--overwrite" in refusal(lambda: export(place, 1, BundleInputs(output=str(output))))
-    assert output.read_text() == "mine"
-    export(place, 1, BundleInputs(output=str(output), overwrite=True))
+    # Only evidence is replaced: neither what is somebody's, nor the ledger or its secret.
+    for path in (output, place.path, place.secret_path):
+        before = path.read_bytes()
+        onto = BundleInputs(output=str(path), overwrite=True)
+        told = refusal(lambda onto=onto: export(place, 1, onto))  # type: ignore[misc]
+        assert "replaces evidence only" in told
+        assert path.read_bytes() == before
+    output.unlink()
+    for _ in range(2):
+        export(place, 1, BundleInputs(output=str(output), overwrite=True))
     assert check_bundle(str(output)).request == 1
     nowhere = str(tmp_path / "no" / "a.zip")
     assert "make it first" in refusal(lambda: export(place, 1, BundleInputs(output=nowhere)))

@@ -57,8 +57,36 @@ def test_a_tensor_of_another_shape_is_refused(copied: Path) -> None:
     tensors = load_file(path)
     tensors["model.layers.2.mlp.down_proj.weight"] = torch.zeros(3, 3)
     save_file(tensors, path, metadata={"format": "pt"})
-    checked = check_model(str(copied))
-    assert str(copied) in refusal(lambda: load_model(checked, "float32", "cpu"))
+    message = refusal(lambda: check_model(str(copied)))
+    assert "wants model.layers.2.mlp.down_proj.weight of the shape" in message
+    assert "the files hold (3, 3)" in message
+
+
+def test_a_configuration_of_fewer_layers_is_refused(copied: Path) -> None:
+    """transformers would load the first ones without a word."""
+    config = json.loads((copied / "config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    config.pop("layer_types", None)
+    (copied / "config.json").write_text(json.dumps(config))
+    message = refusal(lambda: check_model(str(copied)))
+    assert f"says {config['num_hidden_layers']} layers, but the files hold model.layers." in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "foo"},
+        {"hidden_size": 0},
+        {"hidden_size": "wide"},
+        {"num_attention_heads": 0},
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_refused(
+    change: dict[str, Any], copied: Path
+) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | change))
+    assert refusal(lambda: check_model(str(copied))).startswith(f"{copied / 'config.json'}: ")
 
 
 def test_code_that_a_model_brings_along_does_not_run(copied: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from conftest import FAMILIES, random_examples, refusal, shaken, tiny_model
 from expunge.data.batches import collate
+from expunge.models import loading
 from expunge.models.decoder import hidden_states, skeleton_of
 from expunge.models.loading import CheckedModel, check_model, load_model
 from expunge.models.parts import (
@@ -172,7 +173,7 @@ def test_a_whole_model_stays_whole() -> None:
 
 
 def test_a_tensor_of_another_shape_is_refused_as_when_the_whole_model_is_loaded(
-    save: Save,
+    save: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An embedding with more rows than the configuration says would run, and be wrong."""
     checked = save()
@@ -181,9 +182,14 @@ def test_a_tensor_of_another_shape_is_refused_as_when_the_whole_model_is_loaded(
     name = "model.embed_tokens.weight"
     tensors[name] = torch.cat([tensors[name], torch.ones(8, 16)])
     save_file(tensors, path, metadata={"format": "pt"})
-    checked = check_model(str(checked.files.directory))
-    assert refusal(lambda: load_model(checked, "float32", "cpu"))
-    message = refusal(lambda: streamed(checked))
+    assert "wants model.embed_tokens.weight of the shape" in refusal(
+        lambda: check_model(str(checked.files.directory))
+    )
+    # Where the check cannot tell, as tensors are cut or joined when they are loaded, reading does.
+    monkeypatch.setattr(loading, "_check_shapes", lambda *_: None)
+    unchecked = check_model(str(checked.files.directory))
+    assert refusal(lambda: load_model(unchecked, "float32", "cpu"))
+    message = refusal(lambda: streamed(unchecked))
     assert message.startswith(f"{path}: tensor {name} has the shape ")
     assert str(tuple(tensors[name].shape)) in message
 

@@ -142,6 +142,8 @@ def analyze_influence(
     device = resolve_device(inputs.device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("analyze influence: runs in one process; start it without a launcher")
+    if inputs.output is not None and inputs.output == inputs.figure:
+        raise InputError(f"--figure {inputs.figure}: is what --output writes; name another file")
     for option in ("output", "figure"):
         path = getattr(inputs, option)
         if path is not None:

@@ -87,6 +87,8 @@ class AuditInputs:
                 "--cache: keeps no text, which --reveal asks for; leave one of them out"
             )
         names = self.attack_names()
+        if self.attacks and not names:
+            raise InputError(f"--attacks: names none; choose from {', '.join(ATTACKS)}")
         unknown = [name for name in names if name not in ATTACKS]
         if unknown:
             raise InputError(f"--attacks {unknown[0]}: unknown; choose from {', '.join(ATTACKS)}")
@@ -94,6 +96,8 @@ class AuditInputs:
             raise InputError(
                 "--attacks membership: compares with never-seen text; give --nonmembers"
             )
+        if self.forget in self.earlier:
+            raise InputError(f"--earlier {self.forget}: is the forget set itself; leave it out")
         if self.benign is not None and names and "benign" not in names:
             raise InputError("--benign: is for the attack benign, which --attacks leaves out")
         if self.paraphrases is not None and names and "paraphrase" not in names:

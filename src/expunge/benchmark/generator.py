@@ -37,6 +37,8 @@ class BenchmarkSettings:
     """A Task1 story is filled up to at least this many words."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed {self.seed}: must be in [0, 2^32)")
         if not 1 <= self.documents_per_task <= MAX_DOCUMENTS_PER_TASK:
             raise InputError(
                 f"documents_per_task is {self.documents_per_task}: "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.options import parse, take_flag
+from expunge.disk import check_writable
 from expunge.errors import InputError
 
 
@@ -31,10 +32,12 @@ def main(arguments: Sequence[str]) -> int:
     arguments, quiet = take_flag(list(arguments), "--quiet")
     if arguments[:1] != ["build"] and not {"-h", "--help"} & set(arguments[:1]):
         raise InputError("benchmark: knows one subcommand; write expunge benchmark build DIR")
-    settings = parse(Build, arguments[1:] or ["--help"], "expunge benchmark build", "directory")
+    words = arguments[1:] if arguments[:1] == ["build"] else ["--help"]
+    settings = parse(Build, words, "expunge benchmark build", "directory")
     from expunge.benchmark.build import build
     from expunge.benchmark.generator import BenchmarkSettings
 
+    check_writable(Path(settings.directory), inside=True, option="DIR")
     with progress_on_stderr(quiet=quiet) as progress:
         built = build(
             Path(settings.directory), BenchmarkSettings(seed=settings.seed), progress.phase

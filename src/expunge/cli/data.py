@@ -55,7 +55,8 @@ def main(arguments: Sequence[str]) -> int:
         raise InputError(
             "data: knows one subcommand; write expunge data inspect ROWS --model MODEL"
         )
-    settings = parse(Inspect, arguments[1:] or ["--help"], "expunge data inspect", "rows")
+    words = arguments[1:] if arguments[:1] == ["inspect"] else ["--help"]
+    settings = parse(Inspect, words, "expunge data inspect", "rows")
     checked = check_model(settings.model)
     rows = read_rows(settings.rows, settings.role)
     policy = text_policy(

@@ -12,6 +12,7 @@ import torch
 from expunge.cli.compare import show
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.options import parse, take_flag
+from expunge.disk import check_writable
 from expunge.errors import InputError
 from expunge.evaluation.measuring import MeasureInputs, measure
 from expunge.evaluation.score_files import SCORES
@@ -48,6 +49,8 @@ class Demo:
     """Replace the runs of an earlier demo."""
 
     def __post_init__(self) -> None:
+        if not self.methods:
+            raise InputError(f"--methods: is empty; choose from {', '.join(METHODS)}")
         for name in self.methods:
             if name not in METHODS:
                 raise InputError(f"--methods {name}: unknown; choose from {', '.join(METHODS)}")
@@ -61,6 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     arguments, quiet = take_flag(list(arguments), "--quiet")
     settings = parse(Demo, arguments, "expunge demo", "output")
     output = Path(settings.output)
+    check_writable(output, inside=True)
     taken = [name for name in settings.methods if (output / name).exists()]
     if taken and not settings.overwrite:
         raise InputError(

@@ -19,6 +19,9 @@ from typing import Any, TypeVar
 from expunge.errors import InputError
 
 Command = TypeVar("Command")
+_NO_NUMBERS = ("nan", "inf", "infinity")
+_LONGEST_NAME = 255
+_FREE_TEXT = ("--subject", "--by", "--note")
 
 
 def parse(
@@ -35,6 +38,7 @@ def parse(
     arguments = named(arguments, positional)
     if config is not None:
         arguments = [*as_arguments(yaml_fields(Path(config)), config, command), *arguments]
+    check_words(arguments)
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -45,6 +49,31 @@ def parse(
         if stop.code in (0, None):
             raise
         raise InputError(_one_line(captured.getvalue(), prog)) from None
+
+
+def check_words(arguments: Sequence[str]) -> None:
+    """Raises InputError for words that no option takes: empty ones, numbers that are none, long names.
+
+    An empty word is a shell's variable that was not set; as a path it would be this directory.
+    """
+    option = "the first word"
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            option = name
+            if not equals:
+                continue
+        else:
+            value = argument
+        if not value.strip():
+            raise InputError(f"{option}: is empty; give a value, or leave the option out")
+        if value.lower().lstrip("+-") in _NO_NUMBERS:
+            raise InputError(f"{option} {value}: must be a finite number")
+        longest = max(len(part.encode(errors="replace")) for part in value.split("/"))
+        if longest > _LONGEST_NAME and option not in _FREE_TEXT:
+            raise InputError(
+                f"{option}: has a name of {longest} bytes, more than a file system takes; shorten it"
+            )
 
 
 def named(arguments: Sequence[str], positional: str) -> list[str]:
@@ -97,9 +126,14 @@ def yaml_fields(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark is not None else ""
         raise InputError(f"--config {path}{line}: is not YAML") from None
+    except (RecursionError, ValueError):
+        raise InputError(f"--config {path}: is nested too deeply, or holds an odd value") from None
     if not isinstance(values, dict):
         raise InputError(f"--config {path}: is not a mapping of options to values")
-    fields = _flat(values)
+    try:
+        fields = _flat(values)
+    except RecursionError:  # an alias to what holds it
+        raise InputError(f"--config {path}: refers to itself") from None
     if "method.name" in fields:
         fields["method"] = fields.pop("method.name")
     return fields
@@ -160,11 +194,38 @@ def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 def _one_line(message: str, prog: str) -> str:
     """tyro's boxed message as one line: what is wrong and what is near, without the help's text."""
-    lines = [line.strip("│╭╮╰╯─ \t") for line in message.splitlines()]
-    text = " ".join(line for line in lines if line)
+    # Where standard output is not UTF-8 the box is of plain characters.
+    lines = [line.strip("│╭╮╰╯─|+ \t") for line in message.splitlines()]
+    text = " ".join(line for line in lines if line.strip("- "))
     text = re.split(r"For full helptext", text)[0]
     text = re.sub(r"^(Unrecognized options|Value error|Invalid choice|Required options) ", "", text)
     near = re.search(r"Perhaps you meant: (--[\w.-]+)", text)
     text = re.split(r"Perhaps you meant|Argument helptext|Got errors", text)[0].strip()
+    text = _of_type(text)
     mend = f"did you mean {near[1]}?" if near else f"see {prog} --help"
     return f"{text.rstrip(' .')}; {mend}"
+
+
+def _of_type(text: str) -> str:
+    """tyro's words for a value of a wrong type in words of the command line; others as they are."""
+    kinds = {"int": "a whole number", "float": "a number"}
+    if plain := re.match(
+        r"Error parsing (--\S+): (?:invalid literal for (int)\(\).*|could not convert string to"
+        r" (float)): ('.*')$",
+        text,
+    ):
+        return f"{plain[1]} {plain[4]}: takes {kinds[plain[2] or plain[3]]}"
+    if not (
+        union := re.match(
+            r"Error parsing (--\S+): no type matching (.*) could be instantiated from \[(.*)\]",
+            text,
+        )
+    ):
+        return text
+    taken = []
+    for kind in union[2].split("|"):
+        if choices := re.fullmatch(r"\{(.*)\}", kind):
+            taken += re.split(r",\s*", choices[1])
+        else:
+            taken.append(kinds.get(kind.lower(), kind))
+    return f"{union[1]} {union[3]}: takes {' or '.join(sorted(taken, key='None'.__eq__))}"

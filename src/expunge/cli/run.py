@@ -13,6 +13,7 @@ import tyro
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.options import (
     as_arguments,
+    check_words,
     named,
     parse,
     take_flag,
@@ -65,6 +66,7 @@ def parsed(
 
     `about` opens the help; `read` gives the fields of a YAML file. Raises InputError.
     """
+    check_words(arguments)
     arguments, config = take_option(arguments, "--config")
     fields = {} if config is None else dict(read(Path(config)))
     arguments, chosen = take_option(arguments, "--method")

@@ -17,6 +17,7 @@ from expunge.errors import InputError
 Role = Literal["forget", "retain", "nonmembers"]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
+_UNREADABLE = "holds a number of too many digits, or is nested too deeply; write plain rows"
 _SHARD = re.compile(r"^(?P<stem>.+)-\d{5}-of-\d{5}$")
 _HUB_ID = re.compile(r"^(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?$")
 
@@ -137,6 +138,8 @@ def _read_jsonl(path: Path) -> list[Record]:
                 f"{path} line {number}: is not JSON ({error.msg} at column {error.colno});"
                 " write one object a line"
             ) from None
+        except (ValueError, RecursionError):
+            raise InputError(f"{path} line {number}: {_UNREADABLE}") from None
         records.append(_record(path, f"line {number}", values))
     return records
 
@@ -149,6 +152,8 @@ def _read_json(path: Path) -> list[Record]:
             f"{path} line {error.lineno}: is not JSON ({error.msg} at column {error.colno});"
             " for one object a line use the ending .jsonl"
         ) from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: {_UNREADABLE}") from None
     if not isinstance(values, list):
         raise InputError(f"{path}: holds a {type(values).__name__}; write a list of objects")
     return [_record(path, f"row {number}", value) for number, value in enumerate(values, 1)]

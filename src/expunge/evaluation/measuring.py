@@ -152,7 +152,9 @@ def _read_material(inputs: MeasureInputs, checked: CheckedModel, policy: TextPol
 
 
 def _check_outputs(inputs: MeasureInputs) -> None:
-    names = ("forget", "retain", "nonmembers", "members")
+    names = ("forget", "retain", "nonmembers", "members", "mmlu")
+    if inputs.output is not None and inputs.output == inputs.records:
+        raise InputError(f"--records {inputs.records}: is what --output writes; name another file")
     for option in ("output", "records"):
         path = getattr(inputs, option)
         if path is not None:

@@ -29,14 +29,15 @@ def read_scores(source: str) -> Scorecard:
     if path.is_dir():
         path = path / SCORES
     if not path.is_file():
+        made = "MODEL" if path.suffix == ".json" and path == Path(source) else source
         raise InputError(
-            f"{path}: not found; make it with expunge evaluate {source} --output {path}"
+            f"{path}: not found; make it with expunge evaluate {made} --forget F --output {path}"
         )
     try:
         return Scorecard.from_json(json.loads(path.read_text(encoding="utf-8")))
     except InputError as error:
         raise InputError(f"{path}: {error}; make it anew with expunge evaluate") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path}: is not a scores.json; make it with expunge evaluate") from None
 
 

@@ -334,6 +334,19 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
         raise InputError(f"--output {output}: its directory does not exist; make it first")
     if output.exists() and not overwrite:
         raise InputError(f"--output {output}: exists; choose another file or give --overwrite")
+    if output.exists() and not _is_bundle(output):
+        raise InputError(
+            f"--output {output}: --overwrite replaces evidence only, which this is not; choose"
+            " another file"
+        )
+
+
+def _is_bundle(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {SUMS, RECORD} <= set(archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def _write_whole(output: Path, content: bytes) -> None:

@@ -274,7 +274,7 @@ def _read_secret(place: LedgerPlace) -> bytes:
             f"{path}: no such file, and rows cannot be compared without the ledger's secret; put it"
             " back from a backup or give it with --secret"
         ) from None
-    except (ValueError, IsADirectoryError):
+    except (ValueError, IsADirectoryError, NotADirectoryError):
         found = b""
     if len(found) != SECRET_BYTES:
         raise InputError(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from expunge.data.batches import Batch, Tokens, in_order
 from expunge.data.sampling import Sampling
 from expunge.data.tokenization import Example
+from expunge.errors import InputError
 from expunge.methods.calibration import NeverSeen
 from expunge.methods.numerics import target_surprise, token_log_probs
 from expunge.models.decoder import DecoderLayout
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 Schedule = Literal["constant", "cosine"]
 _REFERENCE_WIDTH = 256
+_MOST_RANDOM_ROWS = 2**20
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,22 @@ class Finished:
     """Every changed weight in float32 on the CPU, by its name in the checkpoint."""
     adapter: Mapping[str, torch.Tensor] | None = None
     adapter_config: Mapping[str, Any] | None = None
+
+
+def check_finite(settings: Any) -> None:
+    """Raises InputError for a number of a method's settings that is nan or infinite."""
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--method.{each.name} {value}: must be a finite number")
+
+
+def check_random_rows(count: int) -> None:
+    """Raises InputError for a number of rows of random tokens that nobody could hold."""
+    if not 0 <= count <= _MOST_RANDOM_ROWS:
+        raise InputError(
+            f"--method.random_rows {count}: must be 0 or more, and {_MOST_RANDOM_ROWS:,} at most"
+        )
 
 
 class Method(Protocol):

@@ -15,7 +15,14 @@ from expunge.data.batches import Batch, Tokens
 from expunge.data.sampling import Sampling
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
-from expunge.methods.base import Context, Finished, OptimizerSpec, Terms
+from expunge.methods.base import (
+    Context,
+    Finished,
+    OptimizerSpec,
+    Terms,
+    check_finite,
+    check_random_rows,
+)
 from expunge.methods.calibration import NeverSeen
 from expunge.methods.forward import (
     all_logits,
@@ -54,6 +61,8 @@ class GradientSettings:
     """Keep only each layer's input for the backward pass, at the price of a second forward pass."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
+        check_random_rows(self.random_rows)
         if self.rank < 1:
             raise InputError(f"--method.rank {self.rank}: must be 1 or more")
         if self.adapter_start == "paired" and self.rank % 2:

@@ -186,12 +186,12 @@ class LIBU(GradientSettings):
             if getattr(self, option) <= 0:
                 raise InputError(f"--method.{option} {getattr(self, option)}: must be positive")
         for option in (
-            "random_rows",
             "random_weight",
             "calibration_gain",
             "surprise_weight",
             "lens_weight",
             "states_weight",
+            "weight_decay",
         ):
             if getattr(self, option) < 0:
                 raise InputError(f"--method.{option} {getattr(self, option)}: must be 0 or more")

@@ -19,7 +19,14 @@ from torch.nn import functional
 from expunge.data.batches import Batch, Tokens
 from expunge.data.sampling import Sampling
 from expunge.errors import InputError
-from expunge.methods.base import Context, Finished, OptimizerSpec, Terms
+from expunge.methods.base import (
+    Context,
+    Finished,
+    OptimizerSpec,
+    Terms,
+    check_finite,
+    check_random_rows,
+)
 from expunge.methods.calibration import NeverSeen
 from expunge.methods.losses import steer
 from expunge.models.decoder import DecoderLayout, hidden_states
@@ -73,6 +80,7 @@ class SteeringSettings:
     0 steers every row all the way."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if isinstance(self.layer, str) and self.layer != "auto":
             raise InputError(f"--method.layer {self.layer}: give a layer's number, or auto")
         if self.calibration_gain < 0:
@@ -81,8 +89,7 @@ class SteeringSettings:
             )
         if not 0 <= self.row_balance <= 1:
             raise InputError(f"--method.row_balance {self.row_balance}: must be in [0, 1]")
-        if self.random_rows < 0:
-            raise InputError(f"--method.random_rows {self.random_rows}: must be 0 or more")
+        check_random_rows(self.random_rows)
         if self.retain_noise < 0:
             raise InputError(f"--method.retain_noise {self.retain_noise}: must be 0 or more")
         if self.alpha < 0:

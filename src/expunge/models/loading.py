@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from expunge.data.tokenization import TextPolicy
 from expunge.errors import InputError
 from expunge.models.decoder import DecoderLayout, find_layout, skeleton_of
 from expunge.models.files import ModelFiles, check_model_files
+from expunge.models.tensors import stored_tensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -58,11 +60,20 @@ def check_model(name: str, *, trust_remote_code: bool = False) -> CheckedModel:
     files = check_model_files(directory)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # the libraries raise many types for a wrong value
         raise InputError(f"{directory / 'config.json'}: {_first_line(error)}") from None
-    skeleton = skeleton_of(config, trust_remote_code=trust_remote_code)
+    try:
+        skeleton = skeleton_of(config, trust_remote_code=trust_remote_code)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{directory / 'config.json'}: transformers makes no model of it"
+            f" ({type(error).__name__}: {_first_line(error)}); give the one that was saved with it"
+        ) from None
     layout = find_layout(skeleton)
     stored_names = _stored_names(skeleton, files)
+    _check_shapes(skeleton, layout, files, stored_names)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -122,6 +133,48 @@ def _stored_names(skeleton: PreTrainedModel, files: ModelFiles) -> dict[str, tup
     return stored
 
 
+def _check_shapes(
+    skeleton: PreTrainedModel,
+    layout: DecoderLayout,
+    files: ModelFiles,
+    stored_names: Mapping[str, tuple[str, ...]],
+) -> None:
+    """Raises InputError where the files hold other shapes, or more layers, than the configuration says.
+
+    transformers would load the first layers without a word.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    config = files.directory / "config.json"
+    leaf = re.escape(layout.layers.rpartition(".")[2])
+    ignored = skeleton._keys_to_ignore_on_load_unexpected or ()
+    for name in files.shard_of:
+        place = re.search(rf"(?:^|\.){leaf}\.(\d+)\.", name)
+        if place is None or any(re.search(pattern, name) for pattern in ignored):
+            continue
+        if int(place[1]) >= layout.count:
+            raise InputError(
+                f"{config}: says {layout.count} layers, but the files hold {name} as well; give the"
+                " one that was saved with them"
+            )
+    rules = get_model_conversion_mapping(skeleton)
+    if not all(isinstance(rule, WeightRenaming) for rule in rules):
+        return  # tensors are cut or joined as they are loaded
+    shapes = {
+        name: tensor.shape
+        for shard in files.shards
+        for name, tensor in stored_tensors(shard).items()
+    }
+    for name, parameter in skeleton.named_parameters():
+        for stored in stored_names[name]:
+            if tuple(shapes[stored]) != tuple(parameter.shape):
+                raise InputError(
+                    f"{config}: wants {name} of the shape {tuple(parameter.shape)}, the files hold"
+                    f" {tuple(shapes[stored])}; give the one that was saved with them"
+                )
+
+
 def _renamed(skeleton: PreTrainedModel, files: ModelFiles) -> dict[str, str]:
     """Names that transformers gives a file's tensors as it loads them -> their names in the file.
 
@@ -172,7 +225,8 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return best_device()
     try:
-        kind = torch.device(device).type
+        found = torch.device(device)
+        kind = found.type
     except RuntimeError:
         raise InputError(f"--device {device}: unknown; use auto, cpu, cuda or mps") from None
     available = {
@@ -182,6 +236,9 @@ def resolve_device(device: str) -> str:
     }
     if not available.get(kind, False):
         raise InputError(f"--device {device}: not available on this machine; use auto or cpu")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if found.index is not None and found.index >= count:
+        raise InputError(f"--device {device}: this machine has {count} of the kind, from {kind}:0")
     return device
 
 

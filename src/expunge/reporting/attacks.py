@@ -19,6 +19,8 @@ def attacks(material: Material) -> dict[str, Any] | None:
         return None
     try:
         requests = [_request(request) for request in audit["requests"]]
+        if not requests:
+            raise ValueError
         verdict = dict(audit["verdict"])
         return {
             "source": material.audit_source,
@@ -30,13 +32,19 @@ def attacks(material: Material) -> dict[str, Any] | None:
                 name: {"path": model["path"], "dtype": model["dtype"]}
                 for name, model in audit["models"].items()
             },
-            "settings": dict(audit["settings"]),
+            "settings": _settings(audit["settings"]),
             "expunge": audit["expunge"],
         }
     except (KeyError, TypeError, AttributeError, IndexError, ValueError):
         raise InputError(
             f"{material.audit_source}: is not as expunge audit writes it; make it anew"
         ) from None
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the audit. Raises KeyError where one that the page names is not there."""
+    budget = {**given["budget"], "name": given["budget"]["name"]}
+    return {**given, "budget": budget, "seed": given["seed"]}
 
 
 def _request(request: Mapping[str, Any]) -> dict[str, Any]:

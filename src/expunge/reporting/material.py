@@ -190,6 +190,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: is not UTF-8; make it anew") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path} line {error.lineno}: is not JSON; make it anew") from None
+    except (ValueError, RecursionError):  # a number of too many digits, or nested too deeply
+        raise InputError(f"{path}: is not JSON that expunge writes; make it anew") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds no JSON object; make it anew")
     return values
@@ -237,11 +239,11 @@ def _metrics(path: Path) -> list[dict[str, Any]] | None:
     if not path.is_file():
         return None
     entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             entry = json.loads(line)
             step = entry["step"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             step = entry = None
         if not isinstance(step, int) or isinstance(step, bool):
             raise InputError(f"{path} line {number}: is not a line that expunge run writes")

@@ -169,7 +169,9 @@ def budget_of(on: str | None, device: str, resolved_device: str) -> Budget:
         return Budget(on.lower(), int(GPUS[on.lower()] * GIB), "cuda")
     try:
         size = int(size_in_bytes(on))
-    except InputError:
+        if size < 1:
+            raise InputError("no size")
+    except (InputError, OverflowError):
         known = ", ".join(GPUS)
         raise InputError(
             f"--on {on}: unknown; give a size such as 24GB, or one of {known}"
