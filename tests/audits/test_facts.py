@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from expunge.audits.facts import by_document, document_of, drawn, extracted, halves, score
-from expunge.data.rows import Row
+from expunge.audits.facts import by_document, drawn, extracted, halves, score
+from expunge.data.rows import Row, document_of
 
 
 def rows(documents: int, task: str = "Task1") -> list[Row]:

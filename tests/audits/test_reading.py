@@ -13,7 +13,6 @@ from conftest import FAMILIES, shaken, tiny_model
 from expunge.audits.ablation import ablated, layer_outputs, mean_states, spaced, without_direction
 from expunge.audits.base import Case
 from expunge.audits.budgets import Budget
-from expunge.audits.facts import document_of
 from expunge.audits.latent import (
     _lens,
     folds_of,
@@ -26,7 +25,7 @@ from expunge.audits.sampling import Sampled
 from expunge.audits.subject import Ask, Reader, asked
 from expunge.audits.trigger import typical
 from expunge.audits.verbatim import extraction_strength, right_tokens, verbatim_share
-from expunge.data.rows import Row, as_rows
+from expunge.data.rows import Row, as_rows, document_of
 from expunge.data.tokenization import TextPolicy, encode_rows
 from expunge.models.decoder import find_layout
 

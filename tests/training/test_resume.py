@@ -31,6 +31,8 @@ BASELINES = (
     "localized-gradient-difference",
 )
 SPECIAL = ("--method.lora_dropout", 0.3)
+ATTACKED = ("--method.relearn-weight", 1, "--method.relearn-steps", 2)
+"""An attacker that is between two of its steps, and in its third attack, when the run is stopped."""
 
 
 @pytest.fixture
@@ -85,6 +87,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(
     method: str, step: int, start: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ("--method", method, *(SPECIAL if method != "adaptive-rmu" else ()))
+    options += ATTACKED if (method, step) == ("libu", 5) else ()
     assert start(tmp_path / "whole", *options) == (0, "", "")
     out = tmp_path / "out"
     with monkeypatch.context() as patch:

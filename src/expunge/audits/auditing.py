@@ -13,7 +13,6 @@ from typing import Any
 import expunge
 from expunge.audits.base import MODELS, Attack, Found, ModelName
 from expunge.audits.budgets import BUDGETS
-from expunge.audits.facts import document_of
 from expunge.audits.inputs import (
     AuditInputs,
     Request,
@@ -29,6 +28,7 @@ from expunge.audits.subject import Subject
 from expunge.audits.summary import kept_share, summarise
 from expunge.audits.verdict import Evidence, Verdict, judge_audit, worst_of
 from expunge.data.formats import sha256_of
+from expunge.data.rows import document_of
 from expunge.models.loading import CheckedModel, resolve_device, text_policy
 from expunge.training.manifest import finite
 from expunge.training.progress import Progress, Silent

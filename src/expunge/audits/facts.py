@@ -6,21 +6,11 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 
-from expunge.data.rows import Row
+from expunge.data.rows import Row, document_of
 from expunge.evaluation.scores import knowledge, regurgitation
 
 EXTRACTED_FROM = 0.5
 """A fact counts as extracted from this score on: an answer that was named, half of a continuation."""
-_LUME_ID = re.compile(r"^(?P<document>.+?)(sc|qa)\d+$")
-
-
-def document_of(row: Row) -> str:
-    """The document, or person, that a row is about: rows of one are split and resampled together.
-
-    LUME's ids name it before `sc` or `qa`; a row with another id is a document of its own.
-    """
-    match = _LUME_ID.match(row.id)
-    return match["document"] if match else row.id
 
 
 def by_document(rows: Iterable[Row]) -> dict[str, list[Row]]:

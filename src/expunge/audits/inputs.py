@@ -10,10 +10,10 @@ from pathlib import Path
 from expunge.audits.base import Attack, Case, ModelName
 from expunge.audits.budgets import BUDGETS, BudgetName
 from expunge.audits.catalog import ATTACKS
-from expunge.audits.facts import document_of, drawn
+from expunge.audits.facts import drawn
 from expunge.audits.paraphrases import read_paraphrases
 from expunge.audits.tuning import default_learning_rate
-from expunge.data.rows import Row, RowSet, check_disjoint, documents, read_rows
+from expunge.data.rows import Row, RowSet, check_disjoint, document_of, documents, read_rows
 from expunge.data.tokenization import LongRows, TextPolicy, encode_rows, prompt_ids
 from expunge.disk import check_file_output
 from expunge.errors import InputError

@@ -18,9 +18,8 @@ from torch import nn
 
 from expunge.audits.ablation import layer_outputs
 from expunge.audits.base import Advance, Attack, Case, Found
-from expunge.audits.facts import document_of
 from expunge.audits.subject import Reader, Subject
-from expunge.data.rows import Row
+from expunge.data.rows import Row, document_of
 from expunge.evaluation.batches import padded, token_batches
 from expunge.methods.forward import logits_at
 from expunge.models.decoder import DecoderLayout, forward_hook

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 
 from expunge.audits.base import Advance, Attack, Case, Found
-from expunge.audits.facts import document_of
 from expunge.audits.likelihood import (
     loss_score,
     min_k,
@@ -20,7 +19,7 @@ from expunge.audits.likelihood import (
 )
 from expunge.audits.subject import Subject
 from expunge.data.batches import collate
-from expunge.data.rows import Row
+from expunge.data.rows import Row, document_of
 from expunge.data.tokenization import encode_rows
 from expunge.evaluation.batches import token_batches
 from expunge.methods.forward import logits_at

@@ -12,9 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from expunge.audits.base import Advance, Attack, Case, Found
-from expunge.audits.facts import document_of
 from expunge.audits.subject import Ask, Reader, Subject
-from expunge.data.rows import Row
+from expunge.data.rows import Row, document_of
 
 QUESTION_FORMS: Mapping[str, str] = {
     "question-answer": "Question: {input}\nAnswer:",

@@ -11,10 +11,10 @@ import numpy as np
 
 from expunge.audits.base import Attack, Case, Found, ModelName, Scores
 from expunge.audits.estimates import Estimate, Resamples, SideResamples, Sides
-from expunge.audits.facts import document_of, extracted
+from expunge.audits.facts import extracted
 from expunge.audits.membership import blind_scores
 from expunge.audits.verdict import Evidence
-from expunge.data.rows import Row
+from expunge.data.rows import Row, document_of
 
 POWER_FROM = 0.5
 """Share of the facts that an attack must extract from the target."""

@@ -25,6 +25,7 @@ _COLUMNS = (
 )  # fmt: skip
 """Ours, and those that other data sets use for the same."""
 _LISTED_IDS = 10
+_LUME_ID = re.compile(r"^(?P<document>.+?)(sc|qa)\d+$")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -112,6 +113,16 @@ def check_disjoint(first: RowSet, second: RowSet) -> None:
             f"{first.source}: {len(named)} ids stand for other rows in {second.source}"
             f" (ids {listed(named)}); give every row an id of its own, or leave the column out"
         )
+
+
+def document_of(row: Row | str) -> str:
+    """The document, or person, that a row, or one of this id, is about: rows of one belong together.
+
+    LUME's ids name it before `sc` or `qa`; a row with another id is a document of its own.
+    """
+    name = row if isinstance(row, str) else row.id
+    match = _LUME_ID.match(name)
+    return match["document"] if match else name
 
 
 def documents(rows: Iterable[Row]) -> list[Row]:

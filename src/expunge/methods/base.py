@@ -180,6 +180,10 @@ class Objective(Protocol):
     def restore_calibration(self, calibration: Mapping[str, Any]) -> None:
         """Puts back what `calibration` was."""
 
+    @property
+    def state_tensors(self) -> Mapping[str, torch.Tensor]:
+        """What a resumed run goes on with beside the parameters and the optimiser; put back in place."""
+
     def calibrate(self, rows: NeverSeen) -> None:
         """Pushes each row harder or less, as its loss is under or over that of a never-seen one."""
 

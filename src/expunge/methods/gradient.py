@@ -294,6 +294,11 @@ class GradientObjective:
     def restore_calibration(self, calibration: Mapping[str, Any]) -> None:
         """Nothing to put back."""
 
+    @property
+    def state_tensors(self) -> Mapping[str, torch.Tensor]:
+        """None: the parameters and the optimiser are all that a step leaves behind."""
+        return {}
+
     def calibrate(self, rows: NeverSeen) -> None:
         """Nothing to do: every row is pushed alike."""
 

@@ -24,7 +24,8 @@ resists, retain text known by heart is lost. |x| is Huber's, |x|+ that of max(0,
 likely the token is than its distribution expects, s_t the same in never-seen text; p_t^l is what the
 logit lens reads after a layer l; h are states of random tokens after every layer, h0 the target's. The
 terms in u, v and s are ours: without them what is gone from the output still shows in its distribution
-and between the layers. The means over retain and random tokens are one over both, in which a random
+and between the layers. An attacker that tunes the model beside the training is ours too (`relearning`).
+The means over retain and random tokens are one over both, in which a random
 token counts r.
 Sophia divides by the Gauss-Newton diagonal of that retain term, the mean squared gradient of a token's
 log-odds. Sophia-G's own estimate, with labels sampled from the model, is near 0 where text is known by
@@ -35,6 +36,7 @@ A fresh adapter has B = 0, so the gradient of A is zero and phase 1 moves B only
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -58,6 +60,8 @@ from expunge.methods.numerics import (
     target_log_probs,
     target_surprise,
 )
+from expunge.methods.relearning import Relearner
+from expunge.models.decoder import DecoderLayout
 
 _CEILING = 0.8
 _FORGET_WIDTH = 16.0
@@ -129,6 +133,12 @@ class LIBU(GradientSettings):
     lens_weight: float = 0.5
     """Weight of the forget term of a layer inside, another one in every step: what the logit lens reads
     there may be no likelier than what is wanted of the output."""
+    relearn_weight: float = 0.0
+    """Weight of the first of these distances after an attacker's tuning on other forgotten subjects, for
+    those that it was not shown: forgetting is to outlast it. 0 leaves the attacker out."""
+    relearn_steps: int = 16
+    """Steps of an attack, one beside each step of the training, at the run's learning rate; then it
+    starts anew."""
     states_weight: float = 3.0
     """Weight, on random rows, of how far the states after each layer moved, squared, in units of their
     length: what pushes inside is held inside."""
@@ -182,7 +192,14 @@ class LIBU(GradientSettings):
             raise InputError(
                 f"--method.parameters {self.parameters}: LIBU works on an adapter; lora"
             )
-        for option in ("damping", "step_budget", "gamma", "rho", "curvature_interval"):
+        for option in (
+            "damping",
+            "step_budget",
+            "gamma",
+            "rho",
+            "curvature_interval",
+            "relearn_steps",
+        ):
             if getattr(self, option) <= 0:
                 raise InputError(f"--method.{option} {getattr(self, option)}: must be positive")
         for option in (
@@ -190,6 +207,7 @@ class LIBU(GradientSettings):
             "calibration_gain",
             "surprise_weight",
             "lens_weight",
+            "relearn_weight",
             "states_weight",
             "weight_decay",
         ):
@@ -213,6 +231,14 @@ class LIBU(GradientSettings):
         """Those that are forgotten, where they have aims of their own and these are calibrated."""
         calibrated = self.calibration_gain > 0 and self.direction == "remove"
         return self.forget_tokens if self.match_tokens and calibrated else None
+
+    def check(self, layout: DecoderLayout) -> None:
+        """Raises InputError, also for an attacker whose rows several processes share."""
+        super().check(layout)
+        if self.relearn_weight > 0 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError(
+                "--method.relearn_weight: runs in one process; leave it out, or start without a launcher"
+            )
 
     def start(self, context: Context) -> LIBUObjective:
         """Attaches the adapter and takes the step of phase 1."""
@@ -254,6 +280,15 @@ class LIBUObjective(GradientObjective):
         if settings.direction == "remove":
             self._forget_before = self._odds_before(context.forget, settings.forget_tokens)
             self._retain_before = self._odds_before(context.retain, settings.tokens)
+        self._relearner: Relearner | None = None
+        if settings.relearn_weight > 0 and settings.direction == "remove":
+            self._relearner = Relearner(
+                self.parameters,
+                [example.row_id for example in context.forget],
+                context.learning_rate,
+                settings.relearn_steps,
+                context.generator,
+            )
         self.fisher: Mapping[str, torch.Tensor] = {}
         if context.resumed is not None:  # the adapter and the curvature are put back
             self._notes = context.resumed["phase_1"]
@@ -274,8 +309,9 @@ class LIBUObjective(GradientObjective):
         settings = self._settings
         if settings.direction == "as-published":
             return self.with_retain(self.cross_entropy(forget), retain, settings.retain_weight)
+        attacked = 0.0 if self._relearner is None else self._relearned(forget, self._relearner)
         distances = self._distances(forget)
-        term = distances.sum() / max(1, len(distances))
+        term = distances.sum() / max(1, len(distances)) + settings.relearn_weight * attacked
         if retain is None or settings.retain_weight == 0:
             return Terms(term, None)
         return Terms(term, settings.retain_weight * self._drift(retain))
@@ -305,6 +341,32 @@ class LIBUObjective(GradientObjective):
             above = torch.maximum(target_log_odds(inner, targets), wanted)
             distances = distances + settings.lens_weight * huber(above, wanted, _FORGET_WIDTH)
         return distances
+
+    def _relearned(self, forget: Batch, relearner: Relearner) -> torch.Tensor:
+        """How far tokens that the attacker was not shown are from what is wanted, at its weights.
+
+        Mean over all counted tokens, those that it was shown at 0; a scalar whose gradient in the
+        parameters is that at the attacked weights (first order). One way: what is less likely than
+        wanted is left alone.
+        """
+        assert self.adapter is not None
+        tokens = self._settings.forget_tokens
+        relearner.begin(torch.initial_seed())
+        mask = forget.mask(tokens)[:, 1:]
+        targets = forget.input_ids[:, 1:][mask]
+        shown = relearner.is_shown(forget.row_ids).to(mask.device)[:, None].expand_as(mask)[mask]
+        factors = relearner.factors()
+        with self.adapter.using(factors):
+            log_odds = target_log_odds(self.counted_logits(forget, tokens), targets)
+            wanted, _ = self._wanted(forget, mask, log_odds, torch.zeros_like(log_odds))
+            above = huber(torch.maximum(log_odds, wanted), wanted, _FORGET_WIDTH)
+            held = above[~shown].sum() / max(1, len(above))
+            trained = list(factors.values())
+            gradients = torch.autograd.grad(held, trained, retain_graph=True)
+            losses = functional.softplus(-log_odds)[shown].sum()
+            relearner.collect(torch.autograd.grad(losses, trained), int(shown.sum()))
+        moved = zip(self.parameters.values(), gradients, strict=True)
+        return held.detach() + sum(((p - p.detach()) * gradient).sum() for p, gradient in moved)
 
     def _inner_layer(self) -> int:
         """A layer below the last, drawn anew in every step; the same in all its micro-batches."""
@@ -362,12 +424,20 @@ class LIBUObjective(GradientObjective):
 
     @property
     def calibration(self) -> Mapping[str, Any]:
-        """What is wanted of calibrated rows."""
-        return self._aims.state()
+        """What is wanted of calibrated rows, and how far an attacker is."""
+        attack = {} if self._relearner is None else {"relearner": self._relearner.facts()}
+        return self._aims.state() | attack
 
     def restore_calibration(self, calibration: Mapping[str, Any]) -> None:
         """Puts back what `calibration` was."""
         self._aims.restore(calibration)
+        if self._relearner is not None:
+            self._relearner.restore(calibration["relearner"])
+
+    @property
+    def state_tensors(self) -> Mapping[str, torch.Tensor]:
+        """What an attacker has learned."""
+        return {} if self._relearner is None else self._relearner.tensors
 
     def calibrate(self, rows: NeverSeen) -> None:
         """Raises or lowers what is wanted of each row by what its losses lack or have too much."""

@@ -262,6 +262,11 @@ class SteeringObjective:
         """Puts back what `calibration` was."""
         self._strengths = dict(calibration)
 
+    @property
+    def state_tensors(self) -> Mapping[str, torch.Tensor]:
+        """None: the parameters and the optimiser are all that a step leaves behind."""
+        return {}
+
     def calibrate(self, rows: NeverSeen) -> None:
         """Moves each row's target along the line from its frozen states to the full target."""
         for row, loss in rows.losses.items():

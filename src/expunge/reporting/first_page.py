@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from expunge.audits.facts import document_of
+from expunge.data.rows import document_of
 from expunge.evaluation.findings import findings
 from expunge.methods.catalog import METHODS
 from expunge.reporting.material import Material

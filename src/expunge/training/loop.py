@@ -146,6 +146,8 @@ class Loop:
         restore(self._parameters, state.under("parameters"))
         restore_optimizer(self._optimizer, state.under("optimizer"))
         self._objective.set_training(False)  # what is measured follows the parameters
+        for name, tensor in self._objective.state_tensors.items():
+            tensor.copy_(state.under("objective")[name])
         best = state.under("best")
         self._best = best or None
         facts = state.facts
@@ -171,6 +173,7 @@ class Loop:
                 "parameters": self._parameters,
                 "optimizer": optimizer_tensors(self._optimizer),
                 "best": self._best or {},
+                "objective": dict(self._objective.state_tensors),
             },
         )
 

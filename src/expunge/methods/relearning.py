@@ -1,0 +1,121 @@
+"""An attack by relearning that goes on beside the training, so that forgetting outlasts it.
+
+Tuning on some forgotten subjects brings others back where forgetting only covers what is still there
+(arXiv 2410.08827). Tamper-resistant training (arXiv 2408.00761) asks for the loss that is left after an
+attacker's steps, and takes the gradient at the attacked weights for that of the weights themselves
+(first order, as arXiv 1803.02999). Here the attacker is not run anew for every step of training: it
+takes one step of Adam beside each, from where it was, on the subjects that it is shown, and starts again
+from the trained weights, with other subjects, after some steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from expunge.data.rows import document_of
+
+_BETAS = (0.9, 0.95)
+_EPS = 1e-8
+_KINDS = ("offset", "mean", "square", "sum")
+
+
+class Relearner:
+    """The attacker: how far it has moved the trained parameters, and what it has learned from."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        row_ids: Iterable[str],
+        rate: float,
+        steps: int,
+        generator: Callable[[str], torch.Generator],
+    ) -> None:
+        """`row_ids` are the forget set's, `rate` is Adam's, `steps` how many an attack has; `generator`
+        gives one for each purpose."""
+        self._parameters = parameters
+        self._documents = sorted({document_of(row) for row in row_ids})
+        self._rate, self._steps, self._generator = rate, steps, generator
+        self._state = {
+            kind: {name: torch.zeros_like(p) for name, p in parameters.items()} for kind in _KINDS
+        }
+        self._attack = 0
+        self._taken = 0
+        self._tokens = 0
+        self._begun = 0
+        self._step: int | None = None
+
+    def begin(self, step: int) -> None:
+        """Called with something that differs from step to step of the training, and may be called often.
+
+        At the first call of a step the attacker takes its own on what was collected in the last.
+        """
+        if step == self._step:
+            return
+        self._step = step
+        if self._tokens:
+            self._take()
+        if self._begun == self._steps:
+            for tensors in self._state.values():
+                for tensor in tensors.values():
+                    tensor.zero_()
+            self._attack, self._taken, self._begun = self._attack + 1, 0, 0
+        self._begun += 1
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The parameters as the attacker has moved them; trainable copies."""
+        offset = self._state["offset"]
+        return {n: nn.Parameter(p.detach() + offset[n]) for n, p in self._parameters.items()}
+
+    def is_shown(self, row_ids: Sequence[str]) -> torch.Tensor:
+        """Which rows the attacker learns from, (rows,): all of half of the documents, rounded down."""
+        generator = self._generator(f"relearn {self._attack}")
+        order = torch.randperm(len(self._documents), generator=generator).tolist()
+        shown = {self._documents[place] for place in order[: len(order) // 2]}
+        return torch.tensor([document_of(row) in shown for row in row_ids])
+
+    def collect(self, gradients: Sequence[torch.Tensor], tokens: int) -> None:
+        """Adds gradients of the summed loss of so many tokens, in the order of the parameters."""
+        for total, gradient in zip(self._state["sum"].values(), gradients, strict=True):
+            total.add_(gradient)
+        self._tokens += tokens
+
+    @torch.no_grad()
+    def _take(self) -> None:
+        """One step of Adam without decay, with bias correction (arXiv 1412.6980, algorithm 1)."""
+        self._taken += 1
+        first, second = (1 - beta**self._taken for beta in _BETAS)
+        for name in self._parameters:
+            offset, mean, square, total = (self._state[kind][name] for kind in _KINDS)
+            gradient = total / self._tokens
+            mean.mul_(_BETAS[0]).add_(gradient, alpha=1 - _BETAS[0])
+            square.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
+            offset.addcdiv_(mean, (square / second).sqrt() + _EPS, value=-self._rate / first)
+            total.zero_()
+        self._tokens = 0
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that it has learned, by name, in place."""
+        return {
+            f"{kind}.{name}": tensor
+            for kind, tensors in self._state.items()
+            for name, tensor in tensors.items()
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """The rest of its state, as JSON can hold it."""
+        return {
+            "attack": self._attack,
+            "taken": self._taken,
+            "tokens": self._tokens,
+            "begun": self._begun,
+        }
+
+    def restore(self, facts: Mapping[str, Any]) -> None:
+        """Puts back what `facts` gave; the tensors are copied into those of `tensors`."""
+        self._attack, self._taken = facts["attack"], facts["taken"]
+        self._tokens, self._begun = facts["tokens"], facts["begun"]
