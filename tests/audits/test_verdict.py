@@ -75,12 +75,14 @@ def test_each_rule(
 def test_what_came_back_is_said_though_it_be_too_little_to_count() -> None:
     none, some = (judge_audit(KEPT, [recovered(v, 0.0, 0.2)]).sentence for v in (0.0, 0.09))
     assert "no attack got it back" in none
-    assert "got 9% back" in some
+    assert "got 9% back, less than the tenth that counts" in some
+    unsure = judge_audit(KEPT, [recovered(0.1, 0.0, 0.2)]).sentence
+    assert "got 10% back, which may be chance" in unsure
     assert "no attack" not in some
     # Without an oracle 0 is the floor, and one fact is above it.
     assert judge_audit(KEPT, [recovered(0.2, 0.0, 0.4)]).verdict == "forgotten"
-    unsure = recovered(0.2, 0.0, 0.4, oracle=False)
-    assert judge_audit(KEPT, [unsure]).verdict == "partly forgotten"
+    any_fact = recovered(0.2, 0.0, 0.4, oracle=False)
+    assert judge_audit(KEPT, [any_fact]).verdict == "partly forgotten"
 
 
 @pytest.mark.parametrize("kept", [None, Estimate(0.0, 0.0, 3.4)])

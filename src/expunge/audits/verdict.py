@@ -117,10 +117,10 @@ def judge_audit(kept: Estimate | None, evidence: Sequence[Evidence]) -> Verdict:
     most = max(attacks, key=lambda each: each.figure.value)
     told = "no attack got it back"
     if most.figure.value > 0:
-        told = (
-            f"{most.title} got {_signed(most.figure.value)} back, too little to count"
-            f" ({_signed(PARTLY_FROM)} or more, beyond chance)"
-        )
+        why = "less than the tenth that counts"
+        if most.figure.value >= PARTLY_FROM:
+            why = "which may be chance, as its interval reaches 0"
+        told = f"{most.title} got {_signed(most.figure.value)} back, {why}"
     cost = "" if kept is not None and (kept.value >= DESTROYED_BELOW or _lost(kept)) else _NO_COST
     return Verdict("forgotten", f"{told}; the widest bound is {bound}{cost}", worst.attack)
 
