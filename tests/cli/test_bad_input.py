@@ -165,7 +165,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "audit large seed": (AUDIT + "--seed 4294967296", ("must be in [0, 2^32)",)),
     "audit rate": (
         AUDIT + "--learning-rate nan",
-        ("--learning-rate nan: must be a finite number",),
+        ("--learning-rate nan: must be a number above 0",),
     ),
     "audit great rate": (AUDIT + "--learning-rate inf", ("--learning-rate inf",)),
     "audit onto rows": (

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,6 @@ from typing import Any, TypeVar
 from expunge.errors import InputError
 
 Command = TypeVar("Command")
-_NO_NUMBERS = ("nan", "inf", "infinity")
 _LONGEST_NAME = 255
 _FREE_TEXT = ("--subject", "--by", "--note")
 
@@ -42,17 +42,30 @@ def parse(
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(
+            parsed = tyro.cli(
                 command, args=arguments, prog=prog, description=(command.__doc__ or "").strip()
             )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise InputError(_one_line(captured.getvalue(), prog)) from None
+    _check_numbers(parsed)
+    return parsed
+
+
+def _check_numbers(parsed: Any) -> None:
+    """Raises InputError for an option that is nan or infinite."""
+    for field in dataclasses.fields(parsed):
+        value = getattr(parsed, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_numbers(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            option = field.name.replace("_", "-")
+            raise InputError(f"--{option} {value}: must be a finite number")
 
 
 def check_words(arguments: Sequence[str]) -> None:
-    """Raises InputError for words that no option takes: empty ones, numbers that are none, long names.
+    """Raises InputError for words that no option takes: empty ones, and names of no file system.
 
     An empty word is a shell's variable that was not set; as a path it would be this directory.
     """
@@ -67,8 +80,6 @@ def check_words(arguments: Sequence[str]) -> None:
             value = argument
         if not value.strip():
             raise InputError(f"{option}: is empty; give a value, or leave the option out")
-        if value.lower().lstrip("+-") in _NO_NUMBERS:
-            raise InputError(f"{option} {value}: must be a finite number")
         longest = max(len(part.encode(errors="replace")) for part in value.split("/"))
         if longest > _LONGEST_NAME and option not in _FREE_TEXT:
             raise InputError(
