@@ -190,7 +190,6 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--records {new}: is what --output writes",),
     ),
     "audit none": (AUDIT + "--attacks ,", ("--attacks: names none; choose from direct",)),
-    "audit twice": (AUDIT + "--earlier {forget}", ("--earlier {forget}: is the forget set",)),
     "run nan": (RUN + "--method.alpha nan", ("--method.alpha nan: must be a finite number",)),
     "run inf": (RUN + "--max-grad-norm=inf", ("--max-grad-norm inf: must be a finite number",)),
     "run random": (

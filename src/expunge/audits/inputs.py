@@ -96,8 +96,6 @@ class AuditInputs:
             raise InputError(
                 "--attacks membership: compares with never-seen text; give --nonmembers"
             )
-        if self.forget in self.earlier:
-            raise InputError(f"--earlier {self.forget}: is the forget set itself; leave it out")
         if self.benign is not None and names and "benign" not in names:
             raise InputError("--benign: is for the attack benign, which --attacks leaves out")
         if self.paraphrases is not None and names and "paraphrase" not in names:
