@@ -433,7 +433,7 @@ REFUSALS: dict[str, tuple[tuple[str, ...], str]] = {
     "attack": (("--attacks", "relern"), "--attacks relern: unknown; choose from direct"),
     "no nonmembers": (("--attacks", "membership"), "give --nonmembers"),
     "batch": (("--batch-size", "0"), "--batch-size 0: must be 1 or more"),
-    "rate": (("--learning-rate", "-1"), "--learning-rate -1: must be above 0"),
+    "rate": (("--learning-rate", "-1"), "--learning-rate -1: must be a number above 0"),
     "reveal": (("--reveal",), "--reveal: adds text to audit.json; give --output FILE"),
     "benign": (("--attacks", "direct", "--benign", "x"), "--benign: is for the attack benign"),
     "paraphrases": (

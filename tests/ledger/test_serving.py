@@ -364,7 +364,7 @@ def test_every_served_request_is_audited_and_its_evidence_handed_out(
         return ATTACKS["direct"].run(subject, case, advance)
 
     counted = Attack(**{**vars(ATTACKS["direct"]), "run": noted})
-    monkeypatch.setattr(inputs, "ATTACKS", {"direct": counted})
+    monkeypatch.setattr(inputs, "ATTACKS", {**ATTACKS, "direct": counted})
     again = (*audited, "--output", tmp_path / "again")
     assert run_cli(*again)[0] == 0
     assert set(attacked) == {"unlearned"}

@@ -152,6 +152,33 @@ def test_the_attacker_learns_what_it_is_shown_and_nothing_else(make_context: Con
         torch.testing.assert_close(total, gradient, rtol=1e-3, atol=1e-4)
 
 
+def test_micro_batches_weigh_what_is_held_and_shown_as_the_whole_batch_does(
+    make_context: Contexts,
+) -> None:
+    """At one place of the attacker: its steps, Adam's, would enlarge what is rounding."""
+    found = []
+    for parts in (1, 2, 4):
+        context = make_context()
+        objective = LIBU(rank=4, retain_weight=0, relearn_weight=1.0).start(context)
+        relearner = objective._relearner
+        assert relearner is not None
+        for name, offset in relearner._state["offset"].items():
+            offset.copy_(0.05 * torch.randn(offset.shape, generator=generator(name)))
+        rows = len(context.forget)
+        whole = collate(context.forget, range(rows), context.pad_id)
+        total: list[torch.Tensor] = []
+        for part in range(parts):
+            batch = whole.rows(rows * part // parts, rows * (part + 1) // parts)
+            share = objective.forget_size(batch) / objective.forget_size(whole)
+            gradients = [share * gradient for gradient in gradients_of(objective, batch)]
+            total = [a + b for a, b in zip(total, gradients, strict=True)] if total else gradients
+        found.append((total, list(relearner._state["sum"].values()), relearner.facts()))
+    for total, learned, facts in found[1:]:
+        assert facts == found[0][2]
+        for one, other in zip((*total, *learned), (*found[0][0], *found[0][1]), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
 def test_without_weight_there_is_no_attacker(make_context: Contexts) -> None:
     objective = LIBU(rank=4, retain_weight=0).start(make_context())
     assert objective._relearner is None

@@ -61,7 +61,9 @@ def assert_same(one: Path, two: Path, target: Path) -> None:
         assert mine.keys() == others.keys()
         for key in ("loss", "forget", "retain", "score"):
             if mine.get(key) is not None:
-                assert others[key] == pytest.approx(mine[key], rel=1e-3, abs=1e-5), key
+                # A harmonic mean of which one part is near 0 enlarges what is rounding.
+                least = 1e-4 if key == "score" else 1e-5
+                assert others[key] == pytest.approx(mine[key], rel=1e-3, abs=least), key
 
 
 @pytest.mark.slow
