@@ -36,3 +36,9 @@ def place_of(error: BaseException) -> str:
         return type(error).__name__
     file = trace.tb_frame.f_code.co_filename.rsplit("/", 1)[-1]
     return f"{type(error).__name__} in {file} line {trace.tb_lineno}"
+
+
+def check_seed(seed: int) -> None:
+    """Raises InputError for a seed that not every generator takes."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed {seed}: must be in [0, 2^32)")

@@ -36,7 +36,7 @@ from expunge.data.batches import Tokens
 from expunge.data.rows import RowSet, check_disjoint, read_rows
 from expunge.data.tokenization import LongRows, encode_rows
 from expunge.disk import check_file_output
-from expunge.errors import InputError
+from expunge.errors import InputError, check_seed
 from expunge.methods.curvature import DampingUnit
 from expunge.models.decoder import DecoderLayout, skeleton_of
 from expunge.models.kernels import fast_products
@@ -103,8 +103,7 @@ class InfluenceInputs:
             raise InputError(f"--damping {self.damping}: must be positive")
         if not 0 < self.containment <= 1:
             raise InputError(f"--containment {self.containment}: must be in (0, 1]")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"--seed {self.seed}: must be in [0, 2^32)")
+        check_seed(self.seed)
         if self.dtype == "float16":
             raise InputError("--dtype float16: gradients overflow in it; use bfloat16 or float32")
 

@@ -16,7 +16,7 @@ from expunge.audits.tuning import default_learning_rate
 from expunge.data.rows import Row, RowSet, check_disjoint, document_of, documents, read_rows
 from expunge.data.tokenization import LongRows, TextPolicy, encode_rows, prompt_ids
 from expunge.disk import check_file_output
-from expunge.errors import InputError
+from expunge.errors import InputError, check_seed
 from expunge.models.loading import CheckedModel, Dtype, check_model
 from expunge.models.tensors import stored_tensors
 
@@ -75,8 +75,7 @@ class AuditInputs:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size}: must be 1 or more")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"--seed {self.seed}: must be in [0, 2^32)")
+        check_seed(self.seed)
         rate = self.learning_rate
         if rate is not None and not (rate > 0 and math.isfinite(rate)):
             raise InputError(f"--learning-rate {rate:g}: must be a number above 0")

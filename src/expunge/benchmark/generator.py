@@ -12,7 +12,7 @@ from random import Random
 
 from expunge.benchmark import pools, templates
 from expunge.benchmark.quiz import SUBJECT, QuizItem, quiz_items
-from expunge.errors import InputError
+from expunge.errors import InputError, check_seed
 from expunge.evaluation.multiple_choice import LETTERS, Question
 
 Row = dict[str, str | bool]
@@ -37,8 +37,7 @@ class BenchmarkSettings:
     """A Task1 story is filled up to at least this many words."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"--seed {self.seed}: must be in [0, 2^32)")
+        check_seed(self.seed)
         if not 1 <= self.documents_per_task <= MAX_DOCUMENTS_PER_TASK:
             raise InputError(
                 f"documents_per_task is {self.documents_per_task}: "

@@ -21,7 +21,7 @@ from expunge.errors import InputError
 
 Command = TypeVar("Command")
 _LONGEST_NAME = 255
-_FREE_TEXT = ("--subject", "--by", "--note")
+_FREE_TEXT = ("--subject", "--by")
 
 
 def parse(

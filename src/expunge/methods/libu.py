@@ -25,8 +25,7 @@ likely the token is than its distribution expects, s_t the same in never-seen te
 logit lens reads after a layer l; h are states of random tokens after every layer, h0 the target's. The
 terms in u, v and s are ours: without them what is gone from the output still shows in its distribution
 and between the layers. An attacker that tunes the model beside the training is ours too (`relearning`).
-The means over retain and random tokens are one over both, in which a random
-token counts r.
+The means over retain and random tokens are one over both, in which a random token counts r.
 Sophia divides by the Gauss-Newton diagonal of that retain term, the mean squared gradient of a token's
 log-odds. Sophia-G's own estimate, with labels sampled from the model, is near 0 where text is known by
 heart; `curvature: sampled-labels` takes it, warmed up from phase 1's Fisher.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from expunge.data.sampling import steps_an_epoch
 from expunge.data.tokenization import LongRows
-from expunge.errors import InputError
+from expunge.errors import InputError, check_seed
 from expunge.methods.base import Method, Schedule
 
 _TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
@@ -83,8 +83,7 @@ class TrainingOptions:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise InputError(f"--{option.replace('_', '-')} {value}: must be 1 or more")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"--seed {self.seed}: must be in [0, 2^32)")
+        check_seed(self.seed)
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise InputError(f"--learning-rate {self.learning_rate}: must be positive")
         if not self.max_grad_norm > 0:
