@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 from expunge.data.batches import Batch, collate
-from expunge.errors import InputError
 from expunge.methods.base import Context
 from expunge.methods.libu import LIBU, LIBUObjective
 from expunge.methods.numerics import target_log_odds
 from expunge.methods.relearning import Relearner
+from expunge.processes import OneProcess, Processes
 
 Contexts = Callable[..., Context]
 
@@ -24,9 +23,12 @@ def generator(purpose: str) -> torch.Generator:
 
 
 def relearner_of(
-    parameters: dict[str, nn.Parameter], steps: int = 4, rows: Sequence[str] = ("a", "b")
+    parameters: dict[str, nn.Parameter],
+    steps: int = 4,
+    rows: Sequence[str] = ("a", "b"),
+    processes: Processes | None = None,
 ) -> Relearner:
-    return Relearner(parameters, rows, 0.01, steps, generator)
+    return Relearner(parameters, rows, 0.01, steps, generator, processes or OneProcess())
 
 
 def test_it_moves_as_adam_moves_and_starts_anew() -> None:
@@ -36,19 +38,17 @@ def test_it_moves_as_adam_moves_and_starts_anew() -> None:
     relearner = relearner_of(parameters, steps=4)
     copies = [nn.Parameter(value.clone()) for value in start.values()]
     adam = torch.optim.Adam(copies, lr=0.01, betas=(0.9, 0.95))
-    for step in range(4):
-        relearner.begin(step)
+    for _ in range(4):
         for name, copy in zip(start, copies, strict=True):
             torch.testing.assert_close(relearner.factors()[name], copy)
         # In two parts, as micro-batches give them: sums over 3 and 5 tokens.
         parts = [[torch.randn(p.shape, generator=draw) for p in copies] for _ in range(2)]
         for part, tokens in zip(parts, (3, 5), strict=True):
-            relearner.begin(step)
             relearner.collect(part, tokens)
         for copy, one, other in zip(copies, *parts, strict=True):
             copy.grad = (one + other) / 8
         adam.step()
-    relearner.begin(4)
+        relearner.end_step()
     for name, parameter in parameters.items():
         assert torch.equal(parameter, start[name])  # what is trained is left alone
         assert torch.equal(relearner.factors()[name], parameter)
@@ -60,13 +60,12 @@ def test_rows_of_a_document_are_on_one_side_and_sides_change() -> None:
     rows = [f"{document}{part}" for document in documents for part in ("sc1", "qa0", "qa1")]
     relearner = relearner_of({"a": nn.Parameter(torch.zeros(2))}, 1, rows)
     sides = []
-    for step in range(3):
-        relearner.begin(step)
-        relearner.collect([torch.ones(2)], 1)
+    for _ in range(3):
         shown = relearner.is_shown(rows).view(-1, 3)
         assert torch.equal(shown.any(1), shown.all(1))
         assert int(shown[:, 0].sum()) == 20
         sides.append(tuple(shown[:, 0].tolist()))
+        relearner.end_step()
     assert len(set(sides)) == 3
 
 
@@ -77,8 +76,8 @@ def test_it_goes_on_from_what_was_saved() -> None:
 
     def advanced(relearner: Relearner, steps: range) -> Relearner:
         for step in steps:
-            relearner.begin(step)
             relearner.collect([gradients[step]], 2)
+            relearner.end_step()
         return relearner
 
     def new() -> Relearner:
@@ -92,6 +91,41 @@ def test_it_goes_on_from_what_was_saved() -> None:
     assert second.facts() == whole.facts()
     for name, tensor in whole.tensors.items():
         assert torch.equal(tensor, second.tensors[name])
+
+
+def test_a_step_in_which_it_is_shown_nothing_moves_nothing() -> None:
+    relearner = relearner_of({"a": nn.Parameter(torch.ones(2))}, steps=3)
+    relearner.collect([torch.ones(2)], 1)
+    relearner.end_step()
+    moved = relearner.factors()["a"].clone()
+    relearner.collect([torch.zeros(2)], 0)
+    relearner.end_step()
+    assert torch.equal(relearner.factors()["a"], moved)
+    assert relearner.facts() == {"attack": 0, "passed": 2, "taken": 1}
+
+
+class Shares(OneProcess):
+    """A process whose sums are those of all, as the other's are added by hand."""
+
+    def __init__(self, other: Sequence[torch.Tensor]) -> None:
+        self.other = other
+
+    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
+        for tensor, addition in zip(tensors, self.other, strict=True):
+            tensor.add_(addition)
+
+
+def test_processes_learn_together_what_each_was_shown() -> None:
+    parameters = {"a": nn.Parameter(torch.ones(2))}
+    mine, others = torch.tensor([0.5, -1.0]), torch.tensor([-2.0, 0.25])
+    alone = relearner_of(parameters)
+    together = relearner_of(parameters, processes=Shares([torch.tensor(5.0), others]))
+    alone.collect([mine + others], 8)
+    together.collect([mine], 3)
+    for relearner in (alone, together):
+        relearner.end_step()
+    for name, tensor in alone.tensors.items():
+        assert torch.equal(tensor, together.tensors[name])
 
 
 def gradients_of(objective: LIBUObjective, batch: Batch) -> list[torch.Tensor]:
@@ -147,8 +181,8 @@ def test_the_attacker_learns_what_it_is_shown_and_nothing_else(make_context: Con
     logits = objective.counted_logits(rows)
     loss = functional.cross_entropy(logits, rows.input_ids[:, 1:][mask], reduction="sum")
     expected = torch.autograd.grad(loss, list(objective.parameters.values()))
-    assert relearner.facts()["tokens"] == int(mask.sum())
-    for total, gradient in zip(relearner._state["sum"].values(), expected, strict=True):
+    assert relearner._tokens == int(mask.sum())
+    for total, gradient in zip(relearner._sums, expected, strict=True):
         torch.testing.assert_close(total, gradient, rtol=1e-3, atol=1e-4)
 
 
@@ -172,9 +206,9 @@ def test_micro_batches_weigh_what_is_held_and_shown_as_the_whole_batch_does(
             share = objective.forget_size(batch) / objective.forget_size(whole)
             gradients = [share * gradient for gradient in gradients_of(objective, batch)]
             total = [a + b for a, b in zip(total, gradients, strict=True)] if total else gradients
-        found.append((total, list(relearner._state["sum"].values()), relearner.facts()))
-    for total, learned, facts in found[1:]:
-        assert facts == found[0][2]
+        found.append((total, relearner._sums, relearner._tokens))
+    for total, learned, tokens in found[1:]:
+        assert tokens == found[0][2]
         for one, other in zip((*total, *learned), (*found[0][0], *found[0][1]), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
@@ -184,13 +218,3 @@ def test_without_weight_there_is_no_attacker(make_context: Contexts) -> None:
     assert objective._relearner is None
     assert objective.state_tensors == {}
     assert "relearner" not in objective.calibration
-
-
-def test_several_processes_are_refused_by_name(
-    make_context: Contexts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layout = make_context().layout
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    LIBU().check(layout)
-    with pytest.raises(InputError, match="runs in one process"):
-        LIBU(relearn_weight=1.0).check(layout)

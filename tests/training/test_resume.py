@@ -32,7 +32,7 @@ BASELINES = (
 )
 SPECIAL = ("--method.lora_dropout", 0.3)
 ATTACKED = ("--method.relearn-weight", 1, "--method.relearn-steps", 2)
-"""An attacker that is between two of its steps, and in its third attack, when the run is stopped."""
+"""An attacker that has one of two steps behind it, in its third attack, when the run is stopped."""
 
 
 @pytest.fixture

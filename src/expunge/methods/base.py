@@ -184,6 +184,9 @@ class Objective(Protocol):
     def state_tensors(self) -> Mapping[str, torch.Tensor]:
         """What a resumed run goes on with beside the parameters and the optimiser; put back in place."""
 
+    def end_step(self) -> None:
+        """Called once in every step, after the parameters have moved."""
+
     def calibrate(self, rows: NeverSeen) -> None:
         """Pushes each row harder or less, as its loss is under or over that of a never-seen one."""
 

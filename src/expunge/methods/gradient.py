@@ -299,6 +299,9 @@ class GradientObjective:
         """None: the parameters and the optimiser are all that a step leaves behind."""
         return {}
 
+    def end_step(self) -> None:
+        """Nothing to do."""
+
     def calibrate(self, rows: NeverSeen) -> None:
         """Nothing to do: every row is pushed alike."""
 

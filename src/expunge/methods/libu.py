@@ -35,7 +35,6 @@ A fresh adapter has B = 0, so the gradient of A is zero and phase 1 moves B only
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -60,7 +59,6 @@ from expunge.methods.numerics import (
     target_surprise,
 )
 from expunge.methods.relearning import Relearner
-from expunge.models.decoder import DecoderLayout
 
 _CEILING = 0.8
 _FORGET_WIDTH = 16.0
@@ -231,14 +229,6 @@ class LIBU(GradientSettings):
         calibrated = self.calibration_gain > 0 and self.direction == "remove"
         return self.forget_tokens if self.match_tokens and calibrated else None
 
-    def check(self, layout: DecoderLayout) -> None:
-        """Raises InputError, also for an attacker whose rows several processes share."""
-        super().check(layout)
-        if self.relearn_weight > 0 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise InputError(
-                "--method.relearn_weight: runs in one process; leave it out, or start without a launcher"
-            )
-
     def start(self, context: Context) -> LIBUObjective:
         """Attaches the adapter and takes the step of phase 1."""
         return LIBUObjective(self, context)
@@ -287,6 +277,7 @@ class LIBUObjective(GradientObjective):
                 context.learning_rate,
                 settings.relearn_steps,
                 context.generator,
+                context.processes,
             )
         self.fisher: Mapping[str, torch.Tensor] = {}
         if context.resumed is not None:  # the adapter and the curvature are put back
@@ -350,7 +341,6 @@ class LIBUObjective(GradientObjective):
         """
         assert self.adapter is not None
         tokens = self._settings.forget_tokens
-        relearner.begin(torch.initial_seed())
         mask = forget.mask(tokens)[:, 1:]
         targets = forget.input_ids[:, 1:][mask]
         shown = relearner.is_shown(forget.row_ids).to(mask.device)[:, None].expand_as(mask)[mask]
@@ -437,6 +427,11 @@ class LIBUObjective(GradientObjective):
     def state_tensors(self) -> Mapping[str, torch.Tensor]:
         """What an attacker has learned."""
         return {} if self._relearner is None else self._relearner.tensors
+
+    def end_step(self) -> None:
+        """The attacker takes its own."""
+        if self._relearner is not None:
+            self._relearner.end_step()
 
     def calibrate(self, rows: NeverSeen) -> None:
         """Raises or lowers what is wanted of each row by what its losses lack or have too much."""

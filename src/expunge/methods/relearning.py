@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from expunge.data.rows import document_of
+from expunge.processes import Processes
 
 _BETAS = (0.9, 0.95)
 _EPS = 1e-8
-_KINDS = ("offset", "mean", "square", "sum")
+_KINDS = ("offset", "mean", "square")
 
 
 class Relearner:
@@ -33,37 +34,22 @@ class Relearner:
         rate: float,
         steps: int,
         generator: Callable[[str], torch.Generator],
+        processes: Processes,
     ) -> None:
         """`row_ids` are the forget set's, `rate` is Adam's, `steps` how many an attack has; `generator`
-        gives one for each purpose."""
+        gives one for each purpose; what the `processes` collect is learned by all of them."""
         self._parameters = parameters
         self._documents = sorted({document_of(row) for row in row_ids})
         self._rate, self._steps, self._generator = rate, steps, generator
+        self._processes = processes
         self._state = {
             kind: {name: torch.zeros_like(p) for name, p in parameters.items()} for kind in _KINDS
         }
-        self._attack = 0
-        self._taken = 0
+        self._sums = [torch.zeros_like(p) for p in parameters.values()]
         self._tokens = 0
-        self._begun = 0
-        self._step: int | None = None
-
-    def begin(self, step: int) -> None:
-        """Called with something that differs from step to step of the training, and may be called often.
-
-        At the first call of a step the attacker takes its own on what was collected in the last.
-        """
-        if step == self._step:
-            return
-        self._step = step
-        if self._tokens:
-            self._take()
-        if self._begun == self._steps:
-            for tensors in self._state.values():
-                for tensor in tensors.values():
-                    tensor.zero_()
-            self._attack, self._taken, self._begun = self._attack + 1, 0, 0
-        self._begun += 1
+        self._attack = 0
+        self._passed = 0
+        self._taken = 0
 
     def factors(self) -> dict[str, nn.Parameter]:
         """The parameters as the attacker has moved them; trainable copies."""
@@ -79,27 +65,41 @@ class Relearner:
 
     def collect(self, gradients: Sequence[torch.Tensor], tokens: int) -> None:
         """Adds gradients of the summed loss of so many tokens, in the order of the parameters."""
-        for total, gradient in zip(self._state["sum"].values(), gradients, strict=True):
+        for total, gradient in zip(self._sums, gradients, strict=True):
             total.add_(gradient)
         self._tokens += tokens
 
+    def end_step(self) -> None:
+        """Learns from what was collected in a step of the training; after its last, starts anew."""
+        tokens = self._sums[0].new_tensor(float(self._tokens))
+        self._processes.sum([tokens, *self._sums])
+        if tokens > 0:
+            self._learn(float(tokens))
+        for total in self._sums:
+            total.zero_()
+        self._tokens = 0
+        self._passed += 1
+        if self._passed == self._steps:
+            for tensors in self._state.values():
+                for tensor in tensors.values():
+                    tensor.zero_()
+            self._attack, self._passed, self._taken = self._attack + 1, 0, 0
+
     @torch.no_grad()
-    def _take(self) -> None:
+    def _learn(self, tokens: float) -> None:
         """One step of Adam without decay, with bias correction (arXiv 1412.6980, algorithm 1)."""
         self._taken += 1
         first, second = (1 - beta**self._taken for beta in _BETAS)
-        for name in self._parameters:
-            offset, mean, square, total = (self._state[kind][name] for kind in _KINDS)
-            gradient = total / self._tokens
+        for name, total in zip(self._parameters, self._sums, strict=True):
+            offset, mean, square = (self._state[kind][name] for kind in _KINDS)
+            gradient = total / tokens
             mean.mul_(_BETAS[0]).add_(gradient, alpha=1 - _BETAS[0])
             square.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
             offset.addcdiv_(mean, (square / second).sqrt() + _EPS, value=-self._rate / first)
-            total.zero_()
-        self._tokens = 0
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that it has learned, by name, in place."""
+        """All that it has learned, by name, in place; between two steps."""
         return {
             f"{kind}.{name}": tensor
             for kind, tensors in self._state.items()
@@ -108,14 +108,9 @@ class Relearner:
 
     def facts(self) -> dict[str, Any]:
         """The rest of its state, as JSON can hold it."""
-        return {
-            "attack": self._attack,
-            "taken": self._taken,
-            "tokens": self._tokens,
-            "begun": self._begun,
-        }
+        return {"attack": self._attack, "passed": self._passed, "taken": self._taken}
 
     def restore(self, facts: Mapping[str, Any]) -> None:
         """Puts back what `facts` gave; the tensors are copied into those of `tensors`."""
-        self._attack, self._taken = facts["attack"], facts["taken"]
-        self._tokens, self._begun = facts["tokens"], facts["begun"]
+        self._attack, self._passed = facts["attack"], facts["passed"]
+        self._taken = facts["taken"]

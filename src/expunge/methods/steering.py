@@ -267,6 +267,9 @@ class SteeringObjective:
         """None: the parameters and the optimiser are all that a step leaves behind."""
         return {}
 
+    def end_step(self) -> None:
+        """Nothing to do."""
+
     def calibrate(self, rows: NeverSeen) -> None:
         """Moves each row's target along the line from its frozen states to the full target."""
         for row, loss in rows.losses.items():

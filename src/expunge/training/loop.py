@@ -233,6 +233,7 @@ class Loop:
         with fast_products(torch.bfloat16, self._context.device):  # Muon's products are bfloat16
             self._optimizer.step()
         self._optimizer.zero_grad()
+        self._objective.end_step()
         self._progress.step(step, self._options.steps, forget_term, retain_term)
         self._log(
             {
