@@ -61,7 +61,7 @@ def test_rows_of_a_document_are_on_one_side_and_sides_change() -> None:
     relearner = relearner_of({"a": nn.Parameter(torch.zeros(2))}, 1, rows)
     sides = []
     for _ in range(3):
-        shown = relearner.is_shown(rows).view(-1, 3)
+        shown = torch.tensor(relearner.is_shown(rows)).view(-1, 3)
         assert torch.equal(shown.any(1), shown.all(1))
         assert int(shown[:, 0].sum()) == 20
         sides.append(tuple(shown[:, 0].tolist()))

@@ -57,14 +57,18 @@ class Batch:
         """Some of the rows, with no more padding than they need."""
         return self._chosen(list(range(len(self.examples))[begin:end]))
 
+    def split(self, first: Sequence[bool]) -> tuple[Batch | None, Batch | None]:
+        """The rows marked in `first`, and the others; None where there is none."""
+        sides: tuple[list[int], list[int]] = ([], [])
+        for row, is_first in enumerate(first):
+            sides[not is_first].append(row)
+        if not all(sides):
+            return (self, None) if sides[0] else (None, self)
+        return self._chosen(sides[0]), self._chosen(sides[1])
+
     def split_listed(self) -> tuple[Batch | None, Batch | None]:
         """The user's rows and those of random tokens; None where there is none."""
-        sides: tuple[list[int], list[int]] = ([], [])
-        for row, example in enumerate(self.examples):
-            sides[not example.listed].append(row)
-        if not sides[1]:
-            return self, None
-        return (self._chosen(sides[0]) if sides[0] else None), self._chosen(sides[1])
+        return self.split([example.listed for example in self.examples])
 
     def _chosen(self, rows: list[int]) -> Batch:
         chosen = tuple(self.examples[row] for row in rows)

@@ -260,9 +260,6 @@ class LIBUObjective(GradientObjective):
             settings.calibration_gain,
             match_tokens=settings.matches_tokens is not None,
         )
-        # Sharded weights are gathered in every pass, so all processes must make as many passes,
-        # whichever kinds of rows their shares hold.
-        self._equal_passes = context.processes.shards and settings.random_rows > 0
         if settings.lens_weight > 0 and settings.direction == "remove":
             with context.autocast():
                 check_lens(context.model, context.layout)
@@ -341,21 +338,40 @@ class LIBUObjective(GradientObjective):
         """
         assert self.adapter is not None
         tokens = self._settings.forget_tokens
-        mask = forget.mask(tokens)[:, 1:]
-        targets = forget.input_ids[:, 1:][mask]
-        shown = relearner.is_shown(forget.row_ids).to(mask.device)[:, None].expand_as(mask)[mask]
         factors = relearner.factors()
+        trained = list(factors.values())
+        shown, hidden = forget.split(relearner.is_shown(forget.row_ids))
+        attacked = torch.zeros((), device=self._context.device)
         with self.adapter.using(factors):
-            log_odds = target_log_odds(self.counted_logits(forget, tokens), targets)
-            wanted, _ = self._wanted(forget, mask, log_odds, torch.zeros_like(log_odds))
-            above = huber(torch.maximum(log_odds, wanted), wanted, _FORGET_WIDTH)
-            held = above[~shown].sum() / max(1, len(above))
-            trained = list(factors.values())
-            gradients = torch.autograd.grad(held, trained, retain_graph=True)
-            losses = functional.softplus(-log_odds)[shown].sum()
-            relearner.collect(torch.autograd.grad(losses, trained), int(shown.sum()))
-        moved = zip(self.parameters.values(), gradients, strict=True)
-        return held.detach() + sum(((p - p.detach()) * gradient).sum() for p, gradient in moved)
+            if rows := shown or self._idle_row(forget):
+                log_odds, _ = self._log_odds(rows, tokens)
+                gradients = torch.autograd.grad(functional.softplus(-log_odds).sum(), trained)
+                if rows is shown:
+                    relearner.collect(gradients, len(log_odds))
+            if rows := hidden or self._idle_row(forget):
+                log_odds, mask = self._log_odds(rows, tokens)
+                wanted, _ = self._wanted(rows, mask, log_odds, torch.zeros_like(log_odds))
+                above = huber(torch.maximum(log_odds, wanted), wanted, _FORGET_WIDTH).sum()
+                above = above / max(1, self.forget_size(forget))
+                gradients = torch.autograd.grad(above, trained)
+                if rows is hidden:
+                    moved = zip(self.parameters.values(), gradients, strict=True)
+                    attacked = above.detach() + sum(((p - p.detach()) * g).sum() for p, g in moved)
+        return attacked
+
+    def _log_odds(self, batch: Batch, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """The log-odds of the counted tokens, and where they are, (rows, tokens - 1)."""
+        mask = batch.mask(tokens)[:, 1:]
+        logits = self.counted_logits(batch, tokens)
+        return target_log_odds(logits, batch.input_ids[:, 1:][mask]), mask
+
+    def _idle_row(self, batch: Batch) -> Batch | None:
+        """A row for a pass that counts for nothing, where other processes wait for one.
+
+        Sharded weights are gathered in every pass, so all must make as many, whichever kinds of rows
+        their shares of a step hold.
+        """
+        return batch.rows(0, 1) if self._context.processes.shards else None
 
     def _inner_layer(self) -> int:
         """A layer below the last, drawn anew in every step; the same in all its micro-batches."""
@@ -399,12 +415,11 @@ class LIBUObjective(GradientObjective):
         log_odds = target_log_odds(logits[of_user], targets[of_user])
         before = self._retain_before[list(retain.indices), : mask.shape[1]][mask][of_user]
         total = huber(log_odds, before, _RETAIN_WIDTH).sum()
-        if random is not None or self._equal_passes:
-            some = retain.rows(0, 1) if random is None else random
+        if some := random or (self._idle_row(retain) if settings.random_rows else None):
             every = torch.ones(len(some.indices), dtype=torch.bool, device=mask.device)
             with self.reference():
                 reference, states_before = self.logits_and_states(some, every if hold else None)
-            if random is not None:
+            if some is random:
                 total = total + settings.random_weight * token_kl(logits[~of_user], reference).sum()
             if hold:
                 moved = torch.stack(list(map(relative_change, states, states_before))).mean(0)
@@ -446,11 +461,8 @@ class LIBUObjective(GradientObjective):
         odds = torch.zeros(len(examples), width, device=self._context.device)
         listed = [index for index, example in enumerate(examples) if example.listed]
         for batch in self._context.passes([examples[index] for index in listed], None):
-            mask = batch.mask(tokens)[:, 1:]
             with self.reference(), self._context.autocast():
-                counted = target_log_odds(
-                    self.counted_logits(batch, tokens), batch.input_ids[:, 1:][mask]
-                )
+                counted, mask = self._log_odds(batch, tokens)
             rows = [listed[index] for index in batch.indices]
             odds[rows, : mask.shape[1]] = counted.new_zeros(mask.shape).masked_scatter(
                 mask, counted

@@ -56,12 +56,12 @@ class Relearner:
         offset = self._state["offset"]
         return {n: nn.Parameter(p.detach() + offset[n]) for n, p in self._parameters.items()}
 
-    def is_shown(self, row_ids: Sequence[str]) -> torch.Tensor:
-        """Which rows the attacker learns from, (rows,): all of half of the documents, rounded down."""
+    def is_shown(self, row_ids: Sequence[str]) -> list[bool]:
+        """Which rows the attacker learns from: all of half of the documents, rounded down."""
         generator = self._generator(f"relearn {self._attack}")
         order = torch.randperm(len(self._documents), generator=generator).tolist()
         shown = {self._documents[place] for place in order[: len(order) // 2]}
-        return torch.tensor([document_of(row) in shown for row in row_ids])
+        return [document_of(row) in shown for row in row_ids]
 
     def collect(self, gradients: Sequence[torch.Tensor], tokens: int) -> None:
         """Adds gradients of the summed loss of so many tokens, in the order of the parameters."""
