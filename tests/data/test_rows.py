@@ -83,6 +83,8 @@ FAULTS: list[tuple[dict[str, object], tuple[str, ...]]] = [
     (row(id=1.5, output=CANARY), ("column 'id' holds a float", "whole number")),
     (row(id=True, output=CANARY), ("column 'id' holds a bool",)),
     (row(task=3, output=CANARY), ("column 'task' holds a int", "use text")),
+    (row(id="a\ud800", output=CANARY), ("column 'id' holds half a character",)),
+    (row(task="\ud800", output=CANARY), ("column 'task' holds half a character",)),
     (row(kind=CANARY), ("column 'kind' is not one of sc, qa",)),
 ]
 

@@ -75,6 +75,18 @@ def test_an_entry_of_the_manifest_that_is_amiss_is_named(run: Path, key: str, va
     assert f"expunge.json: {key} is not there or not as expunge run writes it" in refused(run)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("seconds", "long"), ("peak_memory_bytes", 0.5), ("peak_memory_bytes", True)]
+)
+def test_a_measure_of_the_manifest_that_is_no_number_is_named(
+    run: Path, key: str, value: Any
+) -> None:
+    manifest = manifest_of(run)
+    manifest[key]["cpu"] = value
+    (run / "expunge.json").write_text(json.dumps(manifest))
+    assert f"expunge.json: {key}.cpu is not a number" in refused(run)
+
+
 def test_a_candidate_or_tensor_that_is_amiss_is_no_report(run: Path) -> None:
     whole = manifest_of(run)
     for change in (

@@ -94,6 +94,8 @@ def test_values_replace_fixed_settings_and_leave_the_rest() -> None:
         ("method.alpha=float:1:5:9", ("the step 9",)),
         ("method.alpha=float:1:x", ("'x' is no number",)),
         ("method.alpha=float:1:inf", ("inf is not finite",)),
+        ("method.layer=int:1:9223372036854775808", ("beyond 2^63",)),
+        (f"method.layer=int:1:1{'0' * 400}", ("beyond 2^63",)),
         ("method.alpha=float:-4:5", ("--method.alpha -4.0: must be 0 or more",)),
         ("method.alpha=int:1:5", ("is a decimal number", "float:LOW:HIGH")),
         ("method.layer=float:1:5", ("is a whole number", "int:LOW:HIGH")),

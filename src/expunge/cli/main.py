@@ -158,6 +158,11 @@ def _unknown_command(name: str) -> ExpungeError:
 
     from expunge.errors import InputError
 
+    if name.startswith("-"):
+        return InputError(
+            f"{name} is no command; options follow one, as in expunge run {name} ...; choose from"
+            f" {', '.join(COMMANDS)}"
+        )
     near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
     mend = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}"
     return InputError(f"unknown command {name!r}; {mend}")

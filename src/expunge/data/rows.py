@@ -171,6 +171,8 @@ def _row_of(values: Mapping[str, object], fallback_id: str) -> Row:
         task = DEFAULT_TASK
     elif not isinstance(task, str):
         raise InputError(f"column 'task' holds a {_type_name(task)}; use text")
+    _check_characters("id", str(row_id))
+    _check_characters("task", task)
     return Row(str(row_id), prompt, output, task, _kind(values.get("kind"), str(row_id), prompt))
 
 
@@ -186,13 +188,17 @@ def _text(values: Mapping[str, object], column: str) -> str:
     value = values[column]
     if not isinstance(value, str):
         raise InputError(f"column {column!r} holds a {_type_name(value)}; use text")
+    _check_characters(column, value)
+    if not value.strip():
+        raise InputError(f"column {column!r} is empty; fill it or drop the row")
+    return value
+
+
+def _check_characters(column: str, value: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError:
         raise InputError(f"column {column!r} holds half a character (a lone surrogate)") from None
-    if not value.strip():
-        raise InputError(f"column {column!r} is empty; fill it or drop the row")
-    return value
 
 
 def _type_name(value: object) -> str:
