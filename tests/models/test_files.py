@@ -91,7 +91,7 @@ def test_a_broken_index_is_named(sharded: Path, text: str) -> None:
 
 def test_a_single_file_comes_before_shards_as_in_transformers(sharded: Path) -> None:
     save_file({"a": torch.zeros(1)}, sharded / SINGLE)
-    assert list(check_model_files(sharded).shard_of) == ["a"]
+    assert list(check_model_files(sharded).tensors) == ["a"]
 
 
 def test_a_truncated_shard_is_named(sharded: Path) -> None:
@@ -105,7 +105,9 @@ def test_each_tensor_is_found_in_its_shard(sharded: Path) -> None:
     files = check_model_files(sharded)
     assert len(files.shards) > 2
     for shard in files.shards:
-        assert set(load_file(shard)) == {n for n, home in files.shard_of.items() if home == shard}
+        assert set(load_file(shard)) == {
+            n for n, tensor in files.tensors.items() if tensor.path == shard
+        }
     assert files.bytes == sum(path.stat().st_size for path in sharded.glob("model-*.safetensors"))
 
 

@@ -133,7 +133,7 @@ def test_shards_stay_as_they_are_and_untouched_ones_are_copies(save: Save, outpu
     assert len(checked.files.shards) > 3
     write(checked, weights, output)
     assert_only_changed(checked, output, NAMES)
-    touched = {checked.files.shard_of[name].name for name in NAMES}
+    touched = {checked.files.tensors[name].path.name for name in NAMES}
     for shard in checked.files.shards:
         identical = shard.read_bytes() == (output / shard.name).read_bytes()
         assert identical == (shard.name not in touched)

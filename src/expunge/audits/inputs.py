@@ -18,7 +18,6 @@ from expunge.data.tokenization import LongRows, TextPolicy, encode_rows, prompt_
 from expunge.disk import check_file_output
 from expunge.errors import InputError, check_seed
 from expunge.models.loading import CheckedModel, Dtype, check_model
-from expunge.models.tensors import stored_tensors
 
 
 @dataclass(frozen=True)
@@ -265,11 +264,10 @@ def _check_rows(case: Case, model: CheckedModel, policy: TextPolicy) -> None:
 def stored_dtype(model: CheckedModel) -> Dtype:
     """The floating dtype that most of the checkpoint's numbers are saved in."""
     sizes: dict[str, int] = {}
-    for shard in model.files.shards:
-        for tensor in stored_tensors(shard).values():
-            name = str(tensor.dtype).removeprefix("torch.")
-            if tensor.dtype.is_floating_point:
-                sizes[name] = sizes.get(name, 0) + tensor.bytes
+    for tensor in model.files.tensors.values():
+        name = str(tensor.dtype).removeprefix("torch.")
+        if tensor.dtype.is_floating_point:
+            sizes[name] = sizes.get(name, 0) + tensor.bytes
     most = max(sizes, key=lambda name: sizes[name], default="none")
     for known in ("float32", "bfloat16", "float16"):
         if most == known:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from expunge.data.formats import sha256_of
 from expunge.errors import InputError
-from expunge.models.tensors import stored_tensors
+from expunge.models.tensors import StoredTensor, stored_tensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -36,11 +36,11 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A local checkpoint: its shards and the shard that holds each tensor."""
+    """A local checkpoint: its shards and where in them each tensor is."""
 
     directory: Path
     shards: tuple[Path, ...]
-    shard_of: Mapping[str, Path]
+    tensors: Mapping[str, StoredTensor]
 
     @property
     def bytes(self) -> int:
@@ -72,10 +72,10 @@ def check_model_files(directory: Path) -> ModelFiles:
         raise InputError(
             f"{directory}: has no tokenizer; save it there with tokenizer.save_pretrained"
         )
-    shard_of = {}
+    tensors: dict[str, StoredTensor] = {}
     for shard in shards:
-        shard_of.update(dict.fromkeys(stored_tensors(shard), shard))
-    return ModelFiles(directory, shards, shard_of)
+        tensors |= stored_tensors(shard)
+    return ModelFiles(directory, shards, tensors)
 
 
 def _shards(directory: Path) -> tuple[Path, ...]:

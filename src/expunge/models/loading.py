@@ -14,7 +14,6 @@ from expunge.data.tokenization import TextPolicy
 from expunge.errors import InputError
 from expunge.models.decoder import DecoderLayout, find_layout, skeleton_of
 from expunge.models.files import ModelFiles, check_model_files
-from expunge.models.tensors import stored_tensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -121,7 +120,7 @@ def _stored_names(skeleton: PreTrainedModel, files: ModelFiles) -> dict[str, tup
     for names in aliases.values():
         candidates = [*names, *(name.removeprefix(prefix) for name in names)]
         found = [renamed.get(name, name) for name in candidates]
-        held = tuple(dict.fromkeys(name for name in found if name in files.shard_of))
+        held = tuple(dict.fromkeys(name for name in found if name in files.tensors))
         stored.update(dict.fromkeys(names, held))
         if not held:
             missing.append(names[0])
@@ -149,7 +148,7 @@ def _check_shapes(
     config = files.directory / "config.json"
     leaf = re.escape(layout.layers.rpartition(".")[2])
     ignored = skeleton._keys_to_ignore_on_load_unexpected or ()
-    for name in files.shard_of:
+    for name in files.tensors:
         place = re.search(rf"(?:^|\.){leaf}\.(\d+)\.", name)
         if place is None or any(re.search(pattern, name) for pattern in ignored):
             continue
@@ -161,17 +160,12 @@ def _check_shapes(
     rules = get_model_conversion_mapping(skeleton)
     if not all(isinstance(rule, WeightRenaming) for rule in rules):
         return  # tensors are cut or joined as they are loaded
-    shapes = {
-        name: tensor.shape
-        for shard in files.shards
-        for name, tensor in stored_tensors(shard).items()
-    }
     for name, parameter in skeleton.named_parameters():
         for stored in stored_names[name]:
-            if tuple(shapes[stored]) != tuple(parameter.shape):
+            if files.tensors[stored].shape != tuple(parameter.shape):
                 raise InputError(
                     f"{config}: wants {name} of the shape {tuple(parameter.shape)}, the files hold"
-                    f" {tuple(shapes[stored])}; give the one that was saved with them"
+                    f" {files.tensors[stored].shape}; give the one that was saved with them"
                 )
 
 
@@ -186,7 +180,7 @@ def _renamed(skeleton: PreTrainedModel, files: ModelFiles) -> dict[str, str]:
     rules = [
         rule for rule in get_model_conversion_mapping(skeleton) if isinstance(rule, WeightRenaming)
     ]
-    renamed = {rename_source_key(name, rules, [])[0]: name for name in files.shard_of}
+    renamed = {rename_source_key(name, rules, [])[0]: name for name in files.tensors}
     return {new: name for new, name in renamed.items() if new != name}
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from expunge.errors import InputError
-from expunge.models.tensors import StoredTensor, read_tensor, stored_tensors
+from expunge.models.tensors import StoredTensor, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,9 +72,7 @@ class StreamedModel:
         self.device = torch.device(device)
         self._dtype = dtype
         self._names = checked.stored_names
-        self._stored: dict[str, StoredTensor] = {}
-        for shard in checked.files.shards:
-            self._stored |= stored_tensors(shard)
+        self._stored = checked.files.tensors
         for name, parameter in model.named_parameters():
             stored = self._stored[self._names[name][0]]
             if stored.shape != tuple(parameter.shape):

@@ -123,7 +123,7 @@ def _whole_probe(checked: CheckedModel, directory: Path) -> bool:
     from transformers import AutoModelForCausalLM
 
     files = checked.files
-    stored = stored_tensors(next(iter(files.shard_of.values())))[next(iter(files.shard_of))]
+    stored = next(iter(files.tensors.values()))
     reloaded = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=stored.dtype,
@@ -145,7 +145,7 @@ def _streamed_probe(checked: CheckedModel, directory: Path) -> bool:
     from expunge.models.loading import check_model
 
     reloaded = check_model(str(directory))
-    stored = next(iter(stored_tensors(reloaded.files.shards[0]).values()))
+    stored = next(iter(reloaded.files.tensors.values()))
     parts = StreamedModel(reloaded, stored.dtype, "cpu")
     layers = [f"{reloaded.layout.layers}.{index}" for index in range(reloaded.layout.count)]
     with torch.no_grad(), loaded_in_turn(parts, [*outside_layers(parts.model, layers), *layers]):

@@ -22,7 +22,6 @@ from expunge.evaluation.scorecard import Scorecard, evaluate_model
 from expunge.methods.base import Method
 from expunge.models.loading import CheckedModel, load_model
 from expunge.models.parts import give_back_freed_memory
-from expunge.models.tensors import StoredTensor, stored_tensors
 from expunge.search.inputs import Task
 from expunge.training.options import TrainingOptions
 from expunge.training.preparation import prepare_encoded
@@ -170,13 +169,10 @@ def score(task: Task, weights: Mapping[str, torch.Tensor], progress: Progress) -
 
 def put(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], checked: CheckedModel) -> None:
     """Gives the model `weights` as a checkpoint would: rounded to the dtype of the files first."""
-    stored: dict[str, StoredTensor] = {}
-    for shard in checked.files.shards:
-        stored |= stored_tensors(shard)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, weight in weights.items():
-            held_in = stored[checked.stored_names[name][0]].dtype
+            held_in = checked.files.tensors[checked.stored_names[name][0]].dtype
             parameters[name].copy_(weight.to(held_in))
 
 

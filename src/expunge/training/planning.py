@@ -20,7 +20,6 @@ from expunge.data.tokenization import Example
 from expunge.errors import InputError
 from expunge.models.loading import CheckedModel
 from expunge.models.parts import give_back_freed_memory
-from expunge.models.tensors import stored_tensors
 from expunge.training.layer_choice import extreme_layers, is_open, with_layer
 from expunge.training.metering import COPIES
 from expunge.training.options import TrainingOptions, resolved, size_in_bytes
@@ -305,11 +304,7 @@ def _writing(checked: CheckedModel, rehearsal: Rehearsal) -> dict[str, int]:
 
     Tensors are compared in pairs. A model that was read part by part is tried out part by part.
     """
-    stored = {
-        name: tensor
-        for shard in checked.files.shards
-        for name, tensor in stored_tensors(shard).items()
-    }
+    stored = checked.files.tensors
     largest = max(tensor.bytes for tensor in stored.values())
     result = {name: 4 * torch.Size(shape).numel() for name, shape in rehearsal.result.items()}
     # The new and the old tensor, both in float32 as well, and their difference.
