@@ -97,7 +97,9 @@ def test_a_fresh_adapter_moves_b_only_and_then_both(context: Context) -> None:
 
 
 def test_phase_2_is_bounded_and_holds_retain(context: Context) -> None:
-    objective = LIBU(rank=4, retain_weight=3.0, ceiling=2.0, lens_weight=0).start(context)
+    objective = LIBU(rank=4, retain_weight=3.0, ceiling=2.0, lens_weight=0, relearn_weight=0).start(
+        context
+    )
     forget, retain = whole(context, "forget"), whole(context, "retain")
     terms = objective.loss(forget, retain)
     assert terms.retain is not None
@@ -240,7 +242,7 @@ def test_tokens_of_a_calibrated_document_take_the_spread_of_never_seen_ones(
     memorised: Callable[[], Context],
 ) -> None:
     context = memorised()
-    settings = LIBU(rank=4, retain_weight=0, surprise_weight=0, lens_weight=0)
+    settings = LIBU(rank=4, retain_weight=0, surprise_weight=0, lens_weight=0, relearn_weight=0)
     objective = settings.start(context)
     batch = collate(context.forget, [0], context.pad_id)
     row = batch.row_ids[0]
@@ -266,7 +268,9 @@ def test_tokens_of_a_calibrated_document_take_the_spread_of_never_seen_ones(
     assert forgetting(objective, batch) == pytest.approx(float(expected), rel=0.01)
     # A row that nothing is known of has one ceiling for all of its tokens.
     other = collate(context.forget, [1], context.pad_id)
-    plain = LIBU(rank=4, retain_weight=0, lens_weight=0, match_tokens=False).start(memorised())
+    plain = LIBU(
+        rank=4, retain_weight=0, lens_weight=0, relearn_weight=0, match_tokens=False
+    ).start(memorised())
     assert forgetting(objective, other) == pytest.approx(forgetting(plain, other), rel=1e-5)
 
 
@@ -274,7 +278,7 @@ def test_a_token_is_to_be_as_surprising_as_one_of_never_seen_text(make_context: 
     context, again = make_context(), make_context()
     for each in (context, again):
         shaken(each.model)
-    settings = LIBU(rank=4, match_tokens=True, retain_weight=0, surprise_weight=0)
+    settings = LIBU(rank=4, match_tokens=True, retain_weight=0, surprise_weight=0, relearn_weight=0)
     without = settings.start(context)
     batch = collate(context.forget, [0], context.pad_id)
     row = batch.row_ids[0]
@@ -308,7 +312,7 @@ def test_a_token_is_to_be_as_surprising_as_one_of_never_seen_text(make_context: 
 def test_what_a_layer_inside_knows_is_pushed_as_well(memorised: Callable[[], Context]) -> None:
     """One way: what is less likely inside than it may be at the output is left alone."""
     context = memorised()
-    settings = LIBU(rank=4, retain_weight=0, ceiling=2.0, lens_weight=0)
+    settings = LIBU(rank=4, retain_weight=0, ceiling=2.0, lens_weight=0, relearn_weight=0)
     plain = settings.start(context)
     batch = whole(context, "forget")
     expected = forgetting(plain, batch)

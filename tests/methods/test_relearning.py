@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -137,11 +138,11 @@ def gradients_of(objective: LIBUObjective, batch: Batch) -> list[torch.Tensor]:
 
 def test_the_gradient_is_that_at_the_attacked_weights(make_context: Contexts) -> None:
     context, again = make_context(), make_context()
-    settings = LIBU(rank=4, retain_weight=0, match_tokens=False, lens_weight=0, ceiling=2.0)
+    settings = LIBU(
+        rank=4, retain_weight=0, match_tokens=False, lens_weight=0, ceiling=2.0, relearn_weight=0
+    )
     plain = settings.start(context)
-    attacked = LIBU(
-        rank=4, retain_weight=0, match_tokens=False, lens_weight=0, ceiling=2.0, relearn_weight=0.7
-    ).start(again)
+    attacked = replace(settings, relearn_weight=0.7).start(again)
     batch = collate(context.forget, range(len(context.forget)), context.pad_id)
     relearner = attacked._relearner
     assert relearner is not None
@@ -214,7 +215,7 @@ def test_micro_batches_weigh_what_is_held_and_shown_as_the_whole_batch_does(
 
 
 def test_without_weight_there_is_no_attacker(make_context: Contexts) -> None:
-    objective = LIBU(rank=4, retain_weight=0).start(make_context())
+    objective = LIBU(rank=4, retain_weight=0, relearn_weight=0).start(make_context())
     assert objective._relearner is None
     assert objective.state_tensors == {}
     assert "relearner" not in objective.calibration

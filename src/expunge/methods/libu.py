@@ -14,7 +14,8 @@ is halved until the measured rise does too.
 
 Phase 2, Sophia (arXiv 2305.14342) on
 
-    L = mean_F [ |logit p_t - logit exp(-c_t)| + u |z_t - s_t| + v |logit p_t^l - logit exp(-c_t)|+ ]
+    L = mean_F [ |logit p_t - logit exp(-c_t)| + u |z_t - s_t| + v |logit p_t^l - logit exp(-c_t)|+
+                 + a |logit p_t^A - logit exp(-c_t)|+ ]
         + w * (mean_R |logit p_t - logit p_t_target| + mean_random [ KL + s |h - h0|^2 / |h0|^2 ])
 
 with p_t the probability of a token and c_t the loss that it should have once it is forgotten: a forget
@@ -22,9 +23,10 @@ term that ends per token, and the retain term that the published code lacks. Bot
 the gradient of the NLL is 1 - p, nearly 0 for what is known by heart: by the time that a cross-entropy
 resists, retain text known by heart is lost. |x| is Huber's, |x|+ that of max(0, x). z_t is how much less
 likely the token is than its distribution expects, s_t the same in never-seen text; p_t^l is what the
-logit lens reads after a layer l; h are states of random tokens after every layer, h0 the target's. The
-terms in u, v and s are ours: without them what is gone from the output still shows in its distribution
-and between the layers. An attacker that tunes the model beside the training is ours too (`relearning`).
+logit lens reads after a layer l, p_t^A what the model gives once an attacker has tuned it on other
+forgotten documents (`relearning`); h are states of random tokens after every layer, h0 the target's. The
+terms in u, v, a and s are ours: without them what is gone from the output still shows in its
+distribution and between the layers, and comes back by tuning.
 The means over retain and random tokens are one over both, in which a random token counts r.
 Sophia divides by the Gauss-Newton diagonal of that retain term, the mean squared gradient of a token's
 log-odds. Sophia-G's own estimate, with labels sampled from the model, is near 0 where text is known by
@@ -86,6 +88,7 @@ _PUBLISHED = {
     "match_tokens": False,
     "surprise_weight": 0.0,
     "lens_weight": 0.0,
+    "relearn_weight": 0.0,
     "states_weight": 0.0,
 }
 
@@ -130,8 +133,8 @@ class LIBU(GradientSettings):
     lens_weight: float = 0.5
     """Weight of the forget term of a layer inside, another one in every step: what the logit lens reads
     there may be no likelier than what is wanted of the output."""
-    relearn_weight: float = 0.0
-    """Weight of the first of these distances after an attacker's tuning on other forgotten subjects, for
+    relearn_weight: float = 0.1
+    """Weight of the distance of the log-odds after an attacker's tuning on other forgotten subjects, for
     those that it was not shown: forgetting is to outlast it. 0 leaves the attacker out."""
     relearn_steps: int = 16
     """Steps of an attack, one beside each step of the training, at the run's learning rate; then it
