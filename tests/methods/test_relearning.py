@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from expunge.data.batches import Batch, collate
+from expunge.data.rows import document_of
 from expunge.methods.base import Context
 from expunge.methods.libu import LIBU, LIBUObjective
 from expunge.methods.numerics import target_log_odds
@@ -26,10 +28,10 @@ def generator(purpose: str) -> torch.Generator:
 def relearner_of(
     parameters: dict[str, nn.Parameter],
     steps: int = 4,
-    rows: Sequence[str] = ("a", "b"),
+    documents: Sequence[str] = ("a", "b"),
     processes: Processes | None = None,
 ) -> Relearner:
-    return Relearner(parameters, rows, 0.01, steps, generator, processes or OneProcess())
+    return Relearner(parameters, documents, 0.01, steps, generator, processes or OneProcess())
 
 
 def test_it_moves_as_adam_moves_and_starts_anew() -> None:
@@ -59,7 +61,7 @@ def test_it_moves_as_adam_moves_and_starts_anew() -> None:
 def test_rows_of_a_document_are_on_one_side_and_sides_change() -> None:
     documents = [f"person{n:02}" for n in range(41)]
     rows = [f"{document}{part}" for document in documents for part in ("sc1", "qa0", "qa1")]
-    relearner = relearner_of({"a": nn.Parameter(torch.zeros(2))}, 1, rows)
+    relearner = relearner_of({"a": nn.Parameter(torch.zeros(2))}, 1, documents)
     sides = []
     for _ in range(3):
         shown = torch.tensor(relearner.is_shown(rows)).view(-1, 3)
@@ -105,22 +107,25 @@ def test_a_step_in_which_it_is_shown_nothing_moves_nothing() -> None:
     assert relearner.facts() == {"attack": 0, "passed": 2, "taken": 1}
 
 
-class Shares(OneProcess):
-    """A process whose sums are those of all, as the other's are added by hand."""
+class OneOfTwo(OneProcess):
+    """A process whose companion found some gradients of some tokens."""
 
-    def __init__(self, other: Sequence[torch.Tensor]) -> None:
-        self.other = other
+    def __init__(self, gradients: Sequence[torch.Tensor], tokens: int) -> None:
+        self.gradients, self.tokens = gradients, tokens
 
     def sum(self, tensors: Sequence[torch.Tensor]) -> None:
-        for tensor, addition in zip(tensors, self.other, strict=True):
+        for tensor, addition in zip(tensors, self.gradients, strict=True):
             tensor.add_(addition)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.tokens]
 
 
 def test_processes_learn_together_what_each_was_shown() -> None:
     parameters = {"a": nn.Parameter(torch.ones(2))}
     mine, others = torch.tensor([0.5, -1.0]), torch.tensor([-2.0, 0.25])
     alone = relearner_of(parameters)
-    together = relearner_of(parameters, processes=Shares([torch.tensor(5.0), others]))
+    together = relearner_of(parameters, processes=OneOfTwo([others], 5))
     alone.collect([mine + others], 8)
     together.collect([mine], 3)
     for relearner in (alone, together):
@@ -214,8 +219,17 @@ def test_micro_batches_weigh_what_is_held_and_shown_as_the_whole_batch_does(
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-def test_without_weight_there_is_no_attacker(make_context: Contexts) -> None:
-    objective = LIBU(rank=4, retain_weight=0, relearn_weight=0).start(make_context())
-    assert objective._relearner is None
-    assert objective.state_tensors == {}
-    assert "relearner" not in objective.calibration
+def test_without_weight_or_others_to_learn_from_there_is_no_attacker(
+    make_context: Contexts,
+) -> None:
+    context = make_context()
+    first = document_of(context.forget[0].row_id)
+    one = [example for example in context.forget if document_of(example.row_id) == first]
+    assert 0 < len(one) < len(context.forget)
+    for settings, rows in (({"relearn_weight": 0}, context.forget), ({}, one)):
+        objective = LIBU(rank=4, retain_weight=0, **settings).start(replace(context, forget=rows))
+        assert objective._relearner is None
+        assert objective.state_tensors == {}
+        assert "relearner" not in objective.calibration
+        objective.end_step()
+        objective.finish(keep_adapter=False)

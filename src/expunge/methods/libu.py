@@ -45,6 +45,7 @@ import torch
 from torch.nn import functional
 
 from expunge.data.batches import Batch, Tokens
+from expunge.data.rows import document_of
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
 from expunge.methods.aims import Aims
@@ -135,7 +136,8 @@ class LIBU(GradientSettings):
     there may be no likelier than what is wanted of the output."""
     relearn_weight: float = 0.1
     """Weight of the distance of the log-odds after an attacker's tuning on other forgotten subjects, for
-    those that it was not shown: forgetting is to outlast it. 0 leaves the attacker out."""
+    those that it was not shown: forgetting is to outlast it. 0 leaves the attacker out, and so does a
+    forget set of one document."""
     relearn_steps: int = 16
     """Steps of an attack, one beside each step of the training, at the run's learning rate; then it
     starts anew."""
@@ -270,10 +272,12 @@ class LIBUObjective(GradientObjective):
             self._forget_before = self._odds_before(context.forget, settings.forget_tokens)
             self._retain_before = self._odds_before(context.retain, settings.tokens)
         self._relearner: Relearner | None = None
-        if settings.relearn_weight > 0 and settings.direction == "remove":
+        documents = {document_of(example.row_id) for example in context.forget}
+        # One document leaves nobody to learn from.
+        if settings.relearn_weight > 0 and settings.direction == "remove" and len(documents) > 1:
             self._relearner = Relearner(
                 self.parameters,
-                [example.row_id for example in context.forget],
+                documents,
                 context.learning_rate,
                 settings.relearn_steps,
                 context.generator,

@@ -30,16 +30,18 @@ class Relearner:
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        row_ids: Iterable[str],
+        documents: Iterable[str],
         rate: float,
         steps: int,
         generator: Callable[[str], torch.Generator],
         processes: Processes,
     ) -> None:
-        """`row_ids` are the forget set's, `rate` is Adam's, `steps` how many an attack has; `generator`
-        gives one for each purpose; what the `processes` collect is learned by all of them."""
+        """`documents` are the forget set's, `rate` is Adam's, `steps` how many an attack has.
+
+        `generator` gives one for each purpose; what the `processes` collect is learned by all of them.
+        """
         self._parameters = parameters
-        self._documents = sorted({document_of(row) for row in row_ids})
+        self._documents = sorted(documents)
         self._rate, self._steps, self._generator = rate, steps, generator
         self._processes = processes
         self._state = {
@@ -71,10 +73,10 @@ class Relearner:
 
     def end_step(self) -> None:
         """Learns from what was collected in a step of the training; after its last, starts anew."""
-        tokens = self._sums[0].new_tensor(float(self._tokens))
-        self._processes.sum([tokens, *self._sums])
-        if tokens > 0:
-            self._learn(float(tokens))
+        tokens = sum(self._processes.gather(self._tokens))
+        self._processes.sum(self._sums)
+        if tokens:
+            self._learn(tokens)
         for total in self._sums:
             total.zero_()
         self._tokens = 0
@@ -86,7 +88,7 @@ class Relearner:
             self._attack, self._passed, self._taken = self._attack + 1, 0, 0
 
     @torch.no_grad()
-    def _learn(self, tokens: float) -> None:
+    def _learn(self, tokens: int) -> None:
         """One step of Adam without decay, with bias correction (arXiv 1412.6980, algorithm 1)."""
         self._taken += 1
         first, second = (1 - beta**self._taken for beta in _BETAS)
