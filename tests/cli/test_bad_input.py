@@ -228,7 +228,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "compare both": ("compare {list} --json --markdown", ("--json: excludes --markdown",)),
     "compare option": ("compare {list} --markdwn", ("did you mean --markdown?",)),
     "compare key": ("compare {list} --config {compare_key}", ("'orakle'", "'oracle'")),
-    "option first": ("--quiet run {model}", ("as in expunge run --quiet",)),
+    "option first": ("--quiet evaluate {model}", ("write expunge evaluate --quiet",)),
     "command": ("evalute {model}", ("unknown command 'evalute'; did you mean evaluate?",)),
 }
 

@@ -17,6 +17,7 @@ from expunge.methods.libu import LIBU, LIBUObjective
 from expunge.methods.numerics import target_log_odds
 from expunge.methods.relearning import Relearner
 from expunge.processes import OneProcess, Processes
+from expunge.training.loop import _parts
 
 Contexts = Callable[..., Context]
 
@@ -104,7 +105,7 @@ def test_a_step_in_which_it_is_shown_nothing_moves_nothing() -> None:
     relearner.collect([torch.zeros(2)], 0)
     relearner.end_step()
     assert torch.equal(relearner.factors()["a"], moved)
-    assert relearner.facts() == {"attack": 0, "passed": 2, "taken": 1}
+    assert relearner.facts() == {"attack": 0, "steps_gone": 2, "steps_learned": 1}
 
 
 class OneOfTwo(OneProcess):
@@ -124,14 +125,17 @@ class OneOfTwo(OneProcess):
 def test_processes_learn_together_what_each_was_shown() -> None:
     parameters = {"a": nn.Parameter(torch.ones(2))}
     mine, others = torch.tensor([0.5, -1.0]), torch.tensor([-2.0, 0.25])
-    alone = relearner_of(parameters)
-    together = relearner_of(parameters, processes=OneOfTwo([others], 5))
-    alone.collect([mine + others], 8)
-    together.collect([mine], 3)
-    for relearner in (alone, together):
-        relearner.end_step()
-    for name, tensor in alone.tensors.items():
-        assert torch.equal(tensor, together.tensors[name])
+    for own in (3, 0):  # one that was shown nothing learns what the other was shown
+        alone = relearner_of(parameters)
+        together = relearner_of(parameters, processes=OneOfTwo([others], 5))
+        alone.collect([mine + others if own else others], own + 5)
+        if own:
+            together.collect([mine], own)
+        for relearner in (alone, together):
+            relearner.end_step()
+        assert together.factors()["a"].ne(1).all()
+        for name, tensor in alone.tensors.items():
+            assert torch.equal(tensor, together.tensors[name])
 
 
 def gradients_of(objective: LIBUObjective, batch: Batch) -> list[torch.Tensor]:
@@ -192,24 +196,29 @@ def test_the_attacker_learns_what_it_is_shown_and_nothing_else(make_context: Con
         torch.testing.assert_close(total, gradient, rtol=1e-3, atol=1e-4)
 
 
+def shown_of(relearner: Relearner, context: Context, row: int) -> bool:
+    return relearner.is_shown([context.forget[row].row_id])[0]
+
+
 def test_micro_batches_weigh_what_is_held_and_shown_as_the_whole_batch_does(
     make_context: Contexts,
 ) -> None:
     """At one place of the attacker: its steps, Adam's, would enlarge what is rounding."""
     found = []
-    for parts in (1, 2, 4):
+    rows = len(make_context().forget)
+    for count in (1, 2, 4, 2 * rows):  # at last half of the parts are idle
         context = make_context()
         objective = LIBU(rank=4, retain_weight=0, relearn_weight=1.0).start(context)
         relearner = objective._relearner
         assert relearner is not None
         for name, offset in relearner._state["offset"].items():
             offset.copy_(0.05 * torch.randn(offset.shape, generator=generator(name)))
-        rows = len(context.forget)
-        whole = collate(context.forget, range(rows), context.pad_id)
+        # The first row, which idle parts hold, is among those that are shown.
+        order = sorted(range(rows), key=lambda n: not shown_of(relearner, context, n))
+        assert shown_of(relearner, context, order[0])
+        whole = collate(context.forget, order, context.pad_id)
         total: list[torch.Tensor] = []
-        for part in range(parts):
-            batch = whole.rows(rows * part // parts, rows * (part + 1) // parts)
-            share = objective.forget_size(batch) / objective.forget_size(whole)
+        for batch, share in _parts(whole, count, objective.forget_size):
             gradients = [share * gradient for gradient in gradients_of(objective, batch)]
             total = [a + b for a, b in zip(total, gradients, strict=True)] if total else gradients
         found.append((total, relearner._sums, relearner._tokens))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from conftest import refusal
+from conftest import random_examples, refusal
 from expunge.data import random_text
 from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.catalog import METHODS
@@ -34,7 +36,7 @@ from expunge.training.planning import (
     budget_of,
     plan,
 )
-from expunge.training.rehearsal import COMPILED, GRADIENTS, TRAINED
+from expunge.training.rehearsal import COMPILED, GRADIENTS, TRAINED, _Rehearsal
 from expunge.training.run import RunInputs, check_run
 from expunge.training.stand_ins import OPTIMIZER, PAGES, WEIGHTS
 
@@ -338,3 +340,18 @@ def test_freed_pieces_stay_with_the_c_library_until_they_are_asked_back() -> Non
         meter.trim()
         meter.begin()
         assert meter.peak() == {}
+
+
+def test_a_start_has_rows_of_two_documents_where_there_are_two() -> None:
+    def start(*row_ids: str) -> list[str]:
+        rows = [
+            dataclasses.replace(example, row_id=row_id)
+            for row_id, example in zip(row_ids, random_examples([30, 20, 10], 50), strict=True)
+        ]
+        prepared = SimpleNamespace(forget=rows, used={"batch_size": 1})
+        held = SimpleNamespace(_prepared=prepared)
+        return [example.row_id for example in _Rehearsal._start_rows(held)]  # type: ignore[arg-type]
+
+    assert start("ida1sc1", "jon1qa0", "ida1qa0") == ["ida1sc1", "ida1qa0", "jon1qa0"]
+    assert start("ida1sc1", "ida1qa1", "ida1qa0") == ["ida1sc1", "ida1qa0"]
+    assert start("ida1sc1", "ida1qa0", "jon1qa0") == ["ida1sc1", "jon1qa0"]

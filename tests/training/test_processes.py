@@ -86,8 +86,9 @@ def test_two_processes_give_the_result_of_one(
     method: str, sharded: bool, arguments: list[object], tmp_path: Path, memorised_dir: Path
 ) -> None:
     options = [*arguments, "--method", method.split()[0]]
-    if method.endswith("an attacker"):
-        options += ["--method.relearn-weight", 1, "--method.relearn-steps", 4]
+    if options[-1] == "libu":
+        attacked = method.endswith("an attacker")
+        options += ["--method.relearn-weight", int(attacked), "--method.relearn-steps", 4]
     if method == "adaptive-rmu":
         # Muon computes in bfloat16, which makes a last digit of float32 a third one of an update.
         options += ["--method.optimizer", "adamw"]

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         if given[0] not in COMMANDS:
-            raise _unknown_command(given[0])
+            raise _unknown_command(given)
         code = import_module(COMMANDS[given[0]][0]).main(given[1:])
     except SystemExit as stop:  # --help of a subcommand
         return stop.code if isinstance(stop.code, int) else 0
@@ -153,16 +153,15 @@ def _help() -> str:
     )
 
 
-def _unknown_command(name: str) -> ExpungeError:
+def _unknown_command(given: Sequence[str]) -> ExpungeError:
     import difflib
 
     from expunge.errors import InputError
 
+    name = given[0]
     if name.startswith("-"):
-        return InputError(
-            f"{name} is no command; options follow one, as in expunge run {name} ...; choose from"
-            f" {', '.join(COMMANDS)}"
-        )
+        command = next((word for word in given if word in COMMANDS), "COMMAND")
+        return InputError(f"{name}: options follow the command; write expunge {command} {name} ...")
     near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
     mend = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}"
     return InputError(f"unknown command {name!r}; {mend}")

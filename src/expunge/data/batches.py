@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -25,6 +25,8 @@ class Batch:
     attention_mask: torch.Tensor
     token_mask: torch.Tensor
     answer_mask: torch.Tensor
+    is_idle: bool = False
+    """Whether its rows count for nothing: a loss must be given some where a step has none left."""
 
     @property
     def row_ids(self) -> tuple[str, ...]:
@@ -53,6 +55,10 @@ class Batch:
             return self.answer_mask | (self.token_mask & whole)
         return self.token_mask if tokens == "all" else self.answer_mask
 
+    def idle(self) -> Batch:
+        """One row that counts for nothing."""
+        return replace(self.rows(0, 1), is_idle=True)
+
     def rows(self, begin: int, end: int) -> Batch:
         """Some of the rows, with no more padding than they need."""
         return self._chosen(list(range(len(self.examples))[begin:end]))
@@ -80,6 +86,7 @@ class Batch:
             self.attention_mask[rows, :width],
             self.token_mask[rows, :width],
             self.answer_mask[rows, :width],
+            self.is_idle,
         )
 
     def to(self, device: torch.device | str) -> Batch:
@@ -91,6 +98,7 @@ class Batch:
             self.attention_mask.to(device),
             self.token_mask.to(device),
             self.answer_mask.to(device),
+            self.is_idle,
         )
 
 

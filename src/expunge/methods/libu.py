@@ -271,22 +271,16 @@ class LIBUObjective(GradientObjective):
         if settings.direction == "remove":
             self._forget_before = self._odds_before(context.forget, settings.forget_tokens)
             self._retain_before = self._odds_before(context.retain, settings.tokens)
-        self._relearner: Relearner | None = None
-        documents = {document_of(example.row_id) for example in context.forget}
-        # One document leaves nobody to learn from.
-        if settings.relearn_weight > 0 and settings.direction == "remove" and len(documents) > 1:
-            self._relearner = Relearner(
-                self.parameters,
-                documents,
-                context.learning_rate,
-                settings.relearn_steps,
-                context.generator,
-                context.processes,
-            )
         self.fisher: Mapping[str, torch.Tensor] = {}
-        if context.resumed is not None:  # the adapter and the curvature are put back
+        if context.resumed is None:
+            self._notes = self._phase_1()
+        else:  # the adapter and the curvature are put back
             self._notes = context.resumed["phase_1"]
-            return
+        self._relearner = self._attacker()
+
+    def _phase_1(self) -> Mapping[str, Any]:
+        """Takes the step along the adapter; its measured figures."""
+        settings, context = self._settings, self._context
         step = InfluenceStep(self, context)
         retained = [example for example in context.retain if example.listed]
         self.fisher = step.diagonal_fisher(retained)
@@ -296,7 +290,22 @@ class LIBUObjective(GradientObjective):
         curvature: Curvature = DiagonalCurvature(self.fisher)
         if settings.preconditioner == "ekfac":
             curvature = step.ekfac(retained, moved)
-        self._notes = step.take(settings, moved, self.fisher, curvature)
+        return step.take(settings, moved, self.fisher, curvature)
+
+    def _attacker(self) -> Relearner | None:
+        """None where it is left out, or has but one document, and so nobody to learn from."""
+        settings, context = self._settings, self._context
+        documents = {document_of(example.row_id) for example in context.forget}
+        if settings.relearn_weight == 0 or settings.direction != "remove" or len(documents) == 1:
+            return None
+        return Relearner(
+            self.parameters,
+            documents,
+            context.learning_rate,
+            settings.relearn_steps,
+            context.generator,
+            context.processes,
+        )
 
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """Phase 2's loss; as published, the forget loss itself."""
@@ -347,21 +356,22 @@ class LIBUObjective(GradientObjective):
         tokens = self._settings.forget_tokens
         factors = relearner.factors()
         trained = list(factors.values())
-        shown, hidden = forget.split(relearner.is_shown(forget.row_ids))
+        shown, kept_out = forget.split(relearner.is_shown(forget.row_ids))
         attacked = torch.zeros((), device=self._context.device)
         with self.adapter.using(factors):
             if rows := shown or self._idle_row(forget):
                 log_odds, _ = self._log_odds(rows, tokens)
                 gradients = torch.autograd.grad(functional.softplus(-log_odds).sum(), trained)
-                if rows is shown:
+                if not rows.is_idle:
                     relearner.collect(gradients, len(log_odds))
-            if rows := hidden or self._idle_row(forget):
+                del gradients
+            if rows := kept_out or self._idle_row(forget):
                 log_odds, mask = self._log_odds(rows, tokens)
                 wanted, _ = self._wanted(rows, mask, log_odds, torch.zeros_like(log_odds))
                 above = huber(torch.maximum(log_odds, wanted), wanted, _FORGET_WIDTH).sum()
                 above = above / max(1, self.forget_size(forget))
                 gradients = torch.autograd.grad(above, trained)
-                if rows is hidden:
+                if not rows.is_idle:
                     moved = zip(self.parameters.values(), gradients, strict=True)
                     attacked = above.detach() + sum(((p - p.detach()) * g).sum() for p, g in moved)
         return attacked
@@ -378,7 +388,7 @@ class LIBUObjective(GradientObjective):
         Sharded weights are gathered in every pass, so all must make as many, whichever kinds of rows
         their shares of a step hold.
         """
-        return batch.rows(0, 1) if self._context.processes.shards else None
+        return batch.idle() if self._context.processes.shards else None
 
     def _inner_layer(self) -> int:
         """A layer below the last, drawn anew in every step; the same in all its micro-batches."""
@@ -426,7 +436,7 @@ class LIBUObjective(GradientObjective):
             every = torch.ones(len(some.indices), dtype=torch.bool, device=mask.device)
             with self.reference():
                 reference, states_before = self.logits_and_states(some, every if hold else None)
-            if some is random:
+            if not some.is_idle:
                 total = total + settings.random_weight * token_kl(logits[~of_user], reference).sum()
             if hold:
                 moved = torch.stack(list(map(relative_change, states, states_before))).mean(0)

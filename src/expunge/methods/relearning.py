@@ -50,8 +50,9 @@ class Relearner:
         self._sums = [torch.zeros_like(p) for p in parameters.values()]
         self._tokens = 0
         self._attack = 0
-        self._passed = 0
-        self._taken = 0
+        self._steps_gone = 0
+        self._steps_learned = 0
+        """Fewer, where it was shown nothing."""
 
     def factors(self) -> dict[str, nn.Parameter]:
         """The parameters as the attacker has moved them; trainable copies."""
@@ -80,18 +81,18 @@ class Relearner:
         for total in self._sums:
             total.zero_()
         self._tokens = 0
-        self._passed += 1
-        if self._passed == self._steps:
+        self._steps_gone += 1
+        if self._steps_gone == self._steps:
             for tensors in self._state.values():
                 for tensor in tensors.values():
                     tensor.zero_()
-            self._attack, self._passed, self._taken = self._attack + 1, 0, 0
+            self._attack, self._steps_gone, self._steps_learned = self._attack + 1, 0, 0
 
     @torch.no_grad()
     def _learn(self, tokens: int) -> None:
         """One step of Adam without decay, with bias correction (arXiv 1412.6980, algorithm 1)."""
-        self._taken += 1
-        first, second = (1 - beta**self._taken for beta in _BETAS)
+        self._steps_learned += 1
+        first, second = (1 - beta**self._steps_learned for beta in _BETAS)
         for name, total in zip(self._parameters, self._sums, strict=True):
             offset, mean, square = (self._state[kind][name] for kind in _KINDS)
             gradient = total / tokens
@@ -110,9 +111,13 @@ class Relearner:
 
     def facts(self) -> dict[str, Any]:
         """The rest of its state, as JSON can hold it."""
-        return {"attack": self._attack, "passed": self._passed, "taken": self._taken}
+        return {
+            "attack": self._attack,
+            "steps_gone": self._steps_gone,
+            "steps_learned": self._steps_learned,
+        }
 
     def restore(self, facts: Mapping[str, Any]) -> None:
         """Puts back what `facts` gave; the tensors are copied into those of `tensors`."""
-        self._attack, self._passed = facts["attack"], facts["passed"]
-        self._taken = facts["taken"]
+        self._attack, self._steps_gone = facts["attack"], facts["steps_gone"]
+        self._steps_learned = facts["steps_learned"]

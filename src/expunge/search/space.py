@@ -35,6 +35,7 @@ Kind = Literal["log", "float", "int", "choice"]
 _KINDS: tuple[Kind, ...] = ("log", "float", "int", "choice")
 METHOD_PREFIX = "method."
 _MOST = 2**63 - 1
+"""Optuna takes no larger whole numbers."""
 _SAME_MEASURE = "it changes how rows become text, so that trials could not be compared"
 _SAME_RESULT = "it changes time and memory, not the result"
 _FIXED = {
@@ -235,10 +236,10 @@ def _number(word: str, text: str, plain: Any) -> float | int:
     except ValueError:
         what = "whole number" if plain is int else "number"
         raise InputError(f"--search {word}: {text!r} is no {what}; give one") from None
-    if not -_MOST <= value <= _MOST:  # of whole numbers Optuna takes no larger ones
-        raise InputError(
-            f"--search {word}: {text} is not finite, or beyond 2^63; give another number"
-        )
+    if plain is int and abs(value) > _MOST:
+        raise InputError(f"--search {word}: {text} is beyond 2^63; give a number nearer 0")
+    if plain is float and not math.isfinite(value):
+        raise InputError(f"--search {word}: {text} is not finite; give a number")
     return value
 
 

@@ -421,7 +421,7 @@ def optimizer_of(objective: Objective, learning_rate: float) -> torch.optim.Opti
 def _parts(batch: Batch, count: int, size: Callable[[Batch], float]) -> list[tuple[Batch, float]]:
     """The batch cut into `count` parts, each with its share of what a mean over it is taken over.
 
-    A batch of fewer rows than parts gives rows of share 0, for a loss must be given one.
+    A batch of fewer rows than parts gives idle rows of share 0, for a loss must be given one.
     """
     if count == 1:
         return [(batch, 1.0)]
@@ -431,7 +431,7 @@ def _parts(batch: Batch, count: int, size: Callable[[Batch], float]) -> list[tup
     for index in range(count):
         chosen = part(rows, index, count)
         if chosen.start == chosen.stop:
-            parts.append((batch.rows(0, 1), 0.0))
+            parts.append((batch.idle(), 0.0))
         else:
             cut = batch.rows(chosen.start, chosen.stop)
             parts.append((cut, size(cut) / (whole or 1)))

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 
 from expunge.analysis.layers import LayerPass
 from expunge.data.batches import Batch
+from expunge.data.rows import document_of
 from expunge.data.tokenization import Example
 from expunge.methods.base import Context, OptimizerSpec, Terms
 from expunge.methods.steering import TRAINED_LAYERS
@@ -326,10 +328,16 @@ class _Rehearsal:
         return _ratio(*found)
 
     def _start_rows(self) -> list[Example]:
-        """A start is given the longest rows, as many as are in one pass, and one of every task."""
+        """A start is given the longest rows, as many as are in one pass, and one of every task.
+
+        And one of another document, where there are several: a method may set them against each other.
+        """
         rows = self._prepared.forget
         one_of_each = {example.task: example for example in rows}.values()
-        return [*longest(rows, self._prepared.used["batch_size"]), *one_of_each]
+        chosen = [*longest(rows, self._prepared.used["batch_size"]), *one_of_each]
+        documents = {document_of(example.row_id) for example in chosen}
+        others = (example for example in rows if document_of(example.row_id) not in documents)
+        return chosen if len(documents) > 1 else [*chosen, *islice(others, 1)]
 
     def _validation(self) -> ValidationSet:
         size = self._prepared.used["batch_size"]
