@@ -353,11 +353,13 @@ class LIBUObjective(GradientObjective):
         wanted is left alone.
         """
         assert self.adapter is not None
+        attacked = torch.zeros((), device=self._context.device)
+        if forget.is_idle and not self._context.processes.shards:
+            return attacked
         tokens = self._settings.forget_tokens
         factors = relearner.factors()
         trained = list(factors.values())
         shown, kept_out = forget.split(relearner.is_shown(forget.row_ids))
-        attacked = torch.zeros((), device=self._context.device)
         with self.adapter.using(factors):
             if rows := shown or self._idle_row(forget):
                 log_odds, _ = self._log_odds(rows, tokens)
