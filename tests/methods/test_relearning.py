@@ -235,8 +235,9 @@ def test_without_weight_or_others_to_learn_from_there_is_no_attacker(
     first = document_of(context.forget[0].row_id)
     one = [example for example in context.forget if document_of(example.row_id) == first]
     assert 0 < len(one) < len(context.forget)
-    for settings, rows in (({"relearn_weight": 0}, context.forget), ({}, one)):
-        objective = LIBU(rank=4, retain_weight=0, **settings).start(replace(context, forget=rows))
+    settings = LIBU(rank=4, retain_weight=0)
+    for chosen, rows in ((replace(settings, relearn_weight=0), context.forget), (settings, one)):
+        objective = chosen.start(replace(context, forget=rows))
         assert objective._relearner is None
         assert objective.state_tensors == {}
         assert "relearner" not in objective.calibration
