@@ -189,6 +189,11 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         EVALUATE + "--output {new} --records {new}",
         ("--records {new}: is what --output writes",),
     ),
+    "run model twice": (RUN + "--model {new}", ("--model: is given twice, {model} stands for it",)),
+    "requests list twice": (
+        "requests list a --ledger=b",
+        ("--ledger: is given twice, a stands for it; leave one out",),
+    ),
     "audit none": (AUDIT + "--attacks ,", ("--attacks: names none; choose from direct",)),
     "run nan": (RUN + "--method.alpha nan", ("--method.alpha nan: must be a finite number",)),
     "run inf": (RUN + "--max-grad-norm=inf", ("--max-grad-norm inf: must be a finite number",)),

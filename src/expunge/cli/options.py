@@ -88,12 +88,19 @@ def check_words(arguments: Sequence[str]) -> None:
 
 
 def named(arguments: Sequence[str], positional: str) -> list[str]:
-    """Writes the words before the first option as the values of an option."""
+    """Writes the words before the first option as the values of an option.
+
+    Raises InputError where that option is given as well.
+    """
     count = next(
         (i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments)
     )
-    leading = [f"--{positional}", *arguments[:count]] if count else []
-    return [*leading, *arguments[count:]]
+    option, rest = f"--{positional}", list(arguments[count:])
+    if not count:
+        return rest
+    if any(argument.partition("=")[0] == option for argument in rest):
+        raise InputError(f"{option}: is given twice, {arguments[0]} stands for it; leave one out")
+    return [option, *arguments[:count], *rest]
 
 
 def take_option(arguments: Sequence[str], option: str) -> tuple[list[str], str | None]:
