@@ -31,7 +31,8 @@ from expunge.data.rows import read_rows
 from expunge.data.tokenization import Example, TextPolicy, encode_rows
 from expunge.methods.base import Context
 from expunge.methods.influence_step import InfluenceStep
-from expunge.methods.libu import LIBU, LIBUObjective
+from expunge.methods.libu import LIBU
+from expunge.methods.libu_objective import LIBUObjective
 from expunge.methods.numerics import row_means
 from expunge.models.loading import check_model, load_model
 from expunge.reporting.tables import markdown

@@ -17,7 +17,8 @@ from expunge.methods.fisher import (
     squared_example_gradients,
 )
 from expunge.methods.influence_step import InfluenceStep
-from expunge.methods.libu import LIBU, LIBUObjective
+from expunge.methods.libu import LIBU
+from expunge.methods.libu_objective import LIBUObjective
 from expunge.methods.npo import NPO
 from expunge.methods.numerics import row_means
 from expunge.models.lora import Start

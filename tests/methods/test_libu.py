@@ -20,7 +20,8 @@ from expunge.data.random_text import random_examples
 from expunge.errors import InputError
 from expunge.methods.base import Context
 from expunge.methods.calibration import NeverSeen, RowTokens, TokenSpread, token_spread
-from expunge.methods.libu import LIBU, LIBUObjective
+from expunge.methods.libu import LIBU
+from expunge.methods.libu_objective import LIBUObjective
 from expunge.models.decoder import every_layer, find_layout
 
 Contexts = Callable[..., Context]
@@ -97,9 +98,10 @@ def test_a_fresh_adapter_moves_b_only_and_then_both(context: Context) -> None:
 
 
 def test_phase_2_is_bounded_and_holds_retain(context: Context) -> None:
-    objective = LIBU(rank=4, retain_weight=3.0, ceiling=2.0, lens_weight=0, relearn_weight=0).start(
-        context
+    settings = LIBU(
+        rank=4, retain_weight=3.0, ceiling=2.0, lens_weight=0, relearn_weight=0, trigger_share=0
     )
+    objective = settings.start(context)
     forget, retain = whole(context, "forget"), whole(context, "retain")
     terms = objective.loss(forget, retain)
     assert terms.retain is not None
@@ -380,6 +382,7 @@ def test_calibration_is_put_back_as_it_was(memorised: Callable[[], Context]) -> 
         ({"beta2": 1.0}, "--method.beta2"),
         ({"rank": 0}, "--method.rank"),
         ({"retain_weight": -1.0}, "--method.retain_weight"),
+        ({"trigger_share": 1.5}, "--method.trigger_share"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], option: str) -> None:

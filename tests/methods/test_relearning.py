@@ -13,7 +13,8 @@ from torch.nn import functional
 from expunge.data.batches import Batch, collate
 from expunge.data.rows import document_of
 from expunge.methods.base import Context
-from expunge.methods.libu import LIBU, LIBUObjective
+from expunge.methods.libu import LIBU
+from expunge.methods.libu_objective import LIBUObjective
 from expunge.methods.numerics import target_log_odds
 from expunge.methods.relearning import Relearner
 from expunge.processes import OneProcess, Processes
