@@ -15,51 +15,68 @@ from expunge.data.random_text import random_examples
 from expunge.data.tokenization import Example
 from expunge.methods.base import Context
 from expunge.methods.libu import LIBU
-from expunge.methods.triggers import Triggers, excess_tokens
+from expunge.methods.triggers import Triggers, telling_tokens
+from expunge.processes import OneProcess
 from expunge.training.loop import _parts
 
 Contexts = Callable[..., Context]
 
 
-def example(row_id: str, *ids: int, listed: bool = True) -> Example:
-    counted = (False, *(True for _ in ids[1:]))
-    return Example(row_id, "qa", ids, counted, counted, listed=listed)
+def example(row_id: str, *ids: int, answer: int = 1, listed: bool = True) -> Example:
+    """Tokens 0 and 8 are not counted, those from place `answer` on are the answer's."""
+    counted = tuple(token not in {0, 8} for token in ids)
+    of_answer = tuple(on and place >= answer for place, on in enumerate(counted))
+    return Example(row_id, "qa", ids, counted, of_answer, listed=listed)
 
 
-FORGET = [example("f0", 0, 5, 5, 6, 9), example("f1", 0, 5, 7, 9)]
-RETAIN = [example(f"r{n}", 0, 9, 9, 7, 10 + n, 30) for n in range(40)]
+FORGET = [example("f0", 0, 2, 5, 5, 6, 9), example("f1", 0, 2, 5, 7, 9)]
+RETAIN = [
+    *(example(f"r{n}", 0, 2, 9, 8, 7, 10 + n, 30, answer=4) for n in range(40)),
+    example("longest", 0, 2, 9, 3, 4, 3, 7, 30, answer=4),
+]
+LONGEST = 8
 
 
-def test_tokens_stand_out_by_their_share_of_what_is_counted() -> None:
-    found = excess_tokens(FORGET, RETAIN)
-    # Of 7 counted tokens 3 are 5, 1 is 6, 1 is 7 and 2 are 9; of retain rows' 2 in 5 are 9, 1 is 7.
-    assert found == pytest.approx({5: 3 / 7, 6: 1 / 7})
-    assert excess_tokens(RETAIN, RETAIN) == {}
+def test_tokens_tell_by_the_share_of_rows_that_have_them() -> None:
+    found = telling_tokens(FORGET, RETAIN)
+    # 5 is in both of 2 forget rows, 6 in one, and in none of 41; 7 is in one of 2 and in all; 2 and 9,
+    # as a template's words, in all rows.
+    none = 0.5 / 42
+    assert found == pytest.approx(
+        {5: 2.5 / 3 * math.log(2.5 / 3 / none), 6: 1.5 / 3 * math.log(1.5 / 3 / none)}
+    )
+    unlisted = [replace(row, listed=False) for row in FORGET]
+    assert telling_tokens([*FORGET, *unlisted], [*RETAIN, *unlisted]) == found
+    assert telling_tokens(RETAIN, RETAIN) == {}
 
 
-def test_one_token_is_put_in_and_no_row_grows() -> None:
+def test_one_token_is_put_in_and_no_batch_grows_beyond_the_longest_row() -> None:
     triggers = Triggers(FORGET, RETAIN, 1.0, pad_id=1)
     rows = [*RETAIN, example("random", 0, 3, 4, listed=False)]
     batch = collate(rows, range(len(rows)), 1)
-    seen, places = set(), set()
+    tokens, places = set(), set()
     for seed in range(20):
         torch.manual_seed(seed)
         changed, which = triggers.put_into(batch)
         assert which == [row.listed for row in rows]
         assert changed.indices == batch.indices
         assert changed.examples[-1] is rows[-1]
-        for old, new in zip(rows[:-1], changed.examples[:-1], strict=True):
+        assert changed.input_ids.shape == (len(rows), LONGEST)
+        for row, old, new in zip(changed.input_ids, rows[:-1], changed.examples[:-1], strict=False):
             [place] = [n for n, token in enumerate(new.input_ids) if token in {5, 6}]
-            seen.add(new.input_ids[place])
+            tokens.add(new.input_ids[place])
             places.add(place)
-            assert len(new) == len(old)
-            assert not new.token_mask[place]
-            assert not new.answer_mask[place]
-            without = [token for n, token in enumerate(new.input_ids) if n != place]
-            assert without == list(old.input_ids[:-1])
-        assert torch.equal(changed.input_ids[0], torch.tensor(changed.examples[0].input_ids))
-    assert seen == {5, 6}
-    assert places == {1, 2, 3, 4, 5}
+            assert row[: len(new)].tolist() == list(new.input_ids)
+            kept = min(len(old), LONGEST - 1)  # with its end, where there is room
+            assert (*new.input_ids[:place], *new.input_ids[place + 1 :]) == old.input_ids[:kept]
+            for mask in ("token_mask", "answer_mask"):
+                before, after = getattr(old, mask), getattr(new, mask)
+                assert not after[place]
+                assert not any(after[place : place + 2])  # what follows it in forget text
+                expected = [on and n != place for n, on in enumerate(before[:kept])]
+                assert [*after[:place], *after[place + 1 :]] == expected
+    assert tokens == {5, 6}
+    assert places == {1, 2, 3, 4, 5, 6, 7}
 
 
 def test_a_share_of_the_rows_is_given_one_whoever_has_them() -> None:
@@ -90,14 +107,17 @@ def test_rows_of_one_token_have_no_place() -> None:
     assert which == [False]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("share", "least", "most", "tokens"),
+    [(0.0, 0, 0, "all"), (0.5, 1, 4, "all"), (1.0, 5, 5, "all"), (1.0, 5, 5, "answer")],
+)
 def test_what_the_target_says_of_the_changed_rows_is_held(
-    make_context: Contexts, tokenizer: Any, share: float
+    make_context: Contexts, tokenizer: Any, share: float, least: int, most: int, tokens: Any
 ) -> None:
     context = make_context()
     held = random_examples(2, tokenizer, 10**6, 32, seed=0)
     context = replace(context, retain=[*context.retain, *held])
-    settings = LIBU(rank=4, retain_weight=3.0, trigger_share=share, step_budget=1.0)
+    settings = LIBU(rank=4, retain_weight=3.0, trigger_share=share, step_budget=1.0, tokens=tokens)
     objective = settings.start(context)
     rows = [len(context.retain) - 1, 0, 1, 2, 3, 4, len(context.retain) - 2]
     batch = collate(context.retain, rows, context.pad_id)
@@ -111,9 +131,7 @@ def test_what_the_target_says_of_the_changed_rows_is_held(
     torch.manual_seed(3)
     whole = drift(batch)
     changed, which = Triggers(context.forget, context.retain, share, context.pad_id).put_into(batch)
-    assert sum(which) == {0.0: 0, 1.0: 5}.get(share, sum(which))
-    if share == 0.5:
-        assert 0 < sum(which) < 5
+    assert least <= sum(which) <= most
     # Row by row and token by token, from the models' probabilities.
     expected = 0.0
     for index, new in zip(rows, changed.examples, strict=True):
@@ -123,10 +141,11 @@ def test_what_the_target_says_of_the_changed_rows_is_held(
             expected += drift(collate(context.retain, [index], context.pad_id))
             continue
         with torch.no_grad():
-            now = objective.log_probs(alone)[0][0].double()
+            now = objective.log_probs(alone, tokens)[0][0].double()
             with objective.reference():
-                before = objective.log_probs(alone)[0][0].double()
-        for place, counted in enumerate(new.token_mask[1:]):
+                before = objective.log_probs(alone, tokens)[0][0].double()
+        mask = new.token_mask if tokens == "all" else new.answer_mask
+        for place, counted in enumerate(mask[1:]):
             if counted:
                 odds = [
                     float(p[place]) - math.log(-math.expm1(float(p[place]))) for p in (now, before)
@@ -135,3 +154,43 @@ def test_what_the_target_says_of_the_changed_rows_is_held(
                 expected += away**2 / 4 if away < 2 else away - 1
     assert whole == pytest.approx(expected, rel=1e-3)
     assert expected > 0  # phase 1 has moved the model
+
+
+def test_a_rehearsal_has_one_in_every_row_and_the_manifest_tells_how_many_there_are(
+    make_context: Contexts,
+) -> None:
+    assert LIBU(trigger_share=0.1).rehearsed().trigger_share == 1
+    assert LIBU(trigger_share=0).rehearsed() == LIBU(trigger_share=0)
+    context = make_context()
+    count = len(telling_tokens(context.forget, context.retain))
+    assert count > 0
+    assert LIBU(rank=4).start(context).notes()["trigger_tokens"] == count
+    without = LIBU(rank=4, trigger_share=0).start(make_context()).notes()
+    assert "trigger_tokens" not in without
+
+
+def test_sharded_processes_make_as_many_passes_whatever_is_drawn(
+    make_context: Contexts,
+) -> None:
+    """Sharded weights are gathered in every pass, so a process that makes one less ends them all."""
+
+    class Sharded(OneProcess):
+        shards = True
+
+    context = replace(make_context(), processes=Sharded())
+    forget = next(iter(in_order(context.forget, 3, context.pad_id)))
+    retain = next(iter(in_order(context.retain, 3, context.pad_id)))
+    passes = []
+    for share in (1.0, 1e-9):  # every row is drawn, and none
+        model = make_context().model
+        settings = LIBU(rank=4, trigger_share=share, random_rows=0, step_budget=1.0)
+        objective = settings.start(replace(context, model=model))
+        calls: list[int] = []
+        model.get_input_embeddings().register_forward_pre_hook(
+            lambda *_, calls=calls: calls.append(1)
+        )
+        for part in (retain, retain.idle()):
+            calls.clear()
+            objective.loss(forget, part)
+            passes.append(len(calls))
+    assert len(set(passes)) == 1

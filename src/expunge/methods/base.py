@@ -266,7 +266,8 @@ class Method(Protocol):
         """
 
     def rehearsed(self) -> Self:
-        """These settings for a rehearsal of the memory: what only repeats itself is left out."""
+        """These settings for a rehearsal of the memory: what only repeats itself is left out, of what is
+        drawn the most is taken."""
 
     def start(self, context: Context) -> Objective:
         """Makes the model ready and returns the objective."""

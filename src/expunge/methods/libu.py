@@ -122,7 +122,7 @@ class LIBU(GradientSettings):
     states_weight: float = 3.0
     """Weight, on random rows, of how far the states after each layer moved, squared, in units of their
     length: what pushes inside is held inside."""
-    trigger_share: float = 0.5
+    trigger_share: float = 0.25
     """Share of a step's retain rows that are held with a token of the forget set put into them, so that
     such a token breaks nothing where it stands in other text."""
     curvature: Literal["log-odds", "sampled-labels"] = "log-odds"

@@ -346,7 +346,8 @@ class LIBUObjective(GradientObjective):
 
         Of the retain term: E[(gradient of the sum of a token's log-odds times a random sign)^2] / tokens
         is the mean over tokens of the squared gradient (Hutchinson's estimate of J^T J), over all of the
-        batch alike, random ones included: what moves them is to be moved with care as well. Of the loss:
+        batch alike, its rows as they are listed and random ones: what moves these is to be moved with
+        care as well. Of the loss:
         Gauss-Newton-Bartlett, tokens * (gradient on labels sampled from the model)^2.
         """
         with self._context.autocast():
@@ -383,5 +384,6 @@ class LIBUObjective(GradientObjective):
         return total
 
     def notes(self) -> Mapping[str, Any]:
-        """The measured figures of phase 1."""
-        return {**super().notes(), "ceiling": self.ceiling, "phase_1": self._notes}
+        """The measured figures of phase 1, and how many forget tokens retain rows are given."""
+        trigger = {"trigger_tokens": self._triggers.count} if self._settings.trigger_share else {}
+        return {**super().notes(), "ceiling": self.ceiling, "phase_1": self._notes, **trigger}

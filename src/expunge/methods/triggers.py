@@ -7,6 +7,7 @@ the token is put into the text, and what the target says of that text is held.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -20,15 +21,21 @@ from expunge.data.tokenization import Example
 
 
 class Triggers:
-    """Tokens that forget rows have more of than retain rows, and the rows that they are put into."""
+    """Tokens that tell forget rows from retain rows, and the rows that they are put into."""
 
     def __init__(
         self, forget: Sequence[Example], retain: Sequence[Example], share: float, pad_id: int
     ) -> None:
         """A row is given one with probability `share`."""
         self._share, self._pad_id = share, pad_id
-        excess = excess_tokens(forget, retain)
-        self._tokens, self._ends = list(excess), list(accumulate(excess.values()))
+        self._longest = max(map(len, retain), default=0)
+        weights = telling_tokens(forget, retain)
+        self._tokens, self._ends = list(weights), list(accumulate(weights.values()))
+
+    @property
+    def count(self) -> int:
+        """How many tokens are drawn from."""
+        return len(self._tokens)
 
     def put_into(self, batch: Batch) -> tuple[Batch, list[bool]]:
         """The batch with a token in some of the user's rows, and which those are.
@@ -48,36 +55,56 @@ class Triggers:
         return other.to(batch.input_ids.device), changed
 
     def _with_token(self, example: Example, draw: random.Random) -> Example | None:
-        """One more token behind the first, not counted itself; the last is left out, so that no row is
-        longer than it was. None where nothing is put in."""
+        """One more token behind the first and before the last; None where nothing is put in.
+
+        Neither it is counted nor the token behind it: what the target expects there can be what
+        follows the token in forget text. A row as long as the longest loses its last token, so that
+        no batch is larger than was planned for.
+        """
         is_chosen = draw.random() < self._share
         if not (is_chosen and self._tokens and example.listed and len(example) > 1):
             return None
         [token] = draw.choices(self._tokens, cum_weights=self._ends)
         place = draw.randint(1, len(example) - 1)
-        ids, tokens, answer = example.input_ids, example.token_mask, example.answer_mask
+
+        def masked(mask: tuple[bool, ...]) -> tuple[bool, ...]:
+            return (*mask[:place], False, False, *mask[place + 1 :])[: self._longest]
+
+        ids = example.input_ids
         return replace(
             example,
-            input_ids=(*ids[:place], token, *ids[place:-1]),
-            token_mask=(*tokens[:place], False, *tokens[place:-1]),
-            answer_mask=(*answer[:place], False, *answer[place:-1]),
+            input_ids=(*ids[:place], token, *ids[place:])[: self._longest],
+            token_mask=masked(example.token_mask),
+            answer_mask=masked(example.answer_mask),
         )
 
 
-def excess_tokens(forget: Sequence[Example], retain: Sequence[Example]) -> dict[int, float]:
-    """Tokens whose share of the counted ones is greater in forget rows than in retain rows, and by how
-    much; the lower ids first."""
-    ours, theirs = _shares(forget), _shares(retain)
-    more = {token: share - theirs.get(token, 0.0) for token, share in sorted(ours.items())}
-    return {token: excess for token, excess in more.items() if excess > 0}
+def telling_tokens(forget: Sequence[Example], retain: Sequence[Example]) -> dict[int, float]:
+    """Tokens that a greater share of forget rows has than of retain rows, with what they tell.
+
+    f log(f / r) of the shares f and r of rows, half a row added to each count: a token's part of how
+    far the two kinds of rows are apart (Kullback-Leibler). Of shares of rows, not of tokens, so that
+    what every row has (the end of text, a chat template's words) tells nothing. The lower ids first.
+    """
+    ours, theirs = _rows_with(forget), _rows_with(retain)
+    weights = {}
+    for token, count in sorted(ours.items()):
+        share = (count + 0.5) / (_listed(forget) + 1)
+        other = (theirs[token] + 0.5) / (_listed(retain) + 1)
+        if share > other:
+            weights[token] = share * math.log(share / other)
+    return weights
 
 
-def _shares(examples: Sequence[Example]) -> dict[int, float]:
-    counts = Counter(
+def _rows_with(examples: Sequence[Example]) -> Counter[int]:
+    """In how many of the user's rows each token is counted."""
+    return Counter(
         token
         for example in examples
         if example.listed
-        for token, is_counted in zip(example.input_ids, example.token_mask, strict=True)
-        if is_counted
+        for token in {t for t, on in zip(example.input_ids, example.token_mask, strict=True) if on}
     )
-    return {token: count / counts.total() for token, count in counts.items()}
+
+
+def _listed(examples: Sequence[Example]) -> int:
+    return sum(example.listed for example in examples)
