@@ -44,7 +44,7 @@ def test_a_batch_comes_apart_into_the_users_rows_and_random_ones(tokenizer: Any)
     listed = listed_examples([3, 70, 9], 300)
     random = random_examples(2, tokenizer, 10**6, 512, seed=0)
     mixed = collate([random[0], listed[0], random[1], listed[1], listed[2]], range(5), 0)
-    users, others = mixed.split_listed()
+    users, others = mixed.split([row.listed for row in mixed.examples])
     assert users is not None
     assert others is not None
     assert users.examples == tuple(listed)
@@ -52,11 +52,11 @@ def test_a_batch_comes_apart_into_the_users_rows_and_random_ones(tokenizer: Any)
     assert others.examples == tuple(random)
     assert others.input_ids.shape == (2, LENGTH)  # with no more padding than they need
     assert others.input_ids.tolist() == [list(row.input_ids) for row in random]
-    only, none = collate(listed, range(3), 0).split_listed()
+    only, none = collate(listed, range(3), 0).split([row.listed for row in listed])
     assert none is None
     assert only is not None
     assert only.examples == tuple(listed)
-    none, only = collate(random, range(2), 0).split_listed()
+    none, only = collate(random, range(2), 0).split([row.listed for row in random])
     assert none is None
     assert only is not None
 

@@ -72,10 +72,6 @@ class Batch:
             return (self, None) if sides[0] else (None, self)
         return self._chosen(sides[0]), self._chosen(sides[1])
 
-    def split_listed(self) -> tuple[Batch | None, Batch | None]:
-        """The user's rows and those of random tokens; None where there is none."""
-        return self.split([example.listed for example in self.examples])
-
     def _chosen(self, rows: list[int]) -> Batch:
         chosen = tuple(self.examples[row] for row in rows)
         width = max(map(len, chosen))

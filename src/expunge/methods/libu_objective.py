@@ -243,11 +243,10 @@ class LIBUObjective(GradientObjective):
         hold = settings.states_weight > 0 and any(random)
         # Asked before the pass that is differentiated, whose activations are not there yet.
         said = self._said_by_target(batch, random, triggered, hold=hold)
-        logits, states = self.logits_and_states(batch, self._marks(random) if hold else None)
+        held = torch.tensor(random, device=batch.input_ids.device) if hold else None
+        logits, states = self.logits_and_states(batch, held)
         mask = batch.mask(settings.tokens)[:, 1:]
-        of_random, of_triggered = (
-            self._marks(rows)[:, None].expand_as(mask)[mask] for rows in (random, triggered)
-        )
+        of_random, of_triggered = (_of_rows(rows, mask) for rows in (random, triggered))
         before = self._retain_before[list(batch.indices), : mask.shape[1]][mask]
         total = torch.zeros((), device=mask.device)
         if said is not None:
@@ -273,18 +272,16 @@ class LIBUObjective(GradientObjective):
             asked = self._idle_row(batch)
         if asked is None:
             return None
-        of_random = self._marks([not example.listed for example in asked.examples])
+        is_random = [not example.listed for example in asked.examples]
+        held = torch.tensor(is_random, device=asked.input_ids.device) if hold else None
         with self.reference():
-            logits, states = self.logits_and_states(asked, of_random if hold else None)
+            logits, states = self.logits_and_states(asked, held)
         if asked.is_idle:
             return None
         mask = asked.mask(settings.tokens)[:, 1:]
-        here = of_random[:, None].expand_as(mask)[mask]
+        here = _of_rows(is_random, mask)
         targets = asked.input_ids[:, 1:][mask]
         return _Said(target_log_odds(logits[~here], targets[~here]), logits[here], states)
-
-    def _marks(self, rows: Sequence[bool]) -> torch.Tensor:
-        return torch.tensor(rows, device=self._context.device)
 
     @property
     def calibration(self) -> Mapping[str, Any]:
@@ -347,8 +344,8 @@ class LIBUObjective(GradientObjective):
         Of the retain term: E[(gradient of the sum of a token's log-odds times a random sign)^2] / tokens
         is the mean over tokens of the squared gradient (Hutchinson's estimate of J^T J), over all of the
         batch alike, its rows as they are listed and random ones: what moves these is to be moved with
-        care as well. Of the loss:
-        Gauss-Newton-Bartlett, tokens * (gradient on labels sampled from the model)^2.
+        care as well. Of the loss: Gauss-Newton-Bartlett, tokens * (gradient on labels sampled from the
+        model)^2.
         """
         with self._context.autocast():
             logits = self.counted_logits(batch)
@@ -387,3 +384,8 @@ class LIBUObjective(GradientObjective):
         """The measured figures of phase 1, and how many forget tokens retain rows are given."""
         trigger = {"trigger_tokens": self._triggers.count} if self._settings.trigger_share else {}
         return {**super().notes(), "ceiling": self.ceiling, "phase_1": self._notes, **trigger}
+
+
+def _of_rows(rows: Sequence[bool], mask: torch.Tensor) -> torch.Tensor:
+    """Which of the tokens in a mask are the marked rows': (counted tokens,)."""
+    return torch.tensor(rows, device=mask.device)[:, None].expand_as(mask)[mask]

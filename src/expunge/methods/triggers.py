@@ -29,7 +29,7 @@ class Triggers:
         """A row is given one with probability `share`."""
         self._share, self._pad_id = share, pad_id
         self._longest = max(map(len, retain), default=0)
-        weights = telling_tokens(forget, retain)
+        weights = telling_tokens(forget, retain) if share > 0 else {}
         self._tokens, self._ends = list(weights), list(accumulate(weights.values()))
 
     @property
@@ -42,6 +42,8 @@ class Triggers:
 
         Drawn anew in every step, for each row alone: the same however a step's rows are divided.
         """
+        if not self._tokens:
+            return batch, [False] * len(batch.examples)
         drawn = [
             self._with_token(example, random.Random(f"{torch.initial_seed()} trigger {index}"))
             for index, example in zip(batch.indices, batch.examples, strict=True)
@@ -62,7 +64,7 @@ class Triggers:
         no batch is larger than was planned for.
         """
         is_chosen = draw.random() < self._share
-        if not (is_chosen and self._tokens and example.listed and len(example) > 1):
+        if not (is_chosen and example.listed and len(example) > 1):
             return None
         [token] = draw.choices(self._tokens, cum_weights=self._ends)
         place = draw.randint(1, len(example) - 1)
@@ -87,10 +89,11 @@ def telling_tokens(forget: Sequence[Example], retain: Sequence[Example]) -> dict
     what every row has (the end of text, a chat template's words) tells nothing. The lower ids first.
     """
     ours, theirs = _rows_with(forget), _rows_with(retain)
+    rows, others = (sum(example.listed for example in side) + 1 for side in (forget, retain))
     weights = {}
     for token, count in sorted(ours.items()):
-        share = (count + 0.5) / (_listed(forget) + 1)
-        other = (theirs[token] + 0.5) / (_listed(retain) + 1)
+        share = (count + 0.5) / rows
+        other = (theirs[token] + 0.5) / others
         if share > other:
             weights[token] = share * math.log(share / other)
     return weights
@@ -104,7 +107,3 @@ def _rows_with(examples: Sequence[Example]) -> Counter[int]:
         if example.listed
         for token in {t for t, on in zip(example.input_ids, example.token_mask, strict=True) if on}
     )
-
-
-def _listed(examples: Sequence[Example]) -> int:
-    return sum(example.listed for example in examples)
