@@ -16,11 +16,13 @@ from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.aims import Aims
 from expunge.methods.base import Context
 from expunge.methods.calibration import (
-    EVERY,
     POINTS,
     NeverSeen,
+    Pair,
     RowTokens,
+    TokenSpread,
     at_ranks,
+    counterparts,
     matched_by_rank,
     never_seen,
     token_spread,
@@ -170,51 +172,84 @@ def numpy_quantiles(values: torch.Tensor, count: int) -> list[float]:
     return quantiles
 
 
-def test_the_spread_of_one_document_is_its_quantile_function() -> None:
-    never, forget = row_tokens(300, 0), row_tokens(40, 1, scale=0.1)
-    spread = token_spread([never], [forget])
+def test_the_spread_of_a_document_is_its_quantile_functions() -> None:
+    document = row_tokens(300, 0)
+    spread = token_spread(document)
     ranks = (numpy.arange(POINTS) + 0.5) / POINTS
     for found, values in (
-        (spread.wanted, never.losses),
-        (spread.reached, forget.losses),
-        (spread.wanted_surprise, never.surprise),
-        (spread.reached_surprise, forget.surprise),
+        (spread.losses, document.losses),
+        (spread.surprise, document.surprise),
     ):
         expected = numpy.quantile(values.numpy(), ranks, method="hazen")
         torch.testing.assert_close(found.double(), torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_the_spread_of_several_documents_is_their_barycentre() -> None:
-    """Mean of the quantile functions: a document of small losses stays a fourth of the others' tail."""
-    rows = [row_tokens(50, seed, scale=1 + seed) for seed in range(4)]
-    alone = [token_spread([row], [row]) for row in rows]
-    spread = token_spread(rows, rows)
-    torch.testing.assert_close(spread.wanted, torch.stack([one.wanted for one in alone]).mean(0))
-    torch.testing.assert_close(
-        spread.wanted_surprise, torch.stack([one.wanted_surprise for one in alone]).mean(0)
-    )
+def test_each_row_is_paired_with_the_one_at_its_own_rank() -> None:
+    rows = list("abcdef")
+    assert counterparts(rows, rows) == dict(zip(rows, rows, strict=True))
+    assert counterparts(rows, list("xyz")) == dict(zip(rows, "xxyyzz", strict=True))
+    assert counterparts(list("xyz"), rows) == {"x": "b", "y": "d", "z": "f"}
+    assert counterparts(["a"], list("xyz")) == {"a": "y"}
+    assert counterparts([], rows) == {}
+
+
+def test_what_is_wanted_of_documents_spreads_as_never_seen_ones_do() -> None:
+    """None is more usual than they are, by any score: each is to be like one, and all are taken."""
+    members, others = losses("m", 40, 0.1, seed=1), losses("n", 40, 4.0, seed=2)
+    tokens = {
+        row: row_tokens(30, seed, scale=1 + seed % 7)
+        for seed, row in enumerate([*members, *others])
+    }
+    compared = never_seen(members, others, dict.fromkeys([*members, *others], "t"), tokens)
+
+    def lowest(spread: torch.Tensor) -> float:
+        return float(spread[-POINTS // 5 :].mean())
+
+    wanted = [lowest(pair.wanted.surprise) for pair in compared.pairs.values()]
+    theirs = [lowest(token_spread(tokens[row]).surprise) for row in others]
+    assert sorted(wanted) == pytest.approx(sorted(theirs))
+    # The least likely document has the least likely one to be like.
+    last, counterpart = (max(side, key=side.__getitem__) for side in (members, others))
+    expected = token_spread(tokens[counterpart])
+    torch.testing.assert_close(compared.pairs[last].wanted.losses, expected.losses)
 
 
 def test_tokens_are_compared_inside_the_groups_that_rows_are() -> None:
-    members = {"m1": 1.0, "m2": 1.0}
-    nonmembers = {f"n{index}": 2.0 for index in range(10)}
-    groups = {**dict.fromkeys(nonmembers, "story"), "n0": "letter", "m1": "story", "m2": "letter"}
-    tokens = {row: row_tokens(20, seed) for seed, row in enumerate([*members, *nonmembers])}
-    compared = never_seen(members, nonmembers, groups, tokens)
-    assert compared.groups == {"m1": "story", "m2": EVERY}
-    stories = [tokens[row] for row in nonmembers if row != "n0"]
-    expected = token_spread(stories, [tokens["m1"]])
-    torch.testing.assert_close(compared.spreads["story"].wanted, expected.wanted)
-    everything = token_spread([tokens[row] for row in nonmembers], [tokens["m2"]])
-    torch.testing.assert_close(compared.spreads[EVERY].wanted, everything.wanted)
-    assert never_seen(members, nonmembers, groups).spreads == {}
+    members = {"m1": 1.0, "m2": 1.0, "without tokens": 1.0}
+    nonmembers = {f"n{index}": 2.0 + index for index in range(9)}
+    groups = {**dict.fromkeys([*members, *nonmembers], "story"), "n0": "letter", "m2": "letter"}
+    tokens = {row: row_tokens(20, s) for s, row in enumerate(["m1", "m2", *nonmembers])}
+    pairs = never_seen(members, nonmembers, groups, tokens).pairs
+    # The median of the eight stories, and of all nine texts: too few letters to be compared with.
+    for row, other in (("m1", "n5"), ("m2", "n4")):
+        expected = token_spread(tokens[other])
+        torch.testing.assert_close(pairs[row].wanted.losses, expected.losses)
+        reached = token_spread(tokens[row])
+        torch.testing.assert_close(pairs[row].reached.surprise, reached.surprise)
+    assert set(pairs) == {"m1", "m2"}
+    assert never_seen(members, nonmembers, groups).pairs == {}
+    without = {row: tokens[row] for row in ("m1", "m2")}
+    assert never_seen(members, nonmembers, groups, without).pairs == {}
+    # Never-seen rows without tokens have no rank among those that have some.
+    few = {**without, "n3": tokens["n3"]}
+    found = never_seen(members, nonmembers, groups, few).pairs["m1"].wanted
+    torch.testing.assert_close(found.losses, token_spread(tokens["n3"]).losses)
+
+
+def test_what_is_wanted_follows_the_rank_that_a_row_has_now() -> None:
+    others = {"low": 1.0, "high": 5.0}
+    tokens = {row: row_tokens(20, seed) for seed, row in enumerate(["a", "b", *others])}
+    groups = dict.fromkeys(tokens, "t")
+    for losses_now, partner in (({"a": 1.0, "b": 2.0}, "low"), ({"a": 2.0, "b": 1.0}, "high")):
+        wanted = never_seen(losses_now, others, groups, tokens).pairs["a"].wanted
+        torch.testing.assert_close(wanted.losses, token_spread(tokens[partner]).losses)
 
 
 def test_an_aim_follows_what_was_reached_and_stays_near_what_is_wanted() -> None:
     never, forget = row_tokens(200, 0), row_tokens(200, 1, scale=0.5)
-    spread = token_spread([never], [forget])
+    wanted = token_spread(never)
     mean = float(never.losses.mean())
-    rows = NeverSeen({"m": mean}, {"m": mean}, {"m": "t"}, {"t": spread})
+    rows = NeverSeen({"m": mean}, {"m": mean}, {"m": Pair(wanted, token_spread(forget))})
     aims = Aims(9.0, 1.0, match_tokens=True)
     now, surprise = torch.tensor([0.3, 0.1, 0.2]), torch.tensor([-1.0, 0.0, 1.0])
     aims.calibrate(rows)
@@ -222,15 +257,19 @@ def test_an_aim_follows_what_was_reached_and_stays_near_what_is_wanted() -> None
     assert first.losses.argsort().tolist() == now.argsort().tolist()  # tokens keep their order
     assert first.surprise.argsort().tolist() == [0, 1, 2]  # each order its own
     assert float(first.losses.mean()) == pytest.approx(mean, rel=1e-5)
+    near = Pair(wanted, TokenSpread(wanted.losses * 0.9, wanted.surprise - 0.1))
+    aims.calibrate(NeverSeen({"m": mean}, {"m": mean}, {"m": near}))  # what is missed is added
+    torch.testing.assert_close(aims.tensors["aims.losses"][0], wanted.losses * 1.1)
+    torch.testing.assert_close(aims.tensors["aims.surprise"][0], wanted.surprise + 0.1)
     for _ in range(20):
         aims.calibrate(rows)  # never reached: only the bound ends it
-    moved = torch.tensor(aims.state()["losses"]["t"])
-    assert bool((moved <= spread.wanted * 1.25 + 1e-5).all())
-    assert bool((moved >= spread.wanted * 0.5 - 1e-5).all())
-    assert not torch.allclose(moved, spread.wanted)
-    moved = torch.tensor(aims.state()["surprise"]["t"])
-    assert float((moved - spread.wanted_surprise).abs().max()) <= 0.5 + 1e-5
-    assert not torch.allclose(moved, spread.wanted_surprise)
+    [moved] = aims.tensors["aims.losses"]
+    assert bool((moved <= wanted.losses * 1.25 + 1e-5).all())
+    assert bool((moved >= wanted.losses * 0.5 - 1e-5).all())
+    assert not torch.allclose(moved, wanted.losses)
+    [moved] = aims.tensors["aims.surprise"]
+    assert float((moved - wanted.surprise).abs().max()) <= 0.5 + 1e-5
+    assert not torch.allclose(moved, wanted.surprise)
     unknown = aims.of_row("other", now, surprise)
     assert unknown.losses.tolist() == [9.0] * 3
     assert unknown.surprise.isnan().all()

@@ -19,7 +19,7 @@ from expunge.data.batches import Batch, collate, in_order
 from expunge.data.random_text import random_examples
 from expunge.errors import InputError
 from expunge.methods.base import Context
-from expunge.methods.calibration import NeverSeen, RowTokens, TokenSpread, token_spread
+from expunge.methods.calibration import NeverSeen, Pair, RowTokens, token_spread
 from expunge.methods.libu import LIBU
 from expunge.methods.libu_objective import LIBUObjective
 from expunge.models.decoder import every_layer, find_layout
@@ -84,6 +84,7 @@ def test_the_published_direction_learns_the_forget_set_better(make_context: Cont
     # And its phase 2 descends too: the gradient step lowers the forget loss.
     terms = objective.loss(forget, None)
     assert float(terms.total.detach()) == pytest.approx(loss(objective, forget), rel=1e-5)
+    assert "trigger_tokens" not in objective.notes()  # its loss has no retain rows to put any into
 
 
 def test_a_fresh_adapter_moves_b_only_and_then_both(context: Context) -> None:
@@ -235,12 +236,13 @@ def forgetting(objective: LIBUObjective, batch: Batch) -> float:
     return float(objective.loss(batch, None).forget.detach())
 
 
-def spread_of(*rows: tuple[list[float], float]) -> TokenSpread:
-    documents = [RowTokens(torch.tensor(ls), torch.full((len(ls),), h)) for ls, h in rows]
-    return token_spread(documents, documents)
+def pair_of(losses: list[float], surprise: list[float]) -> Pair:
+    """A never-seen document with these tokens, and a forget document that has reached them."""
+    spread = token_spread(RowTokens(torch.tensor(losses), torch.tensor(surprise)))
+    return Pair(spread, spread)
 
 
-def test_tokens_of_a_calibrated_document_take_the_spread_of_never_seen_ones(
+def test_tokens_of_a_calibrated_document_take_the_losses_of_a_never_seen_one(
     memorised: Callable[[], Context],
 ) -> None:
     context = memorised()
@@ -251,9 +253,7 @@ def test_tokens_of_a_calibrated_document_take_the_spread_of_never_seen_ones(
     log_probs, mask = objective.log_probs(batch)
     count = int(mask.sum())
     never = torch.linspace(0.2, 6.0, count).tolist()
-    objective.calibrate(
-        NeverSeen({row: 0.0}, {row: 3.1}, {row: "t"}, {"t": spread_of((never, 0.0))})
-    )
+    objective.calibrate(NeverSeen({row: 0.0}, {row: 3.1}, {row: pair_of(never, [0.0] * count)}))
     with torch.no_grad(), objective.reference():
         before = objective.log_probs(batch)[0][mask]
 
@@ -298,8 +298,8 @@ def test_a_token_is_to_be_as_surprising_as_one_of_never_seen_text(make_context: 
     surprise = torch.tensor(now).asinh()
     # Wanted in another order than the text's: ranks decide which token is to have which.
     never = torch.linspace(-3, 3, len(now)).flip(0)
-    documents = [RowTokens(torch.full((len(now),), 3.0), never)]
-    rows = NeverSeen({row: 0.0}, {row: 3.0}, {row: "t"}, {"t": token_spread(documents, documents)})
+    pair = pair_of([3.0] * len(now), never.tolist())
+    rows = NeverSeen({row: 0.0}, {row: 3.0}, {row: pair})
     without.calibrate(rows)
     plain = forgetting(without, batch)
     wanted = torch.empty(len(now))
@@ -359,14 +359,23 @@ def test_calibration_is_put_back_as_it_was(memorised: Callable[[], Context]) -> 
     objective = LIBU(rank=4, match_tokens=True).start(context)
     batch = collate(context.forget, [0], context.pad_id)
     row = batch.row_ids[0]
-    spread = spread_of(([0.5, 1.0, 4.0], 1.5), ([2.0, 3.0], 2.5))
-    objective.calibrate(NeverSeen({row: 1.0}, {row: 2.0}, {row: "t"}, {"t": spread}))
+    other = context.forget[1].row_id
+    pairs = {
+        row: pair_of([0.5, 1.0, 4.0], [1.5, 1.0, 0.5]),
+        other: pair_of([2.0, 3.0], [2.5, 1.0]),
+    }
+    objective.calibrate(NeverSeen({row: 1.0, other: 1.0}, {row: 2.0, other: 3.0}, pairs))
     expected = forgetting(objective, batch)
     saved = json.loads(json.dumps(objective.calibration))
+    tensors = {name: tensor.clone() for name, tensor in objective.state_tensors.items()}
     again = LIBU(rank=4, match_tokens=True).start(memorised())
     assert forgetting(again, batch) != pytest.approx(expected, rel=1e-3)
-    again.restore_calibration(saved)
+    again.restore(saved, tensors)
     assert forgetting(again, batch) == expected
+    assert again.calibration == objective.calibration
+    assert again.state_tensors.keys() == tensors.keys()
+    for name, tensor in again.state_tensors.items():
+        assert torch.equal(tensor, tensors[name]), name
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
-"""What LIBU wants of every token of a calibrated forget row: the loss of never-seen text, rank by rank.
+"""What LIBU wants of every token of a calibrated forget row: what one of a never-seen text has.
 
 One ceiling for all tokens of a document gives it the mean loss of never-seen text and none of its
 shape: never-seen documents hold tokens that any model foresees beside others that it cannot, and
-min-k% (arXiv 2310.16789), which looks at the least likely fifth, tells the two apart at once.
+min-k% (arXiv 2310.16789), which looks at the least likely fifth, tells the two apart at once. One shape
+for all documents makes each of them more usual than never-seen ones are, which min-k%++ (arXiv
+2404.02936) tells; so each has one never-seen document to be like: its shape, at the mean loss of the
+row's rank.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Any
 
 import torch
 
-from expunge.methods.calibration import NeverSeen, at_ranks
+from expunge.methods.calibration import NeverSeen, Pair, TokenSpread, at_ranks
 
 _RANGE = (0.5, 1.25)
 _SURPRISE_RANGE = 0.5
@@ -41,9 +44,7 @@ class Aims:
         self._gain = gain
         self._match_tokens = match_tokens
         self._ceilings: dict[str, float] = {}
-        self._groups: dict[str, str] = {}
-        self._losses: dict[str, torch.Tensor] = {}
-        self._surprise: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, TokenSpread] = {}
 
     def calibrate(self, rows: NeverSeen) -> None:
         """Moves each aim by what was missed, and keeps it near what is wanted: one that is far off
@@ -55,35 +56,21 @@ class Aims:
             start = self._ceilings.get(row)
             moved = wanted if start is None else start + self._gain * (wanted - loss)
             self._ceilings[row] = min(max(moved, wanted * _RANGE[0]), wanted * _RANGE[1])
-        if not self._match_tokens:
-            return
-        self._groups = {row: group for row, group in rows.groups.items() if group in rows.spreads}
-        for group, spread in rows.spreads.items():
-            self._losses[group] = self._moved(
-                self._losses.get(group),
-                spread.wanted,
-                spread.reached,
-                (spread.wanted * _RANGE[0], spread.wanted * _RANGE[1]),
-            )
-            surprise = spread.wanted_surprise
-            self._surprise[group] = self._moved(
-                self._surprise.get(group),
-                surprise,
-                spread.reached_surprise,
-                (surprise - _SURPRISE_RANGE, surprise + _SURPRISE_RANGE),
-            )
+        if self._match_tokens:
+            self._tokens |= {row: self._moved(row, pair) for row, pair in rows.pairs.items()}
 
-    def _moved(
-        self,
-        aim: torch.Tensor | None,
-        wanted: torch.Tensor,
-        reached: torch.Tensor,
-        near: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
+    def _moved(self, row: str, pair: Pair) -> TokenSpread:
+        aim, wanted, reached = self._tokens.get(row), pair.wanted, pair.reached
         if aim is None:
             return wanted
-        moved = aim + self._gain * (wanted - reached)
-        return moved.maximum(near[0]).minimum(near[1]).sort().values
+        losses = aim.losses + self._gain * (wanted.losses - reached.losses)
+        surprise = aim.surprise + self._gain * (wanted.surprise - reached.surprise)
+        least, most = (wanted.losses * share for share in _RANGE)
+        low, high = wanted.surprise - _SURPRISE_RANGE, wanted.surprise + _SURPRISE_RANGE
+        return TokenSpread(
+            losses.maximum(least).minimum(most).sort().values,
+            surprise.maximum(low).minimum(high).sort().values,
+        )
 
     def of_row(self, row: str, losses: torch.Tensor, surprise: torch.Tensor) -> Wanted:
         """What the tokens of a row should have, whose `losses` and `surprise` (tokens,) are these now.
@@ -92,33 +79,38 @@ class Aims:
         the most surprising. Of equal ones the first in the text is to have least. The mean of the
         losses is the row's ceiling.
         """
-        ceiling = self._ceilings.get(row, self._ceiling)
-        group = self._groups.get(row)
-        if group is None or not len(losses):
+        ceiling, aim = self._ceilings.get(row, self._ceiling), self._tokens.get(row)
+        if aim is None or not len(losses):
             return Wanted(torch.full_like(losses, ceiling), torch.full_like(losses, torch.nan))
-        wanted = at_ranks(self._losses[group], len(losses))
+        wanted = at_ranks(aim.losses, len(losses))
         wanted = wanted * (ceiling / wanted.mean().clamp(min=_LEAST))
-        wanted_surprise = at_ranks(self._surprise[group], len(losses))
         return Wanted(
             wanted.clamp(min=_LEAST)[_ranks(losses)].to(losses),
-            wanted_surprise[_ranks(surprise)].to(losses),
+            at_ranks(aim.surprise, len(losses))[_ranks(surprise)].to(losses),
         )
 
-    def state(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it."""
+    def facts(self) -> dict[str, Any]:
+        """Its state beside the tensors, as JSON can hold it."""
+        return {"ceilings": dict(self._ceilings), "matched": list(self._tokens)}
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What is wanted of the tokens of matched rows, (rows, POINTS) each; none without such rows."""
+        if not self._tokens:
+            return {}
+        aims = self._tokens.values()
         return {
-            "ceilings": dict(self._ceilings),
-            "groups": dict(self._groups),
-            "losses": {group: points.tolist() for group, points in self._losses.items()},
-            "surprise": {g: points.tolist() for g, points in self._surprise.items()},
+            "aims.losses": torch.stack([aim.losses for aim in aims]),
+            "aims.surprise": torch.stack([aim.surprise for aim in aims]),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Puts back what `state` gave."""
-        self._ceilings = dict(state["ceilings"])
-        self._groups = dict(state["groups"])
-        self._losses = {g: torch.tensor(points) for g, points in state["losses"].items()}
-        self._surprise = {g: torch.tensor(points) for g, points in state["surprise"].items()}
+    def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts back what `facts` and `tensors` gave."""
+        self._ceilings = dict(facts["ceilings"])
+        self._tokens = {
+            row: TokenSpread(tensors["aims.losses"][index], tensors["aims.surprise"][index])
+            for index, row in enumerate(facts["matched"])
+        }
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:

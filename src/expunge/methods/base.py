@@ -177,12 +177,12 @@ class Objective(Protocol):
     def calibration(self) -> Mapping[str, Any]:
         """How hard calibrated rows are pushed, as JSON; what a resumed run goes on with."""
 
-    def restore_calibration(self, calibration: Mapping[str, Any]) -> None:
-        """Puts back what `calibration` was."""
-
     @property
     def state_tensors(self) -> Mapping[str, torch.Tensor]:
-        """What a resumed run goes on with beside the parameters and the optimiser; put back in place."""
+        """What a resumed run goes on with beside `calibration`, the parameters and the optimiser."""
+
+    def restore(self, calibration: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts back what `calibration` and `state_tensors` were."""
 
     def end_step(self) -> None:
         """Called once in every step, after the parameters have moved."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ POINTS = 128
 """Ranks at which the losses of a document's tokens are compared."""
 _ENOUGH = 8
 """Never-seen rows of a group from which its forget rows are compared with that group alone."""
-EVERY = ""
+_EVERY = ""
 """The group of forget rows whose own has too few never-seen ones."""
 
 
@@ -54,19 +54,22 @@ def joined(windows: Sequence[RowTokens]) -> RowTokens:
 
 @dataclass(frozen=True)
 class TokenSpread:
-    """The tokens of a group's documents by the rank of their loss, or of their surprise, each (POINTS,).
+    """A document's tokens by the rank of their loss, or of their surprise: its quantile functions.
 
-    A document's are its quantile function; those of several are the mean of theirs, the barycentre of
-    their distributions under the transport that moves losses least. Pooled tokens would not do: their
-    tails are those of the most and the least usual document, and no single one is like that.
+    Each (POINTS,).
     """
 
-    wanted: torch.Tensor
-    """Losses of never-seen documents, nats."""
-    reached: torch.Tensor
-    """Losses of the forget documents, nats."""
-    wanted_surprise: torch.Tensor
-    reached_surprise: torch.Tensor
+    losses: torch.Tensor
+    """Nats."""
+    surprise: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A forget document and the never-seen one that it is to be like: the one at its rank just now."""
+
+    wanted: TokenSpread
+    reached: TokenSpread
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,9 @@ class NeverSeen:
     """Of the forget rows, as the model is."""
     wanted: Mapping[str, float]
     """What they would be had the model never seen them."""
-    groups: Mapping[str, str] = field(default_factory=dict)
-    """The group whose never-seen rows each forget row was compared with; EVERY: all of them."""
-    spreads: Mapping[str, TokenSpread] = field(default_factory=dict)
-    """By group; empty where only rows were measured."""
+    pairs: Mapping[str, Pair] = field(default_factory=dict)
+    """Of the forget rows that have tokens, where never-seen rows have; empty where rows alone were
+    measured."""
 
     @property
     def distance(self) -> float:
@@ -105,18 +107,20 @@ def at_ranks(values: torch.Tensor, count: int) -> torch.Tensor:
     return torch.lerp(values[below], values[above], (places - below).to(values.dtype))
 
 
-def token_spread(never: Sequence[RowTokens], forget: Sequence[RowTokens]) -> TokenSpread:
-    """Compares documents' tokens by the rank of their loss, and of their surprise; no side is empty."""
-
-    def mean(documents: Iterable[torch.Tensor]) -> torch.Tensor:
-        return torch.stack([at_ranks(values.sort().values, POINTS) for values in documents]).mean(0)
-
+def token_spread(tokens: RowTokens) -> TokenSpread:
+    """Of a document."""
     return TokenSpread(
-        mean(row.losses for row in never),
-        mean(row.losses for row in forget),
-        mean(row.surprise for row in never),
-        mean(row.surprise for row in forget),
+        at_ranks(tokens.losses.sort().values, POINTS),
+        at_ranks(tokens.surprise.sort().values, POINTS),
     )
+
+
+def counterparts(rows: Sequence[str], others: Sequence[str]) -> dict[str, str]:
+    """For each of `rows` the one of `others` at its own rank, (i + 1/2) / n; both are in order.
+
+    One of them, not the mean of its neighbours: that would be more usual than any.
+    """
+    return {row: others[(2 * i + 1) * len(others) // (2 * len(rows))] for i, row in enumerate(rows)}
 
 
 def never_seen(
@@ -137,18 +141,22 @@ def never_seen(
     own = {group for group, losses in reference.items() if len(losses) >= _ENOUGH}
     pools: dict[str, list[str]] = defaultdict(list)
     for row in members:
-        pools[groups[row] if groups[row] in own else EVERY].append(row)
+        pools[groups[row] if groups[row] in own else _EVERY].append(row)
     wanted: dict[str, float] = {}
-    spreads: dict[str, TokenSpread] = {}
+    pairs: dict[str, Pair] = {}
     for group, rows in pools.items():
-        others = [row for row in nonmembers if group in (EVERY, groups[row])]
+        others = [row for row in nonmembers if group in (_EVERY, groups[row])]
         matched = matched_by_rank(
             [members[row] for row in rows], [nonmembers[row] for row in others]
         )
         wanted |= dict(zip(rows, matched, strict=True))
         if tokens is not None:
-            sides = [[tokens[row] for row in side if row in tokens] for side in (others, rows)]
-            if all(sides):
-                spreads[group] = token_spread(*sides)
-    group_of = {row: group for group, rows in pools.items() for row in rows}
-    return NeverSeen(dict(members), wanted, group_of, spreads)
+            ours, theirs = (
+                [row for _, row in sorted((losses[row], row) for row in side if row in tokens)]
+                for side, losses in ((rows, members), (others, nonmembers))
+            )
+            if theirs:
+                spreads = {row: token_spread(tokens[row]) for row in (*ours, *theirs)}
+                chosen = counterparts(ours, theirs).items()
+                pairs |= {row: Pair(spreads[other], spreads[row]) for row, other in chosen}
+    return NeverSeen(dict(members), wanted, pairs)

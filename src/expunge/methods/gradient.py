@@ -291,13 +291,13 @@ class GradientObjective:
         """None: every row is pushed alike."""
         return {}
 
-    def restore_calibration(self, calibration: Mapping[str, Any]) -> None:
-        """Nothing to put back."""
-
     @property
     def state_tensors(self) -> Mapping[str, torch.Tensor]:
         """None: the parameters and the optimiser are all that a step leaves behind."""
         return {}
+
+    def restore(self, calibration: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Nothing to put back."""
 
     def end_step(self) -> None:
         """Nothing to do."""

@@ -104,8 +104,8 @@ class LIBU(GradientSettings):
     """With non-members: how far a row's ceiling moves for each nat that its loss is wrong by; 0 leaves
     all of them where they are."""
     match_tokens: bool = True
-    """With non-members and a gain: give the tokens of a document the spread of losses of never-seen
-    ones, rank by rank, and not all of them the document's ceiling."""
+    """With non-members and a gain: give the tokens of a document the losses of one never-seen
+    document, rank by rank, and not all of them the document's ceiling."""
     surprise_weight: float = 1.0
     """Where tokens are matched: weight of the term that makes a forgotten token as surprising, in
     deviations from what its own distribution expects, as one of the same rank in never-seen text."""

@@ -87,9 +87,8 @@ class LIBUObjective(GradientObjective):
         else:  # the adapter and the curvature are put back
             self._notes = context.resumed["phase_1"]
         self._relearner = self._attacker()
-        self._triggers = Triggers(
-            context.forget, context.retain, settings.trigger_share, context.pad_id
-        )
+        share = settings.trigger_share if settings.direction == "remove" else 0.0
+        self._triggers = Triggers(context.forget, context.retain, share, context.pad_id)
 
     def _phase_1(self) -> Mapping[str, Any]:
         """Takes the step along the adapter; its measured figures."""
@@ -268,7 +267,7 @@ class LIBUObjective(GradientObjective):
         """What the target says of rows that it was not asked about at the start; None without such."""
         settings = self._settings
         asked, _ = batch.split([any(either) for either in zip(random, triggered, strict=True)])
-        if asked is None and (settings.random_rows or settings.trigger_share):
+        if asked is None and (settings.random_rows or self._triggers.share):
             asked = self._idle_row(batch)
         if asked is None:
             return None
@@ -287,18 +286,19 @@ class LIBUObjective(GradientObjective):
     def calibration(self) -> Mapping[str, Any]:
         """What is wanted of calibrated rows, and how far an attacker is."""
         attack = {} if self._relearner is None else {"relearner": self._relearner.facts()}
-        return self._aims.state() | attack
-
-    def restore_calibration(self, calibration: Mapping[str, Any]) -> None:
-        """Puts back what `calibration` was."""
-        self._aims.restore(calibration)
-        if self._relearner is not None:
-            self._relearner.restore(calibration["relearner"])
+        return self._aims.facts() | attack
 
     @property
     def state_tensors(self) -> Mapping[str, torch.Tensor]:
-        """What an attacker has learned."""
-        return {} if self._relearner is None else self._relearner.tensors
+        """What is wanted of matched tokens, and what an attacker has learned."""
+        attack = {} if self._relearner is None else self._relearner.tensors
+        return self._aims.tensors | attack
+
+    def restore(self, calibration: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts back what `calibration` and `state_tensors` were."""
+        self._aims.restore(calibration, tensors)
+        if self._relearner is not None:
+            self._relearner.restore(calibration["relearner"], tensors)
 
     def end_step(self) -> None:
         """The attacker takes its own."""
@@ -382,7 +382,7 @@ class LIBUObjective(GradientObjective):
 
     def notes(self) -> Mapping[str, Any]:
         """The measured figures of phase 1, and how many forget tokens retain rows are given."""
-        trigger = {"trigger_tokens": self._triggers.count} if self._settings.trigger_share else {}
+        trigger = {"trigger_tokens": self._triggers.count} if self._triggers.share else {}
         return {**super().notes(), "ceiling": self.ceiling, "phase_1": self._notes, **trigger}
 
 

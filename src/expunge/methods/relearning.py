@@ -102,7 +102,7 @@ class Relearner:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that it has learned, by name, in place; between two steps."""
+        """All that it has learned, by name; between two steps."""
         return {
             f"{kind}.{name}": tensor
             for kind, tensors in self._state.items()
@@ -117,7 +117,9 @@ class Relearner:
             "steps_learned": self._steps_learned,
         }
 
-    def restore(self, facts: Mapping[str, Any]) -> None:
-        """Puts back what `facts` gave; the tensors are copied into those of `tensors`."""
+    def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts back what `facts` and `tensors` gave."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(tensors[name])
         self._attack, self._steps_gone = facts["attack"], facts["steps_gone"]
         self._steps_learned = facts["steps_learned"]

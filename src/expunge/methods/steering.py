@@ -258,14 +258,14 @@ class SteeringObjective:
         """Calibrated rows' share of the way to their target, from 0 to 1."""
         return self._strengths
 
-    def restore_calibration(self, calibration: Mapping[str, Any]) -> None:
-        """Puts back what `calibration` was."""
-        self._strengths = dict(calibration)
-
     @property
     def state_tensors(self) -> Mapping[str, torch.Tensor]:
         """None: the parameters and the optimiser are all that a step leaves behind."""
         return {}
+
+    def restore(self, calibration: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts back what `calibration` was."""
+        self._strengths = dict(calibration)
 
     def end_step(self) -> None:
         """Nothing to do."""

@@ -27,7 +27,7 @@ class Triggers:
         self, forget: Sequence[Example], retain: Sequence[Example], share: float, pad_id: int
     ) -> None:
         """A row is given one with probability `share`."""
-        self._share, self._pad_id = share, pad_id
+        self.share, self._pad_id = share, pad_id
         self._longest = max(map(len, retain), default=0)
         weights = telling_tokens(forget, retain) if share > 0 else {}
         self._tokens, self._ends = list(weights), list(accumulate(weights.values()))
@@ -63,7 +63,7 @@ class Triggers:
         follows the token in forget text. A row as long as the longest loses its last token, so that
         no batch is larger than was planned for.
         """
-        is_chosen = draw.random() < self._share
+        is_chosen = draw.random() < self.share
         if not (is_chosen and example.listed and len(example) > 1):
             return None
         [token] = draw.choices(self._tokens, cum_weights=self._ends)

@@ -146,13 +146,11 @@ class Loop:
         restore(self._parameters, state.under("parameters"))
         restore_optimizer(self._optimizer, state.under("optimizer"))
         self._objective.set_training(False)  # what is measured follows the parameters
-        for name, tensor in self._objective.state_tensors.items():
-            tensor.copy_(state.under("objective")[name])
         best = state.under("best")
         self._best = best or None
         facts = state.facts
         self.history.steps = facts["step"]
-        self._objective.restore_calibration(facts["calibration"])
+        self._objective.restore(facts["calibration"], state.under("objective"))
         self.history.candidates = [
             Candidate(**{**candidate, "measured": Measured(**candidate["measured"])})
             for candidate in facts["candidates"]

@@ -207,7 +207,8 @@ def _tokens_of(
     counts = where.sum(1).tolist()
     losses = (-log_probs[where]).float().cpu().split(counts)
     return [
-        (row, RowTokens(row_losses, row_surprise))
+        # Copies: what is sent to other processes would be all rows' with every one of them.
+        (row, RowTokens(row_losses.clone(), row_surprise.clone()))
         for row, row_losses, row_surprise in zip(
             batch.row_ids, losses, surprise.float().cpu().split(counts), strict=True
         )
