@@ -250,7 +250,7 @@ def test_an_aim_follows_what_was_reached_and_stays_near_what_is_wanted() -> None
     wanted = token_spread(never)
     mean = float(never.losses.mean())
     rows = NeverSeen({"m": mean}, {"m": mean}, {"m": Pair(wanted, token_spread(forget))})
-    aims = Aims(9.0, 1.0, match_tokens=True)
+    aims = Aims(9.0, 1.0)
     now, surprise = torch.tensor([0.3, 0.1, 0.2]), torch.tensor([-1.0, 0.0, 1.0])
     aims.calibrate(rows)
     first = aims.of_row("m", now, surprise)

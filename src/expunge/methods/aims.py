@@ -37,18 +37,18 @@ class Wanted:
 class Aims:
     """The loss that every forget row should have, and how its tokens share it."""
 
-    def __init__(self, ceiling: float, gain: float, *, match_tokens: bool) -> None:
+    def __init__(self, ceiling: float, gain: float) -> None:
         """`ceiling` is that of rows that are not calibrated, nats a token; `gain` how far an aim moves
-        for each nat that is missed; without `match_tokens` all tokens of a row have one aim."""
+        for each nat that is missed."""
         self._ceiling = ceiling
         self._gain = gain
-        self._match_tokens = match_tokens
         self._ceilings: dict[str, float] = {}
         self._tokens: dict[str, TokenSpread] = {}
 
     def calibrate(self, rows: NeverSeen) -> None:
         """Moves each aim by what was missed, and keeps it near what is wanted: one that is far off
-        would go on pushing long after the losses have arrived."""
+        would go on pushing long after the losses have arrived. All tokens of a row without a pair have
+        one aim."""
         if self._gain == 0:
             return
         for row, loss in rows.losses.items():
@@ -56,8 +56,7 @@ class Aims:
             start = self._ceilings.get(row)
             moved = wanted if start is None else start + self._gain * (wanted - loss)
             self._ceilings[row] = min(max(moved, wanted * _RANGE[0]), wanted * _RANGE[1])
-        if self._match_tokens:
-            self._tokens |= {row: self._moved(row, pair) for row, pair in rows.pairs.items()}
+        self._tokens |= {row: self._moved(row, pair) for row, pair in rows.pairs.items()}
 
     def _moved(self, row: str, pair: Pair) -> TokenSpread:
         aim, wanted, reached = self._tokens.get(row), pair.wanted, pair.reached
@@ -68,8 +67,8 @@ class Aims:
         least, most = (wanted.losses * share for share in _RANGE)
         low, high = wanted.surprise - _SURPRISE_RANGE, wanted.surprise + _SURPRISE_RANGE
         return TokenSpread(
-            losses.maximum(least).minimum(most).sort().values,
-            surprise.maximum(low).minimum(high).sort().values,
+            losses.clamp(least, most).sort().values,
+            surprise.clamp(low, high).sort().values,
         )
 
     def of_row(self, row: str, losses: torch.Tensor, surprise: torch.Tensor) -> Wanted:

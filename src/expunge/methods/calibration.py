@@ -108,7 +108,7 @@ def at_ranks(values: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def token_spread(tokens: RowTokens) -> TokenSpread:
-    """Of a document."""
+    """The quantile functions of one document's tokens."""
     return TokenSpread(
         at_ranks(tokens.losses.sort().values, POINTS),
         at_ranks(tokens.surprise.sort().values, POINTS),

@@ -70,11 +70,7 @@ class LIBUObjective(GradientObjective):
         # Text that was never seen is still better predicted than by guessing, log(vocabulary).
         guessing = math.log(vocabulary)
         self.ceiling = _CEILING * guessing if settings.ceiling is None else settings.ceiling
-        self._aims = Aims(
-            self.ceiling,
-            settings.calibration_gain,
-            match_tokens=settings.matches_tokens is not None,
-        )
+        self._aims = Aims(self.ceiling, settings.calibration_gain)
         if settings.lens_weight > 0 and settings.direction == "remove":
             with context.autocast():
                 check_lens(context.model, context.layout)
