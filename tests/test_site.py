@@ -352,3 +352,33 @@ def test_links_out_of_the_docs_lead_to_copies(tmp_path: Path) -> None:
     assert linked == {Path("src/expunge/ledger/schema.py")}
     assert site_hooks.copy_of(*linked) == "files/src/expunge/ledger/schema.py.txt"
     assert not set(site_hooks.linked_outside(DOCS / "methods" / "libu.md"))
+
+
+def tables(text: str, column: str) -> Iterator[dict[str, list[str]]]:
+    """The tables that have such a column: their rows by the first cell, the header under ""."""
+    found: dict[str, list[str]] = {}
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            first, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+            found["" if not found else first.split(",")[0]] = cells
+        elif found:
+            if any(column in cell for cell in found[""]):
+                yield found
+            found = {}
+
+
+def test_the_readme_has_the_results_that_the_benchmark_has() -> None:
+    [shown] = tables((ROOT / "README.md").read_text(encoding="utf-8"), "task aggregate")
+    measured = list(tables((DOCS / "benchmark.md").read_text(encoding="utf-8"), "task aggregate ↑"))
+    builtin, lume = measured[:2]
+    where = [
+        *((builtin, name) for name in ("task aggregate ↑", "MIA AUC → 0.5", "utility ↑")),
+        *((lume, name) for name in ("task aggregate ↑", "MIA AUC → 0.5")),
+    ]
+    methods = [name for name in shown if name and not name.startswith("-")]
+    assert len(methods) > 5
+    for method in methods:
+        for cell, (table, name) in zip(shown[method], where, strict=True):
+            if cell:
+                value = table[method][table[""].index(name)]
+                assert value.split(" ")[0] == cell, (method, name)

@@ -141,6 +141,11 @@ def test_an_unfinished_run_is_neither_overwritten_nor_mixed(
     code, _, err = start(out, "--resume", "--method.beta", 3)
     assert code == 2
     assert "method.beta 5.0, this one has 3.0" in err
+    asked = scratch_of(out) / "run.json"
+    asked.write_text(json.dumps(json.loads(asked.read_text()) | {"format": 1}))
+    code, _, err = start(out, "--resume")
+    assert code == 2
+    assert "of another version of expunge" in err
     assert start(out, "--overwrite", "--seed", 3)[0] == 0
     assert start(tmp_path / "whole", "--seed", 3)[0] == 0
     assert result(out) == result(tmp_path / "whole")

@@ -28,6 +28,8 @@ from expunge.processes import Processes
 from expunge.training.state import SavedState, load_facts, load_state
 
 _ASKED = "run.json"
+_FORMAT = 2
+"""Of what is in the directory; another number where a run of before could no longer be gone on with."""
 
 
 class Scratch:
@@ -117,7 +119,7 @@ def scratch_beside(
             _check_same(scratch.root, asked)
         else:
             _clear(scratch.root)
-            _write_whole(scratch.root / _ASKED, json.dumps(asked, indent=2))
+            _write_asked(scratch.root, asked)
         for directory in (scratch.output, scratch.cache, scratch.state):
             directory.mkdir(exist_ok=True)
         try:
@@ -182,8 +184,13 @@ def _check_same(root: Path, asked: Mapping[str, Any]) -> None:
         before = json.loads((root / _ASKED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         _clear(root)  # killed before it had begun
-        _write_whole(root / _ASKED, json.dumps(asked, indent=2))
+        _write_asked(root, asked)
         return
+    if before.pop("format", None) != _FORMAT:
+        raise InputError(
+            "--resume: the unfinished run is of another version of expunge; go on with that version, or"
+            " discard it with --overwrite and no --resume"
+        )
     now = json.loads(json.dumps(asked))
     for name, old, new in differences(before, now, ""):
         raise InputError(
@@ -212,6 +219,10 @@ def _clear(root: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _write_asked(root: Path, asked: Mapping[str, Any]) -> None:
+    _write_whole(root / _ASKED, json.dumps({"format": _FORMAT, **asked}, indent=2))
 
 
 def _write_whole(path: Path, text: str) -> None:
