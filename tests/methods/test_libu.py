@@ -98,9 +98,16 @@ def test_a_fresh_adapter_moves_b_only_and_then_both(context: Context) -> None:
         assert parameter.grad.any(), name
 
 
-def test_phase_2_is_bounded_and_holds_retain(context: Context) -> None:
+@pytest.mark.parametrize("forget_width", [16.0, 3.0])
+def test_phase_2_is_bounded_and_holds_retain(context: Context, forget_width: float) -> None:
     settings = LIBU(
-        rank=4, retain_weight=3.0, ceiling=2.0, lens_weight=0, relearn_weight=0, trigger_share=0
+        rank=4,
+        forget_width=forget_width,
+        retain_weight=3.0,
+        ceiling=2.0,
+        lens_weight=0,
+        relearn_weight=0,
+        trigger_share=0,
     )
     objective = settings.start(context)
     forget, retain = whole(context, "forget"), whole(context, "retain")
@@ -118,9 +125,9 @@ def test_phase_2_is_bounded_and_holds_retain(context: Context) -> None:
 
     # A token that the target gave less than exp(-2) is not made more likely.
     pairs = zip(log_probs[mask].tolist(), before[mask].tolist(), strict=True)
-    distances = [huber(log_odds(now) - log_odds(min(-2.0, was)), 16) for now, was in pairs]
+    away = [log_odds(now) - log_odds(min(-2.0, was)) for now, was in pairs]
     assert any(was < -2 for was in before[mask].tolist())
-    expected = sum(distances) / len(distances)
+    expected = sum(huber(x, forget_width) for x in away) / len(away)
     assert float(terms.forget.detach()) == pytest.approx(expected, rel=1e-4)
     # Retain tokens are held at the odds that they had.
     log_probs, mask = objective.log_probs(retain)
@@ -385,6 +392,7 @@ def test_calibration_is_put_back_as_it_was(memorised: Callable[[], Context]) -> 
         ({"random_rows": -1}, "--method.random_rows"),
         ({"random_weight": -0.1}, "--method.random_weight"),
         ({"surprise_weight": -1.0}, "--method.surprise_weight"),
+        ({"forget_width": 0.0}, "--method.forget_width"),
         ({"parameters": "full"}, "--method.parameters"),
         ({"damping": 0}, "--method.damping"),
         ({"ceiling": -1.0}, "--method.ceiling"),

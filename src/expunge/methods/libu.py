@@ -93,6 +93,10 @@ class LIBU(GradientSettings):
     """Phase 1 step size s; null: the largest within the step budget."""
     ceiling: float | None = None
     """Phase 2 raises each forget token's loss to this many nats; null: 0.8 log(vocabulary)."""
+    forget_width: float = 16.0
+    """Nats of log-odds from what is wanted of a forget token within which it is pushed less the nearer
+    it is. 16, as far as one known by heart has to go, pushes the furthest hardest; less of it removes
+    more, of what the layers inside know too, and costs utility."""
     retain_weight: float = 2.0
     """Weight of the retain term."""
     random_rows: int = 256
@@ -182,6 +186,7 @@ class LIBU(GradientSettings):
             "rho",
             "curvature_interval",
             "relearn_steps",
+            "forget_width",
         ):
             if getattr(self, option) <= 0:
                 raise InputError(f"--method.{option} {getattr(self, option)}: must be positive")

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from expunge.methods.libu import LIBU
 
 _CEILING = 0.8
-_FORGET_WIDTH = 16.0
-"""Nats of log-odds, as far as a token known by heart has to go: the furthest off are pushed hardest."""
 _SURPRISE_WIDTH = 1.0
 """A factor of e in how many deviations a token lies from what is expected."""
 _RETAIN_WIDTH = 2.0
@@ -142,7 +140,7 @@ class LIBUObjective(GradientObjective):
         surprises = settings.surprise_weight > 0 and settings.matches_tokens is not None
         surprise = target_surprise(logits, targets) if surprises else torch.zeros_like(log_odds)
         wanted, wanted_surprise = self._wanted(forget, mask, log_odds, surprise)
-        distances = huber(log_odds, wanted, _FORGET_WIDTH)
+        distances = huber(log_odds, wanted, settings.forget_width)
         if surprises:
             away = huber(surprise, wanted_surprise.nan_to_num(), _SURPRISE_WIDTH)
             distances = distances + settings.surprise_weight * torch.where(
@@ -150,7 +148,9 @@ class LIBUObjective(GradientObjective):
             )
         if inner is not None:
             above = torch.maximum(target_log_odds(inner, targets), wanted)
-            distances = distances + settings.lens_weight * huber(above, wanted, _FORGET_WIDTH)
+            distances = distances + settings.lens_weight * huber(
+                above, wanted, settings.forget_width
+            )
         return distances
 
     def _relearned(self, forget: Batch, relearner: Relearner) -> torch.Tensor:
@@ -164,7 +164,8 @@ class LIBUObjective(GradientObjective):
         attacked = torch.zeros((), device=self._context.device)
         if forget.is_idle and not self._context.processes.shards:
             return attacked
-        tokens = self._settings.forget_tokens
+        settings = self._settings
+        tokens = settings.forget_tokens
         factors = relearner.factors()
         trained = list(factors.values())
         shown, kept_out = forget.split(relearner.is_shown(forget.row_ids))
@@ -178,7 +179,7 @@ class LIBUObjective(GradientObjective):
             if rows := kept_out or self._idle_row(forget):
                 log_odds, mask = self._log_odds(rows, tokens)
                 wanted, _ = self._wanted(rows, mask, log_odds, torch.zeros_like(log_odds))
-                above = huber(torch.maximum(log_odds, wanted), wanted, _FORGET_WIDTH).sum()
+                above = huber(torch.maximum(log_odds, wanted), wanted, settings.forget_width).sum()
                 above = above / max(1, self.forget_size(forget))
                 gradients = torch.autograd.grad(above, trained)
                 if not rows.is_idle:
