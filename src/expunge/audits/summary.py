@@ -257,7 +257,8 @@ def _fragility(attack: Attack, models: Models, case: Case) -> Summary:
     control = statistics.fmean(hits["target"]["control"])
     if control < POWER_FROM:
         why = (
-            f"with any token inserted the target answers {control:.0%} of the retain prompts,"
+            f"with a retain token inserted the target answers {control:.0%} of the retain"
+            f" prompts,"
             f" {POWER_FROM:.0%} are needed"
         )
         return _powerless(entry, why, {})

@@ -25,7 +25,7 @@ _COLUMNS = (
 )  # fmt: skip
 """Ours, and those that other data sets use for the same."""
 _LISTED_IDS = 10
-_LUME_ID = re.compile(r"^(?P<document>.+?)(sc|qa)\d+$")
+_LUME_ID = re.compile(r"^(?P<document>.*?)(?P<kind>sc|qa)\d+$")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -122,7 +122,7 @@ def document_of(row: Row | str) -> str:
     """
     name = row if isinstance(row, str) else row.id
     match = _LUME_ID.match(name)
-    return match["document"] if match else name
+    return (match and match["document"]) or name
 
 
 def documents(rows: Iterable[Row]) -> list[Row]:
@@ -221,12 +221,9 @@ def _kind(given: object, row_id: str, prompt: str) -> Kind:
         return given
     if given is not None and given != "":
         raise InputError(f"column 'kind' is not one of {', '.join(get_args(Kind))}")
-    stem = row_id[:-1]
-    if stem.endswith("sc"):
-        return "sc"
-    if stem.endswith("qa") or prompt.rstrip().endswith("?"):
-        return "qa"
-    return "sc"
+    if match := _LUME_ID.match(row_id):
+        return "qa" if match["kind"] == "qa" else "sc"
+    return "qa" if prompt.rstrip().endswith("?") else "sc"
 
 
 def normalised(row: Row) -> str:
