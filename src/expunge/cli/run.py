@@ -112,7 +112,8 @@ def _command(method: Any, inputs: type[Any], about: str) -> type[Any]:
     command.__doc__ = (
         f"{about}\n\n"
         f"--method M is one of {', '.join(METHODS)} (here {method.name}) and decides which"
-        " --method.* options there are. --preset P takes published settings (here "
+        " --method.* options there are. For an erasure request take libu: what adaptive-rmu hides"
+        " comes back by tuning (docs/audits.md). --preset P takes published settings (here "
         f"{', '.join(method.presets) or 'none'}). --config FILE reads options from YAML; flags"
         " override them.\n\n"
         f"Defaults of {method.name}: {defaults.epochs} epochs, batch size {defaults.batch_size},"
