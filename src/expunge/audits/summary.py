@@ -258,8 +258,7 @@ def _fragility(attack: Attack, models: Models, case: Case) -> Summary:
     if control < POWER_FROM:
         why = (
             f"with a retain token inserted the target answers {control:.0%} of the retain"
-            " prompts,"
-            f" {POWER_FROM:.0%} are needed"
+            f" prompts, {POWER_FROM:.0%} are needed"
         )
         return _powerless(entry, why, {})
     entry["power"] = {"has_power": True, "why": None}
