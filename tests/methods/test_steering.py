@@ -289,14 +289,21 @@ def test_noise_enters_the_retain_term_alone(make_context: Contexts) -> None:
     forget, retain = batches(context)
     plain = AdaptiveRMU(layer=3).start(context)
     noisy = AdaptiveRMU(layer=3, retain_noise=0.5).start(context)
-    quiet, loud = (objective.loss(forget, retain) for objective in (plain, noisy))
+    quiet = plain.loss(forget, retain)
     assert quiet.retain is not None
-    assert loud.retain is not None
-    assert torch.equal(quiet.forget, loud.forget)
     assert float(quiet.retain.detach()) == pytest.approx(0, abs=1e-6)
+    found = []
+    # A step has its own seed, which the noise is drawn from; some tests before leave another one behind.
+    with torch.random.fork_rng():
+        for step in range(32):
+            torch.manual_seed(step)
+            loud = noisy.loss(forget, retain)
+            assert loud.retain is not None
+            assert torch.equal(quiet.forget, loud.forget)
+            found.append(float(loud.retain.detach()))
     norms = plain.hidden.before(retain)[retain.packed(retain.token_mask)].square().mean()
     expected = 40.0 * 0.25 * float(norms)
-    assert float(loud.retain.detach()) == pytest.approx(expected, rel=0.1)
+    assert sum(found) / len(found) == pytest.approx(expected, rel=0.03)
 
 
 @pytest.mark.parametrize("balance", [-0.1, 1.1])
