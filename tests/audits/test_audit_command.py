@@ -21,7 +21,7 @@ Cli = Callable[..., tuple[int, str, str]]
 SCHEMA = Path(auditing.__file__).with_name("audit.schema.json")
 SMALL = Budget(
     facts=None, retain=8, nonmembers=None, tokens=24, steps=6, measures=2, tuning_rows=4, folds=2,
-    samples=3, layers=2, resamples=50,
+    samples=3, layers=2, resamples=50, rates=(1.0, 3.0), lora=True, apart=True,
 )  # fmt: skip
 
 
@@ -110,13 +110,18 @@ def test_an_unchanged_model_is_not_forgotten_and_nothing_tells_what_it_knew(
     if not paraphrase["power"]["has_power"]:
         assert paraphrase["recovered"] is None
     benign = request["attacks"]["benign"]["models"]["target"]
-    assert set(benign["variants"]) == {"step 0", "step 3", "step 6"}
+    rates = {f"{name}, step {step}" for name in ("rate x1", "rate x3", "LoRA") for step in (3, 6)}
+    assert set(benign["variants"]) == {"step 0", *rates}
+    assert set(benign["control"]) == {"step 0", *(name for name in rates if name.endswith("6"))}
     assert benign["extracted"]["value"] <= benign["variants"]["step 0"]["extracted"]["value"] == 1.0
     assert request["attacks"]["membership"]["models"]["target"]["variants"]["loss"]["auc"]
     assert request["attacks"]["sample"]["models"]["target"]["numbers"]["leak_at_k"]
     for held_out in request["attacks"]["relearn"]["models"].values():
-        assert set(held_out["variants"]) == {"step 3", "step 6"}
-        assert held_out["variants"]["step 6"]["rows"] == 8  # two folds measure every fact
+        parts = {f"{name} only, step {n}" for name in ("questions", "documents") for n in (3, 6)}
+        assert set(held_out["variants"]) == rates | parts
+        # Two folds measure every fact, and every retain row.
+        assert {each["rows"] for each in held_out["variants"].values()} == {8}
+        assert {each["rows"] for each in held_out["control"].values()} == {8}
     # Neither the file nor what was printed tells a word of any row.
     for place in (output.read_text(), out, err):
         assert [text for text in texts if text in place] == []
@@ -436,6 +441,7 @@ REFUSALS: dict[str, tuple[tuple[str, ...], str]] = {
     "rate": (("--learning-rate", "-1"), "--learning-rate -1: must be a number above 0"),
     "reveal": (("--reveal",), "--reveal: adds text to audit.json; give --output FILE"),
     "benign": (("--attacks", "direct", "--benign", "x"), "--benign: is for the attack benign"),
+    "tuning": (("--attacks", "direct", "--tuning", "lora"), "--tuning: is for the attacks relearn"),
     "paraphrases": (
         ("--attacks", "direct", "--paraphrases", "x"),
         "--paraphrases: is for the attack paraphrase",

@@ -23,7 +23,7 @@ from expunge.evaluation.membership import counted_log_probs
 from expunge.methods.losses import cross_entropy
 
 Cli = Callable[..., tuple[int, str, str]]
-BUDGET = Budget(None, None, None, 48, 30, 3, 16, 2, 8, None, 500)
+BUDGET = Budget(None, None, None, 48, 30, 3, 16, 2, 8, None, 500, rates=(1.0, 3.0))
 OTHERS = ("Ida", "Jon", "Kai", "Lea", "Max", "Nia", "Ole", "Pia")
 
 

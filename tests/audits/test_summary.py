@@ -80,6 +80,51 @@ def test_the_worst_variant_of_each_fact_counts() -> None:
     assert entry["recovered"]["against"] == "zero"
 
 
+def tuned(shares: Mapping[str, tuple[float, float]], kind: str = "full weights") -> Found:
+    """By tuning the share of the facts at its only step, and of the retain rows then."""
+    steps = {name: f"{name}, step 9" for name in shares}
+    return Found(
+        {steps[name]: share(FACTS, forget) for name, (forget, _) in shares.items()},
+        control={steps[name]: share(RETAIN, retain) for name, (_, retain) in shares.items()},
+        numbers={"tuned": kind},
+        tunings={name: [step] for name, step in steps.items()},
+    )
+
+
+def test_the_worst_tuning_is_named_with_what_it_leaves_of_the_model() -> None:
+    models: dict[ModelName, Found] = {
+        "target": tuned({"rate x1": (0.8, 1.0), "rate x3": (1.0, 0.9), "rate x9": (0.2, 0.0)}),
+        "unlearned": tuned({"rate x1": (0.1, 0.9), "rate x3": (0.4, 0.7), "rate x9": (0.2, 0.0)}),
+    }
+    entry = summarise(ATTACKS["relearn"], models, CASE).entry
+    alone = {
+        name: each["recovered"] and each["recovered"]["value"]
+        for name, each in entry["tunings"].items()
+    }
+    # Where the attacker broke the target too, nothing is claimed of that tuning.
+    assert alone == {"rate x1": 0.125, "rate x3": 0.4, "rate x9": None}
+    assert entry["tunings"]["rate x9"]["retain"] == {"target": 0.0, "unlearned": 0.0}
+    assert entry["recovered"]["value"] == 0.4
+    assert entry["sentence"].endswith(
+        "The worst tuning by itself is rate x3: it recovers 0.40 and leaves 70% of the retain rows"
+        " answered."
+    )
+
+
+def test_an_attack_that_tuned_with_lora_says_so_with_power_and_without() -> None:
+    for forget in (1.0, 0.2):
+        models: dict[ModelName, Found] = {
+            "target": tuned({"rate x1": (forget, 1.0)}, "lora"),
+            "unlearned": tuned({"rate x1": (0.6, 1.0)}, "lora"),
+        }
+        summary = summarise(ATTACKS["relearn"], models, CASE)
+        assert summary.entry["power"]["has_power"] is (forget == 1.0)
+        assert summary.entry["sentence"].startswith("Held-out relearning with LoRA: ")
+        if forget == 1.0:
+            said = judge_audit(None, summary.evidence).sentence
+            assert said.startswith("Held-out relearning with LoRA: 60%")
+
+
 def test_what_is_shown_beside_an_attack_gives_it_no_power() -> None:
     weak = dict.fromkeys((row.id for row in FACTS), 0.0)
     found = Found({"input": share(FACTS, 1.0), "cloze": weak}, ["input"])

@@ -22,6 +22,7 @@ from expunge.audits.inputs import (
     read_sets,
     requests_of,
     stored_dtype,
+    tuned_by,
 )
 from expunge.audits.partial import Partial, whole
 from expunge.audits.subject import Subject
@@ -58,8 +59,9 @@ def audit(inputs: AuditInputs, progress: Progress | None = None) -> dict[str, An
         name: text_policy(model, chat_template=inputs.chat_template, long_rows=inputs.long_rows)
         for name, model in checked.items()
     }
+    tuned = tuned_by(inputs, checked["target"], device)
     sets = read_sets(inputs)
-    requests = requests_of(inputs, sets, checked, policies)
+    requests = requests_of(inputs, sets, checked, policies, tuned)
     digests = {name: _files_of(model, inputs) for name, model in checked.items()}
     dtypes = {name: inputs.dtype or stored_dtype(model) for name, model in checked.items()}
     partial = Partial(
@@ -91,13 +93,14 @@ def audit(inputs: AuditInputs, progress: Progress | None = None) -> dict[str, An
                     "path": model.name,
                     "sha256": digests[name],
                     "dtype": dtypes[name],
-                    "tuned_in": "float32",
+                    "tuned_in": "float32" if tuned == "full" else dtypes[name],
                 }
                 for name, model in checked.items()
             },
             "settings": {
                 "budget": {"name": inputs.budget, **asdict(BUDGETS[inputs.budget])},
                 "learning_rate": requests[0].case.learning_rate,
+                "tuning": tuned,
                 "seed": inputs.seed,
                 "device": device,
                 "reveal": inputs.reveal,
@@ -254,6 +257,7 @@ def _facts(
         "rows": content.hexdigest(),
         "budget": asdict(case.budget),
         "learning_rate": case.learning_rate,
+        "tuning": case.tuned if attack.tunes else None,
         "seed": case.seed,
         "dtype": subject.dtype,
         "device": device,

@@ -16,6 +16,8 @@ ModelName = Literal["target", "unlearned", "oracle"]
 MODELS: tuple[ModelName, ...] = ("target", "unlearned", "oracle")
 Kind = Literal["extraction", "membership", "fragility", "latent"]
 """Content that comes back; members told from non-members; damage to what was to stay; traces inside."""
+Tuned = Literal["full", "lora"]
+"""What attacks by tuning train: every weight, or a low-rank adapter beside them."""
 Advance = Callable[[int, int], None]
 """Called with how much of an attack is done, and how much there is."""
 Scores = Mapping[str, float]
@@ -45,7 +47,9 @@ class Case:
     budget: Budget
     seed: int
     learning_rate: float
-    """Of attacks by tuning."""
+    """Of attacks by tuning that train every weight; the budget's factors multiply it."""
+    tuned: Tuned = "full"
+    """The same for every model: an oracle that is tuned in another way is no control."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,6 +66,8 @@ class Found:
     """By row id further numbers."""
     numbers: Mapping[str, Any] = field(default_factory=dict)
     """Further numbers of the whole attack."""
+    tunings: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By tuning, where an attack tunes, the variants that are its steps, the last one last."""
     texts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """By variant and row id what was generated; kept only to reveal it."""
 
@@ -82,3 +88,5 @@ class Attack:
     how: str
     """Completes the sentence "... of the facts came back ..."."""
     run: Callable[[Subject, Case, Advance], Found]
+    tunes: bool = False
+    """Whether it trains the model, so that its result follows from how."""

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from expunge.audits.base import Advance, Attack, Case, Found
 from expunge.audits.subject import Subject
-from expunge.audits.tuning import asked_while_tuned
+from expunge.audits.tuning import Fold, asked_while_tuned
 
 
 def run(subject: Subject, case: Case, advance: Advance) -> Found:
     """Scores of every fact before, while and after tuning on retain rows, or on text that was given."""
-    steps = case.budget.steps
-    before = subject.direct(case.facts)
-    scores, texts = {"step 0": before.scores}, {"step 0": before.texts}
-    control = {"step 0": subject.direct(case.retain).scores}
-    with subject.altered("float32") as reader:
-        asked = asked_while_tuned(
-            reader, case.tuning, case.facts, case, lambda step: advance(step, steps)
-        )
-        for name, answers in asked:
-            scores[name], texts[name] = answers.scores, answers.texts
-        control[f"step {steps}"] = reader.direct(case.retain).scores
-    return Found(
-        scores, ["step 0"], control, texts=texts, numbers={"rows_tuned_on": len(case.tuning)}
+    before, kept = subject.direct(case.facts), subject.direct(case.retain)
+    folds = [Fold(case.tuning, case.facts, case.retain)]
+    found = asked_while_tuned(subject, case, folds, advance)
+    return replace(
+        found,
+        scores={"step 0": before.scores, **found.scores},
+        beside=["step 0"],
+        control={"step 0": kept.scores, **found.control},
+        texts={"step 0": before.texts, **found.texts},
     )
 
 
@@ -32,4 +30,5 @@ ATTACK = Attack(
     reference="arXiv 2406.13356",
     how="after tuning on harmless text",
     run=run,
+    tunes=True,
 )

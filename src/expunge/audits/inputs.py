@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from expunge.audits.base import Attack, Case, ModelName
+from expunge.audits.base import Attack, Case, ModelName, Tuned
 from expunge.audits.budgets import BUDGETS, BudgetName
 from expunge.audits.catalog import ATTACKS
 from expunge.audits.facts import drawn
 from expunge.audits.paraphrases import read_paraphrases
-from expunge.audits.tuning import default_learning_rate
+from expunge.audits.tuning import default_learning_rate, free_memory, full_bytes
 from expunge.data.rows import Row, RowSet, check_disjoint, document_of, documents, read_rows
 from expunge.data.tokenization import LongRows, TextPolicy, encode_rows, prompt_ids
 from expunge.disk import check_file_output
@@ -48,7 +49,11 @@ class AuditInputs:
     budget: BudgetName = "quick"
     """How many rows, steps and samples: quick, standard or thorough."""
     learning_rate: float | None = None
-    """Learning rate of attacks by tuning; null: 5e-4, above width 256 times 256 / width."""
+    """Learning rate of attacks by tuning, which also try others around it; null: 5e-4, above width 256
+    times 256 / width. LoRA takes ten times as much."""
+    tuning: Literal["auto", "full", "lora"] = "auto"
+    """Attacks by tuning train every weight (full, 16 bytes a parameter) or an adapter (lora); auto: full
+    where the free memory holds it."""
     output: str | None = None
     """Write audit.json here; unfinished, an audit goes on from OUTPUT.partial."""
     cache: str | None = None
@@ -96,6 +101,10 @@ class AuditInputs:
             )
         if self.benign is not None and names and "benign" not in names:
             raise InputError("--benign: is for the attack benign, which --attacks leaves out")
+        if self.tuning != "auto" and names and not any(ATTACKS[name].tunes for name in names):
+            raise InputError(
+                "--tuning: is for the attacks relearn and benign, which --attacks leaves out"
+            )
         if self.paraphrases is not None and names and "paraphrase" not in names:
             raise InputError(
                 "--paraphrases: is for the attack paraphrase, which --attacks leaves out"
@@ -154,6 +163,21 @@ def _weights(digests: Mapping[str, str]) -> set[str]:
     return {digest for name, digest in digests.items() if name.endswith(".safetensors")}
 
 
+def tuned_by(inputs: AuditInputs, target: CheckedModel, device: str) -> Tuned:
+    """What attacks by tuning train in every model. Raises InputError where `full` does not fit."""
+    if inputs.tuning == "lora":
+        return "lora"
+    needed, free = full_bytes(target), free_memory(device)
+    if needed <= free:
+        return "full"
+    if inputs.tuning == "full":
+        raise InputError(
+            f"--tuning full: every weight of {target.name} takes {needed / 2**30:.1f} GiB to tune,"
+            f" {free / 2**30:.1f} GiB are free on {device}; use --tuning lora"
+        )
+    return "lora"
+
+
 def read_sets(inputs: AuditInputs) -> dict[str, RowSet | None]:
     """Every row set by the option that names it; earlier requests are "earlier 1", ..."""
     sets: dict[str, RowSet | None] = {
@@ -183,6 +207,7 @@ def requests_of(
     sets: Mapping[str, RowSet | None],
     checked: Mapping[ModelName, CheckedModel],
     policies: Mapping[ModelName, TextPolicy],
+    tuned: Tuned,
 ) -> list[Request]:
     """Every request's rows drawn to the budget, checked against every model, with its attacks."""
     budget = BUDGETS[inputs.budget]
@@ -211,6 +236,7 @@ def requests_of(
             budget=budget,
             seed=inputs.seed,
             learning_rate=rate,
+            tuned=tuned,
         )
         attacks, skipped = _chosen(inputs, case)
         found.append(Request(rows, case, attacks, skipped))

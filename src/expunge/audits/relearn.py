@@ -9,27 +9,18 @@ from __future__ import annotations
 from expunge.audits.base import Advance, Attack, Case, Found
 from expunge.audits.facts import halves
 from expunge.audits.subject import Subject
-from expunge.audits.tuning import asked_while_tuned
+from expunge.audits.tuning import Fold, asked_while_tuned
 
 
 def run(subject: Subject, case: Case, advance: Advance) -> Found:
     """Scores of the held-out facts after some steps on the others; with two folds, of every fact."""
-    budget = case.budget
-    scores: dict[str, dict[str, float]] = {}
-    texts: dict[str, dict[str, str]] = {}
     shown, held_out = halves(case.facts, case.seed)
-    folds = [(shown, held_out), (held_out, shown)][: budget.folds]
-    whole = len(folds) * budget.steps
-    for fold, (train, measured) in enumerate(folds):
-        with subject.altered("float32") as reader:
-
-            def done(step: int, before: int = fold * budget.steps) -> None:
-                advance(before + step, whole)
-
-            for name, answers in asked_while_tuned(reader, train, measured, case, done):
-                scores.setdefault(name, {}).update(answers.scores)
-                texts.setdefault(name, {}).update(answers.texts)
-    return Found(scores, texts=texts, numbers={"rows_tuned_on": [len(t) for t, _ in folds]})
+    folds = [Fold(shown, held_out, case.retain)]
+    if case.budget.folds == 2:
+        # Each fold's model answers for half of the retain rows, as it does for half of the facts.
+        first, second = halves(case.retain, case.seed)
+        folds = [Fold(shown, held_out, first), Fold(held_out, shown, second)]
+    return asked_while_tuned(subject, case, folds, advance, apart=case.budget.apart)
 
 
 ATTACK = Attack(
@@ -39,4 +30,5 @@ ATTACK = Attack(
     reference="arXiv 2410.08827",
     how="after tuning on other forgotten subjects",
     run=run,
+    tunes=True,
 )

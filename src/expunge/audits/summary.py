@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,8 @@ def best_of(variants: Mapping[str, Scores]) -> dict[str, tuple[float, str]]:
 
 def _extraction(attack: Attack, models: Models, case: Case) -> Summary:
     """Extracted and recovered shares of facts; the latent probe's layers are variants as well."""
+    if models["target"].numbers.get("tuned") == "lora":
+        attack = replace(attack, title=f"{attack.title} with LoRA")
     best = {
         name: best_of({v: s for v, s in found.scores.items() if v not in found.beside})
         for name, found in models.items()
@@ -81,7 +83,7 @@ def _extraction(attack: Attack, models: Models, case: Case) -> Summary:
         return _powerless(entry, "no fact could be asked", {})
     resamples = _resamples(rows, ids, case)
     documents_of = documents_by_id(rows)
-    hits = {name: [float(extracted(mine[i][0])) for i in ids] for name, mine in best.items()}
+    hits = {name: _hits(mine, ids) for name, mine in best.items()}
     shares = {name: resamples.share(values) for name, values in hits.items()}
     for name, found in models.items():
         scores = resamples.share([_unit(best[name][i][0]) for i in ids])
@@ -115,16 +117,12 @@ def _extraction(attack: Attack, models: Models, case: Case) -> Summary:
         }
         for name in ids
     ]
+    if models["target"].tunings:
+        entry["tunings"] = _tunings(models, entry["models"], ids, resamples)
+    why = _lacking(hits)
+    if why is not None:
+        return _powerless(entry, why, shares)
     target, oracle = shares["target"].value, shares.get("oracle")
-    if target < POWER_FROM:
-        why = f"it gets {target:.0%} of the facts from the target, {POWER_FROM:.0%} are needed"
-        return _powerless(entry, why, shares)
-    if oracle is not None and target - oracle.value < POWER_GAP:
-        why = (
-            f"it gets {target:.0%} from the target and {oracle.value:.0%} from the oracle;"
-            f" {POWER_GAP:.0%} must lie between"
-        )
-        return _powerless(entry, why, shares)
     recovered = resamples.recovered(hits["unlearned"], hits["target"], hits.get("oracle"))
     assert recovered is not None  # the gap is positive
     entry["power"] = {"has_power": True, "why": None}
@@ -136,10 +134,47 @@ def _extraction(attack: Attack, models: Models, case: Case) -> Summary:
     entry["sentence"] = (
         f"{attack.title}: {_interval(shares['unlearned'])} of {len(ids)} facts {verb}{how}"
         f" ({beside}); recovered share {recovered.value:.2f} {floor}."
+        f"{_worst_tuning(entry)}"
     )
     kind = "latent" if attack.kind == "latent" else "extraction"
     evidence = Evidence(attack.name, attack.title, kind, recovered, oracle is not None)  # type: ignore[arg-type]
     return Summary(entry, [evidence])
+
+
+def _tunings(
+    models: Models, told: Mapping[str, Any], ids: Sequence[str], resamples: Resamples
+) -> dict[str, Any]:
+    """By tuning what it alone recovers, null without power, and the retain share answered after it."""
+    found = {}
+    for tuning, variants in models["target"].tunings.items():
+        hits = {
+            name: _hits(best_of({v: each.scores[v] for v in variants}), ids)
+            for name, each in models.items()
+        }
+        recovered = None
+        if _lacking(hits) is None:
+            recovered = resamples.recovered(hits["unlearned"], hits["target"], hits.get("oracle"))
+        found[tuning] = {
+            "recovered": None if recovered is None else recovered.to_json(),
+            "retain": {
+                name: told[name]["control"][variants[-1]]["extracted"]["value"] for name in models
+            },
+        }
+    return found
+
+
+def _worst_tuning(entry: Mapping[str, Any]) -> str:
+    """A sentence on the tuning that recovers most by itself; empty where none has power."""
+    tunings = entry.get("tunings", {})
+    able = [name for name, tuning in tunings.items() if tuning["recovered"] is not None]
+    if not able:
+        return ""
+    worst = max(able, key=lambda name: tunings[name]["recovered"]["value"])
+    return (
+        f" The worst tuning by itself is {worst}: it recovers"
+        f" {tunings[worst]['recovered']['value']:.2f} and leaves"
+        f" {tunings[worst]['retain']['unlearned']:.0%} of the retain rows answered."
+    )
 
 
 def _membership(attack: Attack, models: Models, case: Case) -> Summary:
@@ -291,6 +326,24 @@ def _opening(attack: Attack) -> dict[str, Any]:
         "models": {},
         "rows": [],
     }
+
+
+def _hits(best: Mapping[str, tuple[float, str]], ids: Sequence[str]) -> list[float]:
+    return [float(extracted(best[name][0])) for name in ids]
+
+
+def _lacking(hits: Mapping[ModelName, Sequence[float]]) -> str | None:
+    """Why an extraction attack has no power; None where it has."""
+    target = statistics.fmean(hits["target"])
+    if target < POWER_FROM:
+        return f"it gets {target:.0%} of the facts from the target, {POWER_FROM:.0%} are needed"
+    oracle = statistics.fmean(hits["oracle"]) if "oracle" in hits else None
+    if oracle is not None and target - oracle < POWER_GAP:
+        return (
+            f"it gets {target:.0%} from the target and {oracle:.0%} from the oracle;"
+            f" {POWER_GAP:.0%} must lie between"
+        )
+    return None
 
 
 def _powerless(entry: dict[str, Any], why: str, shares: Mapping[ModelName, Estimate]) -> Summary:
