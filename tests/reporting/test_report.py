@@ -117,6 +117,31 @@ def test_the_strongest_attack_is_that_of_all_requests_and_none_that_reads_inside
     assert "Request 1 of 2: f.jsonl" in words(page)
 
 
+def test_each_tuning_is_shown_with_the_retain_rows_that_it_leaves(
+    tmp_path: Path, fits: Check
+) -> None:
+    manifest = made_up(tmp_path / "run")
+    path = tmp_path / "run" / "audit.json"
+    audited = audit(path, manifest)
+    audited["requests"][0]["attacks"]["quantize"]["tunings"] = {
+        "rate x0.3": {
+            "recovered": estimate(0.125, 0.0, 0.5),
+            "retain": {"target": 1.0, "unlearned": 0.75},
+        },
+        "rate x3": {"recovered": None, "retain": {"target": 0.25, "unlearned": 0.0}},
+    }
+    path.write_text(json.dumps(audited))
+    write_report(ReportInputs(run=str(tmp_path / "run")))
+    page, data, text = read(tmp_path / "run")
+    fits(data)
+    check_numbers(page, data)
+    told = words(page)
+    assert "rate x0.3 0.125 ( 0.000 to 0.500 ) 100.0% 75.0% not measured" in told
+    assert "rate x3 no claim 25.0% 0.0% not measured" in told
+    assert "| rate x0.3 | 0.125 | 0.000 | 0.500 | 75.0% |" in text
+    assert "| rate x3 | no claim | | | 0.0% |" in text
+
+
 def test_every_part_is_that_of_its_file(tmp_path: Path, fits: Check) -> None:
     manifest = made_up(tmp_path / "run")
     run = str(tmp_path / "run")

@@ -18,7 +18,7 @@ from expunge.reporting.rendering import at
 Cli = Callable[..., tuple[int, str, str]]
 SMALL = Budget(
     facts=None, retain=8, nonmembers=None, tokens=24, steps=6, measures=2, tuning_rows=4, folds=2,
-    samples=3, layers=2, resamples=50,
+    samples=3, layers=2, resamples=50, rates=(1.0, 3.0),
 )  # fmt: skip
 
 
@@ -48,7 +48,12 @@ def test_a_run_from_unlearning_to_its_report(
         assert run_cli("evaluate", model, *rows, *never, "--output", path, "--quiet")[0] == 0
     code, _, err = run_cli(
         *("audit", out, "--original", memorised_dir, "--oracle", oracle_dir, *rows, *never),
-        *("--attacks", "direct,verbatim,membership,trigger", "--output", out / "audit.json"),
+        *(
+            "--attacks",
+            "direct,verbatim,membership,trigger,relearn",
+            "--output",
+            out / "audit.json",
+        ),
         *("--reveal", "--quiet"),
     )
     assert code == 0, err

@@ -94,6 +94,7 @@ def _attack(name: str, attack: Mapping[str, Any]) -> dict[str, Any]:
         "against": None if recovered is None else recovered["against"],
         "blind": attack.get("blind"),
         "beyond_target": attack.get("beyond_target"),
+        "tunings": [{"name": key, **each} for key, each in attack.get("tunings", {}).items()],
         "models": models,
     }
 
