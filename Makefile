@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP) ## make .venv and install expunge with its development tools
 
-demo: $(RUNS) ## unlearn the built-in benchmark with LIBU and Adaptive RMU, end with the scorecards
+demo: $(RUNS) ## the main job on built-in data: unlearn, score, attack; ends with a verdict and a report
 	$(BIN)/expunge demo --overwrite
 
 # A file's tests stay together: they share what its fixtures made. One thread a worker, or they wait for each other.

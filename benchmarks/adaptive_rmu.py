@@ -247,8 +247,8 @@ def _published(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str,
     optimizer = torch.optim.AdamW(list(trained.values()), lr=LEARNING_RATE, weight_decay=0.0)
     context = Context(
         model=updated, layout=checked.layout, forget=prepared.forget, retain=prepared.retain,
-        pad_id=prepared.pad_id, batch_size=arguments.batch_size, learning_rate=LEARNING_RATE,
-        seed=0, device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", enabled=False),
+        pad_id=prepared.pad_id, batch_size=arguments.batch_size, seed=0,
+        device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", enabled=False),
         progress=lambda *_: None,
     )  # fmt: skip
     method = prepared.method

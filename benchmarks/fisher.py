@@ -31,8 +31,7 @@ from expunge.data.rows import read_rows
 from expunge.data.tokenization import Example, TextPolicy, encode_rows
 from expunge.methods.base import Context
 from expunge.methods.influence_step import InfluenceStep
-from expunge.methods.libu import LIBU
-from expunge.methods.libu_objective import LIBUObjective
+from expunge.methods.libu import LIBU, LIBUObjective
 from expunge.methods.numerics import row_means
 from expunge.models.loading import check_model, load_model
 from expunge.reporting.tables import markdown
@@ -103,7 +102,6 @@ def _prepared(arguments: argparse.Namespace) -> tuple[Sequence[Example], Context
         retain=examples[-4:-2],
         pad_id=checked.pad_id,
         batch_size=arguments.batch_size,
-        learning_rate=1e-3,
         seed=0,
         device=torch.device("cpu"),
         autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16, enabled=low),

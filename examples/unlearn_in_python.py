@@ -40,7 +40,7 @@ def main() -> None:
         tokenizer,
         forget,
         retain,
-        method=expunge.AdaptiveRMU(beta=5.0),
+        method=expunge.Spectral(),
         epochs=arguments.epochs,
         learning_rate=arguments.learning_rate,
         seed=0,

@@ -34,9 +34,10 @@ OF_ALL = {
     "--debug": ("flag", "off", "Show tracebacks, which may quote rows."),
 }
 OF_RUNS = {
-    "--method": ("method", "adaptive-rmu", "The method; it decides which `--method.*` there are."),
+    "--method": ("method", "", "The method; it decides which `--method.*` there are."),
     "--preset": ("preset", "null", "Take published settings; other options override them."),
 }
+"""The default of --method is the command's."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,13 @@ class Described:
     """Those of the training loop, where it takes the options of `expunge run`."""
     of_methods: Mapping[str, tuple[Option, ...]] = dataclasses.field(default_factory=dict)
     """`--method.*` by method, where it takes them."""
+    method: str = ""
+    """The method that it takes where none is named."""
 
-    def accepts(self, method: str = "adaptive-rmu") -> set[str]:
+    def accepts(self, method: str | None = None) -> set[str]:
         """Every option by name, with the negations of flags."""
         everywhere = {*OF_ALL, *(OF_RUNS if self.of_methods else ())}
-        options = [*self.options, *self.of_run, *self.of_methods.get(method, ())]
+        options = [*self.options, *self.of_run, *self.of_methods.get(method or self.method, ())]
         for option in options:
             everywhere.add(option.name)
             if option.takes == "flag":
@@ -135,6 +138,7 @@ def _described(
         (*options_of(hints["inputs"]), *flags),
         tuple(options_of(hints["training"])),
         {name: tuple(options_of(method, "method.")) for name, method in METHODS.items()},
+        hints["settings"].name,
     )
 
 
@@ -237,7 +241,10 @@ def markdown() -> str:
         parts += [f"## {command.prog}", _about(command.about)]
         options = list(command.options)
         if command.of_methods:
-            options += [Option(name, *about) for name, about in OF_RUNS.items()]
+            options += [
+                Option(name, takes, default or command.method, about)
+                for name, (takes, default, about) in OF_RUNS.items()
+            ]
         parts.append(_table(options))
         if command.of_methods and runs is None:
             runs = command

@@ -269,7 +269,6 @@ def make_context(
             retain=encode_rows(as_rows(retain_rows, "retain"), tokenizer, policy, eos=True),
             pad_id=1,
             batch_size=3,
-            learning_rate=1e-3,
             seed=seed,
             device=torch.device("cpu"),
             autocast=lambda: torch.autocast("cpu", enabled=False),

@@ -135,7 +135,7 @@ def unknown_options(line: str) -> list[str]:
         known = len(words) == 1 or words[1] in (*COMMANDS, "COMMAND", "X", "--help", "--version")
         return [] if known and not set(options_in(line)) - {"--help", "--version"} else [line]
     method = re.search(r"--method[ =]([a-z-]+)", line)
-    accepted = command.accepts(method[1] if method else "adaptive-rmu") | {"--help"}
+    accepted = command.accepts(method[1] if method else None) | {"--help"}
     return [f"{command.prog} {option}" for option in options_in(line) if option not in accepted]
 
 
@@ -166,8 +166,9 @@ def test_options_that_a_page_shows_exist(page: Path) -> None:
 
 
 def test_the_check_of_options_finds_what_it_should() -> None:
-    assert unknown_options("expunge run M --forget F --method libu --method.gamma 2") == []
+    assert unknown_options("expunge run M --method libu-published --method.gamma 2") == []
     assert unknown_options("expunge run M --method.gamma 2") == ["expunge run --method.gamma"]
+    assert unknown_options("expunge analyze layers M --method.beta 2") == []
     assert unknown_options("expunge evaluate M [--mmlu DIR] --epochs 2") == [
         "expunge evaluate --epochs"
     ]
@@ -303,6 +304,8 @@ def test_the_page_of_commands_names_every_command_and_method() -> None:
         assert f"### Options of {name}\n" in text
     assert "| `--seed` | whole number | 0 | Seed of every random draw. |" in text
     assert "| `--forget` | text | required |" in text
+    for default in ("spectral", "adaptive-rmu"):  # of runs, and where a layer is looked for
+        assert f"| `--method` | method | {default} |" in text
     assert "`--method.retain-ratio` | whole number | 7 |" in text
     assert "--method.layer 26" in text
     for line in text.splitlines():

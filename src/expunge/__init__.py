@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from expunge.methods.npo import NPO
     from expunge.methods.rmu import RMU
     from expunge.methods.simnpo import SimNPO
+    from expunge.methods.spectral import Spectral
 
 _HOMES = {
     "unlearn": "expunge.api",
@@ -36,6 +37,7 @@ _HOMES = {
     "NPO": "expunge.methods.npo",
     "RMU": "expunge.methods.rmu",
     "SimNPO": "expunge.methods.simnpo",
+    "Spectral": "expunge.methods.spectral",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "KLMinimization",
     "RunError",
     "SimNPO",
+    "Spectral",
     "evaluate",
     "unlearn",
 ]

@@ -28,14 +28,14 @@ def unlearn(
     """Unlearns `forget_dir` from the model and leaves the best checkpoint in `output_path`.
 
     The directories hold `forget.*` and `retain.*` (JSONL or Parquet) as the task gives them. The method
-    is Adaptive RMU unless another is given. `options` are fields of `TrainingOptions` and of `RunInputs`
-    (dtype, device); the dtype is bfloat16 on a GPU unless given. An empty `output_path` may exist; one
-    that holds anything is refused. Returns the run's manifest. Raises InputError before a model is
-    loaded, RunError where no checkpoint could be kept.
+    is spectral unlearning unless another is given. `options` are fields of `TrainingOptions` and of
+    `RunInputs` (dtype, device); the dtype is bfloat16 on a GPU unless given. An empty `output_path` may
+    exist; one that holds anything is refused. Returns the run's manifest. Raises InputError before a
+    model is loaded, RunError where no checkpoint could be kept.
     """
     from dataclasses import fields
 
-    from expunge.methods.adaptive_rmu import AdaptiveRMU
+    from expunge.methods.spectral import Spectral
     from expunge.models.loading import resolve_device
     from expunge.training.options import TrainingOptions
     from expunge.training.run import RunInputs, run
@@ -60,6 +60,6 @@ def unlearn(
             output=str(output),
             **inputs,
         ),
-        method or AdaptiveRMU(),
+        method or Spectral(),
         TrainingOptions(time_limit=time_limit, **options),
     )

@@ -98,16 +98,26 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "run empty": (RUN + "--forget {empty}", ("{empty}: is empty", "give a file with rows")),
     "run faulty row": (RUN + "--retain {secret}", ("{secret} line 2: column 'output' is empty",)),
     "run long row": (RUN + "--retain {long}", ("row 'wide'", "128", "--long-rows window")),
-    "run layer": (RUN + "--method.layer 9", ("--method.layer 9", "choose 2 to 3")),
+    "run layer": (
+        RUN + "--method adaptive-rmu --method.layer 9",
+        ("--method.layer 9", "choose 2 to 3"),
+    ),
     "run option": (RUN + "--epoch 3", ("--epoch", "did you mean --epochs?")),
-    "run setting": (RUN + "--method.layr 3", ("--method.layr", "did you mean --method.layer?")),
+    "run setting": (RUN + "--method.target all", ("--method.target", "mean --method.targets?")),
     "run key": (RUN + "--config {unknown_key}", ("{unknown_key}", "'epoch'", "'epochs'")),
     "run method key": (RUN + "--config {unknown_setting}", ("'method.rnk'", "'method.rank'")),
     "run broken yaml": (RUN + "--config {broken}", ("{broken} line 2: is not YAML",)),
     "run no yaml": (RUN + "--config {nowhere}", ("--config {nowhere}: no such file",)),
     "run yaml list": (RUN + "--config {list}", ("{list}: is not a mapping",)),
     "run method": (RUN + "--method libo", ("--method libo: unknown; did you mean libu?",)),
-    "run preset": (RUN + "--preset best", ("--preset best", "semeval-7b, semeval-1b, original")),
+    "run preset": (
+        RUN + "--method adaptive-rmu --preset best",
+        ("--preset best", "semeval-7b, semeval-1b, original"),
+    ),
+    "run preset of another": (
+        RUN + "--method libu --preset setup-3",
+        ("libu has the presets: none; it is one of --method libu-published",),
+    ),
     "run type": (RUN + "--epochs two", ("--epochs", "'two'", "expunge run --help")),
     "run yaml type": (RUN + "--config {wrong_type}", ("--epochs", "'two'")),
     "run range": (RUN + "--epochs 0", ("--epochs 0: must be 1 or more",)),
@@ -195,7 +205,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--ledger: is given twice, a stands for it; leave one out",),
     ),
     "audit none": (AUDIT + "--attacks ,", ("--attacks: names none; choose from direct",)),
-    "run nan": (RUN + "--method.alpha nan", ("--method.alpha nan: must be a finite number",)),
+    "run nan": (RUN + "--method.ceiling nan", ("--method.ceiling nan: must be a finite number",)),
     "run inf": (RUN + "--max-grad-norm=inf", ("--max-grad-norm inf: must be a finite number",)),
     "run random": (
         RUN + "--method.random-rows 99999999999999999999",
@@ -350,7 +360,8 @@ def test_a_failure_shows_its_place_and_never_its_text(
     ("command", "word"),
     [
         ("", "evaluate"),
-        ("run", "--method.layer"),
+        ("run", "--method.momentum"),
+        ("run --method adaptive-rmu", "--method.layer"),
         ("run --method libu", "--method.rank"),
         ("evaluate", "--mmlu-shots"),
         ("compare", "--markdown"),
@@ -403,7 +414,10 @@ def test_an_empty_word_is_no_path_of_this_directory(run_cli: Cli) -> None:
     [
         ("--epochs two", "--epochs 'two': takes a whole number or None"),
         ("--learning-rate x", "--learning-rate 'x': takes a number or None"),
-        ("--method.layer x", "--method.layer 'x': takes a whole number or auto"),
+        (
+            "--method adaptive-rmu --method.layer x",
+            "--method.layer 'x': takes a whole number or auto",
+        ),
         ("--method libu --method.rank 1.5", "--method.rank '1.5': takes a whole number"),
     ],
 )

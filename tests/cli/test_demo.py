@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import write_jsonl
 from expunge.benchmark import build as benchmark
 from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.base import RunDefaults
 from expunge.methods.libu import LIBU
+from expunge.methods.spectral import Spectral
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -23,7 +25,9 @@ Cli = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def tiny_benchmark(
     memorised_dir: Path,
+    oracle_dir: Path,
     row_files: dict[str, Path],
+    forget_rows: list[dict[str, str]],
     quiz_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -34,24 +38,47 @@ def tiny_benchmark(
         shutil.copy(path, directory)
     shutil.copy(row_files["nonmembers"], directory / "calibration.jsonl")
     shutil.copytree(quiz_dir, directory / "mmlu")
-    for name in ("target", "oracle"):
-        shutil.copytree(memorised_dir, directory / name)
+    questions = [row for row in forget_rows if row["id"].endswith("qa0")]
+    asked = [
+        {"id": f"p{n}", "of": row["id"], "input": row["input"], "output": row["output"]}
+        for n, row in enumerate(questions)
+    ]
+    write_jsonl(directory / "paraphrases.jsonl", asked)
+    shutil.copytree(memorised_dir, directory / "target")
+    shutil.copytree(oracle_dir, directory / "oracle")
 
     def build(*_: Any) -> benchmark.BuiltBenchmark:
         return benchmark.BuiltBenchmark(directory)
 
     monkeypatch.setattr(benchmark, "build", build)
-    for method in (LIBU, AdaptiveRMU):  # the defaults are for wider models
+    for method in (Spectral, LIBU, AdaptiveRMU):  # the defaults are for wider models
         monkeypatch.setattr(method, "defaults", RunDefaults(3, 4, 1e-3 / 16))
     return directory
 
 
-def test_the_demo_ends_with_four_scorecards(
+def test_the_demo_ends_with_a_verdict_on_the_default_method(
     tiny_benchmark: Path, run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "140")
     output = tmp_path / "demo"
     code, out, err = run_cli("demo", output, "--quiet")
+    assert (code, err) == (0, ""), err
+    assert f"Audit of {output / 'spectral'}" in " ".join(out.split())
+    audit = json.loads((output / "spectral" / "audit.json").read_text())
+    [request] = audit["requests"]
+    assert {"direct", "paraphrase", "relearn", "membership"} <= set(request["attacks"])
+    last = [line for line in out.splitlines() if line.startswith("Verdict: ")]
+    assert last == [f"Verdict: {audit['verdict']['verdict']}: {audit['verdict']['sentence']}"]
+    assert "<html" in (output / "spectral" / "report.html").read_text()
+
+
+def test_the_demo_compares_methods_with_target_and_oracle(
+    tiny_benchmark: Path, run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    output = tmp_path / "demo"
+    methods = ("--methods", "libu", "adaptive-rmu", "--no-audit")
+    code, out, err = run_cli("demo", output, *methods, "--quiet")
     assert (code, err) == (0, "")
     for name in ("target", "oracle", "libu", "adaptive-rmu", "task aggregate", "final score"):
         assert name in out
@@ -63,10 +90,10 @@ def test_the_demo_ends_with_four_scorecards(
         roles = {column["role"] for column in report["scorecard"]["columns"]}
         assert roles == {"target", "unlearned", "oracle"}
         assert "<html" in (output / name / "report.html").read_text()
-    code, _, err = run_cli("demo", output, "--quiet")
+    code, _, err = run_cli("demo", output, *methods, "--quiet")
     assert code == 2
     assert "--overwrite" in err
-    assert run_cli("demo", output, "--quiet", "--overwrite")[0] == 0
+    assert run_cli("demo", output, *methods, "--quiet", "--overwrite")[0] == 0
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float32")])
@@ -80,7 +107,7 @@ def test_products_are_those_that_the_device_has(
 ) -> None:
     found = {"avx512_bf16": native, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-    options = ("--methods", "libu", "--device", "cpu", "--quiet")
+    options = ("--methods", "libu", "--no-audit", "--device", "cpu", "--quiet")
     assert run_cli("demo", tmp_path / "demo", *options)[0] == 0
     manifest = json.loads((tmp_path / "demo" / "libu" / "expunge.json").read_text())
     assert manifest["settings"]["inputs"]["dtype"] == dtype
@@ -91,4 +118,4 @@ def test_products_are_those_that_the_device_has(
 def test_an_unknown_method_is_refused(run_cli: Cli) -> None:
     code, _, err = run_cli("demo", "--methods", "libo")
     assert code == 2
-    assert "choose from adaptive-rmu, libu" in err
+    assert "choose from spectral, libu, adaptive-rmu" in err

@@ -58,8 +58,10 @@ def plan(run_cli: Cli, places: dict[str, Path], tmp_path: Path) -> Callable[...,
 
 
 def test_it_says_parts_steps_disk_and_whether_it_fits(plan: Callable[..., str]) -> None:
-    out = plan("--epochs", "2", "--batch-size", "4")
-    for word in ("the process itself", "train *", "together", "computed"):
+    out = plan("--method", "adaptive-rmu", "--epochs", "2", "--batch-size", "4")
+    highest = re.search(r"in the phase '(\w+)'", out)
+    assert highest is not None
+    for word in ("the process itself", f"{highest[1]} *", "together", "computed"):
         assert word in out
     assert "steps:     4; 2 an epoch, 4 rows a step and side" in out
     assert "fits this machine's memory" in out
@@ -84,7 +86,8 @@ def test_json_is_whole_and_agrees_with_the_options(plan: Callable[..., str]) -> 
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_no_error_and_comes_with_what_would(plan: Callable[..., str]) -> None:
-    options = ("--method.layer", "2", "--on", "600MB", "--device", "auto")
+    method = ("--method", "adaptive-rmu", "--method.layer", "2")
+    options = (*method, "--on", "600MB", "--device", "auto")
     out = plan(*options)
     assert "does not fit 600MB" in out
     assert "with --select last: 0.6 GiB, does not fit either" in out
@@ -99,7 +102,7 @@ def test_presets_and_yaml_are_those_of_a_run(plan: Callable[..., str], tmp_path:
     found = json.loads(plan("--config", str(config), "--epochs", "1", "--json"))
     assert (found["method"], found["steps"], found["batch_size"]) == ("libu", 2, 4)
     options = ("--preset", "semeval-1b", "--method.layer", "3", "--max-steps", "5", "--json")
-    found = json.loads(plan(*options))
+    found = json.loads(plan("--method", "adaptive-rmu", *options))
     assert (found["batch_size"], found["steps"], found["time_limit"]) == (8, 5, "1h")
 
 
@@ -114,8 +117,8 @@ def test_no_row_is_shown(plan: Callable[..., str], places: dict[str, Path], tmp_
     "options",
     [
         ("--epoch", "3"),
-        ("--method.layer", "9"),
-        ("--method.layr", "3"),
+        ("--method", "adaptive-rmu", "--method.layer", "9"),
+        ("--method.target", "all"),
         ("--method", "libo"),
         ("--preset", "best"),
         ("--keep-adapter",),
@@ -152,5 +155,5 @@ def test_an_unknown_gpu_is_refused_with_those_that_are_known(
 def test_help_tells_of_gpus_and_of_the_options_of_a_run(run_cli: Cli) -> None:
     code, out, _ = run_cli("plan", "--help")
     assert code == 0
-    for word in ("--on", "rtx4090-24", "--json", "--method.layer", "--micro-batch-size"):
+    for word in ("--on", "rtx4090-24", "--json", "--method.momentum", "--micro-batch-size"):
         assert word in out

@@ -18,7 +18,7 @@ from conftest import SHARED
 
 Cli = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).resolve().parents[2]
-SEARCH = ("learning_rate=log:1e-2:2e-1", "method.alpha=log:5:100")
+SEARCH = ("learning_rate=log:1e-3:2e-2", "method.ceiling=log:1:6")
 FAST = ("--epochs", 3, "--method.random-rows", 0, "--device", "cpu")
 
 
@@ -90,13 +90,13 @@ def test_best_yaml_is_the_run_that_the_sweep_measured(
     del measured["model"], measured["model_sha256"]
     assert measured == best["parts"], "the sweep measured another model than `run` writes"
     manifest = json.loads((unlearned / "expunge.json").read_text())
-    assert manifest["settings"]["method"]["alpha"] == best["params"]["method.alpha"]
+    assert manifest["settings"]["method"]["ceiling"] == best["params"]["method.ceiling"]
     assert manifest["selection"]["chosen_step"] == best["selection"]["chosen_step"]
     assert len(list((written / "front").iterdir())) == len(found["front"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["adaptive-rmu", "gradient-difference", "libu"])
+@pytest.mark.parametrize("method", ["spectral", "adaptive-rmu", "gradient-difference", "libu"])
 @pytest.mark.slow
 def test_scores_are_those_of_the_checkpoint_for_every_way_of_training(
     run_cli: Cli,
@@ -149,15 +149,18 @@ def test_write_best_leaves_the_model(run_cli: Cli, command: list[object], tmp_pa
     assert run_cli(*words)[0] == 0
     manifest = json.loads((tmp_path / "out" / "best" / "expunge.json").read_text())
     best = result(tmp_path / "out")["trials"][0]
-    assert manifest["settings"]["method"]["alpha"] == best["params"]["method.alpha"]
+    assert manifest["settings"]["method"]["ceiling"] == best["params"]["method.ceiling"]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--search", "method.alfa=log:1:2"), ("did you mean method.alpha?",)),
-        (("--search", "method.layer=int:2:9"), ("--search method.layer: --method.layer 9",)),
-        (("--search", "method.alpha=log:9:2"), ("9 is not below 2",)),
+        (("--search", "method.cieling=log:1:2"), ("did you mean method.ceiling?",)),
+        (
+            ("--method", "adaptive-rmu", "--search", "method.layer=int:2:9"),
+            ("--search method.layer: --method.layer 9",),
+        ),
+        (("--search", "method.ceiling=log:9:2"), ("9 is not below 2",)),
         ((), ("--search: nothing to vary",)),
         (("--epochs", 3, "--search", "epochs=int:1:5"), ("--epochs: is given", "one of the two")),
         (("--search", "epochs=int:1:5", "--objectives", "final"), ("--objectives final", "--mmlu")),
@@ -215,15 +218,22 @@ def test_a_range_in_yaml_that_is_none_is_refused(
 def test_an_option_that_is_fixed_and_varied_is_refused_in_yaml_terms_too(
     run_cli: Cli, command: list[object]
 ) -> None:
-    code, _, err = run_cli(*command, "--method.alpha", 3, "--search", "method.alpha=log:1:2")
+    code, _, err = run_cli(*command, "--method.ceiling", 3, "--search", "method.ceiling=log:1:2")
     assert code == 2
-    assert "--method.alpha: is given as an option and in --search" in err
+    assert "--method.ceiling: is given as an option and in --search" in err
 
 
 def test_help_tells_of_the_search_and_of_the_options_of_a_run(run_cli: Cli) -> None:
     code, out, _ = run_cli("sweep", "--help")
     assert code == 0
-    for word in ("--search", "--trials", "--study", "--objectives", "--method.layer", "--epochs"):
+    for word in (
+        "--search",
+        "--trials",
+        "--study",
+        "--objectives",
+        "--method.momentum",
+        "--epochs",
+    ):
         assert word in out
 
 

@@ -137,7 +137,10 @@ def test_what_is_refused_leaves_requests_open_and_no_run(
     cases: list[tuple[tuple[object, ...], str]] = [
         ((), "needs a retain set"),
         (("--retain", subjects[1]), "take them out there, or withdraw the request"),
-        (("--retain", retain, "--method.layer", 9), "--method.layer 9"),
+        (
+            ("--retain", retain, "--method", "adaptive-rmu", "--method.layer", 9),
+            "--method.layer 9",
+        ),
         (("--retain", retain, "--epoch", 3), "did you mean --epochs?"),
         (("--retain", retain, "--forget", subjects[1]), "--forget"),
         (("--retain", retain, "--ledger", tmp_path / "none.db"), "no such file"),

@@ -125,7 +125,7 @@ def test_a_steered_row_goes_no_further_than_it_must(make_context: Contexts) -> N
 
 def test_a_ceiling_follows_the_never_seen_loss_and_stays_near_it(make_context: Contexts) -> None:
     context = make_context()
-    objective = LIBU(calibration_gain=0.5, ceiling=9.0).start(context)
+    objective = LIBU(rank=4, ceiling=9.0).start(context)
 
     def ceilings() -> set[float]:
         return set(objective.calibration["ceilings"].values())
@@ -133,7 +133,7 @@ def test_a_ceiling_follows_the_never_seen_loss_and_stays_near_it(make_context: C
     objective.calibrate(far(context, 0.0))
     assert ceilings() == {4.0}
     objective.calibrate(far(context, 5.0))
-    assert ceilings() == {3.5}
+    assert ceilings() == {3.0}  # 1 of 4 nats too far, all of it back
     for _ in range(9):
         objective.calibrate(far(context, 0.0))
     assert ceilings() == {5.0}
@@ -144,9 +144,6 @@ def test_without_a_gain_nothing_moves(make_context: Contexts) -> None:
     steered = AdaptiveRMU(layer=2, calibration_gain=0).start(context)
     steered.calibrate(far(context, 9.0))
     assert set(steered.calibration.values()) == {1.0}
-    pushed = LIBU(calibration_gain=0).start(make_context())
-    pushed.calibrate(far(context, 9.0))
-    assert pushed.calibration["ceilings"] == {}
 
 
 def row_tokens(count: int, seed: int, scale: float = 1.0) -> RowTokens:
@@ -250,7 +247,7 @@ def test_an_aim_follows_what_was_reached_and_stays_near_what_is_wanted() -> None
     wanted = token_spread(never)
     mean = float(never.losses.mean())
     rows = NeverSeen({"m": mean}, {"m": mean}, {"m": Pair(wanted, token_spread(forget))})
-    aims = Aims(9.0, 1.0)
+    aims = Aims(9.0)
     now, surprise = torch.tensor([0.3, 0.1, 0.2]), torch.tensor([-1.0, 0.0, 1.0])
     aims.calibrate(rows)
     first = aims.of_row("m", now, surprise)

@@ -16,6 +16,7 @@ from expunge.methods.losses import (
     simnpo,
     steer,
     token_kl,
+    top_kl,
     unit_direction,
 )
 from expunge.methods.numerics import (
@@ -132,6 +133,78 @@ def test_kl_against_a_sum_over_the_vocabulary(logits: torch.Tensor, mask: torch.
     assert float(found.sum()) == pytest.approx(total, rel=1e-5)
     assert len(found) == count
     assert token_kl(logits, logits).abs().max() < 1e-6
+
+
+def top_of(reference: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The log-probabilities of each line's likeliest tokens, and their ids."""
+    top = reference.log_softmax(-1).topk(kept)
+    return top.values, top.indices
+
+
+@pytest.mark.parametrize("kept", [1, 3, VOCABULARY - 1])
+def test_kl_of_the_likeliest_tokens_against_a_sum_over_outcomes(
+    logits: torch.Tensor, kept: int
+) -> None:
+    """All the others are one outcome, whose probability is the sum of theirs."""
+    reference = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    lines, references = logits.flatten(0, 1), reference.flatten(0, 1)
+    found = top_kl(lines, *top_of(references, kept))
+    assert found.shape == (ROWS * TOKENS,)
+    for line, other, value in zip(lines.double(), references.double(), found, strict=True):
+        p, q = line.softmax(0).tolist(), other.softmax(0).tolist()
+        order = sorted(range(VOCABULARY), key=q.__getitem__, reverse=True)
+        outcomes = [[token] for token in order[:kept]] + [order[kept:]]
+        sums = [(sum(q[t] for t in group), sum(p[t] for t in group)) for group in outcomes]
+        # Float32, where the rest is what is left of 1.
+        assert float(value) == pytest.approx(sum(a * math.log(a / b) for a, b in sums), abs=1e-5)
+
+
+def test_kl_of_the_likeliest_tokens_grows_to_that_of_all(logits: torch.Tensor) -> None:
+    reference = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    lines, references = 3 * logits.flatten(0, 1), 3 * reference.flatten(0, 1)
+    whole = token_kl(lines, references)
+    least = torch.zeros_like(whole)
+    for kept in range(1, VOCABULARY):
+        found = top_kl(lines, *top_of(references, kept))
+        assert bool((found >= least - 1e-5).all())  # float32's rounding
+        least = found
+    assert bool((top_kl(lines, *top_of(references, 2)) < whole - 1e-3).any())
+    # One token alone is left, which is an outcome by itself.
+    torch.testing.assert_close(least, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_kl_of_the_likeliest_tokens_is_nothing_between_equals_and_finite_by_heart() -> None:
+    generator = torch.Generator().manual_seed(2)
+    even = torch.randn(4, 50, generator=generator)
+    by_heart = torch.zeros(1, 50)
+    by_heart[0, 3] = 80.0  # nothing is left for the others in float32
+    for logits in (even, by_heart):
+        assert top_kl(logits, *top_of(logits, 8)).abs().max() < 1e-5
+    moved = torch.randn(1, 50, generator=generator).requires_grad_()
+    top_kl(moved, *top_of(by_heart, 8)).sum().backward()
+    assert moved.grad is not None
+    # As that of the cross-entropy of a token that is certain: p - 1 at it, p elsewhere.
+    expected = moved.detach().softmax(-1)
+    expected[0, 3] -= 1
+    torch.testing.assert_close(moved.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [1, 8, 49])
+def test_the_gradient_of_that_kl_is_the_models_probabilities_less_the_merged_ones(
+    kept: int,
+) -> None:
+    """p - q of a token that is kept; of another p times (1 - Q / P), of what all of these have."""
+    generator = torch.Generator().manual_seed(3)
+    logits, reference = (torch.randn(3, 50, generator=generator) for _ in range(2))
+    logits.requires_grad_()
+    values, chosen = top_of(reference, kept)
+    top_kl(logits, values, chosen).sum().backward()
+    p, q = logits.detach().softmax(-1), reference.softmax(-1)
+    rest = torch.ones_like(p).scatter(-1, chosen, 0.0)
+    share = (q * rest).sum(-1, keepdim=True) / (p * rest).sum(-1, keepdim=True)
+    assert logits.grad is not None
+    expected = torch.where(rest.bool(), p * (1 - share), p - q)
+    torch.testing.assert_close(logits.grad, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_npo_against_its_definition() -> None:

@@ -29,10 +29,6 @@ def adapted(model: Any, shape: LoraShape = SHAPE, seed: int = 0) -> Adapter:
     return Adapter(model, find_layout(model), shape, seed)
 
 
-def adapter_shape(start: Any) -> LoraShape:
-    return LoraShape(4, 4.0, 0.0, "all", start=start)
-
-
 def filled(adapter: Adapter) -> Adapter:
     """The adapter as training leaves it: B is no longer 0."""
     generator = torch.Generator().manual_seed(5)
@@ -61,22 +57,19 @@ def test_off_is_the_model_of_before_and_a_fresh_adapter_too(family: str) -> None
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_both_factors_move_from_a_paired_start(family: str) -> None:
-    """Its product is 0 as that of B = 0 is, which leaves A without a gradient."""
-    for start in ("zero", "paired"):
-        model = shaken(tiny_model(family, 300))
-        before = logits(model).detach()
-        adapter = adapted(model, adapter_shape(start))
-        torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
-        logits(model).square().mean().backward()
-        for name, factor in adapter.parameters.items():
-            assert factor.grad is not None
-            still = start == "zero" and "lora_A" in name
-            assert bool(factor.grad.abs().max() < 1e-12) == still, name
-        drawn = {name: p.detach().clone() for name, p in adapter.parameters.items()}
-        adapter.merge()
-        again = adapted(shaken(tiny_model(family, 300)), adapter_shape(start)).parameters
-        assert all(torch.equal(drawn[name], again[name]) for name in drawn)
+def test_only_b_has_a_gradient_in_a_fresh_adapter(family: str) -> None:
+    model = shaken(tiny_model(family, 300))
+    adapter = adapted(model)
+    logits(model).square().mean().backward()
+    moves = set()
+    for name, factor in adapter.parameters.items():
+        assert factor.grad is not None
+        moves |= {name} if factor.grad.any() else set()
+    assert (
+        moves
+        == set(adapter.moves_first)
+        == {name for name in adapter.parameters if "lora_B" in name}
+    )
 
 
 @pytest.mark.parametrize("family", ALL)

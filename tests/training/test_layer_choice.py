@@ -35,6 +35,7 @@ def start(memorised_dir: Path, row_files: dict[str, Path], run_cli: Cli) -> Run:
     def call(output: Path, *options: object) -> tuple[int, str, str]:
         return run_cli(
             *("run", memorised_dir, "--output", output, "--device", "cpu"),
+            *("--method", "adaptive-rmu"),
             *("--forget", row_files["forget"], "--retain", row_files["retain"]),
             *("--learning-rate", 1e-3, "--batch-size", 3, "--epochs", 4, "--save-every", 3),
             *options,

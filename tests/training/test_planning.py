@@ -22,6 +22,7 @@ from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.catalog import METHODS
 from expunge.methods.libu import LIBU
 from expunge.methods.npo import NPO
+from expunge.methods.spectral import Spectral
 from expunge.training import rehearsal
 from expunge.training.largest import largest_batches
 from expunge.training.metering import COPIES, KEPT, LOGITS, WORK, Meter
@@ -97,7 +98,7 @@ def test_every_method_can_be_planned_and_its_parts_add_up(
 
 
 @pytest.mark.parametrize("length", [3, 64])
-@pytest.mark.parametrize("method", [LIBU, AdaptiveRMU])
+@pytest.mark.parametrize("method", [Spectral, LIBU, AdaptiveRMU])
 def test_random_rows_longer_and_shorter_than_all_others_are_planned(
     planned: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, method: Any, length: int
 ) -> None:

@@ -74,7 +74,7 @@ def test_the_manifest_says_what_was_run(
 ) -> None:
     import hashlib
 
-    assert start("--method.layer", 2, "--seed", 5)[0] == 0
+    assert start("--method", "adaptive-rmu", "--method.layer", 2, "--seed", 5)[0] == 0
     record = manifest(tmp_path / "out")
     assert record["status"] == "complete"
     ended = datetime.now(UTC) - datetime.fromisoformat(record["finished"])
@@ -96,7 +96,7 @@ def test_the_manifest_says_what_was_run(
     }
 
 
-@pytest.mark.parametrize("method", ["adaptive-rmu", "libu", "npo"])
+@pytest.mark.parametrize("method", ["spectral", "adaptive-rmu", "libu", "npo"])
 def test_the_same_run_twice_gives_the_same_bytes(method: str, start: Run, tmp_path: Path) -> None:
     weights = []
     for _ in range(2):
@@ -158,7 +158,7 @@ def test_full_weights_can_be_trained(start: Run, tmp_path: Path) -> None:
     assert "model.embed_tokens.weight" in names
 
 
-@pytest.mark.parametrize("method", ["adaptive-rmu", "libu", "kl-minimization"])
+@pytest.mark.parametrize("method", ["spectral", "adaptive-rmu", "libu", "kl-minimization"])
 def test_bfloat16_runs_with_float32_masters(method: str, start: Run, tmp_path: Path) -> None:
     assert start("--method", method, "--dtype", "bfloat16")[0] == 0
     assert manifest(tmp_path / "out")["settings"]["training"]["dtype"] == "bfloat16"
@@ -194,9 +194,9 @@ def test_a_preset_and_a_yaml_file_and_flags_in_that_order(start: Run, tmp_path: 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_last_good_state(
     start: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from expunge.methods.adaptive_rmu import AdaptiveRMUObjective
+    from expunge.methods.log_odds import LogOddsObjective
 
-    original = AdaptiveRMUObjective.loss
+    original = LogOddsObjective.loss
     calls = 0
 
     def poisoned(self: Any, forget: Any, retain: Any) -> Any:
@@ -206,7 +206,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_last_good_state(
         factor = float("nan") if calls == 4 else 1.0
         return type(terms)(terms.forget * factor, terms.retain)
 
-    monkeypatch.setattr(AdaptiveRMUObjective, "loss", poisoned)
+    monkeypatch.setattr(LogOddsObjective, "loss", poisoned)
     assert start("--epochs", 9, "--validate-every", 1, "--method.random_rows", 0)[0] == 0
     record = manifest(tmp_path / "out")
     assert record["selection"]["stopped"] == "the loss was not finite at step 4"
@@ -279,17 +279,17 @@ def test_a_checkpoint_that_reloads_differently_fails_the_run(
 def test_validation_rows_are_kept_out_of_training_unless_the_fraction_is_0(
     start: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from expunge.methods.adaptive_rmu import AdaptiveRMU
+    from expunge.methods.spectral import Spectral
 
     seen: list[int] = []
-    original = AdaptiveRMU.start
+    original = Spectral.start
 
     def count(self: Any, context: Any) -> Any:
         seen.append(sum(example.listed for example in context.retain))
         assert len(context.forget) == 8
         return original(self, context)
 
-    monkeypatch.setattr(AdaptiveRMU, "start", count)
+    monkeypatch.setattr(Spectral, "start", count)
     for fraction in (0, 0.25):
         assert start("--overwrite", "--validation-fraction", fraction)[0] == 0
     assert seen == [8, 6]

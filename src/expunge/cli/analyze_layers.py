@@ -12,6 +12,7 @@ from expunge.analysis.layers import LayerChoice
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.options import take_flag
 from expunge.cli.run import parsed
+from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.base import Method
 from expunge.reporting.layers import (
     agreement_text,
@@ -41,7 +42,9 @@ def main(arguments: Sequence[str]) -> int:
     """Parses, predicts or sweeps, prints."""
     arguments, quiet = take_flag(list(arguments), "--quiet")
     arguments, as_json = take_flag(arguments, "--json")
-    settings, preset = parsed(arguments, "expunge analyze layers", LayerInputs, _ABOUT)
+    settings, preset = parsed(
+        arguments, "expunge analyze layers", LayerInputs, _ABOUT, default=AdaptiveRMU.name
+    )
     inputs = cast("LayerInputs", settings.inputs)
     method = cast("Method", settings.settings)
     options = cast("TrainingOptions", settings.training)

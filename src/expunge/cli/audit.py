@@ -45,11 +45,12 @@ def main(arguments: Sequence[str]) -> int:
     if settings.json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
-        _show(report, settings)
+        show(report, settings)
     return 0
 
 
-def _show(report: dict[str, Any], settings: Audit) -> None:
+def show(report: dict[str, Any], settings: AuditInputs) -> None:
+    """Prints each attack's sentence and the verdict."""
     console = table_console()
     for request in report["requests"]:
         audited = request["audited"]

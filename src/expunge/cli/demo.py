@@ -9,9 +9,13 @@ from typing import Literal
 
 import torch
 
+from expunge.audits.auditing import audit
+from expunge.audits.inputs import AuditInputs
+from expunge.cli.audit import show as show_audit
 from expunge.cli.compare import show
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.options import parse, take_flag
+from expunge.cli.run import DEFAULT_METHOD
 from expunge.disk import check_writable
 from expunge.errors import InputError
 from expunge.evaluation.measuring import MeasureInputs, measure
@@ -20,7 +24,7 @@ from expunge.methods.base import Method
 from expunge.methods.catalog import METHODS
 from expunge.models.kernels import quick_dtype
 from expunge.models.loading import resolve_device
-from expunge.reporting.material import ReportInputs
+from expunge.reporting.material import AUDIT, ReportInputs
 from expunge.reporting.report import PAGE, write_report
 from expunge.training.options import TrainingOptions
 from expunge.training.run import RunInputs, run
@@ -30,15 +34,19 @@ from expunge.training.run import RunInputs, run
 class Demo:
     """expunge demo [--output demo]
 
-    Makes a small model that memorised synthetic stories and biographies, unlearns half of them with
-    LIBU and with Adaptive RMU, and prints the scorecards beside those of the model before and of an
-    oracle that never saw that half. Each result gets a report, OUTPUT/METHOD/report.html.
+    Makes a small model that memorised synthetic stories and biographies, unlearns half of them, and
+    prints the scorecards of the result, of the model before and of an oracle that never saw that half.
+    Then attacks the result and ends with a verdict and its report, OUTPUT/METHOD/report.html.
     """
 
     output: str = "demo"
     """Directory for the unlearned models and the scores."""
-    methods: tuple[str, ...] = ("libu", "adaptive-rmu")
+    methods: tuple[str, ...] = (DEFAULT_METHOD,)
     """Methods to run, with their default settings."""
+    documents: int = 6
+    """Documents of each task on each side; `expunge benchmark build` makes 12."""
+    audit: bool = True
+    """Attack each result at the budget quick."""
     seed: int = 0
     """Seed of the benchmark and of the runs."""
     device: str = "auto"
@@ -74,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     dtype = settings.dtype
     if dtype == "auto":
         dtype = quick_dtype(torch.device(resolve_device(settings.device)).type)
-    benchmark = BenchmarkSettings(seed=settings.seed)
+    benchmark = BenchmarkSettings(seed=settings.seed, documents_per_task=settings.documents)
     with progress_on_stderr(quiet=quiet) as progress:
         built = build(default_directory(benchmark), benchmark, progress.phase)
         progress.message(f"benchmark: {built.directory}")
@@ -108,9 +116,25 @@ def main(arguments: Sequence[str]) -> int:
         )
         with progress_on_stderr(quiet=quiet) as progress:
             cards[name] = measure(evaluation, progress.phase)
+    show(cards)
+    for name in settings.methods if settings.audit else ():
+        attacked = AuditInputs(
+            model=str(output / name),
+            original=str(built.target),
+            oracle=str(built.oracle),
+            forget=str(built.forget),
+            retain=str(built.retain),
+            nonmembers=str(built.nonmembers),
+            paraphrases=str(built.paraphrases),
+            cache=str(output / "audit-cache"),
+            output=str(output / name / AUDIT),
+            device=settings.device,
+            seed=settings.seed,
+        )
+        with progress_on_stderr(quiet=quiet) as progress:
+            show_audit(audit(attacked, progress), attacked)
     with progress_on_stderr(quiet=quiet) as progress:
         for name in settings.methods:
             write_report(ReportInputs(run=str(output / name)))
             progress.message(f"report: {output / name / PAGE}")
-    show(cards)
     return 0

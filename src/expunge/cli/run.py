@@ -26,7 +26,7 @@ from expunge.methods.catalog import METHODS
 from expunge.training.options import TrainingOptions
 from expunge.training.run import RunInputs, run
 
-DEFAULT_METHOD = "adaptive-rmu"
+DEFAULT_METHOD = "spectral"
 _ABOUT = (
     "expunge run MODEL --forget F --retain R --output OUT [--method M] [--preset P]\n\n"
     "Unlearns rows from a model and writes the result as a model directory. --quiet shows no progress."
@@ -61,10 +61,12 @@ def parsed(
     inputs: type[Any],
     about: str,
     read: Callable[[Path], Mapping[str, Any]] = yaml_fields,
+    default: str = DEFAULT_METHOD,
 ) -> tuple[Any, str | None]:
     """The options of a run, as `inputs`, `training` and `settings` of the method, and its preset.
 
-    `about` opens the help; `read` gives the fields of a YAML file. Raises InputError.
+    `about` opens the help; `read` gives the fields of a YAML file; `default` is the method where none is
+    named. Raises InputError.
     """
     check_words(arguments)
     arguments, config = take_option(arguments, "--config")
@@ -72,7 +74,7 @@ def parsed(
     arguments, chosen = take_option(arguments, "--method")
     arguments, preset = take_option(arguments, "--preset")
     yaml_method, yaml_preset = fields.pop("method", None), fields.pop("preset", None)
-    name = chosen or yaml_method or DEFAULT_METHOD
+    name = chosen or yaml_method or default
     preset = preset or yaml_preset
     method = _method_class(str(name))
     command = _command(method, inputs, about)
@@ -92,7 +94,9 @@ def _method_class(name: str) -> Any:
 def _preset_arguments(method: Any, preset: str, command: type[Any]) -> list[str]:
     if preset not in method.presets:
         known = ", ".join(method.presets) or "none"
-        raise InputError(f"--preset {preset}: {method.name} has the presets: {known}")
+        owners = [name for name, other in METHODS.items() if preset in other.presets]
+        mend = f"; it is one of --method {' or '.join(owners)}" if owners else ""
+        raise InputError(f"--preset {preset}: {method.name} has the presets: {known}{mend}")
     chosen = method.presets[preset]
     fields = {f"method.{key}": value for key, value in chosen.method.items()} | dict(chosen.run)
     return as_arguments(fields, f"preset {preset}", command)
@@ -112,8 +116,8 @@ def _command(method: Any, inputs: type[Any], about: str) -> type[Any]:
     command.__doc__ = (
         f"{about}\n\n"
         f"--method M is one of {', '.join(METHODS)} (here {method.name}) and decides which"
-        " --method.* options there are. For an erasure request take libu: what adaptive-rmu hides"
-        " comes back by tuning (docs/audits.md). --preset P takes published settings (here "
+        " --method.* options there are. What adaptive-rmu hides comes back by tuning: take it where"
+        " memory asks for it (docs/audits.md). --preset P takes published settings (here "
         f"{', '.join(method.presets) or 'none'}). --config FILE reads options from YAML; flags"
         " override them.\n\n"
         f"Defaults of {method.name}: {defaults.epochs} epochs, batch size {defaults.batch_size},"

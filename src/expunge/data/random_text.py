@@ -16,7 +16,12 @@ LENGTH = 64
 
 
 def random_examples(
-    count: int, tokenizer: PreTrainedTokenizerBase, embedded: int, context: int, seed: int
+    count: int,
+    tokenizer: PreTrainedTokenizerBase,
+    embedded: int,
+    context: int,
+    seed: int,
+    longest: int = LENGTH,
 ) -> list[Example]:
     """`count` rows of tokens drawn evenly from the vocabulary, special ones left out.
 
@@ -26,7 +31,7 @@ def random_examples(
     known = range(min(len(tokenizer), embedded))
     usual = torch.tensor([token for token in known if token not in special])
     generator = torch.Generator().manual_seed(seed)
-    length = min(LENGTH, context)
+    length = min(longest, context)
     drawn = torch.randint(len(usual), (count, length), generator=generator)
     everywhere = (True,) * length
     return [

@@ -30,6 +30,9 @@ class Sampling:
     """Forget rows of a chunk; chunks follow each other. None: all rows are one."""
     rounds: int = 1
     """Times that the chunks are gone through, each with its part of the epochs."""
+    written_ratio: float = 0.0
+    """Rows of a step that the target wrote (`own_text`), for each retain row. 0: it writes none, and all
+    rows of random tokens have their turn in each pass over the retain rows."""
 
 
 def epoch_order(
@@ -146,9 +149,10 @@ class BesideRandom:
         generator: Callable[[str], torch.Generator],
         *,
         by_length: bool = True,
+        beside: int | None = None,
     ) -> None:
-        """`batch_size` counts the user's rows, of which there is at least one; `generator` gives that of
-        a purpose."""
+        """`batch_size` counts the user's rows, of which there is at least one, `beside` the others of a
+        step; None: an even share of them. `generator` gives that of a purpose."""
         self._examples, self._pad_id, self._generator = examples, pad_id, generator
         self._listed = [i for i, example in enumerate(examples) if example.listed]
         self._others = [i for i, example in enumerate(examples) if not example.listed]
@@ -160,12 +164,16 @@ class BesideRandom:
             by_length=by_length,
         )
         self._steps = -(-len(self._listed) // batch_size)
+        self._beside = None if beside is None else min(beside, len(self._others))
         self._turns: dict[int, list[int]] = {}
 
     def indices(self, step: int) -> list[int]:
         """Positions of the rows of a step, counted from 1."""
         count = len(self._others)
-        begin, end = (count * place // self._steps for place in (step - 1, step))
+        if self._beside is None:
+            begin, end = (count * place // self._steps for place in (step - 1, step))
+        else:
+            begin, end = ((step - 1) * self._beside, step * self._beside)
         others = [self._turn(place // count)[place % count] for place in range(begin, end)]
         sides = [self._listed[index] for index in self._batches.indices(step)], others
         # Spread evenly, so that every part of a batch has its share of both.
@@ -291,4 +299,7 @@ def step_batches(
     if not retain:
         return forgotten, None
     rows = batch_size * sampling.retain_ratio
-    return forgotten, BesideRandom(retain, rows, pad_id, generator, by_length=by_length)
+    beside = round(rows * sampling.written_ratio) if sampling.written_ratio else None
+    return forgotten, BesideRandom(
+        retain, rows, pad_id, generator, by_length=by_length, beside=beside
+    )

@@ -1,4 +1,4 @@
-"""What LIBU wants of every token of a calibrated forget row: what one of a never-seen text has.
+"""What is wanted of every token of a calibrated forget row: what one of a never-seen text has.
 
 One ceiling for all tokens of a document gives it the mean loss of never-seen text and none of its
 shape: never-seen documents hold tokens that any model foresees beside others that it cannot, and
@@ -37,11 +37,9 @@ class Wanted:
 class Aims:
     """The loss that every forget row should have, and how its tokens share it."""
 
-    def __init__(self, ceiling: float, gain: float) -> None:
-        """`ceiling` is that of rows that are not calibrated, nats a token; `gain` how far an aim moves
-        for each nat that is missed."""
+    def __init__(self, ceiling: float) -> None:
+        """`ceiling` is that of rows that are not calibrated, nats a token."""
         self._ceiling = ceiling
-        self._gain = gain
         self._ceilings: dict[str, float] = {}
         self._tokens: dict[str, TokenSpread] = {}
 
@@ -49,12 +47,10 @@ class Aims:
         """Moves each aim by what was missed, and keeps it near what is wanted: one that is far off
         would go on pushing long after the losses have arrived. All tokens of a row without a pair have
         one aim."""
-        if self._gain == 0:
-            return
         for row, loss in rows.losses.items():
             wanted = rows.wanted[row]
             start = self._ceilings.get(row)
-            moved = wanted if start is None else start + self._gain * (wanted - loss)
+            moved = wanted if start is None else start + (wanted - loss)
             self._ceilings[row] = min(max(moved, wanted * _RANGE[0]), wanted * _RANGE[1])
         self._tokens |= {row: self._moved(row, pair) for row, pair in rows.pairs.items()}
 
@@ -62,14 +58,19 @@ class Aims:
         aim, wanted, reached = self._tokens.get(row), pair.wanted, pair.reached
         if aim is None:
             return wanted
-        losses = aim.losses + self._gain * (wanted.losses - reached.losses)
-        surprise = aim.surprise + self._gain * (wanted.surprise - reached.surprise)
+        losses = aim.losses + (wanted.losses - reached.losses)
+        surprise = aim.surprise + (wanted.surprise - reached.surprise)
         least, most = (wanted.losses * share for share in _RANGE)
         low, high = wanted.surprise - _SURPRISE_RANGE, wanted.surprise + _SURPRISE_RANGE
         return TokenSpread(
             losses.clamp(least, most).sort().values,
             surprise.clamp(low, high).sort().values,
         )
+
+    @property
+    def matched(self) -> bool:
+        """Whether any row's tokens are compared with a never-seen document's."""
+        return bool(self._tokens)
 
     def of_row(self, row: str, losses: torch.Tensor, surprise: torch.Tensor) -> Wanted:
         """What the tokens of a row should have, whose `losses` and `surprise` (tokens,) are these now.

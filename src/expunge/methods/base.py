@@ -24,7 +24,7 @@ from expunge.processes import OneProcess, Processes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Schedule = Literal["constant", "cosine"]
+Schedule = Literal["constant", "cosine", "trapezoid"]
 _REFERENCE_WIDTH = 256
 _MOST_RANDOM_ROWS = 2**20
 
@@ -50,9 +50,21 @@ class OptimizerSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     curvature_interval: int | None = None
     """Steps between two estimates of the curvature, for Sophia."""
+    in_backward: bool = False
+    """Whether each parameter moves in the backward pass, as soon as its gradient is whole; none is
+    clipped then."""
     rate_scale: float = 1.0
     """What the run's learning rate is multiplied by, so that a rate means much the same to every
     optimiser."""
+
+
+def muon(momentum: float = 0.95) -> OptimizerSpec:
+    """Muon whose steps have the size of Adam's, without decay (arXiv 2502.16982, eq. 4)."""
+    return OptimizerSpec(
+        "muon",
+        {"momentum": momentum, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"},
+        in_backward=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,6 @@ class Context:
     """Empty where the user has no retain set."""
     pad_id: int
     batch_size: int
-    learning_rate: float
     seed: int
     device: torch.device
     autocast: Callable[[], AbstractContextManager[Any]]

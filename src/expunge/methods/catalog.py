@@ -8,18 +8,22 @@ from expunge.methods.gradient_ascent import GradientAscent
 from expunge.methods.gradient_difference import GradientDifference
 from expunge.methods.kl_minimization import KLMinimization
 from expunge.methods.libu import LIBU
+from expunge.methods.libu_published import PublishedLIBU
 from expunge.methods.localized_gradient_difference import LocalizedGradientDifference
 from expunge.methods.npo import NPO
 from expunge.methods.npo_merging import NPOMerging
 from expunge.methods.rmu import RMU
 from expunge.methods.simnpo import SimNPO
+from expunge.methods.spectral import Spectral
 from expunge.methods.token_npo import TokenNPO
 
 METHODS = {
     method.name: method
     for method in (
-        AdaptiveRMU,
+        Spectral,
         LIBU,
+        AdaptiveRMU,
+        PublishedLIBU,
         RMU,
         GradientAscent,
         GradientDifference,

@@ -33,44 +33,25 @@ from expunge.methods.forward import (
 )
 from expunge.methods.losses import cross_entropy, token_kl
 from expunge.methods.numerics import row_sums, target_log_probs
-from expunge.models.decoder import DecoderLayout, every_layer
-from expunge.models.lora import Adapter, LoraShape, Start, Targets
+from expunge.models.decoder import DecoderLayout
+from expunge.models.lora import Adapter, LoraShape, Targets, linears_of
 from expunge.models.weights import snapshot, swapped_in, train_only
 
 
 @dataclass(frozen=True)
-class GradientSettings:
+class TokenSettings:
     """Settings of every method that trains on token probabilities."""
 
-    parameters: Literal["lora", "full"] = "lora"
-    """Train a low-rank adapter, or every weight of the model."""
-    rank: int = 32
-    """Rank of the adapter."""
-    lora_alpha: float = 32.0
-    """The adapter's product is scaled by lora_alpha / rank."""
-    lora_dropout: float = 0.0
-    """Dropout on the adapter's input in training steps."""
     targets: Targets = "all"
-    """Which linear maps of a decoder layer are adapted."""
-    adapter_start: Start = "zero"
-    """How the adapter starts, its product 0 either way: with B = 0, where A has no gradient in the first
-    step, or in pairs of opposite terms, where both factors move at once."""
+    """Which linear maps of a decoder layer are trained."""
     tokens: Tokens = "all"
-    """Which tokens the losses are taken over: the whole text, or the output given the input."""
+    """Which tokens are forgotten: all, the output given the input, or of questions the output only."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass, at the price of a second forward pass."""
 
     def __post_init__(self) -> None:
         check_finite(self)
         check_random_rows(self.random_rows)
-        if self.rank < 1:
-            raise InputError(f"--method.rank {self.rank}: must be 1 or more")
-        if self.adapter_start == "paired" and self.rank % 2:
-            raise InputError(
-                f"--method.rank {self.rank}: --method.adapter_start paired needs an even rank"
-            )
-        if not 0 <= self.lora_dropout < 1:
-            raise InputError(f"--method.lora_dropout {self.lora_dropout}: must be in [0, 1)")
         for option in ("lora_alpha", "beta", "retain_weight"):
             value = getattr(self, option, None)
             if value is not None and (value < 0 or (value == 0 and option != "retain_weight")):
@@ -98,10 +79,14 @@ class GradientSettings:
         """As many retain rows as forget rows, all of them in turn."""
         return Sampling()
 
+    def shape(self, layers: Sequence[int] | None = None) -> LoraShape | None:
+        """The adapter on some layers, or all; None: weights are trained themselves."""
+        return None
+
     @property
     def has_adapter(self) -> bool:
         """Whether there is an adapter to keep."""
-        return self.parameters == "lora"
+        return self.shape() is not None
 
     def trained_layers(self, layout: DecoderLayout) -> None:
         """None: the loss is on the whole model's output."""
@@ -111,9 +96,47 @@ class GradientSettings:
         return self
 
     def check(self, layout: DecoderLayout) -> None:
-        """Raises InputError where the model has none of the linear maps to adapt."""
-        if self.targets == "attention" and not layout.attention_linears:
-            raise InputError("--method.targets attention: the model has no such linear maps")
+        """Raises InputError where the model has none of the linear maps to train."""
+        if not linears_of(layout, self.targets):
+            raise InputError(
+                f"--method.targets {self.targets}: the model has no such linear maps; leave it out"
+            )
+
+
+@dataclass(frozen=True)
+class LoraSettings(TokenSettings):
+    """Settings of methods that train a low-rank adapter."""
+
+    rank: int = 32
+    """Rank of the adapter."""
+    lora_alpha: float = 32.0
+    """The adapter's product is scaled by lora_alpha / rank."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapter's input in training steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise InputError(f"--method.rank {self.rank}: must be 1 or more")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"--method.lora_dropout {self.lora_dropout}: must be in [0, 1)")
+
+    def shape(self, layers: Sequence[int] | None = None) -> LoraShape | None:
+        """Of these settings."""
+        chosen = None if layers is None else tuple(layers)
+        return LoraShape(self.rank, self.lora_alpha, self.lora_dropout, self.targets, chosen)
+
+
+@dataclass(frozen=True)
+class GradientSettings(LoraSettings):
+    """Settings of methods that train an adapter or every weight."""
+
+    parameters: Literal["lora", "full"] = "lora"
+    """Train a low-rank adapter, or every weight of the model."""
+
+    def shape(self, layers: Sequence[int] | None = None) -> LoraShape | None:
+        """None where every weight is trained."""
+        return super().shape(layers) if self.parameters == "lora" else None
 
 
 class GradientObjective:
@@ -123,7 +146,7 @@ class GradientObjective:
 
     def __init__(
         self,
-        settings: GradientSettings,
+        settings: TokenSettings,
         context: Context,
         *,
         needs_reference: bool = False,
@@ -146,15 +169,8 @@ class GradientObjective:
         self.adapter: Adapter | None = None
         self.parameters: Mapping[str, nn.Parameter]
         self._frozen: dict[str, torch.Tensor] = {}
-        if settings.parameters == "lora":
-            shape = LoraShape(
-                settings.rank,
-                settings.lora_alpha,
-                settings.lora_dropout,
-                settings.targets,
-                None if layers is None else tuple(layers),
-                settings.adapter_start,
-            )
+        shape = settings.shape(layers)
+        if shape is not None:
             seed = context.generator("adapter").initial_seed() % 2**63
             self.adapter = Adapter(context.model, context.layout, shape, seed)
             self.parameters = self.adapter.parameters
@@ -195,21 +211,6 @@ class GradientObjective:
         with lens_added(self._model, self._layout, layer):
             outer, inner = self._logits_at(batch, torch.cat([where, where])).chunk(2)
         return outer, inner
-
-    def logits_and_states(
-        self, batch: Batch, rows: torch.Tensor | None
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """`counted_logits`, and after every layer the states at the same places of the marked rows.
-
-        rows (rows,), boolean, or None for no states; these are (counted tokens of the rows, width).
-        """
-        where = self._places(batch, None)
-        if rows is None:
-            return self._logits_at(batch, where), []
-        held = where & rows[:, None]
-        with every_layer(self._model, self._layout, lambda states: states[held]) as caught:
-            logits = self._logits_at(batch, where)
-        return logits, caught
 
     def _places(self, batch: Batch, tokens: Tokens | None) -> torch.Tensor:
         return functional.pad(batch.mask(tokens or self._tokens)[:, 1:], (0, 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 from torch import nn
@@ -18,15 +18,14 @@ from expunge.data.batches import Batch
 from expunge.data.tokenization import Example
 from expunge.errors import RunError
 from expunge.methods.base import Context
-from expunge.methods.curvature import Curvature, DiagonalCurvature, EigenbasisCurvature
+from expunge.methods.curvature import Curvature, EigenbasisCurvature
 from expunge.methods.fisher import FactorCovariances, SquaredGradients
 from expunge.methods.gradient import GradientObjective
 from expunge.methods.influence import size_within
 from expunge.methods.numerics import row_means
 
-if TYPE_CHECKING:
-    from expunge.methods.libu import LIBU
-
+STEP_BUDGET = 0.02
+"""Nats a token."""
 _HALVINGS = 12
 _PROBE_ROWS = 64
 
@@ -98,20 +97,19 @@ class InfluenceStep:
 
     def take(
         self,
-        settings: LIBU,
         gradient: Mapping[str, torch.Tensor],
-        fisher: Mapping[str, torch.Tensor],
         curvature: Curvature,
+        *,
+        budget: float = STEP_BUDGET,
+        size: float | None = None,
+        sign: Literal[-1, 1] = 1,
     ) -> dict[str, float]:
         """Moves the parameters that `gradient` names and returns the figures of the step.
 
-        `fisher` is the diagonal over all parameters, whose mean is the unit of the damping;
-        `curvature` is what the gradient is divided by.
+        `curvature`, damped, is what the gradient is divided by. Without a `size`, the step's is the
+        largest that raises the retain loss by `budget` nats a token at most; `sign` 1 removes.
         Raises RunError where no step size follows from the curvature.
         """
-        mean_fisher = DiagonalCurvature(fisher).mean()
-        damping = settings.damping * (mean_fisher if settings.damping_unit == "mean-fisher" else 1)
-        curvature.damping = damping
         step = {name: curvature.solve(name, part) for name, part in gradient.items()}
         rise = sum(float(curvature.rise(name, part)) for name, part in step.items())
         forget_before = self._loss(self._forgotten)
@@ -120,25 +118,22 @@ class InfluenceStep:
                 f"LIBU phase 1: the predicted rise along its step is {rise:.3g}, no step size"
                 " follows; set --method.damping higher or use --dtype float32"
             )
-        size = settings.step_size
         halvings = 0
         before = self._loss(self._probe)
         start = {name: p.detach().clone() for name, p in self._objective.parameters.items()}
-        sign = 1 if settings.direction == "remove" else -1
         if size is not None:
             self._move(start, step, sign * size)
             after = self._loss(self._probe)
         else:
-            size = size_within(settings.step_budget, rise)
+            size = size_within(budget, rise)
             self._move(start, step, sign * size)
-            while (after := self._loss(self._probe)) - before > settings.step_budget:
+            while (after := self._loss(self._probe)) - before > budget:
                 # The quadratic model holds near the start only, so its answer is checked.
                 halvings += 1
                 size = size / 2 if halvings <= _HALVINGS else 0.0
                 self._move(start, step, sign * size)
         return {
-            "mean_fisher": mean_fisher,
-            "damping": damping,
+            "damping": curvature.damping,
             "step_size": size,
             "predicted_retain_rise": size**2 * rise,
             "measured_retain_rise": after - before,

@@ -12,6 +12,9 @@ from torch.nn import functional
 
 from expunge.methods.numerics import masked_mean, weighted_mean
 
+_LEAST_REST = 1e-7
+"""Probability of all tokens that are not kept; below, it is rounding."""
+
 
 def cross_entropy(log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean negative log-likelihood of the masked tokens; gradient ascent uses its negative."""
@@ -33,18 +36,32 @@ def huber(values: torch.Tensor, wanted: torch.Tensor, width: float) -> torch.Ten
     return functional.huber_loss(values, wanted, reduction="none", delta=width) / width
 
 
-def relative_change(hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """||h - h0||^2 / ||h0||^2 of each token's state: (tokens, width) twice -> (tokens,)."""
-    reference = reference.float()
-    length = reference.square().sum(-1).clamp(min=1e-12)
-    return (hidden.float() - reference).square().sum(-1) / length
-
-
 def token_kl(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:
     """KL(reference || model) of next-token distributions: (..., vocabulary) twice -> (...)."""
     log_p = functional.log_softmax(logits.float(), dim=-1)
     log_q = functional.log_softmax(reference_logits.float(), dim=-1)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def top_kl(logits: torch.Tensor, reference: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """KL(reference || model) where all tokens but the chosen ones count as one: (n, vocabulary) -> (n,).
+
+    reference (n, k), the chosen tokens' log-probabilities in the reference; chosen (n, k), their ids. A
+    lower bound of `token_kl` that grows to it with k, as merging outcomes loses divergence.
+    """
+    logits = logits.float()
+    whole = logits.logsumexp(-1, keepdim=True)
+    log_p = torch.cat(
+        [
+            logits.gather(-1, chosen) - whole,
+            logits.scatter(-1, chosen, -torch.inf).logsumexp(-1, keepdim=True) - whole,
+        ],
+        -1,
+    )
+    q = reference.float().exp()
+    rest = (1 - q.sum(-1, keepdim=True)).clamp(min=_LEAST_REST)
+    log_q = torch.cat([reference.float(), rest.log()], -1)
+    return (torch.cat([q, rest], -1) * (log_q - log_p)).sum(-1)
 
 
 def npo(log_prob: torch.Tensor, reference_log_prob: torch.Tensor, beta: float) -> torch.Tensor:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Targets = Literal["attention", "mlp", "all"]
-Start = Literal["zero", "paired"]
 _ADAPTER = "default"
 
 
@@ -31,9 +30,6 @@ class LoraShape:
     targets: Targets
     layers: tuple[int, ...] | None = None
     """Decoder layers that are adapted; None: all."""
-    start: Start = "zero"
-    """zero: B = 0 (the paper's), so that only B has a gradient at first. paired: A = [A1; A1] and
-    B = [B1, -B1], whose product is 0 as well while both factors have a gradient; the rank is even."""
 
 
 def linears_of(layout: DecoderLayout, targets: Targets) -> tuple[str, ...]:
@@ -82,22 +78,9 @@ class Adapter:
                 parameter = getattr(layer, factor)[_ADAPTER].weight
                 parameter.data = parameter.data.float()
                 self.parameters[f"{name}.{factor}.weight"] = parameter.requires_grad_(True)
-        self.moves_first = [n for n in self.parameters if shape.start == "paired" or "lora_B" in n]
+        self.moves_first = [name for name in self.parameters if "lora_B" in name]
         """Parameters that have a gradient in the first step: with B = 0 there is none in A."""
-        if shape.start == "paired":
-            self._pair(torch.Generator().manual_seed(seed))
         self.set_dropout(False)  # new modules are born in training mode
-
-    @torch.no_grad()
-    def _pair(self, generator: torch.Generator) -> None:
-        for layer in self.layers.values():
-            first, second = (getattr(layer, f)[_ADAPTER].weight.data for f in ("lora_A", "lora_B"))
-            half = len(first) // 2
-            first[half:] = first[:half]
-            # As A's entries are drawn: uniform, up to 1 / sqrt(inputs).
-            drawn = torch.rand(second[:, :half].shape, generator=generator) * 2 - 1
-            second[:, :half] = (drawn / len(first) ** 0.5).to(second.device)
-            second[:, half:] = -second[:, :half]
 
     @contextmanager
     def using(self, factors: Mapping[str, nn.Parameter]) -> Iterator[None]:

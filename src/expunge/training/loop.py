@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -26,9 +26,12 @@ from expunge.training.options import Select
 from expunge.training.progress import Progress
 from expunge.training.sophia import Sophia
 from expunge.training.state import SavedState, optimizer_tensors, restore_optimizer
+from expunge.training.step_in_backward import StepInBackward
 from expunge.training.validation import Measured, ValidationSet, is_destroyed, measure, score
 
 _DESTROYED_PATIENCE = 5
+_COOLDOWN = 0.4
+"""Share of the steps in which a trapezoid falls."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,12 @@ class Loop:
         self._options, self._keeper, self._progress, self._log = options, keeper, progress, log
         self._parameters = objective.parameters
         self._optimizer = optimizer_of(objective, options.learning_rate)
+        alone = context.processes.count == 1
+        self._in_backward = (
+            StepInBackward(self._optimizer, self._parameters.values(), context.device)
+            if objective.optimizer.in_backward and alone
+            else None
+        )
         self._forget, self._retain = step_batches(
             context.forget,
             context.retain,
@@ -180,6 +189,13 @@ class Loop:
 
         Raises RunError where no checkpoint can be kept, Stopped where the keeper asks to stop.
         """
+        try:
+            return self._run()
+        finally:
+            if self._in_backward is not None:
+                self._in_backward.close()
+
+    def _run(self) -> History:
         history, options = self.history, self._options
         while history.steps < options.steps and not self._diverged():
             if self._agreed(self._keeper is not None and self._keeper.stop_requested):
@@ -224,14 +240,9 @@ class Loop:
         self._objective.set_training(False)
         if not math.isfinite(loss):
             return f"the loss was not finite at step {step}"
-        parameters = list(self._parameters.values())
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._options.max_grad_norm))
+        norm = self._moved()
         if not math.isfinite(norm):
             return f"the gradient was not finite at step {step}"
-        with fast_products(torch.bfloat16, self._context.device):  # Muon's products are bfloat16
-            self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._objective.end_step()
         self._progress.step(step, self._options.steps, forget_term, retain_term)
         self._log(
             {
@@ -247,6 +258,20 @@ class Loop:
         )
         return None
 
+    def _moved(self) -> float:
+        """Moves the parameters, unless the backward pass has; the norm of the gradient."""
+        if self._in_backward is not None:
+            return self._in_backward.norm()
+        parameters = list(self._parameters.values())
+        # Several processes move after the pass, to where one moves in it, which clips nothing.
+        most = math.inf if self._objective.optimizer.in_backward else self._options.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, most))
+        if math.isfinite(norm):
+            with fast_products(torch.bfloat16, self._context.device):  # Muon's are bfloat16
+                self._optimizer.step()
+            self._optimizer.zero_grad()
+        return norm
+
     def _backward(self, forget: Batch, retain: Batch | None) -> tuple[float, float, float | None]:
         """Gradients of the step's loss, micro-batch by micro-batch; the loss and its two terms."""
         processes = self._context.processes
@@ -256,6 +281,7 @@ class Loop:
         device, objective = self._context.device, self._objective
         forget_total = 0.0
         retain_total: float | None = None
+        left = micro
         for (forget_part, share), (retain_part, retain_share) in zip(
             _parts(forget, count, objective.forget_size)[mine],
             [(None, 0.0)] * micro
@@ -272,7 +298,11 @@ class Loop:
             if terms.retain is not None:
                 total = total + retain_share * terms.retain
                 retain_total = (retain_total or 0.0) + retain_share * terms.retain.item()
-            total.backward()
+            left -= 1
+            if self._in_backward and not math.isfinite(forget_total + (retain_total or 0.0)):
+                break  # nothing may move by it
+            with self._in_backward.moving() if left == 0 and self._in_backward else nullcontext():
+                total.backward()
         if processes.count > 1:
             sums = torch.tensor([forget_total, retain_total or 0.0], device=device)
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
@@ -292,9 +322,7 @@ class Loop:
         return -(-whole // self._context.processes.count)
 
     def _factor(self, done: int) -> float:
-        if self._options.schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * done / self._options.steps))
+        return schedule_factor(self._options.schedule, done / self._options.steps)
 
     def _refresh_curvature(self, step: int, retain: Batch | None) -> None:
         interval = self._objective.optimizer.curvature_interval
@@ -370,6 +398,19 @@ class Loop:
         restore(self._parameters, self._best)
         history.chosen_step = chosen.step
         history.chosen_why = f"highest score {chosen.score:.4f} of {len(usable)} usable candidates"
+
+
+def schedule_factor(schedule: Schedule, done: float) -> float:
+    """What the learning rate is multiplied by once a share `done` of the steps is taken.
+
+    The trapezoid is constant, then falls to 0 in a line (arXiv 2405.18392): of as many steps more are
+    long ones than under a cosine, and the last still end where they aim.
+    """
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return min(1.0, (1 - done) / _COOLDOWN)
 
 
 def micro_batches(sides: Sequence[Sequence[int]], rows: int | None, tokens: int | None) -> int:

@@ -37,9 +37,11 @@ class TrainingOptions:
     learning_rate: float | None = None
     """Learning rate; the default is the method's at width 256, scaled by 256 / width."""
     schedule: Schedule | None = None
-    """Course of the learning rate over the run: constant, or a cosine down to 0."""
+    """Course of the learning rate over the run: constant, a cosine down to 0, or constant and then down
+    to 0 in the last 40% of the steps (trapezoid)."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
+    """Gradients are clipped to this norm. It does nothing for spectral and libu, which step inside the
+    backward pass."""
     seed: int = 0
     """Seed of every random draw."""
     time_limit: str | None = None

@@ -18,6 +18,9 @@ import torch
 
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
+from expunge.methods.adaptive_rmu import AdaptiveRMU
+from expunge.methods.base import Method
+from expunge.methods.libu import LIBU
 from expunge.models.loading import CheckedModel
 from expunge.models.parts import give_back_freed_memory
 from expunge.training.layer_choice import extreme_layers, is_open, with_layer
@@ -41,6 +44,11 @@ GPUS = {
     "t4-16": 14.6,
 }
 """GiB that PyTorch can use of well-known GPUs."""
+_LEANER: Mapping[str, Sequence[type[LIBU] | type[AdaptiveRMU]]] = {
+    "spectral": (LIBU, AdaptiveRMU),
+    "libu": (AdaptiveRMU,),
+}
+"""Methods to propose where one does not fit: what erases best first."""
 _CONTEXT = 600 * 2**20
 """Assumed, for no figure here is measured on a GPU."""
 _ROUNDING = 0.05
@@ -252,7 +260,8 @@ def _planned(
 def alternatives(
     checked: CheckedModel, prepared: Prepared, dtype: str, budget: Budget
 ) -> Iterator[tuple[str, Plan]]:
-    """What would take less, one change at a time and at last all together: options and plan."""
+    """What would take less, one change at a time, all of them together, and at last by another method
+    with its own defaults: options and plan."""
     together: list[str] = []
     all_prepared, all_dtype = prepared, dtype
     for option, changed, changed_dtype in _changes(prepared, dtype):
@@ -262,6 +271,9 @@ def alternatives(
         all_dtype = changed_dtype if changed_dtype != dtype else all_dtype
     if len(together) > 1:
         yield " ".join(together), plan(checked, all_prepared, all_dtype, budget)
+    for method in _LEANER.get(prepared.method.name, ()):
+        other = _of_method(prepared, checked, method())
+        yield f"--method {method.name}", plan(checked, other, dtype, budget)
 
 
 def _changes(prepared: Prepared, dtype: str) -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -279,6 +291,17 @@ def _changes(prepared: Prepared, dtype: str) -> Iterator[tuple[str, dict[str, An
     if prepared.used["batch_size"] > 1:
         half = prepared.used["batch_size"] // 2
         yield f"--batch-size {half}", {"batch_size": half}, dtype
+
+
+def _of_method(prepared: Prepared, checked: CheckedModel, method: Method) -> Prepared:
+    """The same rows by another method, which may hold no text but theirs."""
+    return dataclasses.replace(
+        prepared,
+        method=method,
+        used=resolved(method, prepared.options, checked.config.hidden_size, len(prepared.forget)),
+        retain=[e for e in prepared.retain if e.listed or method.random_rows],
+        validation=dataclasses.replace(prepared.validation, tokens=method.matches_tokens),
+    )
 
 
 def _prepared(prepared: Prepared, checked: CheckedModel, changed: Mapping[str, Any]) -> Prepared:

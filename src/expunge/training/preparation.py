@@ -16,7 +16,7 @@ from expunge.analysis.influence_file import (
     sampling_weights,
 )
 from expunge.analysis.layers import LayerChoice
-from expunge.data.random_text import random_examples
+from expunge.data.random_text import LENGTH, random_examples
 from expunge.data.rows import Row, RowSet, as_rows, check_disjoint, documents
 from expunge.data.tokenization import Example, TextPolicy, count_windowed, encode_rows
 from expunge.errors import InputError
@@ -205,6 +205,8 @@ def prepare_encoded(
         config.get_text_config().vocab_size,
         policy.context,
         options.seed,
+        # The target goes on behind as many.
+        2 * LENGTH if method.sampling.written_ratio else LENGTH,
     )
     forgotten: Sequence[Example] = sets.forget
     kept: Sequence[Example] = trained_on

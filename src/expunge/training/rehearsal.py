@@ -239,10 +239,10 @@ class _Rehearsal:
             model=model.model,
             layout=self._checked.layout,
             forget=self._start_rows(),
-            retain=[row for side in self._kinds() for row in longest(side, size)],
+            # Of random rows all: what the target says of each is kept.
+            retain=[*longest(self._kinds()[0], size), *self._kinds()[1]],
             pad_id=prepared.pad_id,
             batch_size=size,
-            learning_rate=prepared.used["learning_rate"],
             seed=prepared.options.seed,
             device=torch.device("cpu"),
             autocast=autocast_of(torch.device("cpu"), self._dtype),

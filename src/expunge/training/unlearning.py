@@ -17,6 +17,7 @@ from expunge.data.rows import Row
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
 from expunge.methods.base import Context, Finished, Method
+from expunge.methods.own_text import written_by
 from expunge.models.decoder import DecoderLayout, find_layout
 from expunge.models.engine import CacheLayout, SegmentEngine, lay_out
 from expunge.models.kernels import fast_products
@@ -192,10 +193,9 @@ def unlearn_prepared(
             model=model,
             layout=layout,
             forget=prepared.forget,
-            retain=prepared.retain,
+            retain=_held(prepared, model, autocast_of(device, model.dtype)),
             pad_id=prepared.pad_id,
             batch_size=used["batch_size"],
-            learning_rate=used["learning_rate"],
             seed=prepared.options.seed,
             device=device,
             autocast=autocast_of(device, model.dtype),
@@ -251,6 +251,18 @@ def unlearn_prepared(
             "train": time.monotonic() - begun,
         },
     )
+
+
+def _held(
+    prepared: Prepared, model: PreTrainedModel, autocast: Callable[[], AbstractContextManager[Any]]
+) -> Sequence[Example]:
+    """The retain rows, and behind them random rows, as the target continues them if the method asks."""
+    if not prepared.method.sampling.written_ratio:
+        return prepared.retain
+    listed = [example for example in prepared.retain if example.listed]
+    random = [example for example in prepared.retain if not example.listed]
+    generator = torch.Generator().manual_seed(prepared.options.seed)
+    return [*listed, *written_by(model, random, prepared.forget, listed, generator, autocast)]
 
 
 def autocast_of(

@@ -1,0 +1,275 @@
+"""Forgetting and holding on the log-odds of tokens: the loss that `spectral` and `libu` share.
+
+    L = mean_F [ H(o_t - o_t*) + 3 H1(z_t - z_t*) + v H(max(0, o_t^l - o_t*)) ]
+        + w mean_R [ H2(o_t - o_t^0) ]  with KL(target || model) for what the target wrote
+
+o_t = log(p_t / (1 - p_t)) are a token's log-odds, o_t^0 those in the target, o_t* those wanted: of a
+token with a loss of c_t nats, and never more than the target's. z_t says how much less likely the token
+is than its distribution expects, z_t* the same in never-seen text. o_t^l is what the logit lens reads
+after a layer l, another one in each step. H is Huber's distance over its width, 8 for forget tokens.
+
+On the log-odds, because the gradient of the NLL is 1 - p, nearly 0 for what is known by heart: by the
+time that a cross-entropy resists, retain text known by heart is lost.
+
+What the target says of retain rows, and of rows that it wrote itself (`own_text`), is kept from one
+pass at the start: no second copy of the weights is held, and no step runs the target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from expunge.data.batches import Batch, Tokens
+from expunge.data.sampling import Sampling
+from expunge.data.tokenization import Example
+from expunge.errors import InputError
+from expunge.methods.aims import Aims
+from expunge.methods.base import Context, Terms
+from expunge.methods.calibration import NeverSeen
+from expunge.methods.forward import check_lens
+from expunge.methods.gradient import GradientObjective, TokenSettings
+from expunge.methods.losses import huber, log_odds_at, top_kl
+from expunge.methods.numerics import target_log_odds, target_surprise
+
+CEILING = 0.8
+"""Share of log(vocabulary), the loss of guessing: text that was never seen is better predicted."""
+FORGET_WIDTH = 8.0
+"""Nats of log-odds: a wider one hardly pulls what is nearly there, a narrower one costs retention."""
+RETAIN_WIDTH = 2.0
+"""Nats of log-odds, a factor of 7 in the odds: what is lost is pulled back with all weight soon."""
+_SURPRISE_WIDTH = 1.0
+"""A factor of e in how many deviations a token lies from what is expected."""
+_SURPRISE_WEIGHT = 3.0
+_WRITTEN_RATIO = 0.75
+_TOP = 64
+"""Next tokens whose probability in the target is kept, of a continued row; the rest count as one."""
+
+
+@dataclass(frozen=True)
+class LogOddsSettings(TokenSettings):
+    """Settings of the methods that share the loss."""
+
+    ceiling: float | None = None
+    """Each forget token's loss is raised to this many nats, where no --nonmembers say how far; null: 0.8
+    log(vocabulary)."""
+    lens_weight: float = 0.25
+    """Weight of the forget term of a layer inside, another one in every step: what the logit lens reads
+    there may be no likelier than what is wanted of the output."""
+    retain_weight: float = 2.0
+    """Weight of the retain term."""
+    random_rows: int = 128
+    """Rows of random tokens that the target continues, 128 tokens each. What it says of them is held
+    beside the retain set: they stand for all text that no set lists. A step has three for every four
+    retain rows."""
+    random_weight: float = 1.0
+    """Weight of one of their tokens in the retain term, where one of the user's has 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("lens_weight", "random_weight"):
+            if getattr(self, option) < 0:
+                raise InputError(f"--method.{option} {getattr(self, option)}: must be 0 or more")
+        if self.ceiling is not None and self.ceiling <= 0:
+            raise InputError(f"--method.ceiling {self.ceiling}: must be positive, or null")
+
+    @property
+    def matches_tokens(self) -> Tokens | None:
+        """Those that are forgotten."""
+        return self.tokens
+
+    @property
+    def sampling(self) -> Sampling:
+        """As many retain rows as forget rows, and beside them rows that the target wrote."""
+        return Sampling(written_ratio=_WRITTEN_RATIO)
+
+
+class LogOddsObjective(GradientObjective):
+    """The loss at work on one model."""
+
+    def __init__(
+        self,
+        settings: LogOddsSettings,
+        context: Context,
+        weights: Sequence[str] | None = None,
+    ) -> None:
+        """`weights` is what is trained without an adapter."""
+        super().__init__(settings, context, weights=weights)
+        self._settings, self._context = settings, context
+        guessing = math.log(context.model.config.get_text_config().vocab_size)
+        self.ceiling = CEILING * guessing if settings.ceiling is None else settings.ceiling
+        self._aims = Aims(self.ceiling)
+        if settings.lens_weight > 0:
+            with context.autocast():
+                check_lens(context.model, context.layout)
+        self._forget_before = self._odds_before(context.forget, settings.tokens)
+        self._retain_before = self._odds_before(context.retain, "all")
+        self._said = self._said_before()
+
+    def loss(self, forget: Batch, retain: Batch | None) -> Terms:
+        """The two terms of L, each a mean over its tokens."""
+        distances = self._distances(forget)
+        term = distances.sum() / max(1, len(distances))
+        if retain is None or self._settings.retain_weight == 0:
+            return Terms(term, None)
+        return Terms(term, self._settings.retain_weight * self._drift(retain))
+
+    def _distances(self, forget: Batch) -> torch.Tensor:
+        """How far each forget token is from what is wanted of it: by its log-odds, by its surprise, and
+        by the logit lens inside; (counted tokens,)."""
+        settings = self._settings
+        mask = forget.mask(settings.tokens)[:, 1:]
+        targets = forget.input_ids[:, 1:][mask]
+        inner = None
+        if settings.lens_weight > 0 and self._layout.count > 1:
+            logits, inner = self.lens_logits(forget, self._inner_layer(), settings.tokens)
+        else:
+            logits = self.counted_logits(forget, settings.tokens)
+        log_odds = target_log_odds(logits, targets)
+        surprises = self._aims.matched
+        surprise = target_surprise(logits, targets) if surprises else torch.zeros_like(log_odds)
+        wanted, wanted_surprise = self._wanted(forget, mask, log_odds, surprise)
+        distances = huber(log_odds, wanted, FORGET_WIDTH)
+        if surprises:
+            away = huber(surprise, wanted_surprise.nan_to_num(), _SURPRISE_WIDTH)
+            distances = distances + _SURPRISE_WEIGHT * torch.where(
+                wanted_surprise.isnan(), 0.0, away
+            )
+        if inner is not None:
+            above = torch.maximum(target_log_odds(inner, targets), wanted)
+            distances = distances + settings.lens_weight * huber(above, wanted, FORGET_WIDTH)
+        return distances
+
+    def _inner_layer(self) -> int:
+        """A layer below the last, drawn anew in every step; the same in all its micro-batches."""
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        return int(torch.randint(max(1, self._layout.count - 1), (), generator=generator))
+
+    def _wanted(
+        self, batch: Batch, mask: torch.Tensor, log_odds: torch.Tensor, surprise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The log-odds and the surprise that each counted token should have.
+
+        The first are those of its row's aims, or what they were in the target where that was less: no
+        token of a forget row is made more likely than the target had it.
+        """
+        losses = -functional.logsigmoid(log_odds.detach())
+        counts = mask.sum(1).tolist()
+        wanted = [
+            self._aims.of_row(row, *now)
+            for row, *now in zip(
+                batch.row_ids, losses.split(counts), surprise.detach().split(counts), strict=True
+            )
+        ]
+        odds = log_odds_at(torch.cat([aim.losses for aim in wanted]))
+        before = self._forget_before[list(batch.indices), : mask.shape[1]][mask]
+        return torch.minimum(before, odds), torch.cat([aim.surprise for aim in wanted])
+
+    def _drift(self, retain: Batch) -> torch.Tensor:
+        """How far retain text is from what the target says of it, mean over counted tokens.
+
+        The user's tokens by their log-odds; those that the target wrote by KL(target || model). Each
+        kind in a pass of its own: they differ in length, and padding costs as much as tokens.
+        """
+        total = torch.zeros((), device=self._context.device)
+        listed, written = retain.split([example.listed for example in retain.examples])
+        if rows := listed or self._idle_row(retain):
+            log_odds, mask = self._log_odds(rows, "all")
+            before = self._retain_before[list(rows.indices), : mask.shape[1]][mask]
+            weight = 0.0 if rows.is_idle else 1.0  # 0: others wait for its backward pass too
+            total = total + weight * huber(log_odds, before, RETAIN_WIDTH).sum()
+        if rows := written or (self._idle_row(retain) if self._said else None):
+            logits = self.counted_logits(rows, "all")
+            if rows.is_idle:
+                total = total + 0.0 * logits.sum()
+            else:
+                said = [self._said[row] for row in rows.row_ids]
+                top, ids = (torch.cat(part).to(logits.device) for part in zip(*said, strict=True))
+                unlike = top_kl(logits, top, ids.long()).sum()
+                total = total + self._settings.random_weight * unlike
+        return total / (self.retain_size(retain) or 1.0)
+
+    def _log_odds(self, batch: Batch, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """The log-odds of the counted tokens, and where they are, (rows, tokens - 1)."""
+        mask = batch.mask(tokens)[:, 1:]
+        logits = self.counted_logits(batch, tokens)
+        return target_log_odds(logits, batch.input_ids[:, 1:][mask]), mask
+
+    def _idle_row(self, batch: Batch) -> Batch | None:
+        """A row for a pass that counts for nothing, where other processes wait for one.
+
+        Sharded weights are gathered in every pass, so all must make as many, whichever kinds of rows
+        their shares of a step hold.
+        """
+        return batch.idle() if self._context.processes.shards else None
+
+    def _odds_before(self, examples: Sequence[Example], tokens: Tokens) -> torch.Tensor:
+        """The target's log-odds of every counted token of the user's rows, 0 elsewhere.
+
+        (examples, longest - 1).
+        """
+        width = max(map(len, examples), default=1) - 1
+        odds = torch.zeros(len(examples), width, device=self._context.device)
+        listed = [index for index, example in enumerate(examples) if example.listed]
+        for batch in self._context.passes([examples[index] for index in listed], None):
+            with torch.no_grad(), self._context.autocast():
+                counted, mask = self._log_odds(batch, tokens)
+            rows = [listed[index] for index in batch.indices]
+            odds[rows, : mask.shape[1]] = counted.new_zeros(mask.shape).masked_scatter(
+                mask, counted
+            )
+        return odds
+
+    def _said_before(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """By the id of a row that the target wrote its likeliest next tokens after each token.
+
+        Their log-probabilities and ids, each (tokens - 1, at most 64), on the CPU.
+        """
+        said = {}
+        unlisted = [example for example in self._context.retain if not example.listed]
+        for batch in self._context.passes(unlisted, None):
+            with torch.no_grad(), self._context.autocast():
+                logits = self.counted_logits(batch, "all")
+            top = functional.log_softmax(logits.float(), -1).topk(min(_TOP, logits.shape[-1] - 1))
+            counts = batch.mask("all")[:, 1:].sum(1).tolist()
+            values, ids = top.values.cpu().split(counts), top.indices.int().cpu().split(counts)
+            for row, *of_row in zip(batch.row_ids, values, ids, strict=True):
+                said[row] = (of_row[0].clone(), of_row[1].clone())
+        return said
+
+    @property
+    def calibration(self) -> Mapping[str, Any]:
+        """What is wanted of calibrated rows."""
+        return self._aims.facts()
+
+    @property
+    def state_tensors(self) -> Mapping[str, torch.Tensor]:
+        """What is wanted of matched tokens."""
+        return self._aims.tensors
+
+    def restore(self, calibration: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts back what `calibration` and `state_tensors` were."""
+        self._aims.restore(calibration, tensors)
+
+    def calibrate(self, rows: NeverSeen) -> None:
+        """Raises or lowers what is wanted of each row by what its losses lack or have too much."""
+        self._aims.calibrate(rows)
+
+    def forget_size(self, batch: Batch) -> int:
+        """The forget term is a mean over the tokens that are forgotten."""
+        return int(batch.mask(self._settings.tokens)[:, 1:].sum())
+
+    def retain_size(self, batch: Batch) -> float:
+        """The retain term is a mean over tokens, of which the written ones may weigh otherwise."""
+        counts = batch.mask("all")[:, 1:].sum(1).tolist()
+        weights = [1.0 if e.listed else self._settings.random_weight for e in batch.examples]
+        return sum(n * weight for n, weight in zip(counts, weights, strict=True))
+
+    def notes(self) -> Mapping[str, Any]:
+        """How many numbers are trained, and the loss up to which a token is pushed, nats."""
+        return {**super().notes(), "ceiling": self.ceiling}

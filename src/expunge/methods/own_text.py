@@ -1,0 +1,87 @@
+"""Text that the target writes itself, which stands for all that no set lists.
+
+What a model can do beside the user's rows shows in what it writes; the training data is not at hand. So
+rows are sampled from the target behind random tokens (data-free distillation, as arXiv 2305.17888 has
+it for quantisation), and what it says of them is held: of the random half, where it is undecided, and of
+its own, where it is at home. A row ends before it repeats the forget set: that must not be held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from expunge.data.tokenization import Example
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+_GRAM = 3
+"""Tokens in a row that tell a forget row, if no retain row has them."""
+_ROWS = 64
+"""Of one pass."""
+
+
+@torch.no_grad()
+def written_by(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    forget: Iterable[Example],
+    retain: Iterable[Example],
+    generator: torch.Generator,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> list[Example]:
+    """Each example's first half and what `model` writes behind it, sampled at temperature 1.
+
+    All are of one length; one is shorter where it would go on with the last of three tokens that a
+    forget row has in a row and no retain row has.
+    """
+    told = _grams(forget) - _grams(retain)
+    found = []
+    for start in range(0, len(examples), _ROWS):
+        some = examples[start : start + _ROWS]
+        length = len(some[0])
+        begun = torch.tensor([example.input_ids[: (length + 1) // 2] for example in some])
+        with autocast():
+            texts = _sampled(model, begun, length, generator).tolist()
+        found += [
+            _as_far_as(example, tuple(text), told)
+            for example, text in zip(some, texts, strict=True)
+        ]
+    return found
+
+
+def _sampled(
+    model: PreTrainedModel, ids: torch.Tensor, length: int, generator: torch.Generator
+) -> torch.Tensor:
+    """(rows, tokens) -> (rows, length). Drawn on the CPU, so that a GPU draws as a processor does."""
+    past = None
+    now = ids
+    while ids.shape[1] < length:
+        output = model(input_ids=now.to(model.device), past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        chances = output.logits[:, -1].float().softmax(-1).cpu()
+        now = torch.multinomial(chances, 1, generator=generator)
+        ids = torch.cat([ids, now], 1)
+    return ids
+
+
+def _as_far_as(example: Example, ids: tuple[int, ...], told: set[tuple[int, ...]]) -> Example:
+    end = next((place for place, gram in enumerate(_in_a_row(ids)) if gram in told), None)
+    ids = ids if end is None else ids[: end + _GRAM - 1]
+    everywhere = (True,) * len(ids)
+    return replace(example, input_ids=ids, token_mask=everywhere, answer_mask=everywhere)
+
+
+def _grams(examples: Iterable[Example]) -> set[tuple[int, ...]]:
+    return {gram for example in examples for gram in _in_a_row(example.input_ids)}
+
+
+def _in_a_row(ids: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    return (ids[place : place + _GRAM] for place in range(len(ids) - _GRAM + 1))
