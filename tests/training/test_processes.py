@@ -21,6 +21,8 @@ from expunge.training.scratch import shared_scratch
 
 TOLERANCE = 1e-4
 """Of the change of each tensor: float32 sums in another order, carried through the optimiser."""
+MUON_TOLERANCE = 1e-3
+"""Its five iterations enlarge what is small in a gradient, and so its rounding, up to 3.4^5 times."""
 
 
 def run(arguments: list[object], count: int, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -46,14 +48,14 @@ def arguments(memorised_dir: Path, row_files: dict[str, Path]) -> list[object]:
     ]
 
 
-def assert_same(one: Path, two: Path, target: Path) -> None:
+def assert_same(one: Path, two: Path, target: Path, tolerance: float) -> None:
     """The same changes and the same measures, to the stated tolerance."""
     before, a, b = (load_file(path / "model.safetensors") for path in (target, one, two))
     changed = [name for name in before if not torch.equal(before[name], a[name])]
     assert changed
     for name in before:
         difference = (a[name] - b[name]).norm()
-        assert difference <= TOLERANCE * (a[name] - before[name]).norm(), name
+        assert difference <= tolerance * (a[name] - before[name]).norm(), name
 
     def metrics(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -88,15 +90,17 @@ def test_two_processes_give_the_result_of_one(
     method: str, sharded: bool, arguments: list[object], tmp_path: Path, memorised_dir: Path
 ) -> None:
     options = [*arguments, "--method", method]
+    tolerance = TOLERANCE
     if method in ("spectral", "libu"):
         options += ["--method.random-rows", 8]
+        tolerance = MUON_TOLERANCE
     one = run([*options, "--output", tmp_path / "one"], 1)
     assert one.returncode == 0, one.stderr
     variables = {"ACCELERATE_USE_FSDP": "true"} if sharded else {}
     two = run([*options, "--output", tmp_path / "two"], 2, **variables)
     assert two.returncode == 0, two.stderr
     assert json.loads((tmp_path / "two" / "expunge.json").read_text())["processes"] == 2
-    assert_same(tmp_path / "one", tmp_path / "two", memorised_dir)
+    assert_same(tmp_path / "one", tmp_path / "two", memorised_dir, tolerance)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 

@@ -67,7 +67,7 @@ class LogOddsSettings(TokenSettings):
     """Rows of random tokens that the target continues, 128 tokens each. What it says of them is held
     beside the retain set: they stand for all text that no set lists. A step has three for every four
     retain rows."""
-    random_weight: float = 1.0
+    random_weight: float = 2.0
     """Weight of one of their tokens in the retain term, where one of the user's has 1."""
 
     def __post_init__(self) -> None:
