@@ -126,8 +126,8 @@ def run(
             and not method.trained_layers(checked.layout)
         ):
             raise InputError(
-                "--method.parameters full: only frozen weights are sharded; train an adapter with"
-                " --method.parameters lora, or use a configuration without FSDP"
+                f"--method {method.name}: trains full weights, and only frozen weights are sharded;"
+                " choose --method libu, which trains an adapter, or a configuration without FSDP"
             )
     hashing = time.monotonic()
     model_sha256 = checked.files.sha256()
