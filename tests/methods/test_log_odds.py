@@ -186,11 +186,20 @@ def test_random_rows_hold_the_targets_predictions(
 ) -> None:
     """Weighed by tokens: odds of the user's rows, KL to the target of random ones."""
     started = start(random_rows, retain_weight=3.0, random_weight=weight)
+    tokens: dict[bool, list[int]] = {True: [], False: []}
+    for example in started.context.retain:
+        tokens[example.listed].append(sum(example.token_mask[1:]))
+    # A step of 4 retain rows and 3 written ones: together these weigh `weight` times as much.
+    listed, written = (sum(side) / len(side) for side in (tokens[True], tokens[False]))
+    assert started.objective.written_weight * 3 * written == pytest.approx(weight * 4 * listed)
+    weight = started.objective.written_weight
     count = len(started.context.retain)
     random = rows_of(started, "retain", count - 1, count - 2)
     before, now = started.log_probs(random, before=True), started.log_probs(random)
     assert before.shape[-1] > 65
     where = random.token_mask[:, 1:]
+    kept = torch.cat([started.objective._said[row][0] for row in random.row_ids])
+    torch.testing.assert_close(kept.double(), before[where].topk(64).values, rtol=1e-4, atol=1e-4)
     pairs = list(zip(before[where], now[where], strict=True))
     expected = sum(slow_kl(q, p, 64) for q, p in pairs)
     assert 0 < expected < sum(float((q.exp() * (q - p)).sum()) for q, p in pairs)

@@ -67,8 +67,8 @@ class LogOddsSettings(TokenSettings):
     """Rows of random tokens that the target continues, 128 tokens each. What it says of them is held
     beside the retain set: they stand for all text that no set lists. A step has three for every four
     retain rows."""
-    random_weight: float = 2.0
-    """Weight of one of their tokens in the retain term, where one of the user's has 1."""
+    random_weight: float = 3.0
+    """Weight of all these rows of a step in the retain term, where its retain rows together have 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,6 +110,21 @@ class LogOddsObjective(GradientObjective):
         self._forget_before = self._odds_before(context.forget, settings.tokens)
         self._retain_before = self._odds_before(context.retain, "all")
         self._said = self._said_before()
+        self.written_weight = settings.random_weight * self._balance()
+        """Of one written token, where one of the user's has 1."""
+
+    def _balance(self) -> float:
+        """The counted tokens of a step's retain rows for each of its written rows', over the whole run.
+
+        However short the user's rows are, what is held beside them does not drown them.
+        """
+        counts: dict[bool, list[int]] = {True: [], False: []}
+        for example in self._context.retain:
+            counts[example.listed].append(sum(example.token_mask[1:]))
+        if not all(counts.values()):
+            return 0.0
+        ours, written = (sum(side) / len(side) for side in (counts[True], counts[False]))
+        return ours / (_WRITTEN_RATIO * written)
 
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """The two terms of L, each a mean over its tokens."""
@@ -191,7 +206,7 @@ class LogOddsObjective(GradientObjective):
                 said = [self._said[row] for row in rows.row_ids]
                 top, ids = (torch.cat(part).to(logits.device) for part in zip(*said, strict=True))
                 unlike = top_kl(logits, top, ids.long()).sum()
-                total = total + self._settings.random_weight * unlike
+                total = total + self.written_weight * unlike
         return total / (self.retain_size(retain) or 1.0)
 
     def _log_odds(self, batch: Batch, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
@@ -267,7 +282,7 @@ class LogOddsObjective(GradientObjective):
     def retain_size(self, batch: Batch) -> float:
         """The retain term is a mean over tokens, of which the written ones may weigh otherwise."""
         counts = batch.mask("all")[:, 1:].sum(1).tolist()
-        weights = [1.0 if e.listed else self._settings.random_weight for e in batch.examples]
+        weights = [1.0 if e.listed else self.written_weight for e in batch.examples]
         return sum(n * weight for n, weight in zip(counts, weights, strict=True))
 
     def notes(self) -> Mapping[str, Any]:
