@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -56,6 +57,19 @@ def test_parameters_end_where_steps_after_the_pass_put_them(
         assert steps.norm() == pytest.approx(float(length), rel=1e-5)
     for ours, theirs in zip(other.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_gradient_that_is_no_number_moves_nothing(
+    make: Callable[[], tuple[nn.Sequential, torch.optim.Muon]],
+) -> None:
+    model, optimizer = make()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    steps = StepInBackward(optimizer, model.parameters(), CPU)
+    with steps.moving():
+        (losses(model, 0)[0] * math.inf).backward()
+    assert not math.isfinite(steps.norm())
+    for parameter, was in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, was)
 
 
 def test_one_gradient_is_there_at_a_time(

@@ -195,9 +195,6 @@ class Objective(Protocol):
     def restore(self, calibration: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Puts back what `calibration` and `state_tensors` were."""
 
-    def end_step(self) -> None:
-        """Called once in every step, after the parameters have moved."""
-
     def calibrate(self, rows: NeverSeen) -> None:
         """Pushes each row harder or less, as its loss is under or over that of a never-seen one."""
 

@@ -45,7 +45,8 @@ class TokenSettings:
     targets: Targets = "all"
     """Which linear maps of a decoder layer are trained."""
     tokens: Tokens = "all"
-    """Which tokens are forgotten: all, the output given the input, or of questions the output only."""
+    """Which tokens the losses count: all, the output given the input, or of questions the output only.
+    spectral and libu hold all tokens of retain rows, whatever is forgotten."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass, at the price of a second forward pass."""
 
@@ -299,9 +300,6 @@ class GradientObjective:
 
     def restore(self, calibration: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Nothing to put back."""
-
-    def end_step(self) -> None:
-        """Nothing to do."""
 
     def calibrate(self, rows: NeverSeen) -> None:
         """Nothing to do: every row is pushed alike."""

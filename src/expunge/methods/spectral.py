@@ -1,7 +1,8 @@
 """Spectral unlearning: full weights, moved by the same length along every singular direction.
 
     L = mean_F H(o_t - o_t*) + w mean_R H2(o_t - o_t^0)        (`log_odds` has all its terms)
-    M <- mu M + grad L,    W <- W - eta 0.2 sqrt(max(m, n)) U V^T,    M = U S V^T
+    M <- mu M + (1 - mu) grad L
+    W <- W - eta 0.2 sqrt(max(m, n)) U V^T    with U S V^T = mu M + (1 - mu) grad L
 
 The loss ends per token: a forget token's log-odds at those of a never-seen one, a retain token's at the
 target's. The step is Muon's (Jordan et al., 2024): the momentum of each matrix of the decoder's layers,

@@ -267,9 +267,6 @@ class SteeringObjective:
         """Puts back what `calibration` was."""
         self._strengths = dict(calibration)
 
-    def end_step(self) -> None:
-        """Nothing to do."""
-
     def calibrate(self, rows: NeverSeen) -> None:
         """Moves each row's target along the line from its frozen states to the full target."""
         for row, loss in rows.losses.items():

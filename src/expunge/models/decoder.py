@@ -144,19 +144,12 @@ def states_of(output: Any) -> torch.Tensor:
 
 
 @contextmanager
-def every_layer(
-    model: nn.Module,
-    layout: DecoderLayout,
-    pick: Callable[[torch.Tensor], torch.Tensor] = lambda states: states,
-) -> Iterator[list[torch.Tensor]]:
-    """A forward pass in the body adds what `pick` takes of each layer's states to the list, in order.
-
-    It is given (rows, tokens, width); left out, it takes all of them.
-    """
+def every_layer(model: nn.Module, layout: DecoderLayout) -> Iterator[list[torch.Tensor]]:
+    """A forward pass in the body adds each layer's states, (rows, tokens, width), to the list in order."""
     caught: list[torch.Tensor] = []
 
     def keep(_module: nn.Module, _inputs: object, output: object) -> None:
-        caught.append(pick(states_of(output)))
+        caught.append(states_of(output))
 
     with ExitStack() as stack:
         for layer in range(layout.count):

@@ -43,9 +43,11 @@ class StepInBackward:
             # One of several passes of a step. Put aside: the optimiser moves all that have a gradient.
             self._earlier[parameter], parameter.grad = parameter.grad, None
             return
-        self._squares.append(parameter.grad.float().square().sum())
-        with fast_products(torch.bfloat16, self._device):  # Muon's products are bfloat16
-            self._optimizer.step()
+        square = parameter.grad.float().square().sum()
+        self._squares.append(square)
+        if torch.isfinite(square):  # else the loop ends, on parameters that are numbers
+            with fast_products(torch.bfloat16, self._device):  # Muon's products are bfloat16
+                self._optimizer.step()
         parameter.grad = None
 
     def close(self) -> None:
