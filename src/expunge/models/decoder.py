@@ -145,7 +145,7 @@ def states_of(output: Any) -> torch.Tensor:
 
 @contextmanager
 def every_layer(model: nn.Module, layout: DecoderLayout) -> Iterator[list[torch.Tensor]]:
-    """A forward pass in the body adds each layer's states, (rows, tokens, width), to the list in order."""
+    """A pass in the body adds each layer's states, (rows, tokens, width), to the list in order."""
     caught: list[torch.Tensor] = []
 
     def keep(_module: nn.Module, _inputs: object, output: object) -> None:
