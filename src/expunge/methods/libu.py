@@ -42,7 +42,7 @@ class LIBU(LogOddsSettings, LoraSettings):
 
     name: ClassVar[str] = "libu"
     defaults: ClassVar[RunDefaults] = RunDefaults(
-        epochs=8, batch_size=16, learning_rate=1e-2, schedule="trapezoid"
+        epochs=12, batch_size=16, learning_rate=6e-3, schedule="trapezoid"
     )
     presets: ClassVar[Mapping[str, Preset]] = {}
 
