@@ -23,7 +23,7 @@ from typing import ClassVar
 from expunge.errors import InputError
 from expunge.methods.base import Context, Preset, RunDefaults, muon
 from expunge.methods.log_odds import LogOddsObjective, LogOddsSettings
-from expunge.models.lora import linears_of
+from expunge.models.lora import linears_in
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,6 @@ class SpectralObjective(LogOddsObjective):
     """Spectral unlearning at work on one model."""
 
     def __init__(self, settings: Spectral, context: Context) -> None:
-        layout = context.layout
-        weights = [
-            f"{layout.layers}.{layer}.{name}.weight"
-            for layer in range(layout.count)
-            for name in linears_of(layout, settings.targets)
-        ]
-        super().__init__(settings, context, weights)
+        linears = linears_in(context.layout, settings.targets)
+        super().__init__(settings, context, [f"{name}.weight" for name in linears])
         self.optimizer = muon(settings.momentum)

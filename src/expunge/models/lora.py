@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,6 +41,17 @@ def linears_of(layout: DecoderLayout, targets: Targets) -> tuple[str, ...]:
     }[targets]
 
 
+def linears_in(
+    layout: DecoderLayout, targets: Targets, layers: Iterable[int] | None = None
+) -> list[str]:
+    """Names, inside a model, of the linear maps of a kind in some decoder layers, or all."""
+    return [
+        f"{layout.layers}.{layer}.{name}"
+        for layer in (range(layout.count) if layers is None else layers)
+        for name in linears_of(layout, targets)
+    ]
+
+
 class Adapter:
     """LoRA on a model's decoder layers. The embeddings and the LM head are never adapted."""
 
@@ -50,11 +61,7 @@ class Adapter:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
-        targets = [
-            f"{layout.layers}.{index}.{name}"
-            for index in (range(layout.count) if shape.layers is None else shape.layers)
-            for name in linears_of(layout, shape.targets)
-        ]
+        targets = linears_in(layout, shape.targets, shape.layers)
         self.config = LoraConfig(
             r=shape.rank,
             lora_alpha=shape.alpha,
