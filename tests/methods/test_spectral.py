@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -77,9 +78,8 @@ def test_a_step_moves_as_far_along_every_singular_direction(
     make_context: Contexts, family: str
 ) -> None:
     """Against U V^T by construction: matrices that are tall, wide and square, and Conv1D's."""
-    objective = Spectral().start(make_context(family))
+    objective = Spectral(damping=None).start(make_context(family))
     optimizer = optimizer_of(objective, 0.03)
-    assert isinstance(optimizer, torch.optim.Muon)
     generator = torch.Generator().manual_seed(0)
     before, flat = {}, {}
     for name, parameter in objective.parameters.items():
@@ -94,7 +94,7 @@ def test_a_step_moves_as_far_along_every_singular_direction(
         step = (parameter.detach() - before[name]).double()
         far = 0.03 * 0.2 * max(step.shape) ** 0.5
         values = torch.linalg.svdvals(step) / far
-        # Five Newton-Schulz iterations of the quintic leave singular values about 1, in bfloat16.
+        # Newton-Schulz iterations of the quintic leave singular values about 1, in bfloat16.
         assert float(values.min()) > 0.6, name
         assert float(values.max()) < 1.3, name
         cosine = -float((step * flat[name]).sum() / step.norm() / flat[name].norm())
@@ -102,10 +102,39 @@ def test_a_step_moves_as_far_along_every_singular_direction(
         assert float(step.square().mean().sqrt()) == pytest.approx(0.2 * 0.03, rel=0.2), name
 
 
+@pytest.mark.parametrize("family", ["olmo", "gpt2"])
+def test_a_step_is_flat_for_the_inputs_of_held_text(make_context: Contexts, family: str) -> None:
+    """What white inputs are turned into moves as far in every direction; Conv1D's weights are turned."""
+    objective = Spectral(damping=0.1).start(make_context(family))
+    optimizer = optimizer_of(objective, 0.03)
+    whitening = objective.optimizer.whitening
+    assert {n for n in objective.parameters if "down" in n or "mlp.c_proj" in n} == (
+        objective.parameters.keys() - whitening.keys()
+    )
+    generator = torch.Generator().manual_seed(0)
+    before = {}
+    for name in whitening:
+        parameter = objective.parameters[name]
+        turned, r = whitening[name].turned, whitening[name].matrix.double()
+        shape = parameter.shape[::-1] if turned else parameter.shape
+        gradient = (known(shape, generator)[0] @ r.inverse().T).float()
+        parameter.grad = (gradient.T if turned else gradient).contiguous()
+        before[name] = parameter.detach().clone()
+    optimizer.step()
+    for name in whitening:
+        parameter = objective.parameters[name]
+        step = (parameter.detach() - before[name]).double()
+        turned, r = whitening[name].turned, whitening[name].matrix.double()
+        values = torch.linalg.svdvals((step.T if turned else step) @ r.inverse())
+        assert float(values.min() / values.mean()) > 0.5, name
+        assert float(values.max() / values.mean()) < 1.5, name
+        assert float(step.square().mean().sqrt()) == pytest.approx(0.2 * 0.03, rel=0.2), name
+
+
 def test_momentum_is_that_of_the_settings(make_context: Contexts) -> None:
     """The second step is along U V^T of g2 + mu (mu g1 + g2), Nesterov's."""
     mu = 0.6
-    objective = Spectral(momentum=mu).start(make_context())
+    objective = Spectral(momentum=mu, damping=None).start(make_context())
     name, parameter = next(iter(objective.parameters.items()))
     optimizer = optimizer_of(objective, 0.03)
     generator = torch.Generator().manual_seed(0)
@@ -122,7 +151,7 @@ def test_momentum_is_that_of_the_settings(make_context: Contexts) -> None:
         return -float((steps[1] * (u @ v)).sum() / steps[1].norm() / matrix.shape[0] ** 0.5)
 
     found = along(second + mu * (mu * first + second))
-    assert found > 0.97, name
+    assert found > 0.95, name
     assert found > max(along(second), along(second + 0.95 * (0.95 * first + second))) + 0.01
 
 
@@ -171,7 +200,7 @@ def test_a_run_forgets_and_keeps(
     out = tmp_path / "out"
     code, _, err = run_cli(
         "run", memorised_dir, "--forget", row_files["forget"], "--retain", row_files["retain"],
-        *("--output", out, "--learning-rate", 2e-2, "--epochs", 30, "--validate-every", 15),
+        *("--output", out, "--learning-rate", 3e-2, "--epochs", 30, "--validate-every", 15),
         *("--method.random-rows", 16, "--method.random-weight", 0.1, "--quiet"),
     )  # fmt: skip
     assert (code, err) == (0, "")
@@ -190,6 +219,8 @@ def test_a_run_forgets_and_keeps(
     [
         ({"momentum": 1.0}, "--method.momentum 1.0"),
         ({"momentum": -0.1}, "--method.momentum -0.1"),
+        ({"damping": 0.0}, "--method.damping 0.0"),
+        ({"damping": math.nan}, "--method.damping nan"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], option: str) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from expunge.training import keeping, state
 from expunge.training.loop import Loop
+from expunge.training.muon import Muon
 from expunge.training.scratch import Scratch
 from expunge.training.state import load_state, optimizer_tensors, restore_optimizer, save_state
 
@@ -237,7 +238,7 @@ def test_a_state_that_could_not_be_written_leaves_the_last_one_whole(tmp_path: P
     assert torch.equal(saved.under("parameters")["w"], torch.ones(3))
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, Muon])
 def test_an_optimizer_comes_back_as_it_was(kind: Callable[..., torch.optim.Optimizer]) -> None:
     def made() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
         parameter = torch.nn.Parameter(torch.linspace(0, 1, 6).reshape(2, 3))

@@ -9,20 +9,21 @@ import pytest
 import torch
 from torch import nn
 
+from expunge.training.muon import Muon
 from expunge.training.step_in_backward import StepInBackward
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def make() -> Callable[[], tuple[nn.Sequential, torch.optim.Muon]]:
+def make() -> Callable[[], tuple[nn.Sequential, Muon]]:
     """The same network of three matrices and its optimiser, each time anew."""
 
-    def network() -> tuple[nn.Sequential, torch.optim.Muon]:
+    def network() -> tuple[nn.Sequential, Muon]:
         torch.manual_seed(0)
         layers = [nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 6, bias=False)]
         model = nn.Sequential(*layers, nn.Tanh(), nn.Linear(6, 2, bias=False))
-        return model, torch.optim.Muon(model.parameters(), lr=0.1, weight_decay=0.0)
+        return model, Muon(model.parameters(), 0.1)
 
     return network
 
@@ -34,7 +35,7 @@ def losses(model: nn.Module, step: int) -> list[torch.Tensor]:
 
 
 def test_parameters_end_where_steps_after_the_pass_put_them(
-    make: Callable[[], tuple[nn.Sequential, torch.optim.Muon]],
+    make: Callable[[], tuple[nn.Sequential, Muon]],
 ) -> None:
     plain, optimizer = make()
     other, inside = make()
@@ -60,7 +61,7 @@ def test_parameters_end_where_steps_after_the_pass_put_them(
 
 
 def test_a_gradient_that_is_no_number_moves_nothing(
-    make: Callable[[], tuple[nn.Sequential, torch.optim.Muon]],
+    make: Callable[[], tuple[nn.Sequential, Muon]],
 ) -> None:
     model, optimizer = make()
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -73,7 +74,7 @@ def test_a_gradient_that_is_no_number_moves_nothing(
 
 
 def test_one_gradient_is_there_at_a_time(
-    make: Callable[[], tuple[nn.Sequential, torch.optim.Muon]],
+    make: Callable[[], tuple[nn.Sequential, Muon]],
 ) -> None:
     model, optimizer = make()
     parameters = list(model.parameters())

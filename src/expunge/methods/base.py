@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import nn
@@ -42,6 +42,15 @@ class Terms:
         return self.forget if self.retain is None else self.forget + self.retain
 
 
+class Whitening(NamedTuple):
+    """What makes the inputs of a linear map white on held text (`whitening`)."""
+
+    matrix: torch.Tensor
+    """(inputs, inputs)."""
+    turned: bool = False
+    """Whether the map holds its weight as (inputs, outputs)."""
+
+
 @dataclass(frozen=True)
 class OptimizerSpec:
     """Which optimiser the loop builds, with its options."""
@@ -56,15 +65,8 @@ class OptimizerSpec:
     rate_scale: float = 1.0
     """What the run's learning rate is multiplied by, so that a rate means much the same to every
     optimiser."""
-
-
-def muon(momentum: float = 0.95) -> OptimizerSpec:
-    """Muon whose steps have the size of Adam's, without decay (arXiv 2502.16982, eq. 4)."""
-    return OptimizerSpec(
-        "muon",
-        {"momentum": momentum, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"},
-        in_backward=True,
-    )
+    whitening: Mapping[str, Whitening] = field(default_factory=dict)
+    """By the name of a trained matrix what makes its inputs white, for Muon."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,12 @@ class RunDefaults:
     learning_rate: float
     """At a hidden size of 256; scaled by 256 / hidden size (arXiv 2203.03466, Adam)."""
     schedule: Schedule = "constant"
+    least_steps: int = 1
+    """More epochs are made of a forget set that is too small for as many."""
+
+    def epochs_of(self, steps_an_epoch: int) -> int:
+        """The default number of epochs where one takes so many steps."""
+        return max(self.epochs, -(-self.least_steps // steps_an_epoch))
 
     def learning_rate_at(self, width: int) -> float:
         """The default learning rate for a model of this hidden size."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from expunge.errors import InputError
-from expunge.methods.base import Context, Preset, RunDefaults, muon
+from expunge.methods.base import Context, OptimizerSpec, Preset, RunDefaults
 from expunge.methods.curvature import Curvature, DiagonalCurvature
 from expunge.methods.gradient import LoraSettings
 from expunge.methods.influence_step import InfluenceStep
@@ -65,7 +65,7 @@ class LIBU(LogOddsSettings, LoraSettings):
 class LIBUObjective(LogOddsObjective):
     """LIBU at work on one model; phase 1 is done when this is constructed."""
 
-    optimizer = muon()
+    optimizer = OptimizerSpec("muon", in_backward=True)
 
     def __init__(self, settings: LIBU, context: Context) -> None:
         super().__init__(settings, context)

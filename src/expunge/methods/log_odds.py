@@ -108,10 +108,14 @@ class LogOddsObjective(GradientObjective):
             with context.autocast():
                 check_lens(context.model, context.layout)
         self._forget_before = self._odds_before(context.forget, settings.tokens)
-        self._retain_before = self._odds_before(context.retain, "all")
-        self._said = self._said_before()
+        self._ask_about_held()
         self.written_weight = settings.random_weight * self._balance()
         """Of one written token, where one of the user's has 1."""
+
+    def _ask_about_held(self) -> None:
+        """Keeps what the target says of the rows that are to stay."""
+        self._retain_before = self._odds_before(self._context.retain, "all")
+        self._said = self._said_before()
 
     def _balance(self) -> float:
         """The counted tokens of a step's retain rows for each of its written rows', over the whole run.

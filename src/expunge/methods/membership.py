@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -43,12 +44,16 @@ class RowLosses:
 def membership_auc(members: Sequence[float], nonmembers: Sequence[float]) -> float:
     """AUC of the attack that calls a text of low loss a member, in [0, 1].
 
-    1: not forgotten; 0: over-unlearned, members stand out by a higher loss.
+    1: not forgotten; 0: over-unlearned, members stand out by a higher loss. Raises ValueError for
+    losses that are not finite.
     """
-    from sklearn.metrics import roc_auc_score
-
-    truth = [1] * len(members) + [0] * len(nonmembers)
-    return float(roc_auc_score(truth, [-loss for loss in [*members, *nonmembers]]))
+    if not all(map(math.isfinite, [*members, *nonmembers])):
+        raise ValueError("a loss is not finite")
+    ours = torch.tensor(members, dtype=torch.float64)
+    theirs = torch.tensor(nonmembers, dtype=torch.float64).sort().values
+    # Of each pair, the lower loss wins; equal ones share the point (Mann and Whitney, 1947).
+    below, not_above = (torch.searchsorted(theirs, ours, right=right) for right in (False, True))
+    return float(1 - (below + not_above).double().mean() / (2 * len(theirs)))
 
 
 def membership_score(auc: float) -> float:

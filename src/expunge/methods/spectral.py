@@ -2,12 +2,13 @@
 
     L = mean_F H(o_t - o_t*) + w mean_R H2(o_t - o_t^0)        (`log_odds` has all its terms)
     M <- mu M + (1 - mu) grad L
-    W <- W - eta 0.2 sqrt(max(m, n)) U V^T    with U S V^T = mu M + (1 - mu) grad L
+    W <- W - eta 0.2 sqrt(max(m, n)) c U V^T R    with U S V^T = (mu M + (1 - mu) grad L) R^T
 
 The loss ends per token: a forget token's log-odds at those of a never-seen one, a retain token's at the
 target's. The step is Muon's (Jordan et al., 2024): the momentum of each matrix of the decoder's layers,
 (m, n), with all its singular values set to 1 by Newton-Schulz iterations, scaled to the size of a
-step of Adam (arXiv 2502.16982, eq. 4).
+step of Adam (arXiv 2502.16982, eq. 4), in coordinates in which R makes the matrix's inputs on held text
+white (`whitening`): there a step moves what held text gives in no direction more than in another.
 
 What relearning brings back first are the few directions that all forget rows have in common (RepSelect,
 arXiv 2606.17168; arXiv 2605.11685). A gradient is made of them, and so is a step of Adam or of a
@@ -21,15 +22,22 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from expunge.errors import InputError
-from expunge.methods.base import Context, Preset, RunDefaults, muon
+from expunge.methods.base import Context, OptimizerSpec, Preset, RunDefaults, Whitening
 from expunge.methods.log_odds import LogOddsObjective, LogOddsSettings
+from expunge.methods.whitening import second_moments
 from expunge.models.lora import linears_in
+
+_ITERATIONS = 3
+"""Five take a tenth of a step more on wide models; no figure was better for it (docs/decisions.md)."""
 
 
 @dataclass(frozen=True)
 class Spectral(LogOddsSettings):
     """Settings of spectral unlearning."""
 
+    damping: float | None = 0.2
+    """Added to the second moment of a matrix's inputs on held text, as a share of their mean variance;
+    null: steps are flat in the matrix itself."""
     momentum: float = 0.95
     """Decay of Muon's momentum."""
 
@@ -41,6 +49,8 @@ class Spectral(LogOddsSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.damping is not None and not 1e-3 <= self.damping <= 1e3:
+            raise InputError(f"--method.damping {self.damping}: must be from 1e-3 to 1e3, or null")
         if not 0 <= self.momentum < 1:
             raise InputError(f"--method.momentum {self.momentum}: must be in [0, 1)")
 
@@ -53,6 +63,35 @@ class SpectralObjective(LogOddsObjective):
     """Spectral unlearning at work on one model."""
 
     def __init__(self, settings: Spectral, context: Context) -> None:
-        linears = linears_in(context.layout, settings.targets)
-        super().__init__(settings, context, [f"{name}.weight" for name in linears])
-        self.optimizer = muon(settings.momentum)
+        self._damping = settings.damping
+        self._linears = linears_in(context.layout, settings.targets)
+        self._whitening: dict[str, Whitening] = {}
+        super().__init__(settings, context, [f"{name}.weight" for name in self._linears])
+        options = {"momentum": settings.momentum, "iterations": _ITERATIONS}
+        self.optimizer = OptimizerSpec("muon", options, in_backward=True, whitening=self._whitening)
+
+    def _ask_about_held(self) -> None:
+        """What held text gives the trained matrices is seen in the same passes.
+
+        A matrix whose inputs are wider than the hidden states has no R: it would be as large as several
+        of the others and was measured to add nothing.
+        """
+        if self._damping is None:
+            super()._ask_about_held()
+            return
+        model = self._context.model
+        turned = {
+            name: type(model.get_submodule(name)).__name__ == "Conv1D" for name in self._linears
+        }
+        inputs = {
+            name: self.parameters[f"{name}.weight"].shape[0 if turned[name] else 1]
+            for name in self._linears
+        }
+        widest = model.config.get_text_config().hidden_size
+        with second_moments(model, [n for n in self._linears if inputs[n] <= widest]) as moments:
+            super()._ask_about_held()
+        self._whitening = {
+            f"{name}.weight": Whitening(moment.whitening(self._damping), turned[name])
+            for name, moment in moments.items()
+            if moment.count
+        }

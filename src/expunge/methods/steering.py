@@ -40,9 +40,7 @@ _DEPTH = 0.84
 _OPTIMIZERS = {
     "adamw": OptimizerSpec("adamw", {"weight_decay": 0.0}),
     # Its updates have a root mean square of 0.2 times the rate; the first ones of AdamW have 1.
-    "muon": OptimizerSpec(
-        "muon", {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}, rate_scale=5.0
-    ),
+    "muon": OptimizerSpec("muon", rate_scale=5.0),
 }
 
 

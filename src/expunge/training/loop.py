@@ -22,6 +22,7 @@ from expunge.methods.base import Context, Objective, Schedule
 from expunge.models.kernels import fast_products
 from expunge.models.weights import restore, snapshot
 from expunge.training.ending import Judgement
+from expunge.training.muon import Muon
 from expunge.training.options import Select
 from expunge.training.progress import Progress
 from expunge.training.sophia import Sophia
@@ -453,7 +454,8 @@ def optimizer_of(objective: Objective, learning_rate: float) -> torch.optim.Opti
             **spec.options,
         )
     if spec.name == "muon":
-        return torch.optim.Muon(parameters, lr=learning_rate, **spec.options)
+        whitening = {objective.parameters[name]: r for name, r in spec.whitening.items()}
+        return Muon(parameters, learning_rate, **spec.options, whitening=whitening)
     return torch.optim.AdamW(parameters, lr=learning_rate, **spec.options)
 
 

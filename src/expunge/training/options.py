@@ -143,7 +143,8 @@ def resolved(
     defaults = method.defaults
     batch_size = options.batch_size or defaults.batch_size
     per_epoch = steps_an_epoch(forget_examples, batch_size, method.sampling.chunk_size)
-    steps = (options.epochs or defaults.epochs) * per_epoch
+    epochs = options.epochs or defaults.epochs_of(per_epoch)
+    steps = epochs * per_epoch
     if options.max_steps is not None:
         steps = min(steps, options.max_steps)
     validate_every = options.validate_every
@@ -152,7 +153,7 @@ def resolved(
         every = max(math.ceil(steps / most), min(per_epoch, math.ceil(steps / least)))
         validate_every = max(1, every)
     return {
-        "epochs": options.epochs or defaults.epochs,
+        "epochs": epochs,
         "max_steps": options.max_steps,
         "steps": steps,
         "steps_per_epoch": per_epoch,

@@ -1,0 +1,66 @@
+"""The metric of a linear map's inputs on text that is to stay, for the steps of `training.muon`.
+
+What a step does to held text is E |dW x|^2 = tr(dW C dW^T), C = E[x x^T] over its tokens. Inputs of
+transformers lie along few directions: a step that is flat in them, not in the matrix, moves held text
+least for its length. C is the input's half of K-FAC (arXiv 1503.05671) and of SOAP's metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+_LEAST = 1e-7
+
+
+class SecondMoment:
+    """E[x x^T] of the inputs that a linear map was given, (n, n) float32."""
+
+    def __init__(self) -> None:
+        self._sum: torch.Tensor | None = None
+        self.count = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Adds (..., n)."""
+        flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        products = flat.T @ flat
+        self._sum = products if self._sum is None else self._sum + products
+        self.count += len(flat)
+
+    def whitening(self, damping: float) -> torch.Tensor:
+        """R with R^-1 R^-T = E[x x^T] + damping: (n, n), lower triangular, bfloat16.
+
+        `damping` is a share of the mean variance. Any R of this kind gives the same steps; Cholesky's is
+        the cheapest. Raises ValueError where nothing was given.
+        """
+        if self._sum is None:
+            raise ValueError("no inputs were seen")
+        moment = self._sum / self.count
+        one = torch.eye(len(moment), device=moment.device)
+        added = (damping * moment.diagonal().mean()).clamp(min=_LEAST)
+        factor = torch.linalg.cholesky(moment + added * one)
+        return torch.linalg.solve_triangular(factor, one, upper=False).bfloat16()
+
+
+@contextmanager
+def second_moments(model: nn.Module, names: Iterable[str]) -> Iterator[Mapping[str, SecondMoment]]:
+    """Inside, what the linear maps `names` are given is added up. Padding counts as a token."""
+    moments = {name: SecondMoment() for name in names}
+
+    def seen(moment: SecondMoment, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        moment.add(inputs[0])
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(partial(seen, moment))
+        for name, moment in moments.items()
+    ]
+    try:
+        yield moments
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,86 @@
+"""Muon, and Muon in coordinates in which what a linear map is given is white.
+
+    M <- mu M + (1 - mu) G,   H = (mu M + (1 - mu) G) R^T
+    W <- W - eta 0.2 sqrt(max(m, n)) c O(H) R      O(U S V^T) = U V^T, R^-1 R^-T = E[x x^T] + damping
+
+Muon (Jordan et al., 2024), scaled to the size of a step of Adam (arXiv 2502.16982, eq. 4), on W R^-1 in
+the place of W, (m, n). R = 1 is Muon itself. With R it is not the matrix that moves as far in every
+direction, but what it gives for held inputs x; c keeps the root mean square of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from expunge.methods.base import Whitening
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_LEAST = 1e-7
+
+
+class Muon(torch.optim.Optimizer):
+    """The optimiser; parameters without a gradient are passed over."""
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        iterations: int = 5,
+        whitening: Mapping[nn.Parameter, Whitening] | None = None,
+    ) -> None:
+        """`whitening` holds R of the matrices that have one."""
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "iterations": iterations})
+        self._whitening = dict(whitening or {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Moves every matrix that has a gradient; `closure` is not called."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                state = self.state[matrix]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix.grad)
+                mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+                update = matrix.grad.lerp(mean, group["momentum"])
+                step = direction(update, group["iterations"], self._whitening.get(matrix))
+                matrix.add_(step, alpha=-group["lr"])
+
+
+def direction(
+    update: torch.Tensor, iterations: int, whitening: Whitening | None = None
+) -> torch.Tensor:
+    """What a matrix moves against at learning rate 1; of the same shape."""
+    length = 0.2 * max(update.shape) ** 0.5
+    if whitening is None:
+        return length * orthogonalised(update, iterations)
+    if whitening.turned:
+        return direction(update.T, iterations, Whitening(whitening.matrix)).T
+    r = whitening.matrix.to(update.dtype)
+    flat = orthogonalised(update @ r.T, iterations)
+    back = flat @ r
+    return (length * flat.norm() / back.norm().clamp(min=_LEAST)) * back
+
+
+def orthogonalised(matrix: torch.Tensor, iterations: int) -> torch.Tensor:
+    """U S V^T -> nearly U V^T, by Newton-Schulz iterations in bfloat16.
+
+    Each makes small singular values 3.4 times as long: what is far below the largest stays short.
+    """
+    first, third, fifth = _COEFFICIENTS
+    flat = matrix.bfloat16()
+    if tall := flat.shape[0] > flat.shape[1]:
+        flat = flat.T
+    flat = flat / flat.norm().clamp(min=_LEAST)
+    for _ in range(iterations):
+        gram = flat @ flat.T
+        flat = torch.addmm(
+            flat, torch.addmm(gram, gram, gram, beta=third, alpha=fifth), flat, beta=first
+        )
+    return (flat.T if tall else flat).to(matrix.dtype)
