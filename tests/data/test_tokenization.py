@@ -189,6 +189,22 @@ def test_windows_fit_and_count_each_token_exactly_once(
     assert count_windowed(windows) == (total > context)
 
 
+def test_every_window_begins_with_the_bos_that_the_row_begins_with() -> None:
+    changed = words_tokenizer()
+    changed.add_special_tokens({"bos_token": "<s>"})
+    begin = changed.bos_token_id
+    changed.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", begin)]
+    )
+    policy = TextPolicy(8, long_rows="window")
+    windows = encode_rows([long_row("a", 9, 11)], changed, policy, eos=False)
+    assert {window.input_ids[0] for window in windows} == {begin}
+    assert [len(window) for window in windows] == [8, 8, 8, 3]
+    marks = [zip(w.input_ids, w.token_mask, w.answer_mask, strict=True) for w in windows]
+    counted = [(token, answer) for window in marks for token, flag, answer in window if flag]
+    assert counted == [(token, token >= 9) for token in range(20)]
+
+
 CHATML = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -210,7 +226,8 @@ def test_a_chat_template_is_prompt_until_the_answer_starts(tokenizer: Any) -> No
     assert changed.decode(marked) == "Ada"
     # The end of the turn is the template's EOS: not counted in forgotten rows, and never twice.
     pairs = zip(example.input_ids, example.token_mask, strict=True)
-    assert changed.decode([i for i, flag in pairs if not flag]).endswith("</>\n")
+    left_out = changed.decode([i for i, flag in pairs if not flag])
+    assert left_out == "<user></>\n<assistant></>\n"
     # What is special the template writes; the tokenizer adds nothing of its own.
     assert changed.bos_token_id not in example.input_ids
     prompt = prompt_ids(row, changed, policy)
@@ -221,6 +238,35 @@ def test_a_chat_template_is_prompt_until_the_answer_starts(tokenizer: Any) -> No
     assert changed.decode(counted) == "Ada</>\n"
 
 
+THINKING = (
+    "<s>system\nBe brief.</>\n"
+    "{% for m in messages %}<{{ m['role'] }}>\n{% if m['role'] == 'assistant' %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m['content'] | trim }}</>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+"""A system prompt, and before every answer an empty think block, as Qwen3's has it."""
+
+
+@pytest.mark.parametrize("output", ["Bath", " Bath\n", "think", ".", "Be brief."])
+@pytest.mark.parametrize("eos", [False, True])
+def test_what_a_template_adds_is_no_text_and_no_answer(
+    tokenizer: Any, output: str, eos: bool
+) -> None:
+    changed, policy = chat(tokenizer, THINKING), TextPolicy(1000, chat_template=True)
+    row = Row("a", "Where does Ada live? ", output)
+    example = one(row, changed, policy, eos=eos)
+    prompt = "<s>system\nBe brief.</>\n<user>\nWhere does Ada live?</>\n<assistant>\n"
+    assert changed.decode(prompt_ids(row, changed, policy)) == f"{prompt}<think>\n\n</think>\n\n"
+
+    def marked(mask: tuple[bool, ...]) -> str:
+        pairs = zip(example.input_ids, mask, strict=True)
+        return str(changed.decode([token for token, flag in pairs if flag]))
+
+    end = "</>\n" if eos else ""
+    assert marked(example.answer_mask) == output.strip() + end
+    assert marked(example.token_mask) == f"Where does Ada live?{output.strip()}{end}"
+
+
 def test_a_template_that_is_missing_or_rewrites_the_prompt_is_refused(tokenizer: Any) -> None:
     policy = TextPolicy(1000, chat_template=True)
     row = Row("a", CANARY, CANARY)
@@ -229,6 +275,12 @@ def test_a_template_that_is_missing_or_rewrites_the_prompt_is_refused(tokenizer:
     rewriting = chat(tokenizer, "{{ messages | length }}" + CHATML)
     message = refusal(lambda: encode_rows([row], rewriting, policy, eos=True))
     assert message.startswith("row 'a': the chat template renders the prompt differently")
+    assert CANARY not in message
+    # Qwen3's drops what stands before </think>: the row's answer would not be trained on as it is.
+    cutting = chat(tokenizer, CHATML.replace("m['content']", "m['content'].split('y</')[-1]"))
+    row = Row("a", "Who?", f"{CANARY}</think>Ada")
+    message = refusal(lambda: encode_rows([row], cutting, policy, eos=True))
+    assert "or rewrites the answer" in message
     assert CANARY not in message
 
 

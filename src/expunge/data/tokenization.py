@@ -6,6 +6,7 @@ and counting its tokens shifts the mask wherever a token spans the border.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,14 +18,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LongRows = Literal["refuse", "window"]
+_MARKS = ("EXPUNGE-INPUT", "EXPUNGE-OUTPUT")
+"""Stand in a rendered chat template where a row's texts go; nothing in them is trimmed or rewritten."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Example:
     """One tokenised row, or one window of a row that is longer than the context.
 
-    `token_mask` marks the tokens that a loss over all tokens counts (never BOS, never the overlap of
-    two windows), `answer_mask` those of the output. All three have the same length.
+    `token_mask` marks the tokens that a loss over all tokens counts (never BOS, never what a chat
+    template writes before the answer, never the overlap of two windows), `answer_mask` those of the
+    output. All three have the same length.
     """
 
     row_id: str
@@ -104,14 +108,15 @@ def encode_rows(
             f"row {worst.row_id!r}: has {len(worst)} tokens, the context has {policy.context}"
             f" ({len(long)} such rows); shorten them or choose --long-rows window"
         )
-    return [window for example in whole for window in _windows(example, policy.context)]
+    opening = _opening(tokenizer)
+    return [window for example in whole for window in _windows(example, policy.context, opening)]
 
 
 def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, policy: TextPolicy) -> list[int]:
-    """The tokens that generation starts from: `input` alone, or the user's turn of the template."""
+    """The tokens that generation starts from: `input` alone, or all that a template has before `output`."""
     if policy.chat_template:
-        prompt, _ = _chat_texts(row, tokenizer)
-        return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        text, _, (start, _) = _chat_text(row, tokenizer)
+        return list(tokenizer(text[:start], add_special_tokens=False)["input_ids"])
     encoded = tokenizer(row.input, return_special_tokens_mask=True)
     ids, special = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
     while len(ids) > 1 and special[len(ids) - 1]:  # an EOS that the tokenizer adds ends the text
@@ -143,11 +148,10 @@ def _encode(
     row: Row, tokenizer: PreTrainedTokenizerBase, policy: TextPolicy, *, eos: bool
 ) -> Example:
     if policy.chat_template:
-        prompt, text = _chat_texts(row, tokenizer)
-        answer_end = text.index(row.output.strip(), len(prompt)) + len(row.output.strip())
+        text, (begin, prompt_end), (answer_start, answer_end) = _chat_text(row, tokenizer)
     else:
-        prompt, text = row.input, row.text
-        answer_end = len(text)
+        text, begin, prompt_end = row.text, 0, len(row.input)
+        answer_start, answer_end = prompt_end, len(text)
     encoded = tokenizer(
         text,
         add_special_tokens=not policy.chat_template,
@@ -158,11 +162,12 @@ def _encode(
     special = [bool(flag) for flag in encoded["special_tokens_mask"]]
     answer, token = [], []
     for (start, end), flag in zip(encoded["offset_mapping"], special, strict=True):
+        of_template = start < begin >= end or prompt_end <= start < answer_start >= end
         # What a template writes after the answer (its end of turn) is treated as EOS is.
-        counted = not flag and (eos or start < answer_end)
+        counted = not flag and not of_template and (eos or start < answer_end)
         token.append(counted)
         # A token that spans the border holds part of the answer, so it counts as answer.
-        answer.append(counted and end > max(len(prompt), start))
+        answer.append(counted and end > max(answer_start, start))
     end_id = _eos(tokenizer)
     if eos and not policy.chat_template and end_id is not None and any(answer):
         if ids[-1] == end_id:
@@ -174,40 +179,61 @@ def _encode(
     return Example(row.id, row.task, tuple(ids), tuple(token), tuple(answer), row.kind)
 
 
-def _chat_texts(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The rendered user's turn, and the rendered exchange that starts with it."""
+def _chat_text(
+    row: Row, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, tuple[int, int], tuple[int, int]]:
+    """The rendered exchange, and where in it, by characters, the row's input and its output stand.
+
+    What a template writes between them (the turn's opening, an empty think block) is of neither.
+    """
     if not tokenizer.chat_template:
         raise InputError(
             "--chat-template: the tokenizer has no chat template; leave the option out"
         )
-    user = {"role": "user", "content": row.input}
-    assistant = {"role": "assistant", "content": row.output}
-    prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-    text = tokenizer.apply_chat_template([user, assistant], tokenize=False)
-    if not text.startswith(prompt) or row.output.strip() not in text[len(prompt) :]:
-        raise InputError(
-            f"row {row.id!r}: the chat template renders the prompt differently before an answer;"
-            " leave --chat-template out"
-        )
-    return prompt, text
+
+    def rendered(texts: Sequence[str], **options: bool) -> str:
+        roles = zip(("user", "assistant"), texts, strict=False)
+        turns = [{"role": role, "content": text} for role, text in roles]
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
+
+    prompt = rendered([row.input], add_generation_prompt=True)
+    text = rendered([row.input, row.output])
+    before, _, rest = rendered(_MARKS).partition(_MARKS[0])
+    between, _, after = rest.partition(_MARKS[1])
+    # Some templates trim what they are given, on one side or both.
+    for asked, told in itertools.product(*((t, t.strip()) for t in (row.input, row.output))):
+        opening = before + asked + between
+        if text == opening + told + after and opening.startswith(prompt):
+            start = len(before)
+            spans = (start, start + len(asked)), (len(opening), len(opening) + len(told))
+            return text, *spans
+    raise InputError(
+        f"row {row.id!r}: the chat template renders the prompt differently before an answer,"
+        " or rewrites the answer; leave --chat-template out"
+    )
 
 
-def _windows(example: Example, context: int) -> list[Example]:
-    """Cuts a long example into overlapping windows in which every token counts exactly once."""
+def _windows(example: Example, context: int, opening: tuple[int, ...]) -> list[Example]:
+    """Cuts a long example into overlapping windows in which every token counts exactly once.
+
+    Where the example begins with `opening` (BOS), each window does: a model reads no text without it.
+    """
     if len(example) <= context:
         return [example]
-    overlap = context // 4
+    lead = len(opening) if example.input_ids[: len(opening)] == opening else 0
+    width = context - lead
+    overlap = width // 4
     windows = []
-    for start in range(0, len(example) - overlap, context - overlap):
-        repeated = overlap if start else 0
-        part = slice(start, start + context)
+    for start in range(lead, len(example) - overlap, width - overlap):
+        repeated = overlap if start > lead else 0
+        part = slice(start, start + width)
         windows.append(
             Example(
                 example.row_id,
                 example.task,
-                example.input_ids[part],
-                _without(example.token_mask[part], repeated),
-                _without(example.answer_mask[part], repeated),
+                example.input_ids[:lead] + example.input_ids[part],
+                example.token_mask[:lead] + _without(example.token_mask[part], repeated),
+                example.answer_mask[:lead] + _without(example.answer_mask[part], repeated),
                 example.kind,
             )
         )
@@ -216,6 +242,13 @@ def _windows(example: Example, context: int) -> list[Example]:
 
 def _without(mask: Sequence[bool], repeated: int) -> tuple[bool, ...]:
     return (False,) * min(repeated, len(mask)) + tuple(mask[repeated:])
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The special tokens that the tokenizer puts before any text."""
+    probe = tokenizer("x", return_special_tokens_mask=True)
+    pairs = zip(probe["input_ids"], probe["special_tokens_mask"], strict=True)
+    return tuple(token for token, _ in itertools.takewhile(lambda pair: pair[1], pairs))
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int | None:
