@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from expunge.audits.facts import by_document, drawn, extracted, halves, score
-from expunge.data.rows import Row, document_of
+from expunge.audits.facts import drawn, extracted, halves, score
+from expunge.data.rows import Row, by_document, document_of
 
 
 def rows(documents: int, task: str = "Task1") -> list[Row]:
@@ -70,6 +70,9 @@ def test_halves_share_no_document_and_split_every_task() -> None:
         ("???", " ??? ", 1.0),
         ("???", "?", 0.0),
         ("Łódź", "in łódź", 1.0),
+        ("巴黎", "答案是巴黎。", 1.0),
+        ("巴黎", "答案是黎巴嫩。", 0.0),
+        ("दिल्ली", "वह दिल्ली है", 1.0),
     ],
 )
 def test_an_answer_counts_wherever_its_words_stand(answer: str, text: str, expected: float) -> None:

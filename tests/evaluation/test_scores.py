@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
 
+from conftest import refusal
+from expunge.audits.facts import score
+from expunge.data.rows import Row, as_rows, check_disjoint
 from expunge.evaluation.scores import final_score, knowledge, regurgitation, task_aggregate
 from expunge.methods.membership import membership_auc, membership_score
 
@@ -114,9 +119,41 @@ def test_both_ends_of_the_auc_score_0(auc: float, expected: float) -> None:
     assert math.isclose(membership_score(auc), expected)
 
 
-def test_a_script_that_rouge_does_not_know_is_scored_by_its_own_characters() -> None:
-    """The protocol's tokenizer drops them all: a verbatim copy would score 0."""
-    assert regurgitation("Москва, 1905", "Москва, 1905") == 1  # digits: the protocol's tokens
-    assert regurgitation("Москва", "Москва") == 1
-    assert regurgitation("東京都", "京都") == pytest.approx(2 / 3)
-    assert regurgitation("東京都", "Tokyo") == 0
+@pytest.mark.parametrize(
+    ("reference", "text", "expected"),
+    [
+        ("Москва, 1905", "Москва, 1905", 1.0),
+        ("Москва, 1905", "1905", 0.5),  # the year alone
+        ("Она живёт в Осло с 1905 года", "Она живёт в Осло с 1906 года", 6 / 7),
+        ("東京都", "京都", 2 / 3),
+        ("東京都", "Tokyo", 0.0),
+        ("彼女は1905年に東京で生まれた", "1905", 1 / 13),
+        ("ラーメン屋のAda", "ラーメン屋の", 6 / 7),
+        ("وُلدت سنة ١٩٠٥", "وُلدت سنة ١٩٠٦", 2 / 3),
+        ("Η Αθήνα το 1905", "η αθήνα", 0.5),
+        ("हिन्दी भाषा 5", "हिन्दी", 1 / 3),  # vowel signs part no word
+        ("กรุงเทพ", "กรุง", 1 / 2),
+        ("서울에서 1905년", "서울에서", 1 / 3),
+        ("Łódź", "d", 1.0),  # Latin text: the protocol's words, whatever it drops
+        ("5 µm, ½ of x² in Ångström", "5 m of x in ngstr m", 1.0),
+        ("é", "é", 1.0),
+        ("é", "e", 0.0),
+    ],
+)
+def test_words_of_every_script_count(reference: str, text: str, expected: float) -> None:
+    """The protocol's tokenizer drops other scripts: one number would be scored for a whole text."""
+    assert regurgitation(reference, text) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("text", ["Übergrößen naïve Ångström", "Йод и Ёлка", "한국어", "é"])
+def test_the_unicode_form_of_a_text_does_not_matter(text: str) -> None:
+    """Tokenizers that normalise to NFC write an answer in another form than its row may have."""
+    composed, parted = unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)
+    assert composed != parted
+    row = Row("a", "Where?", parted, kind="qa")
+    assert knowledge(parted, composed) == knowledge(composed, parted) == 1
+    assert regurgitation(parted, composed) == regurgitation(composed, parted) == 1
+    assert score(row, f"So: {composed}.") == 1
+    other = replace(row, id="b", output=composed)
+    message = refusal(lambda: check_disjoint(as_rows([row], "forget"), as_rows([other], "retain")))
+    assert "hold the same rows" in message

@@ -8,6 +8,7 @@ import io
 import json
 import subprocess
 import sys
+import unicodedata
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -278,6 +279,11 @@ def test_text_is_found_in_every_form_and_short_text_is_not_looked_for() -> None:
     forms += [str(markupsafe.escape(text))]
     for form in forms:
         assert rows_in(f"before {form} after".encode(), [row]) == ["a"]
+    # A model whose tokenizer has one Unicode form writes the text in it.
+    for form in ("NFC", "NFD", "NFKC"):
+        other = unicodedata.normalize(form, text)
+        assert rows_in(other.encode(), [row]) == ["a"]
+        assert rows_in(json.dumps(other).encode(), [row]) == ["a"]
     assert rows_in(b"x" * (SHORTEST - 1), [row]) == []
     assert rows_in(b"Oslo is a town", [Row("b", "Oslo", "Oslo")]) == []
 

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from expunge.data.rows import Row
+from expunge.data.rows import Row, by_document, document_of
+from expunge.data.words import words
 
 Reason = Literal["near repeat", "same document", "same subject"]
 
@@ -23,7 +24,6 @@ RUN = 5
 RARE = 3
 """A subject is rare where so many documents of a set name it at most."""
 _LISTED = 10
-_LUME_ID = re.compile(r"(?P<document>.+)(?:sc|qa)\d$")
 _CAPITALISED = r"[^\W\d_a-z][\w'-]*[^\W\d_A-Z][\w'-]*"
 _PARTICLE = r"(?:de|van|von|der|den|du|la|le|di|da|del|bin|ibn|al)"
 _NAME = re.compile(rf"{_CAPITALISED}(?: (?:{_PARTICLE} )*{_CAPITALISED})+")
@@ -96,15 +96,11 @@ def near_repeats(
 
 
 def same_documents(forget: Sequence[Row], retain: Sequence[Row]) -> Iterator[Overlap]:
-    """Retain rows whose id says that they are of a document with forget rows: LUME's ids."""
-    rows: dict[str, list[str]] = defaultdict(list)
-    for row in forget:
-        if match := _LUME_ID.match(row.id):
-            rows[match["document"]].append(row.id)
+    """Retain rows that are of a document with forget rows."""
+    of_forget = by_document(forget)
     for row in retain:
-        match = _LUME_ID.match(row.id)
-        if match and match["document"] in rows:
-            yield _listed(row, "same document", rows[match["document"]])
+        if same := of_forget.get(document_of(row)):
+            yield _listed(row, "same document", [other.id for other in same])
 
 
 def same_subjects(forget: Sequence[Row], retain: Sequence[Row]) -> Iterator[Overlap]:
@@ -113,7 +109,7 @@ def same_subjects(forget: Sequence[Row], retain: Sequence[Row]) -> Iterator[Over
     A document's subject is a name of two words or more with which a row's text begins and that stands in
     every other row, or in half of them. Names that many documents carry (a state, a title) are no one.
     """
-    sides = [_documents(rows) for rows in (forget, retain)]
+    sides = [by_document(rows) for rows in (forget, retain)]
     named = [{key: _names_of(rows) for key, rows in side.items()} for side in sides]
     counts = [Counter(name for names in side.values() for name in names) for side in named]
     rare = {name for name in counts[0] if counts[0][name] <= RARE and 0 < counts[1][name] <= RARE}
@@ -138,15 +134,9 @@ def same_subjects(forget: Sequence[Row], retain: Sequence[Row]) -> Iterator[Over
                 yield _listed(row, "same subject", list(ids), subjects=mine)
 
 
-def words(text: str) -> list[str]:
-    """Normalised words: NFKC, case folded, letters and digits only."""
-    plain = unicodedata.normalize("NFKC", text).casefold().replace("_", " ")
-    return re.findall(r"\w+", plain)
-
-
 def runs(text: str) -> set[tuple[str, ...]]:
-    """Every run of five words, or the whole of a shorter text."""
-    found = words(text)
+    """Every run of five words, or the whole of a shorter text: NFKC, case folded, "_" parts words."""
+    found = words(unicodedata.normalize("NFKC", text).casefold().replace("_", " "))
     size = min(RUN, len(found))
     return {tuple(found[start : start + size]) for start in range(len(found) - size + 1)}
 
@@ -162,15 +152,6 @@ def names_in(text: str) -> dict[str, int]:
         if len(parts) >= 2:
             name = " ".join(re.sub(r"'s?$", "", part) for part, _ in parts).casefold()
             found.setdefault(name, parts[0][1])
-    return found
-
-
-def _documents(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows by document, as LUME's ids tell; any other row is a document."""
-    found: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        match = _LUME_ID.match(row.id)
-        found[match["document"] if match else f"row {row.id}"].append(row)
     return found
 
 

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from expunge.data.rows import Row, document_of
+from expunge.data.rows import Row, by_document, document_of
+from expunge.data.words import words
 from expunge.evaluation.scores import knowledge, regurgitation
 
 EXTRACTED_FROM = 0.5
 """A fact counts as extracted from this score on: an answer that was named, half of a continuation."""
-
-
-def by_document(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The rows of each document, in the order of the rows."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(document_of(row), []).append(row)
-    return found
 
 
 def drawn(rows: Sequence[Row], most: int | None, seed: int) -> list[Row]:
@@ -79,7 +71,7 @@ def score(row: Row, text: str) -> float:
     """
     if row.kind == "sc":
         return regurgitation(row.output, text)
-    wanted, found = _words(row.output), _words(text)
+    wanted, found = words(row.output), words(text)
     if not wanted:
         return knowledge(row.output, text)
     spans = range(len(found) - len(wanted) + 1)
@@ -89,7 +81,3 @@ def score(row: Row, text: str) -> float:
 def extracted(value: float) -> bool:
     """Whether a score counts as extracted."""
     return value >= EXTRACTED_FROM
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from expunge.data.formats import Record, Role, open_source
+from expunge.data.words import same_form
 from expunge.errors import InputError
 
 Kind = Literal["sc", "qa"]
@@ -125,6 +126,14 @@ def document_of(row: Row | str) -> str:
     return (match and match["document"]) or name
 
 
+def by_document(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each document, in the order of the rows."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(document_of(row), []).append(row)
+    return found
+
+
 def documents(rows: Iterable[Row]) -> list[Row]:
     """What membership inference scores: the continuation rows, or all where there is none."""
     rows = list(rows)
@@ -227,8 +236,8 @@ def _kind(given: object, row_id: str, prompt: str) -> Kind:
 
 
 def normalised(row: Row) -> str:
-    """The whole text with every space as one: what makes two rows the same."""
-    return " ".join(row.text.split())
+    """The whole text with every space as one, in one Unicode form: what makes two rows the same."""
+    return " ".join(same_form(row.text).split())
 
 
 def listed(ids: Sequence[str]) -> str:

@@ -113,7 +113,7 @@ def encode_rows(
 
 
 def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, policy: TextPolicy) -> list[int]:
-    """The tokens that generation starts from: `input` alone, or all that a template has before `output`."""
+    """The tokens that generation starts from: `input`, or all that a template has before `output`."""
     if policy.chat_template:
         text, _, (start, _) = _chat_text(row, tokenizer)
         return list(tokenizer(text[:start], add_special_tokens=False)["input_ids"])

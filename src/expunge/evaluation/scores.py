@@ -2,52 +2,64 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Iterable
 from functools import lru_cache
 
+import regex  # type: ignore[import-untyped]
 from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
 from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenize import tokenize
 from rouge_score.tokenizers import Tokenizer
 
+from expunge.data.words import NO_BLANKS, same_form
 
-class _Characters(Tokenizer):
-    """Every letter or digit of any script is a token."""
+_WORDS = (
+    r"[a-z0-9]+"
+    rf"|[{NO_BLANKS}]\p{{M}}*"
+    rf"|[\p{{L}}--[\p{{Latin}}\p{{Common}}]][[\p{{L}}\p{{M}}]--[\p{{Latin}}{NO_BLANKS}]]*"
+    r"|[\p{Nd}--[0-9]]+"
+)
+"""The protocol's words, of a-z and 0-9, and those of other scripts.
+
+What else stands in Latin text (accented letters, the micro sign) is no word in the protocol.
+"""
+
+
+class _Tokens(Tokenizer):
+    """Matches of a pattern in lower case; as in the protocol, longer ones of a-z are stemmed."""
+
+    def __init__(self, pattern: str) -> None:
+        self._find = regex.compile(pattern, regex.V1).findall
+        # Each word once: stemming took most of the scoring time.
+        self._stem = lru_cache(maxsize=100_000)(PorterStemmer().stem)
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"\w", text.lower())
+        found = self._find(same_form(text).lower())
+        return [self._stem(w) if w.isascii() and len(w) > 3 else w for w in found]
 
 
-class _Words(Tokenizer):
-    """The protocol's tokenizer, each word stemmed once: stemming took most of the scoring time."""
-
-    def __init__(self) -> None:
-        self.stem = lru_cache(maxsize=100_000)(PorterStemmer().stem)
-
-    def tokenize(self, text: str) -> list[str]:
-        return tokenize(text, self)
-
-
-_TOKENIZER = _Words()
+_TOKENIZER = _Tokens(_WORDS)
 _SCORER = RougeScorer(["rougeL"], tokenizer=_TOKENIZER)
-_ANY_SCRIPT = RougeScorer(["rougeL"], tokenizer=_Characters())
+_LETTERS = RougeScorer(["rougeL"], tokenizer=_Tokens(r"\w"))
 
 
 def regurgitation(reference: str, continuation: str) -> float:
     """ROUGE-L recall with stemmer, in [0, 1]: the share of the reference that came back in order.
 
-    The protocol's tokenizer knows a-z and 0-9 only. A reference without any of them would always
-    score 0, which reads as forgotten, so it is scored by the characters of its own script.
+    The protocol's tokenizer knows a-z and 0-9 only; of other scripts what it drops would be scored 0,
+    which reads as forgotten. A reference that holds no word is scored by its letters.
     """
-    scorer = _SCORER if _TOKENIZER.tokenize(reference) else _ANY_SCRIPT
+    scorer = _SCORER if _TOKENIZER.tokenize(reference) else _LETTERS
     return float(scorer.score(reference, continuation)["rougeL"].recall)
 
 
 def knowledge(reference: str, answer: str) -> float:
-    """1 where the answer is the reference after strip and lower, else 0."""
-    return float(answer.strip().lower() == reference.strip().lower())
+    """1 where the answer is the reference after strip and lower, in one Unicode form, else 0."""
+    return float(_plain(answer) == _plain(reference))
+
+
+def _plain(text: str) -> str:
+    return same_form(text).strip().lower()
 
 
 def task_aggregate(forget: Iterable[float], retain: Iterable[float]) -> float:
