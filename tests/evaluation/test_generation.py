@@ -39,8 +39,14 @@ def one_at_a_time(model: Any, prompt: list[int], end: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def texts(tokenizer: Any, rows: list[list[int]]) -> list[str]:
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+def texts(tokenizer: Any, rows: list[list[int]], *ends: int) -> list[str]:
+    """What the rows say, without the end that stopped them."""
+    said = [[token for token in row if token not in ends] for row in rows]
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in said]
+
+
+def write(*arguments: Any, **options: Any) -> list[str]:
+    return [written.text for written in generate(*arguments, **options)]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
@@ -54,21 +60,28 @@ def test_batches_of_any_size_write_what_one_prompt_alone_gets(family: str, token
     assert min(map(len, alone)) < max(map(len, alone))
     for batch_size in (1, 3, 64):
         counted: list[int] = []
-        written = generate(model, tokenizer, asked, batch_size, counted.append)
-        assert written == texts(tokenizer, alone)
+        written = write(model, tokenizer, asked, batch_size, counted.append)
+        assert written == texts(tokenizer, alone, end)
         assert sum(counted) == len(asked)
         assert max(counted) <= batch_size
 
 
-def test_the_tokenizers_end_counts_where_the_model_names_none(tokenizer: Any) -> None:
+@pytest.mark.parametrize("names", ["tokenizer", "config", "generation_config"])
+def test_a_text_ends_at_any_token_that_is_named_an_end(names: str, tokenizer: Any) -> None:
+    """Often one of the three lists ends that the others lack, special tokens or not."""
     model = shaken(tiny_model("llama", len(tokenizer)))
-    model.generation_config.eos_token_id = None
     asked = prompts([4, 6], len(tokenizer))
     changed = copy.deepcopy(tokenizer)
-    changed.eos_token = changed.convert_ids_to_tokens(one_at_a_time(model, asked[0], -1)[2])
-    alone = [one_at_a_time(model, prompt, changed.eos_token_id) for prompt in asked]
+    end = one_at_a_time(model, asked[0], -1)[2]
+    if names == "tokenizer":
+        changed.eos_token = changed.convert_ids_to_tokens(end)
+    else:
+        getattr(model, names).eos_token_id = [len(tokenizer) + 5, end]
+    alone = [one_at_a_time(model, prompt, end) for prompt in asked]
     assert len(alone[0]) <= 3
-    assert generate(model, changed, asked, 2) == texts(changed, alone)
+    written = generate(model, changed, asked, 2)
+    assert [each.text for each in written] == texts(changed, alone, end)
+    assert [each.ended for each in written] == [row[-1] == end for row in alone]
 
 
 def test_a_row_near_the_end_of_the_context_does_not_shorten_its_neighbours(tokenizer: Any) -> None:
@@ -76,12 +89,12 @@ def test_a_row_near_the_end_of_the_context_does_not_shorten_its_neighbours(token
     asked = prompts([30, 127, 20, 124], len(tokenizer))
     alone = [one_at_a_time(model, prompt, tokenizer.eos_token_id) for prompt in asked]
     assert list(map(len, alone)) == [NEW_TOKENS, 1, NEW_TOKENS, 4]
-    assert generate(model, tokenizer, asked, 64) == texts(tokenizer, alone)
+    assert write(model, tokenizer, asked, 64) == texts(tokenizer, alone)
     # So few of them end early that they stay in the batch, beyond the last position that there is.
     asked = [asked[3], *prompts([30] * 7, len(tokenizer))]
     alone = [one_at_a_time(model, prompt, tokenizer.eos_token_id) for prompt in asked]
     assert list(map(len, alone)) == [4, *[NEW_TOKENS] * 7]
-    assert generate(model, tokenizer, asked, 64) == texts(tokenizer, alone)
+    assert write(model, tokenizer, asked, 64) == texts(tokenizer, alone)
 
 
 def test_a_prompt_that_fills_the_context_is_refused_by_number(tokenizer: Any) -> None:
@@ -109,7 +122,7 @@ def test_a_models_own_generation_settings_do_not_matter(tokenizer: Any) -> None:
         forced_eos_token_id=5,
         bad_words_ids=[[7]],
     )
-    assert generate(model, tokenizer, asked, 2) == texts(tokenizer, alone)
+    assert write(model, tokenizer, asked, 2) == texts(tokenizer, alone)
     assert model.generation_config is own
 
 
@@ -164,10 +177,8 @@ def test_a_sliding_window_is_counted_in_each_rows_own_tokens(family: str, tokeni
     alone = [one_at_a_time(model, prompt, 0) for prompt in asked]
     drafts = [[*row[: 2 * place], 9] for place, row in enumerate(alone)]
     for batch_size in (1, 3, 64):
-        assert generate(model, tokenizer, asked, batch_size) == texts(tokenizer, alone)
-        assert generate(model, tokenizer, asked, batch_size, drafts=drafts) == texts(
-            tokenizer, alone
-        )
+        assert write(model, tokenizer, asked, batch_size) == texts(tokenizer, alone)
+        assert write(model, tokenizer, asked, batch_size, drafts=drafts) == texts(tokenizer, alone)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2", "opt", "bloom"])
@@ -188,8 +199,8 @@ def test_no_draft_changes_what_is_written(family: str, tokenizer: Any) -> None:
     }
     for drafts in kinds.values():
         for batch_size in (1, 64):
-            written = generate(model, tokenizer, asked, batch_size, drafts=drafts)
-            assert written == texts(tokenizer, alone)
+            written = write(model, tokenizer, asked, batch_size, drafts=drafts)
+            assert written == texts(tokenizer, alone, end)
 
 
 def test_a_right_draft_needs_no_step(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +209,7 @@ def test_a_right_draft_needs_no_step(tokenizer: Any, monkeypatch: pytest.MonkeyP
     alone = [one_at_a_time(model, prompt, 0) for prompt in asked]
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))
-    assert generate(model, tokenizer, asked, 64, drafts=alone) == texts(tokenizer, alone)
+    assert write(model, tokenizer, asked, 64, drafts=alone) == texts(tokenizer, alone)
     assert len(passes) == 1
 
 
@@ -210,7 +221,7 @@ def test_rows_that_end_at_once_and_rows_that_never_do(tokenizer: Any) -> None:
         model.generation_config.eos_token_id = ends
         alone = [one_at_a_time(model, prompt, ends[0]) for prompt in asked]
         assert len(alone[0]) == (1 if ends == [first] else NEW_TOKENS)
-        assert generate(model, tokenizer, asked, 64) == texts(tokenizer, alone)
+        assert write(model, tokenizer, asked, 64) == texts(tokenizer, alone, *ends)
 
 
 def test_many_rows_come_and_go(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +235,7 @@ def test_many_rows_come_and_go(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) 
     alone = [one_at_a_time(model, prompt, end) for prompt in asked]
     assert len(set(map(len, alone))) > 2
     for batch_size in (2, 8):
-        assert generate(model, tokenizer, asked, batch_size) == texts(tokenizer, alone)
+        assert write(model, tokenizer, asked, batch_size) == texts(tokenizer, alone, end)
 
 
 def test_what_all_but_ties_is_decided_by_the_row_alone(
@@ -241,8 +252,8 @@ def test_what_all_but_ties_is_decided_by_the_row_alone(
     alone = [one_at_a_time(model, prompt, 0) for prompt in asked]
     # As if every choice were a tie, and the batch had decided each wrongly.
     monkeypatch.setattr(decoding, "choices", lambda x: ([3] * len(x), [True] * len(x)))
-    assert generate(model, tokenizer, asked, 64) == texts(tokenizer, alone)
-    assert generate(model, tokenizer, asked, 64, drafts=alone) == texts(tokenizer, alone)
+    assert write(model, tokenizer, asked, 64) == texts(tokenizer, alone)
+    assert write(model, tokenizer, asked, 64, drafts=alone) == texts(tokenizer, alone)
 
 
 def test_nothing_asked_is_nothing_written(tokenizer: Any) -> None:

@@ -14,6 +14,8 @@ from conftest import refusal
 from expunge.data.rows import RowSet, as_rows
 from expunge.data.tokenization import TextPolicy
 from expunge.evaluation import generation
+from expunge.evaluation.findings import findings
+from expunge.evaluation.generation import Written
 from expunge.evaluation.multiple_choice import Question, read_questions
 from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
 from expunge.models.loading import check_model, load_model
@@ -73,6 +75,31 @@ def test_a_model_that_knows_its_rows_scores_so(measure: Measure) -> None:
     assert (card.details["mia"]["members"], card.details["mia"]["nonmembers"]) == (4, 3)
     assert card.details["utility"]["by_subject"] == {"counting": card.utility}
     assert card.details["dtype"] == "float32"
+
+
+def test_a_right_answer_without_an_end_is_a_finding(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "expunge.evaluation.scorecard.generate",
+        lambda _model, _tokenizer, prompts, *_: [
+            Written(f" {text}", ended)
+            for text, ended in (
+                ("Paris and Rome and Paris", False),
+                ("Paris and Rome", True),
+                ("Parisian", False),
+                ("Paris.", False),
+            )
+        ],
+    )
+    rows = [{"id": f"a{n}qa0", "input": "Where?", "output": "Paris"} for n in range(4)]
+    card = measure(forget=as_rows(rows, "forget"), retain=None, nonmembers=None, questions=None)
+    assert card.forget == {"default": {"regurgitation": None, "knowledge": 0.0}}
+    assert [record["runs_on"] for record in card.records] == [True, False, False, True]
+    found = findings(Scorecard.from_json(json.loads(json.dumps(card.to_json()))))
+    assert found[0].startswith("never stops: 2 of 4 forget questions got the right answer")
+    monkeypatch.undo()
+    assert not any(each.startswith("never stops") for each in findings(measure()))
 
 
 def partly_known(rows: list[dict[str, str]]) -> RowSet:

@@ -153,7 +153,7 @@ def test_each_row_is_generated_once(
     asked: list[tuple[int, ...]] = []
     generate = generation.generate
 
-    def counted(model: Any, tokenizer: Any, prompts: Any, *others: Any) -> list[str]:
+    def counted(model: Any, tokenizer: Any, prompts: Any, *others: Any) -> list[generation.Written]:
         asked.extend(map(tuple, prompts))
         return generate(model, tokenizer, prompts, *others)
 

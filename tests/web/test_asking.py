@@ -44,7 +44,8 @@ def test_both_answers_are_those_of_the_evaluation(
     rows = as_rows(forget_rows, "forget")
     prompts = [prompt_ids(row, tokenizer, POLICY) for row in rows]
     expected = {
-        side: generate(voice.model, tokenizer, prompts, 8) for side, voice in pair.voices.items()
+        side: [found.text for found in generate(voice.model, tokenizer, prompts, 8)]
+        for side, voice in pair.voices.items()
     }
     for number, row in enumerate(rows):
         answers = pair.answers(Question(row.input, 256))

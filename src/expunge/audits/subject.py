@@ -15,7 +15,7 @@ from expunge.data.rows import Row
 from expunge.data.tokenization import TextPolicy, answer_ids, prompt_ids
 from expunge.evaluation.batches import padded, token_batches
 from expunge.evaluation.decoding import Choice, Greedy, Request, decode
-from expunge.evaluation.generation import MAX_NEW_TOKENS, ends_of
+from expunge.evaluation.generation import MAX_NEW_TOKENS, ends_of, text_of
 from expunge.methods.forward import logits_at
 from expunge.methods.numerics import target_log_probs
 from expunge.models.kernels import fast_products
@@ -111,7 +111,7 @@ class Reader:
             for index, tokens in decode(
                 self.model, requests, frozenset(ends), self.batch_size, choose or Greedy()
             ):
-                written[index] = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                written[index] = text_of(tokens, self.tokenizer, ends)
                 advance(1)
         return written
 

@@ -18,7 +18,13 @@ def findings(card: Scorecard, target: Scorecard | None = None) -> list[str]:
 
     Without it fixed bounds stand in.
     """
-    found = []
+    found = [
+        f"never stops: {asked['runs_on']} of {asked['asked']} {split} questions got the right answer and"
+        " no end of text, which counts 0; if another token ends answers, name it as eos_token_id in"
+        " generation_config.json"
+        for split, asked in card.details.get("questions", {}).items()
+        if asked["runs_on"]
+    ]
     forget, retain = card.mean("forget"), card.mean("retain")
     if retain is not None:
         before = None if target is None else target.mean("retain")

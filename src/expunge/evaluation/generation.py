@@ -5,8 +5,8 @@ Protocol of SemEval-2025 Task 4: the prompt is `input` alone, greedy, at most 25
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Container, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 MAX_NEW_TOKENS = 256
 
 
+class Written(NamedTuple):
+    """One continuation, and whether it came to an end of text rather than to the limit of tokens."""
+
+    text: str
+    ended: bool
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -27,11 +34,11 @@ def generate(
     batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
     drafts: Sequence[Sequence[int]] | None = None,
-) -> list[str]:
+) -> list[Written]:
     """The continuation of each prompt (token ids), without special tokens.
 
     `drafts` are continuations worth a try, one a prompt: a good one saves time and no draft changes
-    what is written. The model's own generation settings play no part but for its end of text. Raises
+    what is written. The model's own generation settings play no part but for its ends of text. Raises
     InputError for a prompt that fills the context.
     """
     from expunge.evaluation.decoding import Request, greedy
@@ -55,14 +62,24 @@ def generate(
         for index, tokens in greedy(model, requests, frozenset(ends), batch_size):
             outputs[index] = tokens
             advance(1)
-    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in outputs]
+    return [
+        Written(text_of(tokens, tokenizer, ends), bool(tokens) and tokens[-1] in ends)
+        for tokens in outputs
+    ]
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a text, the tokenizer's where the model names none."""
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    if ends is None:
-        return []
-    return [ends] if isinstance(ends, int) else list(ends)
+    """The tokens that end a text: all that generation settings, configuration or tokenizer name."""
+    named = (
+        model.generation_config.eos_token_id,
+        getattr(model.config.get_text_config(), "eos_token_id", None),
+        tokenizer.eos_token_id,
+    )
+    ends = [end for of in named for end in ([of] if isinstance(of, int) else of or ())]
+    return list(dict.fromkeys(ends))
+
+
+def text_of(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, ends: Container[int]) -> str:
+    """What new tokens say: without special ones, and without the end, which need not be special."""
+    said = [token for token in tokens if token not in ends]
+    return str(tokenizer.decode(said, skip_special_tokens=True))

@@ -46,7 +46,7 @@ class MeasureInputs:
     output: str | None = None
     """Write scores.json here."""
     records: str | None = None
-    """Write one JSON line a row here: id, split, task, kind, score."""
+    """Write one JSON line a row here: id, split, task, kind, score, runs_on."""
     reveal: bool = False
     """Add what was generated to the records; it can hold forgotten text."""
     batch_size: int = 64

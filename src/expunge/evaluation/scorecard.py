@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from expunge.data.rows import Row, RowSet, check_disjoint, documents
 from expunge.data.tokenization import TextPolicy, answer_ids, encode_rows, prompt_ids
+from expunge.data.words import words
 from expunge.errors import InputError
-from expunge.evaluation.generation import generate
+from expunge.evaluation.generation import Written, generate
 from expunge.evaluation.membership import document_losses
 from expunge.evaluation.multiple_choice import (
     Question,
@@ -49,7 +50,8 @@ class Scorecard:
     details: Mapping[str, Any] = field(default_factory=dict)
     """Counts and mean losses behind the scores."""
     records: Sequence[Mapping[str, Any]] = field(default_factory=tuple, repr=False)
-    """One entry a row: id, split, task, kind, score and what was generated."""
+    """One entry a row: id, split, task, kind, score, what was generated, and `runs_on`: whether the
+    right answer came and no end of text behind it."""
 
     def to_json(self) -> dict[str, Any]:
         """The contents of scores.json; records are a file of their own."""
@@ -127,6 +129,7 @@ def evaluate_model(
         "rows": {"forget": len(forget), "retain": len(retain) if retain is not None else 0},
         "dtype": str(model.dtype).removeprefix("torch."),
         "text": policy.describe(tokenizer),
+        "questions": {split: _questions(records, split) for split in ("forget", "retain")},
     }
     auc = mia = None
     if nonmembers is not None:
@@ -215,7 +218,7 @@ class _Measured:
         order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]) - len(drafts[i]))
         mine = order[self.processes.rank :: self.processes.count]
         with self._phase(f"generate {split}", len(rows)) as advance:
-            texts = generate(
+            written = generate(
                 self.model,
                 self.tokenizer,
                 [prompts[i] for i in mine],
@@ -223,10 +226,11 @@ class _Measured:
                 advance,
                 [drafts[i] for i in mine],
             )
-            found = {
-                i: _record(rows.rows[i], split, text) for i, text in zip(mine, texts, strict=True)
+            records = {
+                i: _record(rows.rows[i], split, found)
+                for i, found in zip(mine, written, strict=True)
             }
-            return gathered(self.processes, found)
+            return gathered(self.processes, records)
 
     def losses(self, rows: RowSet, name: str) -> list[float]:
         """The mean loss of each document, in nats a token."""
@@ -272,15 +276,18 @@ class _Measured:
         self.progress(name, total, total)
 
 
-def _record(row: Row, split: Split, text: str) -> dict[str, Any]:
+def _record(row: Row, split: Split, written: Written) -> dict[str, Any]:
     measure = regurgitation if row.kind == "sc" else knowledge
+    score, wanted = measure(row.output, written.text), words(row.output)
+    begun = words(written.text)[: len(wanted)] == wanted != []
     return {
         "id": row.id,
         "split": split,
         "task": row.task,
         "kind": row.kind,
-        "score": measure(row.output, text),
-        "generated": text,
+        "score": score,
+        "runs_on": row.kind == "qa" and score == 0 and begun and not written.ended,
+        "generated": written.text,
     }
 
 
@@ -294,6 +301,12 @@ def _cells(records: Sequence[Mapping[str, Any]], split: Split) -> Cells:
             scores = [r["score"] for r in mine if r["task"] == task and r["kind"] == kind]
             cells[task][name] = statistics.fmean(scores) if scores else None
     return cells
+
+
+def _questions(records: Sequence[Mapping[str, Any]], split: str) -> dict[str, int]:
+    """How many there are, and how many got the right answer and then no end of text."""
+    mine = [r for r in records if r["split"] == split and r["kind"] == "qa"]
+    return {"asked": len(mine), "runs_on": sum(r["runs_on"] for r in mine)}
 
 
 def _values(cells: Cells) -> list[float]:

@@ -17,7 +17,7 @@ from expunge.data.rows import Row
 from expunge.data.tokenization import TextPolicy, prompt_ids
 from expunge.errors import InputError
 from expunge.evaluation.decoding import Choice, Greedy, Place, Request, stream
-from expunge.evaluation.generation import ends_of
+from expunge.evaluation.generation import ends_of, text_of
 from expunge.evaluation.scores import knowledge, regurgitation
 from expunge.methods.numerics import target_log_probs
 from expunge.models.kernels import fast_products
@@ -123,8 +123,8 @@ class Voice:
         return Request(ids, (), min(tokens, self.policy.context - len(ids)))
 
     def text(self, answer: Answer) -> str:
-        """The answer as it is scored: without special tokens."""
-        return str(self.tokenizer.decode(answer.ids, skip_special_tokens=True))
+        """The answer as it is scored: without special tokens and the end of text."""
+        return text_of(answer.ids, self.tokenizer, ends_of(self.model, self.tokenizer))
 
 
 class Pair:
