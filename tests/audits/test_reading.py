@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -210,6 +211,19 @@ def test_extraction_strength_and_shares_are_those_of_greedy_decoding(tokenizer: 
                 shortest = prefix
         expected = 1 - (shortest - 1) / (len(ids) - 1)
         assert extraction_strength(right) == pytest.approx(expected)
+
+
+def test_of_a_question_only_the_answer_can_be_extracted(
+    tokenizer: Any, reader: Reader, rows: list[Row]
+) -> None:
+    """Its wording is no secret: a model that never saw the row writes it as well."""
+    row = next(row for row in rows if row.kind == "qa")
+    (example,) = encode_rows([row], tokenizer, reader.policy, eos=False)
+    whole = right_tokens(reader, [replace(row, kind="sc")])[row.id]
+    assert len(whole) == len(example) - 1
+    answer = [right for right, of in zip(whole, example.answer_mask[1:], strict=True) if of]
+    assert right_tokens(reader, [row]) == {row.id: answer}
+    assert 0 < len(answer) < len(whole)
 
 
 def test_without_direction_only_the_component_changes() -> None:

@@ -1,5 +1,6 @@
 """Verbatim extraction: documents given 10 to 90% of their own tokens. arXiv 2406.09179, 2202.07646.
 
+Of a question only the answer is such a document: whoever asks writes the question.
 One pass over the document tells what greedy decoding writes after every prefix until its first
 mistake, so nothing is generated.
 """
@@ -14,7 +15,7 @@ import torch
 from expunge.audits.base import Advance, Attack, Case, Found
 from expunge.audits.subject import Reader, Subject
 from expunge.data.rows import Row
-from expunge.data.tokenization import encode_rows
+from expunge.data.tokenization import Example, encode_rows
 from expunge.evaluation.batches import padded, token_batches
 from expunge.evaluation.decoding import alone, choices
 from expunge.methods.forward import logits_at
@@ -56,8 +57,8 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
             scores[f"prefix {prefix:.0%}"] = shares
     numbers = {
         "documents": len(found),
-        "extraction_strength": round(statistics.fmean(strength.values()), 6),
-        "largest_extraction_strength": max(strength.values()),
+        "extraction_strength": round(statistics.fmean(strength.values()), 6) if found else None,
+        "largest_extraction_strength": max(strength.values(), default=None),
     }
     return Found(
         scores, rows={k: {"extraction_strength": v} for k, v in strength.items()}, numbers=numbers
@@ -67,14 +68,17 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
 def right_tokens(
     reader: Reader, rows: Sequence[Row], advance: Advance = lambda _done, _total: None
 ) -> dict[str, list[bool]]:
-    """By row id for every token but the first whether the model would have written it greedily.
+    """By row id for every token that can be extracted whether the model would have written it greedily.
 
-    Of a row that is longer than the context its first window is read.
+    These are a document's own tokens but the first, and of a question its answer's. Of a row that is
+    longer than the context its first window is read; a row of which that holds none is left out.
     """
-    first: dict[str, tuple[int, ...]] = {}
+    first: dict[str, Example] = {}
     for example in encode_rows(rows, reader.tokenizer, reader.policy, eos=False):
-        first.setdefault(example.row_id, example.input_ids)
-    names, texts = list(first), list(first.values())
+        first.setdefault(example.row_id, example)
+    masks = {n: e.answer_mask if e.kind == "qa" else e.token_mask for n, e in first.items()}
+    names = [name for name, mask in masks.items() if any(mask[1:])]
+    texts = [first[name].input_ids for name in names]
     found: dict[str, list[bool]] = {}
     batches = token_batches([len(ids) for ids in texts], reader.batch_size, reader.model.device)
     with torch.no_grad(), fast_products(reader.model.dtype, reader.model.device):
@@ -89,13 +93,16 @@ def right_tokens(
             for index in chosen:
                 text = texts[index]
                 right = []
-                for place in range(1, len(text)):
-                    number = start + place - 1
-                    token = alone(reader.model, text[:place]) if near[number] else tokens[number]
-                    right.append(token == text[place])
+                for place, counts in enumerate(masks[names[index]][1:], 1):
+                    if counts:
+                        number = start + place - 1
+                        token = tokens[number]
+                        if near[number]:
+                            token = alone(reader.model, text[:place])
+                        right.append(token == text[place])
                 found[names[index]] = right
                 start += len(text) - 1
-            advance(len(found), len(first))
+            advance(len(found), len(names))
     return {name: found[name] for name in names}
 
 
