@@ -12,6 +12,7 @@ from expunge.evaluation.multiple_choice import read_questions
 from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
 from expunge.methods.base import Method
 from expunge.models.loading import context_of
+from expunge.models.rope import keep_rows_apart
 from expunge.training.options import TrainingOptions
 from expunge.training.progress import Progress, Silent
 from expunge.training.unlearning import Outcome, unlearn_model
@@ -40,6 +41,7 @@ def unlearn(
     batch_size, learning_rate, seed, time_limit, ... Raises InputError for wrong rows or settings
     before the model is touched, RunError where no checkpoint can be kept.
     """
+    keep_rows_apart(model)
     return unlearn_model(
         model,
         tokenizer,
@@ -70,6 +72,7 @@ def evaluate(
 
     `mmlu` is a directory in MMLU's format. Raises InputError for wrong rows or questions.
     """
+    keep_rows_apart(model)
     forget_rows = as_rows(forget, "forget")
     retain_rows = None if retain is None else as_rows(retain, "retain")
     nonmember_rows = None if nonmembers is None else as_rows(nonmembers, "nonmembers")

@@ -21,6 +21,7 @@ from expunge.data.tokenization import encode_rows
 from expunge.models.decoder import DecoderLayout, every_layer, forward_hook, states_of, with_states
 from expunge.models.kernels import fast_products
 from expunge.models.loading import pad_id_of
+from expunge.models.rope import switch_of
 
 
 def run(subject: Subject, case: Case, advance: Advance) -> Found:
@@ -85,7 +86,10 @@ def mean_states(reader: Reader, layout: DecoderLayout, rows: Sequence[Row]) -> t
     """The mean output of every layer over the counted tokens of the rows: (layers, width), float32."""
     examples = encode_rows(rows, reader.tokenizer, reader.policy, eos=False)
     model, sums, count = reader.model, None, 0
-    for cpu_batch in in_order(examples, reader.batch_size, pad_id_of(reader.tokenizer)):
+    switch = switch_of(model.config)
+    batches = in_order(examples, reader.batch_size, pad_id_of(reader.tokenizer))
+    sides = (side for whole in batches for side in whole.split([n > switch for n in whole.lengths]))
+    for cpu_batch in filter(None, sides):
         batch = cpu_batch.to(model.device)
         with fast_products(model.dtype, model.device):
             states = layer_outputs(model, layout, batch.input_ids)

@@ -171,7 +171,7 @@ def _read(
     states: list[list[torch.Tensor]] = [
         [torch.empty(0) for _ in pairs] for _ in range(layout.count)
     ]
-    for chosen in token_batches([len(t) for t in texts], reader.batch_size, model.device):
+    for chosen in token_batches([len(t) for t in texts], reader.batch_size, model):
         ids = padded([texts[index] for index in chosen]).to(model.device)
         where = torch.zeros(ids.shape, dtype=torch.bool)
         for line, index in enumerate(chosen):

@@ -37,7 +37,7 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
     model = reader.model
     examples = encode_rows(rows, reader.tokenizer, reader.policy, eos=False)
     parts: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
-    batches = token_batches([len(e) for e in examples], reader.batch_size, model.device)
+    batches = token_batches([len(e) for e in examples], reader.batch_size, model)
     for number, chosen in enumerate(batches):
         batch = collate(examples, chosen, pad_id_of(reader.tokenizer)).to(model.device)
         counted = batch.token_mask[:, 1:]

@@ -135,7 +135,7 @@ class Reader:
         """For each (prompt, answer) the log-probability of every token of the answer, in nats."""
         texts = [[*prompt, *answer] for prompt, answer in pairs]
         found: list[list[float]] = [[] for _ in pairs]
-        batches = token_batches([len(t) for t in texts], self.batch_size, self.model.device)
+        batches = token_batches([len(t) for t in texts], self.batch_size, self.model)
         with torch.no_grad(), fast_products(self.model.dtype, self.model.device):
             for chosen in batches:
                 ids = padded([texts[index] for index in chosen]).to(self.model.device)

@@ -80,7 +80,7 @@ def right_tokens(
     names = [name for name, mask in masks.items() if any(mask[1:])]
     texts = [first[name].input_ids for name in names]
     found: dict[str, list[bool]] = {}
-    batches = token_batches([len(ids) for ids in texts], reader.batch_size, reader.model.device)
+    batches = token_batches([len(ids) for ids in texts], reader.batch_size, reader.model)
     with torch.no_grad(), fast_products(reader.model.dtype, reader.model.device):
         for chosen in batches:
             ids = padded([texts[index] for index in chosen]).to(reader.model.device)

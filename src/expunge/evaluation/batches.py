@@ -8,8 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
+
+from expunge.models.rope import switch_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _CPU_TOKENS = 1024
 """What a batch writes then stays in the caches of a core; 4,096 tokens took 1.5 times as long."""
@@ -22,16 +28,29 @@ def rows_within(length: int, batch_size: int, device: torch.device) -> int:
     return max(1, min(batch_size, budget // max(1, length)))
 
 
-def token_batches(lengths: Sequence[int], batch_size: int, device: torch.device) -> list[list[int]]:
-    """Indices of every row once, longest first, rows of similar length together."""
+def token_batches(
+    lengths: Sequence[int], batch_size: int, model: PreTrainedModel
+) -> list[list[int]]:
+    """Indices of every row once, longest first, rows of similar length together.
+
+    No batch has rows on both sides of a switch by length (LongRoPE).
+    """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    switch = switch_of(model.config)
     batches = []
     start = 0
     while start < len(order):
-        count = rows_within(lengths[order[start]], batch_size, device)
-        batches.append(order[start : start + count])
-        start += count
+        count = rows_within(lengths[order[start]], batch_size, model.device)
+        batch = order[start : start + count]
+        batches.append(batch[: on_first_side([lengths[index] for index in batch], switch)])
+        start += len(batches[-1])
     return batches
+
+
+def on_first_side(lengths: Sequence[int], switch: int) -> int:
+    """How many of the rows, longest first, are on the side of the switch where the first is."""
+    beyond = sum(length > switch for length in lengths)
+    return beyond or len(lengths)
 
 
 def in_runs(costs: Sequence[int], processes: int) -> list[int]:

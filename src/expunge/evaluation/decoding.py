@@ -8,17 +8,19 @@ goes on token by token, among others that are not done. A draft changes the spee
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from transformers.cache_utils import Cache
 
-from expunge.evaluation.batches import padded, rows_within
+from expunge.evaluation.batches import on_first_side, padded, rows_within
 from expunge.evaluation.cache import ROOM, Past, empty_cache, joined, past_of
 from expunge.methods.forward import logits_at
+from expunge.models.rope import switch_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,6 +106,8 @@ def decode(
 
     At most `batch_size` rows are in a batch, those of similar length together.
     """
+    switch = switch_of(model.config)
+    requests = [_drafted(request, switch) for request in requests]
     order = sorted(range(len(requests)), key=lambda i: -_length(requests[i]))
     waiting = deque(order)
     pool = _Pool(model, ends, choose)
@@ -112,7 +116,8 @@ def decode(
         while waiting and _admits(pool, _length(requests[waiting[0]]), len(read), batch_size):
             most = batch_size - len(pool.rows) - len(read)
             count = rows_within(_length(requests[waiting[0]]), most, model.device)
-            chosen = [waiting.popleft() for _ in range(min(count, len(waiting)))]
+            ahead = [_length(requests[i]) for i in itertools.islice(waiting, count)]
+            chosen = [waiting.popleft() for _ in range(on_first_side(ahead, switch))]
             for row, past in _read(model, [_Row(i, requests[i]) for i in chosen], ends, choose):
                 if past is None:
                     yield row.index, row.new
@@ -129,7 +134,7 @@ def stream(
     model: PreTrainedModel, request: Request, ends: Collection[int], choose: Choice
 ) -> Iterator[int]:
     """One row's new tokens as they are decided, with the end that stops it: those of `decode`."""
-    row = _Row(0, request)
+    row = _Row(0, _drafted(request, switch_of(model.config)))
     ((_, past),) = _read(model, [row], ends, choose)
     yield from row.new
     if past is None:
@@ -145,6 +150,12 @@ def _length(request: Request) -> int:
     return len(request.prompt) + len(request.draft)
 
 
+def _drafted(request: Request, switch: int) -> Request:
+    """The request with no more of its draft than is decided before the model switches (LongRoPE)."""
+    left = switch - len(request.prompt)
+    return request if left < 0 else replace(request, draft=request.draft[:left])
+
+
 def _admits(pool: _Pool, length: int, read: int, batch_size: int) -> bool:
     """Rows join a pool that is half empty; one of long rows would pad short ones, so they wait."""
     if read or not pool.rows:
@@ -156,24 +167,34 @@ def _admits(pool: _Pool, length: int, read: int, batch_size: int) -> bool:
 def _read(
     model: PreTrainedModel, rows: Sequence[_Row], ends: Collection[int], choose: Choice
 ) -> list[tuple[_Row, Past | None]]:
-    """Reads prompts and drafts: each row with its first new tokens, and its past unless it is over."""
-    texts = [[*row.request.prompt, *row.request.draft] for row in rows]
+    """Reads rows: each with its next new tokens, and its past unless it is over.
+
+    A row without new tokens is read with its draft.
+    """
+    drafts = [() if row.new else row.request.draft for row in rows]
+    texts = [
+        [*row.request.prompt, *row.new, *draft] for row, draft in zip(rows, drafts, strict=True)
+    ]
     ids = padded(texts)
     where = torch.zeros(ids.shape, dtype=torch.bool)
     for number, row in enumerate(rows):
-        where[number, len(row.request.prompt) - 1 : len(texts[number])] = True
+        where[number, row.cached : len(texts[number])] = True
     cache = empty_cache()
     logits = logits_at(
         model, where, input_ids=ids.to(model.device), past_key_values=cache, use_cache=True
     )
-    places = [row.place(ahead) for row in rows for ahead in range(len(row.request.draft) + 1)]
+    places = [
+        row.place(ahead)
+        for row, draft in zip(rows, drafts, strict=True)
+        for ahead in range(len(draft) + 1)
+    ]
     tokens, near = choose(logits, places)
     start = 0
     done: list[tuple[_Row, Past | None]] = []
     for number, row in enumerate(rows):
-        count = len(row.request.draft) + 1
+        count = len(drafts[number]) + 1
         span = slice(start, start + count)
-        _accept(model, row, tokens[span], near[span], ends, choose)
+        _accept(model, row, drafts[number], tokens[span], near[span], ends, choose)
         start += count
         past = None if row.over(ends) else past_of(cache, number, row.cached)
         done.append((row, past))
@@ -183,6 +204,7 @@ def _read(
 def _accept(
     model: PreTrainedModel,
     row: _Row,
+    draft: Sequence[int],
     tokens: Sequence[int],
     near: Sequence[bool],
     ends: Collection[int],
@@ -191,7 +213,7 @@ def _accept(
     """Adds choices to a row for as long as its draft foresaw them, and the first that it did not."""
     for position, (token, unsure) in enumerate(zip(tokens, near, strict=True)):
         row.new.append(_alone(model, row, choose) if unsure else token)
-        drafted = row.request.draft[position : position + 1]
+        drafted = draft[position : position + 1]
         if row.over(ends) or list(drafted) != row.new[-1:]:
             return
 
@@ -263,7 +285,15 @@ class _Pool:
         self._end = self._filled + ROOM
 
     def step(self) -> list[_Row]:
-        """One more token for each row; those that are over with it leave and are returned."""
+        """One more token for each row; those that are over with it leave and are returned.
+
+        Rows that have come to a switch by length get theirs first, alone, for what is in the cache is
+        of the side before.
+        """
+        switch = switch_of(self._model.config)
+        crossed = [row for row in self.rows if row.cached == switch]
+        if crossed:
+            return self._read_anew(crossed)
         if self._filled == self._end or 4 * len(self.rows) <= 3 * len(self._batch):
             self.join()
         device = self._model.device
@@ -292,3 +322,12 @@ class _Pool:
                 self._batch[place] = None
                 over.append(row)
         return over
+
+    def _read_anew(self, rows: Sequence[_Row]) -> list[_Row]:
+        indices = {row.index for row in rows}
+        self._batch = [None if row and row.index in indices else row for row in self._batch]
+        # One at a time: they are as long as a budget of tokens, or longer.
+        read = [_read(self._model, [row], self._ends, self._choose)[0] for row in rows]
+        if going_on := [(row, past) for row, past in read if past is not None]:
+            self.join(going_on)
+        return [row for row, past in read if past is None]

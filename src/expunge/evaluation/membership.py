@@ -33,7 +33,7 @@ def document_losses(
     Several processes share the batches and each gets all losses.
     """
     processes = processes or OneProcess()
-    batches = token_batches([len(e) for e in examples], batch_size, model.device)
+    batches = token_batches([len(e) for e in examples], batch_size, model)
     mine = range(processes.rank, len(batches), processes.count)
     found: dict[int, RowLosses] = {}
     with torch.no_grad(), fast_products(model.dtype, model.device):

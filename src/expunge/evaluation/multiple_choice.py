@@ -19,6 +19,7 @@ from expunge.evaluation.batches import in_runs, padded, token_batches
 from expunge.methods.forward import logits_at
 from expunge.models.kernels import fast_products
 from expunge.models.loading import context_of
+from expunge.models.rope import switch_of
 from expunge.processes import OneProcess, Processes, gathered
 
 if TYPE_CHECKING:
@@ -113,12 +114,15 @@ def choice_log_probs(
     check_prompts(tokenizer, prompts, context_of(model.config))
     encoded = _encoded(tokenizer, prompts)
     texts = [ids for ids, _ in encoded]
+    groups = shared_prefixes(texts)
+    if beyond := [i for i, ids in enumerate(texts) if len(ids) > switch_of(model.config)]:
+        # The start of a long text (LongRoPE) is not computed as that of a short one.
+        short = [(shared, [i for i in group if i not in beyond]) for shared, group in groups]
+        groups = [(shared, group) for shared, group in short if group] + [(0, beyond)]
     batches = [
         (shared, group[0], [group[place] for place in places])
-        for shared, group in shared_prefixes(texts)
-        for places in token_batches(
-            [len(texts[i]) - shared for i in group], batch_size, model.device
-        )
+        for shared, group in groups
+        for places in token_batches([len(texts[i]) - shared for i in group], batch_size, model)
     ]
     costs = [sum(len(texts[i]) - shared for i in chosen) for shared, _, chosen in batches]
     found: dict[int, list[float]] = {}

@@ -14,6 +14,7 @@ from expunge.data.tokenization import TextPolicy
 from expunge.errors import InputError
 from expunge.models.decoder import DecoderLayout, find_layout, skeleton_of
 from expunge.models.files import ModelFiles, check_model_files
+from expunge.models.rope import keep_rows_apart
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -103,6 +104,7 @@ def load_model(checked: CheckedModel, dtype: Dtype, device: str) -> PreTrainedMo
             f"{checked.name}: {len(missing)} tensors are not in its files, first {missing[0]};"
             " they would be random"
         )
+    keep_rows_apart(model)
     return model.to(device).eval()
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from expunge.errors import InputError
+from expunge.models.rope import keep_rows_apart
 from expunge.models.tensors import StoredTensor, read_tensor
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class StreamedModel:
             model = AutoModelForCausalLM.from_config(
                 checked.config, dtype=dtype, trust_remote_code=checked.trust_remote_code
             )
+        keep_rows_apart(model)
         self.model = model.eval().requires_grad_(False)
         self.device = torch.device(device)
         self._dtype = dtype
