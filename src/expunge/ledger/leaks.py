@@ -6,10 +6,11 @@ import html
 import json
 import unicodedata
 from collections.abc import Iterable
+from typing import Literal
 
 from expunge.data.rows import Row
 
-_NORMAL = ("NFC", "NFD", "NFKC", "NFKD")
+_NORMAL: tuple[Literal["NFC", "NFD", "NFKC", "NFKD"], ...] = ("NFC", "NFD", "NFKC", "NFKD")
 SHORTEST = 12
 """Characters from which a text is searched for: a shorter one, such as a town, stands anywhere."""
 
