@@ -57,7 +57,8 @@ def metered() -> Iterator[Cost]:
         if isinstance(module, nn.Embedding) and module.embedding_dim > 1:
             cost.passes += inputs[0].numel() * (3 if torch.is_grad_enabled() else 1)
 
-    real = expunge.training.loop.measure
+    places: Any = (expunge.training.loop, expunge.training.unlearning)
+    real = places[0].measure
 
     def measure(*arguments: Any) -> Any:
         began = time.perf_counter()
@@ -66,7 +67,6 @@ def metered() -> Iterator[Cost]:
         finally:
             cost.measuring += time.perf_counter() - began
 
-    places: Any = (expunge.training.loop, expunge.training.unlearning)
     for place in places:
         place.measure = measure
     hook = nn.modules.module.register_module_forward_pre_hook(enters)
