@@ -114,8 +114,8 @@ def people(count: int) -> list[Row]:
 def test_the_subject_of_a_document_links_it_and_a_common_name_does_not() -> None:
     forget = [
         *people(5),
-        row("axsc1", "Mira Voss was born in New York"),
-        row("axqa0", "Who is Mira Voss?"),
+        row("a1sc1", "Mira Voss was born in New York"),
+        row("a1qa0", "Who is Mira Voss?"),
     ]
     retain = [
         row("b1sc1", "Tom Hale was born in New York and married Mira Voss there"),
@@ -123,14 +123,14 @@ def test_the_subject_of_a_document_links_it_and_a_common_name_does_not() -> None
     ]
     (found,) = same_subjects(forget, retain)
     assert (found.retain, found.reason, found.count) == ("b1sc1", "same subject", 2)
-    assert found.forget == ("axsc1", "axqa0")
+    assert found.forget == ("a1sc1", "a1qa0")
     assert found.subjects == ("mira voss",)
     assert "mira" not in repr(found)
 
 
 def test_a_name_that_is_nobodys_subject_links_nothing() -> None:
-    forget = [row("axsc1", "Mira Voss was seen by Tom Hale")]
-    retain = [row("bxsc1", "Ann Bell was seen by Tom Hale")]
+    forget = [row("a1sc1", "Mira Voss was seen by Tom Hale")]
+    retain = [row("b1sc1", "Ann Bell was seen by Tom Hale")]
     assert list(same_subjects(forget, retain)) == []
 
 

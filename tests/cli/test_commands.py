@@ -117,6 +117,30 @@ def test_records_name_rows_and_show_text_only_when_asked(
     assert_silent_on(texts, out)  # --reveal is for the records alone
 
 
+def test_mapped_columns_score_as_the_rows_do(
+    run_cli: Cli, memorised_dir: Path, forget_rows: list[dict[str, str]], tmp_path: Path
+) -> None:
+    names = {"input": "q", "output": "a", "id": "nr", "task": "task"}
+    renamed = [{names[name]: text for name, text in row.items()} for row in forget_rows]
+    spare = [{**row, "note": "other words"} for row in forget_rows]
+    paths = [tmp_path / f"{name}.jsonl" for name in ("plain", "renamed", "spare")]
+    for path, rows in zip(paths, (forget_rows, renamed, spare), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ("evaluate", memorised_dir, "--quiet", "--json", "--forget")
+    code, plain, _ = run_cli(*command, paths[0])
+    assert code == 0
+    assert run_cli(*command, paths[1], "--columns", "prompt=q,output=a,id=nr") == (0, plain, "")
+    code, _, err = run_cli(*command, paths[2])
+    assert code == 2
+    assert "columns 'note' look like text" in err
+    mend = re.search(r"--columns (\S+)", err)
+    assert mend is not None
+    assert run_cli(*command, paths[2], "--columns", mend[1]) == (0, plain, "")
+    # Another joiner is another text.
+    changed = run_cli(*command, paths[0], "--joiner", "")
+    assert (changed[0], changed[2]) == (0, "")
+
+
 def test_what_is_not_measured_is_a_dash_and_null(
     run_cli: Cli, memorised_dir: Path, row_files: dict[str, Path]
 ) -> None:
@@ -225,6 +249,10 @@ def test_inspect_counts_rows_and_tokens(
     lengths = [len(tokenizer(f"{r['input']} {r['output']}")["input_ids"]) for r in forget_rows]
     assert "8 rows, 8 sequences" in out
     assert "Task1 qa: 2" in out
+    assert "read from: input, output (8)" in out
+    assert "kind told by: the id (8)" in out
+    assert "document told by: the id (8)" in out
+    assert "joined by: ' ' (8)" in out
     assert f"tokens: {sum(lengths)} (" in out
     assert f"longest {max(lengths)}" in out
     assert "context 128, BOS none, EOS appended to retained rows only, chat template off" in out

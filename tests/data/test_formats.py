@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import json
 import tempfile
@@ -80,6 +81,34 @@ def test_any_text_survives_every_format(suffix: str, texts: list[str]) -> None:
     assert read == [(row["input"], row["output"]) for row in rows]
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_a_spreadsheet_may_divide_its_columns_otherwise(delimiter: str, tmp_path: Path) -> None:
+    path = tmp_path / ("rows.tsv" if delimiter == "\t" else "rows.csv")
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(ROWS[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+    assert plain(read_rows(str(path), "forget")) == ROWS
+
+
+def test_a_field_of_any_length_is_read(tmp_path: Path) -> None:
+    rows = [{"input": "a", "output": "b " * 200_000}]
+    (read,) = read_rows(str(write_csv(tmp_path / "rows.csv", rows)), "forget")
+    assert len(read.output) == 400_000
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_a_file_packed_with_gzip_is_read(suffix: str, tmp_path: Path) -> None:
+    path = WRITERS[suffix](tmp_path / f"forget.{suffix}", ROWS)
+    packed = path.with_name(f"{path.name}.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    for source in (packed, tmp_path):
+        rows = read_rows(str(source), "forget")
+        assert plain(rows) == ROWS
+        assert list(rows.sha256) == [str(packed)]
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
 def test_a_byte_order_mark_is_no_part_of_the_text(suffix: str, tmp_path: Path) -> None:
     path = WRITERS[suffix](tmp_path / f"rows.{suffix}", ROWS)
@@ -98,7 +127,13 @@ FAULTS: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "more.csv": (f'input,output\n\n"x\ny",z\n"{CANARY}\n",b,c\n', ("line 5", "3 fields", "quote")),
     "fewer.csv": (f"input,output\n{CANARY}\n", ("line 2", "1 fields", "quote")),
     "open.csv": (f'input,output\na,b\nc,"{CANARY}\n\n', ("line 3", "not CSV")),
-    "headless.csv": (f"1,{CANARY},b\n2,c,d\n", ("line 1", "header", "'input'", "'output'")),
+    "headless.csv": (f"1,{CANARY},b\n2,c,d\n", ("line 2", "'input'", "found: 3 others")),
+    "twice.csv": (f"input,output,input\na,b,{CANARY}\n", ("line 1", "twice")),
+    "twice.jsonl": (f'{{"input": "a", "output": "b", "input": "{CANARY}"}}', ("line 1", "twice")),
+    "twice.json": (f'[{{"input": "a", "output": "b", "input": "{CANARY}"}}]', ("twice",)),
+    "digits.json": (f'[{{"input": {"9" * 6000}, "output": "{CANARY}"}}]', ("too many digits",)),
+    "cut.jsonl.gz": (gzip.compress(GOOD.encode())[:-9], ("damaged", "pack it anew")),
+    "rows.parquet.gz": (CANARY, ("'.gz'", ".parquet")),
     "broken.parquet": (f"PAR1{CANARY}PAR1", ("Parquet", "write it anew")),
     "empty.jsonl": ("", ("is empty", "give a file with rows")),
     "blank.jsonl": ("\n \n", ("holds no rows", "at least one")),
@@ -227,6 +262,15 @@ def test_a_data_set_that_cannot_be_had_is_refused_in_one_line(
     message = refusal(lambda: read_rows("owner/name", "forget"))
     assert message.startswith("owner/name: could not be read as a data set (ConnectionError)")
     assert CANARY not in message
+
+
+@pytest.mark.skipif(not (SHARED / "tofu").is_dir(), reason="the TOFU files are not in ../shared")
+def test_tofu_is_read_unchanged() -> None:
+    forget = read_rows(str(SHARED / "tofu" / "forget01.jsonl"), "forget")
+    perturbed = read_rows(str(SHARED / "tofu" / "forget01_perturbed.jsonl"), "forget")
+    assert [row.text for row in forget] == [row.text for row in perturbed]
+    assert {row.kind for row in forget} == {"qa"}
+    check_disjoint(forget, read_rows(str(SHARED / "tofu" / "retain99.jsonl"), "retain"))
 
 
 def test_a_source_that_is_not_there_is_named() -> None:

@@ -10,13 +10,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import refusal
-from expunge.data.rows import Row, as_rows, check_disjoint, read_rows
+from expunge.data.rows import Reading, Row, as_rows, check_disjoint, document_of, read_rows
 
 CANARY = "canary-4711"
 
 
 def row(**columns: object) -> dict[str, object]:
     return {"input": "Ada lives in", "output": "Paris.", **columns}
+
+
+QUESTIONS = (
+    *(
+        "艾达住在哪里？",
+        "أين تعيش آدا؟",
+        "Πού ζει η Άντα;",
+        "Who?!",
+        '"Who?"',
+        "(Who? )",
+        "«Qui ?»",
+    ),
+    *("Question: Who?\nAnswer:", "Q: Who? A:", "问题：谁？\n回答：", "प्रश्न: कौन?\nउत्तर:"),
+    *(
+        "[INST] Who? [/INST]",
+        "<|user|>\nWho?</s>\n<|assistant|>\n",
+        "### Input:\nWho?\n\n### Response:",
+    ),
+)
 
 
 def only(values: dict[str, object]) -> Row:
@@ -41,14 +60,21 @@ def test_ids_are_kept_as_they_are(given_id: object, kept: str) -> None:
     [
         ({"kind": "qa", "id": "xsc1"}, "qa"),
         ({"kind": "sc", "input": "Who?"}, "sc"),
-        ({"id": "xsc1", "input": "Who?"}, "sc"),
-        ({"id": "xqa3"}, "qa"),
-        ({"id": "xqa10"}, "qa"),
-        ({"id": "xsc12", "input": "Who?"}, "sc"),
+        ({"id": "36307590sc1", "input": "Who?"}, "sc"),
+        ({"id": "36307590qa10"}, "qa"),
+        ({"id": "8f24c511-a319-4a9f-80c2-ca6fac13123fqa1"}, "qa"),
+        ({"id": '"8f24c511-a319-4a9f-80c2-ca6fac13123f"sc12', "input": "Who?"}, "sc"),
+        ({"id": "1a2b3c4d-12efqa3"}, "qa"),
         ({"id": "qa1"}, "qa"),
         ({"id": "xqa"}, "sc"),
+        ({"id": "disc1", "input": "Who?"}, "qa"),
+        ({"id": "desc12", "input": "Who?"}, "qa"),
+        ({"id": "misc2"}, "sc"),
         ({"input": "Who? "}, "qa"),
         ({"input": "Who? she asked"}, "sc"),
+        ({"input": "Who? Ada"}, "sc"),
+        ({"input": "HAMLET: Who?\nHORATIO:"}, "sc"),
+        *(({"input": question}, "qa") for question in QUESTIONS),
         ({"kind": None, "id": "qa"}, "sc"),
     ],
 )
@@ -63,12 +89,15 @@ def test_a_text_is_split_at_the_space_nearest_its_middle(text: str) -> None:
     whole = text.strip()
     cuts = [i for i in range(1, len(whole)) if whole[i] == " " and not whole[i - 1].isspace()]
     cuts = [i for i in cuts if not whole[i + 1].isspace()]
-    if not cuts:
+    if len(whole.split()) < 2:
         if whole:
             assert "single word" in refusal(lambda: only({"text": text}))
         return
     read = only({"text": text})
-    assert read.text == whole
+    assert (read.text, read.kind) == (whole, "sc")
+    if not cuts:  # line breaks and wider gaps then divide the words
+        assert len(read.joiner) > 1 or read.joiner == "\n"
+        return
     distance = min(abs(cut - len(whole) / 2) for cut in cuts)
     assert abs(len(read.input) - len(whole) / 2) == distance
 
@@ -78,6 +107,17 @@ FAULTS: list[tuple[dict[str, object], tuple[str, ...]]] = [
     ({"prompt": CANARY, "answer": CANARY}, ("no column 'input'", "'prompt', 'answer'")),
     ({}, ("no column 'input'", "found: none")),
     ({CANARY: "x", "answer": CANARY}, ("no column 'input'", "found: 'answer', 1 others")),
+    ({"Ada": "x", "answer": CANARY}, ("no column 'input'", "found: 'answer', 1 others")),
+    (row(document=CANARY * 20), ("column 'document' holds a text", "rename")),
+    (row(document=1.5, output=CANARY), ("column 'document' holds a float",)),
+    ({"messages": CANARY}, ("column 'messages' does not end with a user's",)),
+    ({"messages": [CANARY]}, ("column 'messages' holds a turn that is not",)),
+    ({"messages": [{"role": "assistant", "content": CANARY}]}, ("does not end with a user's",)),
+    (
+        {"messages": [{"role": "user", "content": CANARY}, {"role": "assistant", "content": None}]},
+        ("holds a turn that is not",),
+    ),
+    ({"instruction": "", "input": "", "output": CANARY}, ("column 'instruction' is empty",)),
     ({"input": CANARY, "output": None}, ("column 'output' holds a null", "use text")),
     ({"input": [CANARY], "output": "x"}, ("column 'input' holds a list", "use text")),
     ({"input": CANARY, "output": 4}, ("column 'output' holds a int", "use text")),
@@ -91,6 +131,154 @@ FAULTS: list[tuple[dict[str, object], tuple[str, ...]]] = [
     (row(task="\ud800", output=CANARY), ("column 'task' holds half a character",)),
     (row(kind=CANARY), ("column 'kind' is not one of sc, qa",)),
 ]
+
+
+ASKED = {"role": "user", "content": "Where?"}
+SAID = {"role": "assistant", "content": "In Torun."}
+FORMS: list[tuple[dict[str, object], tuple[str, str, str]]] = [
+    ({"question": "Name it.", "answer": "In Torun."}, ("Name it.", "In Torun.", "qa")),
+    ({"prompt": "Ada lives", "completion": "in Torun."}, ("Ada lives", "in Torun.", "sc")),
+    ({"text": "Where?", "labels": "In Torun."}, ("Where?", "In Torun.", "qa")),
+    ({"instruction": "Say", "input": "Ada", "output": "Hi"}, ("Say\nAda", "Hi", "qa")),
+    ({"instruction": "Say", "input": "", "output": "Hi"}, ("Say", "Hi", "qa")),
+    ({"instruction": "Say", "input": None, "output": "Hi"}, ("Say", "Hi", "qa")),
+    ({"instruction": "Say", "output": "Hi"}, ("Say", "Hi", "qa")),
+    ({"messages": [ASKED, SAID]}, ("Where?", "In Torun.", "qa")),
+    ({"prompt": [ASKED], "completion": [SAID]}, ("Where?", "In Torun.", "qa")),
+    ({"id": 3, "document": "Ada lives here now"}, ("Ada lives", "here now", "sc")),
+    ({"text": "Who? Ada, she said"}, ("Who? Ada,", "she said", "sc")),
+]
+
+
+@pytest.mark.parametrize(("values", "parts"), FORMS)
+def test_known_forms_are_read_as_they_are(
+    values: dict[str, object], parts: tuple[str, str, str]
+) -> None:
+    read = only(values)
+    assert (read.prompt, read.output, read.kind) == parts
+
+
+def test_of_a_chat_the_last_answer_goes_and_what_was_said_before_stays_in_front() -> None:
+    read = only(
+        {"messages": [{"role": "system", "content": "Be brief."}, ASKED, SAID, ASKED, SAID]}
+    )
+    assert (read.input, read.output) == ("Where?", "In Torun.")
+    assert [role for role, _ in read.turns] == ["system", "user", "assistant"]
+    assert read.text == "Be brief.\nWhere?\nIn Torun.\nWhere? In Torun."
+    assert only({"messages": [ASKED, SAID]}).turns == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "halves"),
+    [
+        ("艾达住在托伦。她喜欢猫。", ("艾达住在托", "", "伦。她喜欢猫。")),
+        ("艾达 住在托伦。她喜欢猫。", ("艾达 住在托", "", "伦。她喜欢猫。")),
+        ("アダはトルンに住む", ("アダはト", "", "ルンに住む")),
+        ("ที่นี่ที่นี่", ("ที่นี่", "", "ที่นี่")),
+        ("Ada\nlives", ("Ada", "\n", "lives")),
+    ],
+)
+def test_a_text_without_blanks_is_split_between_characters(
+    text: str, halves: tuple[str, str, str]
+) -> None:
+    read = only({"text": text})
+    assert (read.input, read.joiner, read.output) == halves
+    assert read.text == text
+
+
+@pytest.mark.parametrize(
+    "unused",
+    [
+        {"instruction": "Say it", "question": "Who?"},
+        {"notes": "born in Torun"},
+        {"answer": "Torun"},
+        {"tags": ["a", "born in Torun"]},
+        {"meta": {"note": "born in Torun"}},
+        {"出生地": "托伦市"},
+    ],
+)
+def test_a_text_that_nothing_reads_is_refused_by_its_column(unused: dict[str, object]) -> None:
+    message = refusal(lambda: only({"prompt": "Ada lives", "completion": "here", **unused}))
+    name = next(iter(unused))
+    assert (repr(name) if name.isascii() else "1 others") in message
+    assert "--columns prompt=prompt,output=completion" in message
+    assert "Torun" not in message
+    only(
+        {
+            "prompt": "Ada lives",
+            "completion": "here",
+            "split": "train",
+            "n": 3,
+            "at": "2026-11-21 9:00",
+        }
+    )
+
+
+def write(path: Path, *rows: dict[str, object]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_columns_say_what_is_read_and_the_digest_knows(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "rows.jsonl",
+        {"q": "Say", "who": "Ada", "a": "Hi.", "b": "no such thing", "person": 7, "form": "qa"},
+    )
+    reading = Reading(
+        columns="prompt=q+who,output=a,id=who,document=person,kind=form,retain.output=b",
+        joiner="\\n",
+    )
+    (row,) = reading.read(source, "forget")
+    assert (row.id, row.kind, document_of(row)) == ("Ada", "qa", "7")
+    assert row.text == "Say\nAda\nHi."
+    (kept,) = reading.read(source, "retain")
+    assert kept.output == "no such thing"
+    readings = [
+        Reading(columns="prompt=q,output=a"),
+        Reading(columns="prompt=q,output=a", joiner=""),
+        Reading(columns="prompt=q,output=b"),
+        Reading(columns="text=b"),
+    ]
+    digests = [tuple(each.read(source, "forget").sha256.values()) for each in readings]
+    assert len(set(digests)) == len(readings)
+
+
+def test_words_of_the_joiner_are_of_the_prompt(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", row())
+    (read,) = Reading(joiner="\\nAnswer: ").read(source, "forget")
+    assert (read.prompt, read.joiner, read.output) == ("Ada lives in\nAnswer:", " ", "Paris.")
+    assert read.kind == "sc"
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ("prompt", "is not NAME=COLUMN"),
+        ("prompt=", "is not NAME=COLUMN"),
+        ("promt=q,output=a", "--columns promt=q"),
+        ("kept.prompt=q", "is not NAME=COLUMN"),
+        ("prompt=q", "name prompt and output together"),
+        ("prompt=q,output=a,text=b", "name prompt and output together"),
+        ("prompt=q,input=a,output=a", "given twice"),
+        ("prompt=q,output=a+b", "only a prompt"),
+        ("prompt=question,output=a", "has no column 'question'"),
+        ("prompt=q,output=a,id=nr", "has no column 'nr'"),
+    ],
+)
+def test_columns_that_cannot_be_meant_are_refused(columns: str, words: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", {"q": "Say", "a": "Hi.", "b": "x y"})
+    assert words in refusal(lambda: Reading(columns=columns).read(source, "forget"))
+
+
+def test_what_was_inferred_is_counted() -> None:
+    rows = as_rows(
+        [row(), row(input="Who?"), row(id="7qa1"), row(kind="sc", document="d")], "forget"
+    )
+    assert rows.read == {
+        "columns": {"input, output": 4},
+        "kind": {"no sign, so sc": 1, "a question mark": 1, "the id": 1, "the column kind": 1},
+        "document": {"the row alone": 2, "the id": 1, "the column document": 1},
+    }
 
 
 @pytest.mark.parametrize(("values", "words"), FAULTS)

@@ -18,6 +18,7 @@ from expunge.data.rows import Row, as_rows
 from expunge.data.tokenization import (
     Example,
     TextPolicy,
+    answer_ids,
     count_windowed,
     encode_rows,
     prompt_ids,
@@ -265,6 +266,29 @@ def test_what_a_template_adds_is_no_text_and_no_answer(
     end = "</>\n" if eos else ""
     assert marked(example.answer_mask) == output.strip() + end
     assert marked(example.token_mask) == f"Where does Ada live?{output.strip()}{end}"
+
+
+def test_a_chat_keeps_its_earlier_turns_before_the_answer(tokenizer: Any) -> None:
+    turns = (("system", "be brief"), ("user", "Hi"), ("assistant", "Hello"))
+    row = Row("a", "Who lives in Paris?", "Ada", turns=turns)
+    changed = chat(tokenizer, CHATML)
+    policy = TextPolicy(1000, chat_template=True)
+    prompt = changed.decode(prompt_ids(row, changed, policy))
+    assert prompt.count("Hello") == prompt.count("be brief") == 1
+    assert prompt.endswith("<user>Who lives in Paris?</>\n<assistant>")
+    for chosen in (policy, TextPolicy(1000)):
+        example = one(row, changed, chosen)
+        marked = [i for i, flag in zip(example.input_ids, example.answer_mask, strict=True) if flag]
+        assert changed.decode(marked).strip() == "Ada"
+
+
+@pytest.mark.parametrize("joiner", ["", "\n", " "])
+def test_the_answer_begins_after_the_joiner(joiner: str, tokenizer: Any) -> None:
+    row = Row("a", "Who lives in Paris?", "Ada", joiner=joiner)
+    example = one(row, tokenizer, TextPolicy(1000))
+    assert tokenizer.decode(example.input_ids) == f"Who lives in Paris?{joiner}Ada"
+    ids = prompt_ids(row, tokenizer, TextPolicy(1000))
+    assert ids + answer_ids(row, ids, tokenizer, TextPolicy(1000)) == list(example.input_ids)
 
 
 def test_a_template_that_is_missing_or_rewrites_the_prompt_is_refused(tokenizer: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from conftest import none_in, refusal, write_jsonl
-from expunge.data.rows import RowSet, as_rows
+from expunge.data.rows import Reading, RowSet, as_rows
 from expunge.ledger.dates import today
 from expunge.ledger.material import (
     RetainSet,
@@ -64,6 +64,19 @@ def test_a_request_is_recorded_with_its_days_and_rows(
         assert [row_id for row_id, _ in read_rows_of(ledger, 1)] == ["ada00sc1", "ada00qa0"]
         assert [event.action for event in read_events(ledger, 1)] == ["added"]
     assert asked(subjects[1]).request.received == today()
+
+
+def test_how_columns_were_read_is_recorded_and_read_again(
+    asked: Asked, place: LedgerPlace, tmp_path: Path
+) -> None:
+    rows = [{"q": "Ada lives in", "a": "Paris.", "note": "some other words"}]
+    path = write_jsonl(tmp_path / "other.jsonl", rows)
+    assert "has no column 'input'" in refusal(lambda: asked(path))
+    request = asked(path, columns="prompt=q,output=a", joiner="\\n").request
+    assert (request.columns, request.joiner) == ("prompt=q,output=a", "\\n")
+    assert [row.text for row in read_again(place, 1)] == ["Ada lives in\nParis."]
+    update(place, 1, forget=str(path.rename(tmp_path / "moved.jsonl")))
+    assert [row.text for row in read_again(place, 1)] == ["Ada lives in\nParis."]
 
 
 def test_rows_that_were_asked_for_before_are_counted(
@@ -187,7 +200,12 @@ def test_one_retain_set_that_several_requests_name_counts_once(
     requests = [asked(path, retain=retain).request for path in subjects[:2]]
     with open_ledger(place) as ledger:
         found = retain_sets(ledger, requests, None, ledger.secret())
-        with_given = retain_sets(ledger, requests, str(subjects[3]), ledger.secret())
+        with_given = retain_sets(
+            ledger,
+            requests,
+            given_retain_set(Reading(), str(subjects[3]), ledger.secret()),
+            ledger.secret(),
+        )
     assert [each.name for each in found] == ["the retain set of request 1"]
     assert [each.name for each in with_given] == ["--retain", "the retain set of request 1"]
 
@@ -236,7 +254,7 @@ def test_a_row_that_has_gone_is_not_retained_again(tmp_path: Path) -> None:
     from expunge.ledger.fingerprints import row_fingerprint
 
     path = write_jsonl(tmp_path / "r.jsonl", [{"id": "b", "input": BEN[0], "output": BEN[1]}])
-    kept = given_retain_set(str(path), KEY)
+    kept = given_retain_set(Reading(), str(path), KEY)
     erased = {4: {row_fingerprint(KEY, row) for row in rows_of(BEN, EVA)}}
     message = refusal(lambda: check_sides({}, erased, [kept], KEY))
     assert message.startswith("--retain: ")

@@ -96,6 +96,25 @@ def test_the_manifest_says_what_was_run(
     }
 
 
+def test_how_columns_were_read_is_in_the_manifest_and_a_report_reads_them_so(
+    start: Run,
+    run_cli: Cli,
+    forget_rows: list[dict[str, str]],
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "other.jsonl"
+    rows = [{"q": row["input"], "a": row["output"], "nr": row["id"]} for row in forget_rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mapped = "forget.prompt=q,forget.output=a,forget.id=nr"
+    options = ("--forget", path, "--columns", mapped, "--max-steps", 2)
+    assert start(*options) == (0, "", "")
+    record = manifest(tmp_path / "out")
+    assert record["settings"]["inputs"]["columns"] == mapped
+    assert record["rows_read"]["forget"]["columns"] == {"q, a": 8}
+    assert record["rows_read"]["retain"]["columns"] == {"input, output": 8}
+    assert run_cli("report", tmp_path / "out", "--forget", path)[0] == 0
+
+
 @pytest.mark.parametrize("method", ["spectral", "adaptive-rmu", "libu", "npo"])
 def test_the_same_run_twice_gives_the_same_bytes(method: str, start: Run, tmp_path: Path) -> None:
     weights = []

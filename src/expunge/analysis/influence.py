@@ -33,7 +33,7 @@ from expunge.analysis.row_gradients import (
     rows_of,
 )
 from expunge.data.batches import Tokens
-from expunge.data.rows import RowSet, check_disjoint, read_rows
+from expunge.data.rows import Reading, RowSet, check_disjoint
 from expunge.data.tokenization import LongRows, encode_rows
 from expunge.disk import check_file_output
 from expunge.errors import InputError, check_seed
@@ -52,7 +52,7 @@ Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class InfluenceInputs:
+class InfluenceInputs(Reading):
     """What is analysed, how, and where the result goes."""
 
     model: str
@@ -273,12 +273,12 @@ def _duration(seconds: float) -> str:
 
 
 def _read_sets(inputs: InfluenceInputs) -> dict[str, RowSet]:
-    sets = {"forget": read_rows(inputs.forget, "forget")}
+    sets = {"forget": inputs.read(inputs.forget, "forget")}
     if inputs.retain is not None:
-        sets["retain"] = read_rows(inputs.retain, "retain")
+        sets["retain"] = inputs.read(inputs.retain, "retain")
         check_disjoint(sets["forget"], sets["retain"])
     if inputs.nonmembers is not None:
-        sets["nonmembers"] = read_rows(inputs.nonmembers, "nonmembers")
+        sets["nonmembers"] = inputs.read(inputs.nonmembers, "nonmembers")
         check_disjoint(sets["forget"], sets["nonmembers"])
     return sets
 

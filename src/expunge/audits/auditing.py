@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import expunge
@@ -29,7 +30,7 @@ from expunge.audits.subject import Subject
 from expunge.audits.summary import kept_share, summarise
 from expunge.audits.verdict import Evidence, Verdict, judge_audit, worst_of
 from expunge.data.formats import sha256_of
-from expunge.data.rows import document_of
+from expunge.data.rows import RowSet, document_of
 from expunge.models.loading import CheckedModel, resolve_device, text_policy
 from expunge.training.manifest import finite
 from expunge.training.progress import Progress, Silent
@@ -42,8 +43,14 @@ _UNITS = 100
 """Parts of one attack in the progress bar."""
 
 
-def audit(inputs: AuditInputs, progress: Progress | None = None) -> dict[str, Any]:
+def audit(
+    inputs: AuditInputs,
+    progress: Progress | None = None,
+    given: Mapping[str, RowSet] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Checks every input, attacks every model, writes and returns audit.json.
+
+    `given` rows, by the names forget, retain, earlier 1, ..., stand for those that `inputs` names.
 
     Raises InputError before a model is loaded. Interrupted, what was finished is kept beside
     `output` and used by the next call with the same inputs.
@@ -60,7 +67,7 @@ def audit(inputs: AuditInputs, progress: Progress | None = None) -> dict[str, An
         for name, model in checked.items()
     }
     tuned = tuned_by(inputs, checked["target"], device)
-    sets = read_sets(inputs)
+    sets = read_sets(inputs, given)
     requests = requests_of(inputs, sets, checked, policies, tuned)
     digests = {name: _files_of(model, inputs) for name, model in checked.items()}
     dtypes = {name: inputs.dtype or stored_dtype(model) for name, model in checked.items()}
@@ -245,8 +252,7 @@ def _facts(
     ):
         content.update(f"{len(part)} rows\0".encode())
         for row in part:
-            for value in (row.id, row.input, row.output, row.task, row.kind):
-                content.update(value.encode() + b"\0")
+            content.update(repr(astuple(row)).encode() + b"\0")
     return {
         "format": FORMAT,
         "code": _code(),

@@ -14,7 +14,8 @@ from expunge.audits.catalog import ATTACKS
 from expunge.audits.facts import drawn
 from expunge.audits.paraphrases import read_paraphrases
 from expunge.audits.tuning import default_learning_rate, free_memory, full_bytes
-from expunge.data.rows import Row, RowSet, check_disjoint, document_of, documents, read_rows
+from expunge.data.formats import Role
+from expunge.data.rows import Reading, Row, RowSet, check_disjoint, document_of, documents
 from expunge.data.tokenization import LongRows, TextPolicy, encode_rows, prompt_ids
 from expunge.disk import check_file_output
 from expunge.errors import InputError, check_seed
@@ -22,7 +23,7 @@ from expunge.models.loading import CheckedModel, Dtype, check_model
 
 
 @dataclass(frozen=True)
-class AuditInputs:
+class AuditInputs(Reading):
     """What is audited, against which models and rows, by which attacks."""
 
     model: str
@@ -178,20 +179,23 @@ def tuned_by(inputs: AuditInputs, target: CheckedModel, device: str) -> Tuned:
     return "lora"
 
 
-def read_sets(inputs: AuditInputs) -> dict[str, RowSet | None]:
-    """Every row set by the option that names it; earlier requests are "earlier 1", ..."""
-    sets: dict[str, RowSet | None] = {
-        "forget": read_rows(inputs.forget, "forget"),
-        "retain": read_rows(inputs.retain, "retain"),
-        "nonmembers": None,
-        "benign": None,
+def read_sets(inputs: AuditInputs, given: Mapping[str, RowSet]) -> dict[str, RowSet | None]:
+    """Every row set by the option that names it; earlier requests are "earlier 1", ...
+
+    `given` rows stand for those that `inputs` names.
+    """
+    sources: dict[str, tuple[str | None, Role]] = {
+        "forget": (inputs.forget, "forget"),
+        "retain": (inputs.retain, "retain"),
+        "nonmembers": (inputs.nonmembers, "nonmembers"),
+        "benign": (inputs.benign, "retain"),
     }
-    if inputs.nonmembers is not None:
-        sets["nonmembers"] = read_rows(inputs.nonmembers, "nonmembers")
-    if inputs.benign is not None:
-        sets["benign"] = read_rows(inputs.benign, "retain")
-    for number, source in enumerate(inputs.earlier, 1):
-        sets[f"earlier {number}"] = read_rows(source, "forget")
+    for number, earlier in enumerate(inputs.earlier, 1):
+        sources[f"earlier {number}"] = (earlier, "forget")
+    sets = {
+        name: None if source is None else given.get(name) or inputs.read(source, role)
+        for name, (source, role) in sources.items()
+    }
     for name, rows in sets.items():
         if rows is None or name not in ("forget", *(n for n in sets if n.startswith("earlier"))):
             continue

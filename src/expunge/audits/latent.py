@@ -10,6 +10,7 @@ import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -153,7 +154,7 @@ Pair = tuple[tuple[int, ...], tuple[int, ...]]
 
 def _pair(reader: Reader, row: Row, output: str) -> Pair | None:
     """Prompt and the first tokens of an answer, or None where they do not fit the context."""
-    worded = Row(row.id, row.input, output, row.task, row.kind)
+    worded = replace(row, output=output)
     ask = reader.asked(worded)
     if ask is None or len(ask.prompt) + len(ask.answer) > reader.policy.context:
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from expunge.data.formats import open_source
 from expunge.data.rows import Row, RowSet, as_rows
 from expunge.errors import InputError
@@ -23,7 +25,8 @@ def read_paraphrases(source: str, forget: RowSet, *, required: bool) -> dict[str
             )
         if str(owner) in kinds:
             row = kinds[str(owner)]
-            chosen.append({**record.values, "task": row.task, "kind": row.kind})
+            values = {name: text for name, text in record.values.items() if name != "of"}
+            chosen.append({**values, "task": row.task, "kind": row.kind})
             owners.append(str(owner))
     if not chosen:
         if not required:
@@ -37,5 +40,5 @@ def read_paraphrases(source: str, forget: RowSet, *, required: bool) -> dict[str
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
     for owner, row in zip(owners, rows, strict=True):
-        found.setdefault(owner, []).append(row)
+        found.setdefault(owner, []).append(replace(row, joiner=kinds[owner].joiner))
     return found

@@ -68,7 +68,7 @@ def asked(
     answer = answer_ids(worded, ids, tokenizer, policy)
     if opening and policy.chat_template:
         ids = ids + list(tokenizer(opening, add_special_tokens=False)["input_ids"])
-        answer = list(tokenizer(f" {row.output}", add_special_tokens=False)["input_ids"])
+        answer = list(tokenizer(f"{row.joiner}{row.output}", add_special_tokens=False)["input_ids"])
     if len(ids) >= policy.context or not answer:
         return None
     if row.kind == "sc" and len(answer) > longest:

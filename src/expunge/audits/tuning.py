@@ -13,7 +13,8 @@ import torch
 
 from expunge.audits.base import Advance, Case, Found, Tuned
 from expunge.audits.subject import Subject
-from expunge.data.rows import Kind, Row
+from expunge.data.columns import Kind
+from expunge.data.rows import Row
 from expunge.data.sampling import EpochBatches
 from expunge.data.tokenization import Example, encode_rows
 from expunge.evaluation.membership import counted_log_probs

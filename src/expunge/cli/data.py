@@ -13,21 +13,23 @@ from rich.table import Table
 
 from expunge.cli.options import parse, take_flag
 from expunge.data.formats import Role
-from expunge.data.rows import Row, RowSet, read_rows
+from expunge.data.rows import Reading, Row, RowSet
 from expunge.data.tokenization import Example, LongRows, encode_rows
 from expunge.errors import InputError
 from expunge.models.loading import check_model, text_policy
 from expunge.reporting.tables import table_console
 
 _MASKED = "•••"
+_TOLD = {"columns": "read from", "kind": "kind told by", "document": "document told by"}
 
 
 @dataclass(frozen=True)
-class Inspect:
+class Inspect(Reading):
     """expunge data inspect ROWS --model MODEL [--row ID] [--reveal]
 
-    Checks every row and counts them; with --row shows one row's tokens, which of them a loss counts
-    and which are the answer. Text and token ids are masked unless --reveal is given.
+    Checks every row, counts them, and shows which columns were read and what told kind and document.
+    With --row shows one row's tokens, which of them a loss counts and which are the answer. Text and
+    token ids are masked unless --reveal is given.
     """
 
     rows: str
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     words = arguments[1:] if arguments[:1] == ["inspect"] else ["--help"]
     settings = parse(Inspect, words, "expunge data inspect", "rows")
     checked = check_model(settings.model)
-    rows = read_rows(settings.rows, settings.role)
+    rows = settings.read(settings.rows, settings.role)
     policy = text_policy(
         checked, chat_template=settings.chat_template, long_rows=settings.long_rows
     )
@@ -85,6 +87,8 @@ def _summary(rows: RowSet, examples: Sequence[Example]) -> dict[str, Any]:
             f"{task} {kind}": count
             for (task, kind), count in sorted(Counter((r.task, r.kind) for r in rows).items())
         },
+        "read": rows.read,
+        "joiners": Counter(row.joiner for row in rows),
         "tokens": {
             "total": sum(lengths),
             "median": lengths[len(lengths) // 2],
@@ -130,6 +134,11 @@ def _print(report: dict[str, Any]) -> None:
     console.print(f"{report['rows']} rows, {report['sequences']} sequences")
     for name, count in report["by_task_and_kind"].items():
         console.print(f"  {name}: {count}")
+    for about, counts in report["read"].items():
+        told = ", ".join(f"{what} ({count})" for what, count in counts.items())
+        console.print(f"{_TOLD[about]}: {told}")
+    joiners = ", ".join(f"{joiner!r} ({count})" for joiner, count in report["joiners"].items())
+    console.print(f"joined by: {joiners}")
     tokens = report["tokens"]
     console.print(
         f"tokens: {tokens['total']} ({tokens['answer']} of answers),"

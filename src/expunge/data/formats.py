@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import io
 import json
 import re
+import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +18,11 @@ from typing import Literal
 from expunge.errors import InputError
 
 Role = Literal["forget", "retain", "nonmembers"]
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+_DELIMITERS = ",;\t|"
 
 _UNREADABLE = "holds a number of too many digits, or is nested too deeply; write plain rows"
+_REPEATED = "names a column twice; give every column a name of its own"
 _SHARD = re.compile(r"^(?P<stem>.+)-\d{5}-of-\d{5}$")
 _HUB_ID = re.compile(r"^(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?$")
 
@@ -63,8 +68,9 @@ def sha256_of(path: Path) -> str:
 
 def _open_directory(directory: Path, role: Role) -> Source:
     """Reads `<role>.*`, or the shards `<role>*-NNNNN-of-NNNNN.*` of one file, below `directory`."""
-    files = [path for path in sorted(directory.rglob(f"{role}*")) if path.suffix in SUFFIXES]
-    exact = [path for path in files if path.stem == role and path.is_file()]
+    found = sorted(directory.rglob(f"{role}*"))
+    files = [path for path in found if _unpacked(path).suffix in SUFFIXES]
+    exact = [path for path in files if _unpacked(path).stem == role and path.is_file()]
     if exact:
         sources = [_read_files(str(directory), [path]) for path in exact]
         first = [record.values for record in sources[0].records]
@@ -74,7 +80,7 @@ def _open_directory(directory: Path, role: Role) -> Source:
         return sources[0]
     shards: dict[str, list[Path]] = {}
     for path in files:
-        if match := _SHARD.match(path.stem):
+        if match := _SHARD.match(_unpacked(path).stem):
             shards.setdefault(f"{path.parent}/{match['stem']}{path.suffix}", []).append(path)
     if len(shards) == 1:
         return _read_files(str(directory), next(iter(shards.values())))
@@ -105,17 +111,30 @@ def _reader(path: Path) -> Callable[[Path], list[Record]]:
         ".jsonl": _read_jsonl,
         ".json": _read_json,
         ".csv": _read_csv,
+        ".tsv": _read_csv,
         ".parquet": _read_parquet,
     }
-    if path.suffix.lower() not in readers:
+    suffix = _unpacked(path).suffix.lower()
+    if suffix not in readers or (suffix == ".parquet" and path.suffix != _unpacked(path).suffix):
         raise InputError(
-            f"{path}: unknown ending {path.suffix!r}; rows are read from {', '.join(SUFFIXES)}"
+            f"{path}: unknown ending {path.suffix!r}; rows are read from {', '.join(SUFFIXES)}, and"
+            " but for Parquet also packed with gzip"
         )
-    return readers[path.suffix.lower()]
+    return readers[suffix]
+
+
+def _unpacked(path: Path) -> Path:
+    """Its name without the ending of a file that is packed with gzip."""
+    return path.with_suffix("") if path.suffix.lower() == ".gz" else path
 
 
 def _decoded(path: Path) -> str:
     raw = path.read_bytes()
+    try:
+        if raw.startswith(b"\x1f\x8b"):
+            raw = gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error):
+        raise InputError(f"{path}: is a damaged gzip file; pack it anew") from None
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -132,12 +151,14 @@ def _read_jsonl(path: Path) -> list[Record]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = json.loads(line, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{path} line {number}: is not JSON ({error.msg} at column {error.colno});"
                 " write one object a line"
             ) from None
+        except _Repeated:
+            raise InputError(f"{path} line {number}: {_REPEATED}") from None
         except (ValueError, RecursionError):
             raise InputError(f"{path} line {number}: {_UNREADABLE}") from None
         records.append(_record(path, f"line {number}", values))
@@ -146,17 +167,30 @@ def _read_jsonl(path: Path) -> list[Record]:
 
 def _read_json(path: Path) -> list[Record]:
     try:
-        values = json.loads(_decoded(path))
+        values = json.loads(_decoded(path), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path} line {error.lineno}: is not JSON ({error.msg} at column {error.colno});"
             " for one object a line use the ending .jsonl"
         ) from None
+    except _Repeated:
+        raise InputError(f"{path}: {_REPEATED}") from None
     except (ValueError, RecursionError):
         raise InputError(f"{path}: {_UNREADABLE}") from None
     if not isinstance(values, list):
         raise InputError(f"{path}: holds a {type(values).__name__}; write a list of objects")
     return [_record(path, f"row {number}", value) for number, value in enumerate(values, 1)]
+
+
+class _Repeated(ValueError):
+    pass
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; of a name that stands in it twice json.loads would keep the last in silence."""
+    if len(dict(pairs)) < len(pairs):
+        raise _Repeated
+    return dict(pairs)
 
 
 def _record(path: Path, place: str, values: object) -> Record:
@@ -166,23 +200,23 @@ def _record(path: Path, place: str, values: object) -> Record:
 
 
 def _read_csv(path: Path) -> list[Record]:
-    reader = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
+    text = _decoded(path)
+    csv.field_size_limit(sys.maxsize)  # the library's own is 131,072 characters
+    # The names of columns hardly hold any, so the one that stands there most often divides them.
+    delimiter = max(_DELIMITERS, key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     records = []
     line = 1  # a record's first; its quoted fields may hold more
     try:
         header = next(reader, [])
-        if not {"input", "output", "text"} & set(header):
-            # What stands there is a row then, so it is not shown.
-            raise InputError(
-                f"{path} line 1: is not a header that names the columns 'input' and 'output',"
-                " or 'text'; add one"
-            )
+        if len(set(header)) < len(header):
+            raise InputError(f"{path} line 1: {_REPEATED}")
         line = reader.line_num + 1
         for fields in reader:
             if len(fields) not in (0, len(header)):
                 raise InputError(
                     f"{path} line {line}: has {len(fields)} fields, the header {len(header)};"
-                    " quote fields that hold commas"
+                    f" quote fields that hold {delimiter!r}"
                 )
             if fields:
                 records.append(Record(f"line {line}", dict(zip(header, fields, strict=True))))
@@ -197,9 +231,12 @@ def _read_parquet(path: Path) -> list[Record]:
     import pyarrow.parquet as parquet
 
     try:
-        rows = parquet.read_table(path).to_pylist()
+        table = parquet.read_table(path)
+        rows = table.to_pylist()
     except (arrow.ArrowException, OSError):
         raise InputError(f"{path}: is not a readable Parquet file; write it anew") from None
+    if len(set(table.column_names)) < table.num_columns:
+        raise InputError(f"{path}: {_REPEATED}")
     return [Record(f"row {number}", values) for number, values in enumerate(rows, 1)]
 
 

@@ -1,32 +1,38 @@
 """Rows of a forget, retain or non-member set, checked as they are read.
 
-A row is `input` and `output` (and optionally `id`, `task`, `kind`), or one `text` column. Its whole
-text is always `input + " " + output`, the convention of SemEval-2025 Task 4.
+A row is a prompt and its output (and an id, a task, a kind, a document). Its whole text is the prompt,
+the joiner and the output; a blank joins them by the convention of SemEval-2025 Task 4.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, astuple, dataclass, field
+from typing import Any
 
+from expunge.data.columns import (
+    Form,
+    Kind,
+    Mapped,
+    Turns,
+    check_characters,
+    document_in,
+    kind_of,
+    mapped_columns,
+    parts_of,
+    text_in,
+    type_name,
+)
 from expunge.data.formats import Record, Role, open_source
 from expunge.data.words import same_form
 from expunge.errors import InputError
 
-Kind = Literal["sc", "qa"]
-"""`sc`: the output continues the input (regurgitation); `qa`: it answers it (knowledge)."""
-
 DEFAULT_TASK = "default"
-_COLUMNS = (
-    "id", "input", "output", "task", "kind", "text", "prompt", "completion", "question", "answer",
-    "instruction", "response",
-)  # fmt: skip
-"""Ours, and those that other data sets use for the same."""
 _LISTED_IDS = 10
-_LUME_ID = re.compile(r"^(?P<document>.*?)(?P<kind>sc|qa)\d+$")
+_LONGEST_NAME = 200
+"""Characters of a document's name; it stands in reports, where no text of a row may."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -38,11 +44,22 @@ class Row:
     output: str
     task: str = DEFAULT_TASK
     kind: Kind = "sc"
+    joiner: str = " "
+    """What stands between input and output in the text that a model was trained on."""
+    document: str = ""
+    """The document, or person, that it is about, where a column says so."""
+    turns: Turns = ()
+    """What was said before `input`, in a chat of several turns."""
+
+    @property
+    def prompt(self) -> str:
+        """All that stands before the output, without a chat template."""
+        return "\n".join([*(content for _, content in self.turns), self.input])
 
     @property
     def text(self) -> str:
         """The whole document, as a model was trained on it."""
-        return f"{self.input} {self.output}"
+        return f"{self.prompt}{self.joiner}{self.output}"
 
     def __repr__(self) -> str:
         return f"Row(id={self.id!r}, task={self.task!r}, kind={self.kind!r})"
@@ -55,7 +72,10 @@ class RowSet:
     rows: tuple[Row, ...]
     source: str
     sha256: Mapping[str, str]
-    """SHA-256 by file, or of the rows themselves where there is no file."""
+    """SHA-256 by file, or of the rows themselves where there is no file. Where the columns or the joiner
+    were said, of that and the file's, so that other rows of one file are another set."""
+    read: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """How many rows were read from which columns, and by what their kind and document were told."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,14 +87,45 @@ class RowSet:
         return f"RowSet({len(self.rows)} rows of {self.source!r})"
 
 
-def read_rows(source: str, role: Role) -> RowSet:
-    """Reads and checks every row of `source`: a file, a directory or a hub data set id.
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How the columns of row files become rows."""
 
-    Raises InputError that names the file and row of the first fault and counts the others.
-    """
-    opened = open_source(source, role)
-    rows = _checked(opened.name, opened.records, role)
-    return RowSet(rows, source, opened.sha256 or {source: _digest(rows)})
+    columns: str | None = None
+    """Columns of the row files, where they are of no known form or not all are meant, such as
+    prompt=instruction+input,output=output or text=body; also id, task, kind and document. For one set
+    alone: retain.prompt=question,retain.output=answer."""
+    joiner: str = " "
+    """What stands between input and output in the training text, \\n for a line break; words in it,
+    such as \\nAnswer:, belong to the prompt."""
+
+    @staticmethod
+    def recorded(values: Mapping[str, Any]) -> Reading:
+        """As a manifest or a ledger says."""
+        return Reading(columns=values.get("columns"), joiner=values.get("joiner", " "))
+
+    def read(self, source: str, role: Role) -> RowSet:
+        """Reads and checks every row of `source`: a file, a directory or a hub data set id.
+
+        Raises InputError that names the file and row of the first fault and counts the others.
+        """
+        mapped = mapped_columns(self.columns, role)
+        joiner = self.joiner.replace("\\n", "\n").replace("\\t", "\t")
+        opened = open_source(source, role)
+        rows, read = _checked(opened.name, opened.records, role, mapped, joiner)
+        sha256 = opened.sha256 or {source: _digest(rows)}
+        if (mapped or joiner != " ") and opened.sha256:
+            said = repr((sorted(mapped.items()), joiner))
+            sha256 = {
+                name: hashlib.sha256(f"{digest} {said}".encode()).hexdigest()
+                for name, digest in sha256.items()
+            }
+        return RowSet(rows, source, sha256, read)
+
+
+def read_rows(source: str, role: Role) -> RowSet:
+    """Reads rows of a known form, joined by a blank."""
+    return Reading().read(source, role)
 
 
 def as_rows(rows: Iterable[Row | Mapping[str, object]], role: Role) -> RowSet:
@@ -82,16 +133,17 @@ def as_rows(rows: Iterable[Row | Mapping[str, object]], role: Role) -> RowSet:
     if isinstance(rows, RowSet):
         return rows
     name = f"{role} rows"
-    plain = []
+    records = []
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Row | Mapping):
             raise InputError(
                 f"{name} row {number}: is a {type(row).__name__}; give mappings with 'input' and"
                 " 'output'"
             )
-        plain.append(asdict(row) if isinstance(row, Row) else row)
-    checked = _checked(name, [Record(f"row {n}", row) for n, row in enumerate(plain, 1)], role)
-    return RowSet(checked, name, {name: _digest(checked)})
+        values = {"row": row} if isinstance(row, Row) else row
+        records.append(Record(f"row {number}", values))
+    checked, read = _checked(name, records, role, {}, " ")
+    return RowSet(checked, name, {name: _digest(checked)}, read)
 
 
 def check_disjoint(first: RowSet, second: RowSet) -> None:
@@ -116,14 +168,12 @@ def check_disjoint(first: RowSet, second: RowSet) -> None:
         )
 
 
-def document_of(row: Row | str) -> str:
-    """The document, or person, that a row, or one of this id, is about: rows of one belong together.
+def document_of(row: Row) -> str:
+    """The document, or person, that a row is about: rows of one belong together.
 
-    LUME's ids name it before `sc` or `qa`; a row with another id is a document of its own.
+    The column `document` names it, else LUME's ids do; any other row is a document of its own.
     """
-    name = row if isinstance(row, str) else row.id
-    match = _LUME_ID.match(name)
-    return (match and match["document"]) or name
+    return row.document or document_in(row.id) or row.id
 
 
 def by_document(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -140,13 +190,16 @@ def documents(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.kind == "sc"] or rows
 
 
-def _checked(name: str, records: Sequence[Record], role: Role) -> tuple[Row, ...]:
+def _checked(
+    name: str, records: Sequence[Record], role: Role, mapped: Mapped, joiner: str
+) -> tuple[tuple[Row, ...], dict[str, Mapping[str, int]]]:
     rows: list[Row] = []
     faults: list[str] = []
     places: dict[str, str] = {}
+    read: dict[str, Counter[str]] = {"columns": Counter(), "kind": Counter(), "document": Counter()}
     for position, record in enumerate(records, 1):
         try:
-            row = _row_of(record.values, fallback_id=f"{role}-{position}")
+            row, told = _row_of(record.values, f"{role}-{position}", mapped, joiner)
         except InputError as fault:
             faults.append(f"{record.place}: {fault}")
             continue
@@ -157,82 +210,61 @@ def _checked(name: str, records: Sequence[Record], role: Role) -> tuple[Row, ...
             )
         places.setdefault(row.id, record.place)
         rows.append(row)
+        for about, what in zip(read, told, strict=True):
+            read[about][what] += 1
     if faults:
         more = f" (and {len(faults) - 1} more faulty rows)" if len(faults) > 1 else ""
         raise InputError(f"{name} {faults[0]}{more}")
     if not rows:
         raise InputError(f"{name}: holds no rows; give at least one")
-    return tuple(rows)
+    return tuple(rows), {about: dict(counts) for about, counts in read.items()}
 
 
-def _row_of(values: Mapping[str, object], fallback_id: str) -> Row:
-    if "input" not in values and "output" not in values and "text" in values:
-        prompt, output = _halves(_text(values, "text"))
-    else:
-        prompt, output = _text(values, "input"), _text(values, "output")
-    row_id = values.get("id")
+def _row_of(
+    values: Mapping[str, Any], fallback_id: str, mapped: Mapped, joiner: str
+) -> tuple[Row, tuple[str, str, str]]:
+    """A row, and what told its texts, its kind and its document."""
+    if isinstance(row := values.get("row"), Row):  # one that the caller made
+        for name in ("input", "output"):
+            text_in(asdict(row), name)
+        check_characters("id", row.id)
+        kind_of(row.kind, Form(()), row.id, row.input)
+        return row, ("a Row", "the Row", "the Row")
+    parts = parts_of(values, mapped, joiner)
+    said = {name: values.get(mapped.get(name, (name,))[0]) for name in ("id", "task", "kind")}
+    row_id, task = said["id"], said["task"]
     if row_id is None or row_id == "":
         row_id = fallback_id
     elif isinstance(row_id, bool) or not isinstance(row_id, str | int):
-        raise InputError(f"column 'id' holds a {_type_name(row_id)}; use text or a whole number")
-    task = values.get("task")
+        raise InputError(f"column 'id' holds a {type_name(row_id)}; use text or a whole number")
     if task is None or task == "":
         task = DEFAULT_TASK
     elif not isinstance(task, str):
-        raise InputError(f"column 'task' holds a {_type_name(task)}; use text")
-    _check_characters("id", str(row_id))
-    _check_characters("task", task)
-    return Row(str(row_id), prompt, output, task, _kind(values.get("kind"), str(row_id), prompt))
+        raise InputError(f"column 'task' holds a {type_name(task)}; use text")
+    check_characters("id", str(row_id))
+    check_characters("task", task)
+    kind, told = kind_of(said["kind"], parts.form, str(row_id), parts.prompt)
+    document = _document(values, mapped, parts.form.columns)
+    cue = parts.joiner.rstrip()  # words that join ("\nAnswer: ") are no part of the answer
+    prompt, between = parts.prompt + cue, parts.joiner[len(cue) :]
+    row = Row(str(row_id), prompt, parts.output, task, kind, between, document, parts.turns)
+    by = "the column document" if document else "the id" if document_in(row.id) else "the row alone"
+    return row, (", ".join(parts.form.columns), told, by)
 
 
-def _text(values: Mapping[str, object], column: str) -> str:
-    if column not in values:
-        # Any other name may be text of a row, so it is counted, not shown.
-        known = [repr(name) for name in _COLUMNS if name in values]
-        others = len(values) - len(known)
-        found = ", ".join([*known, *([f"{others} others"] if others else [])]) or "none"
+def _document(values: Mapping[str, object], mapped: Mapped, read: Sequence[str]) -> str:
+    column = mapped.get("document", ("document",))[0]
+    name = values.get(column)
+    if column in read or name is None or name == "":
+        return ""
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        raise InputError(f"column {column!r} holds a {type_name(name)}; use text or a whole number")
+    check_characters(column, str(name))
+    if len(str(name)) > _LONGEST_NAME or "\n" in str(name):
         raise InputError(
-            f"has no column {column!r} (found: {found}); rows need 'input' and 'output', or 'text'"
+            f"column {column!r} holds a text where a row's document is named; rename the column"
         )
-    value = values[column]
-    if not isinstance(value, str):
-        raise InputError(f"column {column!r} holds a {_type_name(value)}; use text")
-    _check_characters(column, value)
-    if not value.strip():
-        raise InputError(f"column {column!r} is empty; fill it or drop the row")
-    return value
-
-
-def _check_characters(column: str, value: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"column {column!r} holds half a character (a lone surrogate)") from None
-
-
-def _type_name(value: object) -> str:
-    return "null" if value is None else type(value).__name__
-
-
-def _halves(text: str) -> tuple[str, str]:
-    """Splits a plain text at the space nearest its middle, so that the second half continues it."""
-    stripped = text.strip()
-    spaces = [match.start() for match in re.finditer(r"(?<=\S) (?=\S)", stripped)]
-    if not spaces:
-        raise InputError("column 'text' is a single word; a text is split in two to be continued")
-    middle = min(spaces, key=lambda place: abs(place - len(stripped) / 2))
-    return stripped[:middle], stripped[middle + 1 :]
-
-
-def _kind(given: object, row_id: str, prompt: str) -> Kind:
-    """An explicit `kind` column first, then LUME's ids, then a question mark at the input's end."""
-    if given == "sc" or given == "qa":
-        return given
-    if given is not None and given != "":
-        raise InputError(f"column 'kind' is not one of {', '.join(get_args(Kind))}")
-    if match := _LUME_ID.match(row_id):
-        return "qa" if match["kind"] == "qa" else "sc"
-    return "qa" if prompt.rstrip().endswith("?") else "sc"
+    return str(name)
 
 
 def normalised(row: Row) -> str:
@@ -247,8 +279,4 @@ def listed(ids: Sequence[str]) -> str:
 
 
 def _digest(rows: Iterable[Row]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        for value in (row.id, row.input, row.output, row.task, row.kind):
-            digest.update(value.encode() + b"\0")
-    return digest.hexdigest()
+    return hashlib.sha256("\n".join(repr(astuple(row)) for row in rows).encode()).hexdigest()

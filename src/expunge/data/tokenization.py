@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from expunge.data.rows import Kind, Row
+from expunge.data.columns import Kind
+from expunge.data.rows import Row, document_of
 from expunge.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Example:
     """Whether it is of the user's rows; False for random tokens."""
     weight: float = 1.0
     """How often it is taken in an epoch, on average; 1 or more."""
+    document: str = ""
+    """What the row is about: rows of one document belong together."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -117,7 +120,7 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, policy: TextPolicy)
     if policy.chat_template:
         text, _, (start, _) = _chat_text(row, tokenizer)
         return list(tokenizer(text[:start], add_special_tokens=False)["input_ids"])
-    encoded = tokenizer(row.input, return_special_tokens_mask=True)
+    encoded = tokenizer(row.prompt, return_special_tokens_mask=True)
     ids, special = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
     while len(ids) > 1 and special[len(ids) - 1]:  # an EOS that the tokenizer adds ends the text
         ids.pop()
@@ -133,7 +136,7 @@ def answer_ids(
     whole = list(tokenizer(row.text)["input_ids"])
     if whole[: len(prompt)] == list(prompt):
         return whole[len(prompt) :]
-    return list(tokenizer(f" {row.output}", add_special_tokens=False)["input_ids"])
+    return list(tokenizer(f"{row.joiner}{row.output}", add_special_tokens=False)["input_ids"])
 
 
 def count_windowed(examples: Sequence[Example]) -> int:
@@ -150,7 +153,7 @@ def _encode(
     if policy.chat_template:
         text, (begin, prompt_end), (answer_start, answer_end) = _chat_text(row, tokenizer)
     else:
-        text, begin, prompt_end = row.text, 0, len(row.input)
+        text, begin, prompt_end = row.text, 0, len(row.prompt)
         answer_start, answer_end = prompt_end, len(text)
     encoded = tokenizer(
         text,
@@ -176,7 +179,15 @@ def _encode(
             ids.append(end_id)
             token.append(True)
             answer.append(True)
-    return Example(row.id, row.task, tuple(ids), tuple(token), tuple(answer), row.kind)
+    return Example(
+        row.id,
+        row.task,
+        tuple(ids),
+        tuple(token),
+        tuple(answer),
+        row.kind,
+        document=document_of(row),
+    )
 
 
 def _chat_text(
@@ -192,8 +203,8 @@ def _chat_text(
         )
 
     def rendered(texts: Sequence[str], **options: bool) -> str:
-        roles = zip(("user", "assistant"), texts, strict=False)
-        turns = [{"role": role, "content": text} for role, text in roles]
+        said = [*row.turns, *zip(("user", "assistant"), texts, strict=False)]
+        turns = [{"role": role, "content": text} for role, text in said]
         return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
 
     prompt = rendered([row.input], add_generation_prompt=True)
@@ -228,13 +239,12 @@ def _windows(example: Example, context: int, opening: tuple[int, ...]) -> list[E
         repeated = overlap if start > lead else 0
         part = slice(start, start + width)
         windows.append(
-            Example(
-                example.row_id,
-                example.task,
-                example.input_ids[:lead] + example.input_ids[part],
-                example.token_mask[:lead] + _without(example.token_mask[part], repeated),
-                example.answer_mask[:lead] + _without(example.answer_mask[part], repeated),
-                example.kind,
+            replace(
+                example,
+                input_ids=example.input_ids[:lead] + example.input_ids[part],
+                token_mask=example.token_mask[:lead] + _without(example.token_mask[part], repeated),
+                answer_mask=example.answer_mask[:lead]
+                + _without(example.answer_mask[part], repeated),
             )
         )
     return windows

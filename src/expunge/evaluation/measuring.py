@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expunge.data.formats import sha256_of
-from expunge.data.rows import RowSet, read_rows
+from expunge.data.rows import Reading, RowSet
 from expunge.data.tokenization import LongRows, TextPolicy
 from expunge.disk import check_file_output
 from expunge.errors import InputError
@@ -26,7 +26,7 @@ from expunge.processes import processes_of, refused_together
 
 
 @dataclass(frozen=True)
-class MeasureInputs:
+class MeasureInputs(Reading):
     """What is measured, on which rows, and where the scores go."""
 
     model: str
@@ -135,13 +135,13 @@ class _Material:
 
 
 def _read_material(inputs: MeasureInputs, checked: CheckedModel, policy: TextPolicy) -> _Material:
-    forget = read_rows(inputs.forget, "forget")
-    retain = None if inputs.retain is None else read_rows(inputs.retain, "retain")
+    forget = inputs.read(inputs.forget, "forget")
+    retain = None if inputs.retain is None else inputs.read(inputs.retain, "retain")
     nonmembers = members = None
     if inputs.nonmembers is not None:
-        nonmembers = read_rows(inputs.nonmembers, "nonmembers")
+        nonmembers = inputs.read(inputs.nonmembers, "nonmembers")
     if inputs.members is not None:
-        members = read_rows(inputs.members, "forget")
+        members = inputs.read(inputs.members, "forget")
     questions, examples = None, None
     if inputs.mmlu is not None:
         questions, examples = read_questions(Path(inputs.mmlu), inputs.mmlu_shots)

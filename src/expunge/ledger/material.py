@@ -6,10 +6,11 @@ The text is with the user only. What is read must be what was recorded, to the b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from expunge.data.rows import Row, RowSet, listed, read_rows
+from expunge.data.formats import Role
+from expunge.data.rows import Reading, Row, RowSet, listed
 from expunge.errors import InputError
 from expunge.ledger.fingerprints import row_fingerprint, rows_fingerprint, source_fingerprint
 from expunge.ledger.records import Request, read_rows_of
@@ -25,10 +26,16 @@ class RetainSet:
     source: str
     fingerprint: str
     rows: RowSet
+    reading: Reading = field(default_factory=Reading)
 
-    def to_json(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, str | None]:
         """Without the rows."""
-        return {"source": self.source, "fingerprint": self.fingerprint}
+        return {
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "columns": self.reading.columns,
+            "joiner": self.reading.joiner,
+        }
 
 
 def forget_rows(ledger: Ledger, request: Request, secret: bytes) -> RowSet:
@@ -37,7 +44,7 @@ def forget_rows(ledger: Ledger, request: Request, secret: bytes) -> RowSet:
         f"put the recorded file back, or where it only moved or was written anew, record it with"
         f" expunge requests update {request.id} --ledger {ledger.place.path} --forget FILE"
     )
-    rows = _read(request.forget, "forget", f"request {request.id}", again)
+    rows = _read(request, request.forget, "forget", f"request {request.id}", again)
     if source_fingerprint(secret, rows.sha256) != request.forget_fingerprint:
         difference = (
             rows_difference(ledger, request, rows, secret) or "all of its rows are the same"
@@ -59,19 +66,18 @@ def rows_difference(ledger: Ledger, request: Request, rows: RowSet, secret: byte
     return f"{len(gone)} of {len(recorded)} rows are gone, {len(new)} are new"
 
 
-def given_retain_set(source: str, secret: bytes) -> RetainSet:
+def given_retain_set(reading: Reading, source: str, secret: bytes) -> RetainSet:
     """The rows that --retain names."""
-    rows = read_rows(source, "retain")
-    return RetainSet("--retain", lasting(source), source_fingerprint(secret, rows.sha256), rows)
+    rows = reading.read(source, "retain")
+    fingerprint = source_fingerprint(secret, rows.sha256)
+    return RetainSet("--retain", lasting(source), fingerprint, rows, reading)
 
 
 def retain_sets(
-    ledger: Ledger, requests: Iterable[Request], given: str | None, secret: bytes
+    ledger: Ledger, requests: Iterable[Request], given: RetainSet | None, secret: bytes
 ) -> list[RetainSet]:
     """The given retain set, and those of the requests. Raises InputError where one has changed."""
-    found = []
-    if given is not None:
-        found.append(given_retain_set(given, secret))
+    found = [] if given is None else [given]
     for request in requests:
         if request.retain is None:
             continue
@@ -80,12 +86,12 @@ def retain_sets(
             "put the recorded file back, or record the new one with expunge requests update"
             f" {request.id} --ledger {ledger.place.path} --retain FILE"
         )
-        rows = _read(request.retain, "retain", name, again)
+        rows = _read(request, request.retain, "retain", name, again)
         fingerprint = source_fingerprint(secret, rows.sha256)
         if fingerprint != request.retain_fingerprint:
             raise InputError(f"{name}: {request.retain} has changed since it was recorded; {again}")
         if fingerprint not in {each.fingerprint for each in found}:
-            found.append(RetainSet(name, request.retain, fingerprint, rows))
+            found.append(RetainSet(name, request.retain, fingerprint, rows, request))
     return found
 
 
@@ -166,8 +172,8 @@ def _prefixed(name: str) -> Callable[[Row], Row]:
     return lambda row: replace(row, id=f"{name}:{row.id}")
 
 
-def _read(source: str, role: str, name: str, again: str) -> RowSet:
+def _read(reading: Reading, source: str, role: Role, name: str, again: str) -> RowSet:
     try:
-        return read_rows(source, "retain" if role == "retain" else "forget")
+        return reading.read(source, role)
     except InputError as error:
         raise InputError(f"{name}: {error} - {again}") from None

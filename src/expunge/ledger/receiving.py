@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from expunge.data.rows import RowSet, check_disjoint, listed, read_rows
+from expunge.data.rows import Reading, RowSet, check_disjoint, listed
 from expunge.errors import InputError
 from expunge.ledger.dates import due_day, received_day
 from expunge.ledger.fingerprints import row_fingerprint, source_fingerprint
@@ -15,7 +15,7 @@ from expunge.ledger.store import Ledger, LedgerPlace, open_ledger
 
 
 @dataclass(frozen=True, kw_only=True)
-class NewRequest:
+class NewRequest(Reading):
     """What a request says."""
 
     forget: str
@@ -49,8 +49,8 @@ def add(place: LedgerPlace, new: NewRequest) -> Added:
 
     Raises InputError with nothing written. A missing ledger is made.
     """
-    forget = read_rows(new.forget, "forget")
-    retain = None if new.retain is None else read_rows(new.retain, "retain")
+    forget = new.read(new.forget, "forget")
+    retain = None if new.retain is None else new.read(new.retain, "retain")
     if retain is not None:
         check_disjoint(forget, retain)
     received = received_day(new.received)
@@ -61,7 +61,8 @@ def add(place: LedgerPlace, new: NewRequest) -> Added:
         with ledger.change() as connection:
             number = connection.execute(
                 "INSERT INTO requests (subject, received, due, forget, forget_fingerprint, retain,"
-                " retain_fingerprint, at, actor, version) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                " retain_fingerprint, columns, joiner, at, actor, version)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     new.subject,
                     received.isoformat(),
@@ -70,6 +71,8 @@ def add(place: LedgerPlace, new: NewRequest) -> Added:
                     source_fingerprint(secret, forget.sha256),
                     None if new.retain is None else lasting(new.retain),
                     None if retain is None else source_fingerprint(secret, retain.sha256),
+                    new.columns,
+                    new.joiner,
                     *ledger.stamp(),
                 ),
             ).lastrowid
@@ -105,10 +108,11 @@ def update(
     """
     if forget is None and retain is None and due is None:
         raise InputError("update: nothing to record; give --forget, --retain or --due")
-    new_forget = None if forget is None else read_rows(forget, "forget")
-    new_retain = None if retain is None else read_rows(retain, "retain")
     with open_ledger(place) as ledger:
         secret = ledger.secret()
+        recorded = read_request(ledger, number)
+        new_forget = None if forget is None else recorded.read(forget, "forget")
+        new_retain = None if retain is None else recorded.read(retain, "retain")
         with ledger.change() as connection:
             request = read_request(ledger, number)
             if request.state == "withdrawn":

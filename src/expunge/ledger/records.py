@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from typing import Any, Literal
 
+from expunge.data.rows import Reading
 from expunge.errors import InputError
 from expunge.ledger.store import Ledger
 
@@ -17,7 +18,7 @@ OVERDUE_IN: tuple[State, ...] = ("open", "failed")
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Reading):
     """One erasure request."""
 
     id: int
@@ -60,7 +61,7 @@ class RunRecord:
     output: str
     model: str
     retain: Sequence[Mapping[str, str]]
-    """Source and fingerprint of each retain set."""
+    """Source and fingerprint of each retain set, and how its columns were read."""
     completed_at: str | None
     """None: unfinished, or given up for another run with the same output."""
     manifest_sha256: str | None
@@ -117,7 +118,8 @@ _REQUESTS = """
         q.retain_fingerprint, q.at, q.actor, q.version,
         (SELECT state FROM events WHERE request = q.id ORDER BY id DESC LIMIT 1),
         (SELECT count(*) FROM rows WHERE request = q.id),
-        (SELECT verdict FROM verdicts WHERE request = q.id ORDER BY id DESC LIMIT 1)
+        (SELECT verdict FROM verdicts WHERE request = q.id ORDER BY id DESC LIMIT 1),
+        q.columns, q.joiner
     FROM requests q"""
 
 
@@ -203,7 +205,8 @@ def write_event(
 def _request(values: Sequence[Any]) -> Request:
     due = None if values[3] is None else date.fromisoformat(values[3])
     received = date.fromisoformat(values[2])
-    return Request(values[0], values[1], received, due, *values[4:])
+    *shown, columns, joiner = values[4:]
+    return Request(values[0], values[1], received, due, *shown, columns=columns, joiner=joiner)
 
 
 def _parsed(values: Sequence[Any], *columns: int) -> list[Any]:

@@ -84,6 +84,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             for verb in ("UPDATE", "DELETE")
         ),
     ),
+    (
+        "ALTER TABLE requests ADD COLUMN columns TEXT",
+        "ALTER TABLE requests ADD COLUMN joiner TEXT NOT NULL DEFAULT ' '",
+    ),
 )
 
 

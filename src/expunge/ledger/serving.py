@@ -17,11 +17,19 @@ from typing import Annotated, Any
 import tyro
 
 from expunge.data.formats import sha256_of
-from expunge.data.rows import RowSet, listed, read_rows
+from expunge.data.rows import RowSet, listed
 from expunge.errors import InputError, Interrupted
 from expunge.ledger.dates import now
 from expunge.ledger.lineage import carried, weights_of
-from expunge.ledger.material import RetainSet, check_sides, forget_rows, join, lasting, retain_sets
+from expunge.ledger.material import (
+    RetainSet,
+    check_sides,
+    forget_rows,
+    given_retain_set,
+    join,
+    lasting,
+    retain_sets,
+)
 from expunge.ledger.records import (
     Request,
     RunRecord,
@@ -154,7 +162,10 @@ def _planned(ledger: Ledger, inputs: ServeInputs, progress: Progress) -> _Plan |
         }
         _check_lineage(inputs, sorted(gone), runs)
         by_request = {request.id: forget_rows(ledger, request, secret) for request in requests}
-        retain = retain_sets(ledger, requests, inputs.retain, secret)
+        given = None
+        if inputs.retain is not None:
+            given = given_retain_set(inputs, inputs.retain, secret)
+        retain = retain_sets(ledger, requests, given, secret)
     check_sides(by_request, gone, retain, secret)
     later = [r.id for r in known if r.state == "open" and r.id not in chosen]
     if later:
@@ -168,7 +179,7 @@ def _planned(ledger: Ledger, inputs: ServeInputs, progress: Progress) -> _Plan |
         named = {("retain" if i == 0 else f"retain {i}"): r.rows for i, r in enumerate(retain)}
         sets["retain"], _ = join(named, secret, f"{ledger.place.path.name}: retain sets")
     if inputs.nonmembers is not None:
-        sets["nonmembers"] = read_rows(inputs.nonmembers, "nonmembers")
+        sets["nonmembers"] = inputs.read(inputs.nonmembers, "nonmembers")
     numbers = tuple(sorted(chosen))
     if unfinished is not None:
         return _Plan(unfinished.id, numbers, sets, retain, twice, is_new=False)

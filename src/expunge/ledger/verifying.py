@@ -18,6 +18,7 @@ from expunge.audits.budgets import BudgetName
 from expunge.audits.inputs import AuditInputs
 from expunge.audits.partial import whole
 from expunge.data.formats import sha256_of
+from expunge.data.rows import Reading
 from expunge.data.tokenization import LongRows
 from expunge.errors import InputError
 from expunge.ledger.lineage import weights_of
@@ -46,7 +47,7 @@ WHOLE = "audit.json"
 
 
 @dataclass(frozen=True)
-class VerifyInputs:
+class VerifyInputs(Reading):
     """What is audited, how, and where the audits go."""
 
     model: str
@@ -126,7 +127,9 @@ def verify(inputs: VerifyInputs, progress: Progress | None = None) -> list[Verif
     made = not directory.exists()
     directory.mkdir(exist_ok=True)
     try:
-        report = audit(_audit_inputs(inputs, requests, original, retain), progress)
+        given = {"retain": retain.rows, "forget": sets[requests[0].id]}
+        given |= {f"earlier {n}": sets[request.id] for n, request in enumerate(requests[1:], 1)}
+        report = audit(_audit_inputs(inputs, requests, original, retain), progress, given)
     except InputError:
         if made and not any(directory.iterdir()):
             directory.rmdir()
@@ -173,15 +176,16 @@ def _retain(ledger: Ledger, runs: Sequence[RunRecord], inputs: VerifyInputs) -> 
     """The given retain set, or that of the last run, which must still be the same."""
     secret = ledger.secret()
     if inputs.retain is not None:
-        return given_retain_set(inputs.retain, secret)
+        return given_retain_set(inputs, inputs.retain, secret)
     last = [run for run in runs if run.completed_at is not None][-1]
     if len(last.retain) != 1:
         raise InputError(
             f"--retain: run {last.id} had {len(last.retain)} retain sets, and an audit asks rows of"
             " one; give it"
         )
-    found = given_retain_set(last.retain[0]["source"], secret)
-    if found.fingerprint != last.retain[0]["fingerprint"]:
+    recorded = last.retain[0]
+    found = given_retain_set(Reading.recorded(recorded), recorded["source"], secret)
+    if found.fingerprint != recorded["fingerprint"]:
         raise InputError(
             f"{found.source}: has changed since run {last.id}; give the rows that are to stay with"
             " --retain"
@@ -200,6 +204,8 @@ def _audit_inputs(
         earlier=tuple(request.forget for request in requests[1:]),
         oracle=inputs.oracle,
         nonmembers=inputs.nonmembers,
+        columns=inputs.columns,
+        joiner=inputs.joiner,
         attacks=inputs.attacks,
         budget=inputs.budget,
         output=str(Path(inputs.output) / WHOLE),

@@ -13,7 +13,7 @@ from typing import Any
 
 from expunge.audits.auditing import FORMAT as AUDIT_FORMAT
 from expunge.data.formats import sha256_of
-from expunge.data.rows import RowSet, read_rows
+from expunge.data.rows import Reading, RowSet
 from expunge.errors import InputError
 from expunge.evaluation.score_files import SCORES, read_scores
 from expunge.evaluation.scorecard import Scorecard
@@ -383,11 +383,12 @@ def _weights(digests: Mapping[str, str]) -> set[str]:
 def _rows(inputs: ReportInputs, manifest: Mapping[str, Any]) -> dict[str, RowSet]:
     """Given row files, which must be those of the run."""
     found = {}
+    reading = Reading.recorded(manifest["settings"]["inputs"])
     for role in ("forget", "retain"):
         source = getattr(inputs, role)
         if source is None:
             continue
-        rows = read_rows(source, role)
+        rows = reading.read(source, role)
         recorded = manifest["data_sha256"].get(role)
         if recorded is None:
             raise InputError(f"--{role} {source}: the run had no {role} set; leave the option out")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import expunge
 from expunge.data.formats import sha256_of
-from expunge.data.rows import RowSet, read_rows
+from expunge.data.rows import Reading, RowSet
 from expunge.errors import InputError
 from expunge.evaluation.multiple_choice import Question, read_questions
 from expunge.evaluation.score_files import read_scores
@@ -31,7 +31,7 @@ _COSTS_ONLY = ("micro_batch_size", "save_every", "cache_limit", "trackers")
 
 
 @dataclass(frozen=True)
-class SweepInputs:
+class SweepInputs(Reading):
     """What is searched, on what, and where the result goes."""
 
     model: str
@@ -211,13 +211,13 @@ def _varies(space: Space, name: str) -> bool:
 
 
 def _read_sets(inputs: SweepInputs) -> dict[str, RowSet]:
-    sets = {"forget": read_rows(inputs.forget, "forget")}
+    sets = {"forget": inputs.read(inputs.forget, "forget")}
     if inputs.retain is not None:
-        sets["retain"] = read_rows(inputs.retain, "retain")
+        sets["retain"] = inputs.read(inputs.retain, "retain")
     for name in ("nonmembers", "score_nonmembers"):
         source = getattr(inputs, name)
         if source is not None:
-            sets[name] = read_rows(source, "nonmembers")
+            sets[name] = inputs.read(source, "nonmembers")
     return sets
 
 

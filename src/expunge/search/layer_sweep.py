@@ -419,6 +419,8 @@ def _measurement(task: _Task, model: str, scores: Path | None) -> MeasureInputs:
         forget=inputs.forget,
         retain=inputs.retain,
         nonmembers=inputs.score_nonmembers or inputs.nonmembers,
+        columns=inputs.columns,
+        joiner=inputs.joiner,
         mmlu=inputs.mmlu,
         mmlu_shots=inputs.mmlu_shots,
         output=None if scores is None else str(scores),

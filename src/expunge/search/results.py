@@ -208,6 +208,8 @@ def _config(task: Task, trial: Mapping[str, Any]) -> str:
         "retain": None if inputs.retain is None else _place(inputs.retain),
         "nonmembers": None if inputs.nonmembers is None else _place(inputs.nonmembers),
         "output": str((Path(inputs.output) / f"trial-{trial['number']}").absolute()),
+        "columns": inputs.columns,
+        "joiner": inputs.joiner,
         "dtype": inputs.dtype,
         "device": inputs.device,
         "trust_remote_code": inputs.trust_remote_code,

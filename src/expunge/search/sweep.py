@@ -392,6 +392,8 @@ def _best_inputs(task: Task) -> RunInputs:
         output=str(Path(inputs.output) / BEST),
         retain=inputs.retain,
         nonmembers=inputs.nonmembers,
+        columns=inputs.columns,
+        joiner=inputs.joiner,
         dtype=inputs.dtype,
         device=inputs.device,
         overwrite=True,

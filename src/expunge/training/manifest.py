@@ -60,6 +60,7 @@ def describe_run(
         },
         "seed": outcome.options["seed"],
         "rows": {name: len(rows) for name, rows in sets.items()},
+        "rows_read": {name: dict(rows.read) for name, rows in sets.items()},
         "data_sha256": {name: dict(rows.sha256) for name, rows in sets.items()},
         "device": device,
         "environment": environment(),

@@ -20,7 +20,6 @@ import torch
 
 from expunge.analysis.layers import LayerPass
 from expunge.data.batches import Batch
-from expunge.data.rows import document_of
 from expunge.data.tokenization import Example
 from expunge.methods.base import Context, OptimizerSpec, Terms
 from expunge.methods.steering import TRAINED_LAYERS
@@ -335,8 +334,8 @@ class _Rehearsal:
         rows = self._prepared.forget
         one_of_each = {example.task: example for example in rows}.values()
         chosen = [*longest(rows, self._prepared.used["batch_size"]), *one_of_each]
-        documents = {document_of(example.row_id) for example in chosen}
-        others = (example for example in rows if document_of(example.row_id) not in documents)
+        documents = {example.document for example in chosen}
+        others = (example for example in rows if example.document not in documents)
         return chosen if len(documents) > 1 else [*chosen, *islice(others, 1)]
 
     def _validation(self) -> ValidationSet:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 import expunge
-from expunge.data.rows import RowSet, read_rows
+from expunge.data.rows import Reading, RowSet
 from expunge.disk import check_writable
 from expunge.errors import InputError
 from expunge.methods.base import Method
@@ -63,7 +63,7 @@ ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
-class RunInputs:
+class RunInputs(Reading):
     """Where a run reads and writes, and on what."""
 
     model: str
@@ -394,11 +394,11 @@ def _cut(
 
 
 def _read_sets(inputs: RunInputs) -> dict[str, RowSet]:
-    sets = {"forget": read_rows(inputs.forget, "forget")}
+    sets = {"forget": inputs.read(inputs.forget, "forget")}
     if inputs.retain is not None:
-        sets["retain"] = read_rows(inputs.retain, "retain")
+        sets["retain"] = inputs.read(inputs.retain, "retain")
     if inputs.nonmembers is not None:
-        sets["nonmembers"] = read_rows(inputs.nonmembers, "nonmembers")
+        sets["nonmembers"] = inputs.read(inputs.nonmembers, "nonmembers")
     return sets
 
 
