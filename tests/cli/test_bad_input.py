@@ -52,6 +52,11 @@ def places(
         "evaluate_key": "forgot: x\n",
         "inspect_key": "modl: x\n",
         "compare_key": "orakle: x\n",
+        "repeated": "epochs: 1\nseed: 2\nepochs: 3\n",
+        "repeated_setting": "method:\n  rank: 4\n  rank: 8\n",
+        "two_spellings": "batch-size: 1\nbatch_size: 2\n",
+        "two_places": "method:\n  rank: 4\nmethod.rank: 8\n",
+        "yaml_digits": f"seed: 0x{'f' * 6000}\n",
         "list": "[1, 2]",
         "alias": "a: &a\n  b: *a\n",
         "digits": f'{{"input": {"9" * 5000}, "output": "x"}}\n',
@@ -107,6 +112,16 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "run key": (RUN + "--config {unknown_key}", ("{unknown_key}", "'epoch'", "'epochs'")),
     "run method key": (RUN + "--config {unknown_setting}", ("'method.rnk'", "'method.rank'")),
     "run broken yaml": (RUN + "--config {broken}", ("{broken} line 2: is not YAML",)),
+    "run repeated key": (RUN + "--config {repeated}", ("line 1", "has 'epochs' twice")),
+    "run repeated setting": (RUN + "--config {repeated_setting}", ("line 2", "has 'rank' twice")),
+    "run two spellings": (RUN + "--config {two_spellings}", ("has 'batch-size' twice",)),
+    "run two places": (RUN + "--config {two_places}", ("has 'method.rank' twice",)),
+    "run yaml digits": (RUN + "--config {yaml_digits}", ("--seed", "shorten it")),
+    "run columns": (RUN + "--columns prompt=q", ("--columns prompt=q", "prompt and output")),
+    "run no such column": (
+        RUN + "--columns prompt=question,output=output",
+        ("{forget} line 1: has no column 'question'", "'input', 'output'"),
+    ),
     "run no yaml": (RUN + "--config {nowhere}", ("--config {nowhere}: no such file",)),
     "run yaml list": (RUN + "--config {list}", ("{list}: is not a mapping",)),
     "run method": (RUN + "--method libo", ("--method libo: unknown; did you mean libu?",)),
@@ -342,10 +357,10 @@ def test_a_failure_shows_its_place_and_never_its_text(
     places: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("expunge.cli.data.read_rows", fail)
+    monkeypatch.setattr("expunge.cli.data.encode_rows", fail)
     command = ("data", "inspect", places["forget"], "--model", places["model"])
     returned, out, err = run_cli(*command)
     assert (returned, out) == (code, "")

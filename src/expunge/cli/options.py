@@ -21,7 +21,7 @@ from expunge.errors import InputError
 
 Command = TypeVar("Command")
 _LONGEST_NAME = 255
-_FREE_TEXT = ("--subject", "--by")
+_FREE_TEXT = ("--subject", "--by", "--columns")
 
 
 def parse(
@@ -78,7 +78,7 @@ def check_words(arguments: Sequence[str]) -> None:
                 continue
         else:
             value = argument
-        if not value.strip():
+        if not value.strip() and option != "--joiner":
             raise InputError(f"{option}: is empty; give a value, or leave the option out")
         longest = max(len(part.encode(errors="replace")) for part in value.split("/"))
         if longest > _LONGEST_NAME and option not in _FREE_TEXT:
@@ -132,8 +132,19 @@ def yaml_fields(path: Path) -> dict[str, Any]:
     """The file's fields with dotted names. Raises InputError for what is no YAML mapping."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that is there twice, of which YAML would keep the last in silence."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
+            _check_once(keys, f"{path} line {node.start_mark.line + 1}")
+            return super().construct_mapping(node, deep)
+
+    # As written: the option has its type. YAML reads 1:30 as 90 and 010 as 8.
+    for kind in ("int", "float", "timestamp"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.construct_scalar)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
         raise InputError(f"--config {path}: no such file") from None
     except UnicodeDecodeError:
@@ -149,12 +160,19 @@ def yaml_fields(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"--config {path}: is not a mapping of options to values")
     try:
-        fields = _flat(values)
+        pairs = list(_flat(values))
     except RecursionError:  # an alias to what holds it
         raise InputError(f"--config {path}: refers to itself") from None
-    if "method.name" in fields:
-        fields["method"] = fields.pop("method.name")
-    return fields
+    pairs = [("method" if name == "method.name" else name, value) for name, value in pairs]
+    _check_once([name for name, _ in pairs], str(path))
+    return dict(pairs)
+
+
+def _check_once(names: Sequence[str], place: str) -> None:
+    """Raises InputError for a name that is there twice, with dashes or underscores."""
+    plain = [name.replace("-", "_") for name in names]
+    if twice := [name for name, same in zip(names, plain, strict=True) if plain.count(same) > 1]:
+        raise InputError(f"--config {place}: has {twice[0]!r} twice; leave one out")
 
 
 def as_arguments(fields: Mapping[str, Any], source: str, command: type[Any]) -> list[str]:
@@ -200,14 +218,12 @@ def _as_argument(name: str, value: Any) -> list[str]:
     return [f"--{name}", str(value)]
 
 
-def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            yield from _flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            yield f"{prefix}{key}", value
 
 
 def _one_line(message: str, prog: str) -> str:
