@@ -112,6 +112,11 @@ def test_files_that_are_no_influence_json_are_refused(tmp_path: Path) -> None:
         message = refusal(lambda: read_influence(path))
         assert message.startswith(f"--influence {path}: is not")
         assert message.endswith("write one with expunge analyze influence")
+    huge = influence().to_json()
+    huge["retain"][0]["collateral"] = 10**400  # beyond every float
+    for text in (json.dumps(huge), "[" * 100_000, f'{{"format": {"9" * 6000}}}'):
+        path.write_text(text)
+        assert "is not an influence.json" in refusal(lambda: read_influence(path))
     plain = influence().to_json()
     plain["retain"][0]["collateral"] = math.inf
     path.write_text(json.dumps(plain))

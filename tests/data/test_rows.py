@@ -233,6 +233,8 @@ def test_columns_say_what_is_read_and_the_digest_knows(tmp_path: Path) -> None:
     assert row.text == "Say\nAda\nHi."
     (kept,) = reading.read(source, "retain")
     assert kept.output == "no such thing"
+    (text,) = Reading(columns="prompt=q,output=a,nonmembers.text=b").read(source, "nonmembers")
+    assert text.text == "no such thing"
     readings = [
         Reading(columns="prompt=q,output=a"),
         Reading(columns="prompt=q,output=a", joiner=""),
@@ -259,8 +261,9 @@ def test_words_of_the_joiner_are_of_the_prompt(tmp_path: Path) -> None:
         ("kept.prompt=q", "is not NAME=COLUMN"),
         ("prompt=q", "name prompt and output together"),
         ("prompt=q,output=a,text=b", "name prompt and output together"),
-        ("prompt=q,input=a,output=a", "given twice"),
-        ("prompt=q,output=a+b", "only a prompt"),
+        ("prompt=q,input=a,output=a", "stands there twice"),
+        ("prompt=q,output=a+b", "has no column 'a+b'"),
+        ("text=q,retain.text=a,forget.prompt=q", "name prompt and output together"),
         ("prompt=question,output=a", "has no column 'question'"),
         ("prompt=q,output=a,id=nr", "has no column 'nr'"),
     ],

@@ -12,7 +12,7 @@ import pytest
 from made_up_run import audit, made_up, scores
 
 from conftest import refusal, write_jsonl
-from expunge.reporting.material import ReportInputs, gather
+from expunge.reporting.material import ReportInputs, gather, plain
 from expunge.reporting.report import write_report
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -34,6 +34,11 @@ def refused(run: Path, **options: Any) -> str:
     message = refusal(lambda: write_report(ReportInputs(run=str(run), **options)))
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     return message
+
+
+def test_a_whole_number_beyond_every_float_is_no_measurement() -> None:
+    assert [plain(value) for value in (10**400, -(10**400), 2, 0.5)] == [None, None, 2.0, 0.5]
+    assert [plain(value) for value in (True, "1", None, float("nan"), float("inf"))] == [None] * 5
 
 
 def test_what_is_no_finished_run(run: Path, tmp_path: Path) -> None:

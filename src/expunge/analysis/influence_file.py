@@ -173,7 +173,7 @@ def read_influence(path: Path) -> RowsAtRisk:
         collateral = {str(row["id"]): float(row["collateral"]) for row in values["retain"]}
         gone = frozenset(str(row["id"]) for row in values["forget"] if row["gone"])
         hashes = {str(key): str(value) for key, value in values["model_sha256"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError):
         raise InputError(f"--influence {path}: is not an influence.json; {mend}") from None
     if not all(map(math.isfinite, collateral.values())):
         raise InputError(f"--influence {path}: holds a collateral that is not finite; {mend}")

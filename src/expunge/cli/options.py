@@ -142,7 +142,7 @@ def yaml_fields(path: Path) -> dict[str, Any]:
 
     # As written: the option has its type. YAML reads 1:30 as 90 and 010 as 8.
     for kind in ("int", "float", "timestamp"):
-        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.construct_scalar)
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", lambda _, node: node.value)
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:

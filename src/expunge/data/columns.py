@@ -106,25 +106,24 @@ def mapped_columns(columns: str | None, role: Role) -> Mapped:
     `retain.output=answer` holds for the retain set alone and stands before what holds for all. Raises
     InputError for what is not of this form.
     """
-    found: dict[str, dict[str, tuple[str, ...]]] = {}
-    for entry in (columns or "").split(",") if columns is not None else ():
+    found: dict[str, dict[str, tuple[str, ...]]] = {"": {}, **{side: {} for side in get_args(Role)}}
+    for entry in columns.split(",") if columns is not None else ():
         name, _, given = entry.strip().partition("=")
         side, _, target = name.rpartition(".")
-        target = {"input": "prompt"}.get(target, target)
-        names = tuple(given.split("+"))
-        if target not in _TARGETS or side not in ("", *get_args(Role)) or not all(names):
+        target = "prompt" if target == "input" else target
+        names = tuple(given.split("+")) if target == "prompt" else (given,)
+        known = target in _TARGETS and side in found and all(names)
+        if not known or target in found[side]:
             raise InputError(
-                f"--columns {entry}: is not NAME=COLUMN; NAME is one of {', '.join(_TARGETS)}, alone"
-                f" or after {', '.join(f'{role}.' for role in get_args(Role))}"
+                f"--columns {entry}: is not NAME=COLUMN, or stands there twice; give each of"
+                f" {', '.join(_TARGETS)} once, alone or after {', '.join(get_args(Role))} and a dot"
             )
-        if target in found.setdefault(side, {}):
-            raise InputError(f"--columns {name}: is given twice; leave one out")
-        if len(names) > 1 and target != "prompt":
-            raise InputError(f"--columns {entry}: only a prompt is joined of columns; name one")
         found[side][target] = names
-    mapped = found.get("", {}) | found.get(role, {})
-    whole, pair = "text" in mapped, {"prompt", "output"} & set(mapped)
-    if len(pair) + 2 * whole not in (0, 2):
+    own = found[role]
+    pair = {"prompt", "output"}
+    dropped = pair if "text" in own else {"text"} if pair & set(own) else set()
+    mapped = {name: names for name, names in found[""].items() if name not in dropped} | own
+    if len(pair & set(mapped)) + 2 * ("text" in mapped) not in (0, 2):
         raise InputError(f"--columns {columns}: name prompt and output together, or text alone")
     return mapped
 

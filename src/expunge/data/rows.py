@@ -232,39 +232,36 @@ def _row_of(
         return row, ("a Row", "the Row", "the Row")
     parts = parts_of(values, mapped, joiner)
     said = {name: values.get(mapped.get(name, (name,))[0]) for name in ("id", "task", "kind")}
-    row_id, task = said["id"], said["task"]
-    if row_id is None or row_id == "":
-        row_id = fallback_id
-    elif isinstance(row_id, bool) or not isinstance(row_id, str | int):
-        raise InputError(f"column 'id' holds a {type_name(row_id)}; use text or a whole number")
+    row_id, task = _name(said["id"], "id") or fallback_id, said["task"]
     if task is None or task == "":
         task = DEFAULT_TASK
     elif not isinstance(task, str):
         raise InputError(f"column 'task' holds a {type_name(task)}; use text")
-    check_characters("id", str(row_id))
     check_characters("task", task)
-    kind, told = kind_of(said["kind"], parts.form, str(row_id), parts.prompt)
-    document = _document(values, mapped, parts.form.columns)
+    kind, told = kind_of(said["kind"], parts.form, row_id, parts.prompt)
+    column = mapped.get("document", ("document",))[0]
+    document = "" if column in parts.form.columns else _name(values.get(column), column)
+    if len(document) > _LONGEST_NAME or "\n" in document:
+        raise InputError(
+            f"column {column!r} holds a text where a row's document is named; rename the column"
+        )
     cue = parts.joiner.rstrip()  # words that join ("\nAnswer: ") are no part of the answer
     prompt, between = parts.prompt + cue, parts.joiner[len(cue) :]
-    row = Row(str(row_id), prompt, parts.output, task, kind, between, document, parts.turns)
+    row = Row(row_id, prompt, parts.output, task, kind, between, document, parts.turns)
     by = "the column document" if document else "the id" if document_in(row.id) else "the row alone"
     return row, (", ".join(parts.form.columns), told, by)
 
 
-def _document(values: Mapping[str, object], mapped: Mapped, read: Sequence[str]) -> str:
-    column = mapped.get("document", ("document",))[0]
-    name = values.get(column)
-    if column in read or name is None or name == "":
+def _name(value: object, column: str) -> str:
+    """An id or the name of a document; empty where there is none."""
+    if value is None or value == "":
         return ""
-    if isinstance(name, bool) or not isinstance(name, str | int):
-        raise InputError(f"column {column!r} holds a {type_name(name)}; use text or a whole number")
-    check_characters(column, str(name))
-    if len(str(name)) > _LONGEST_NAME or "\n" in str(name):
+    if isinstance(value, bool) or not isinstance(value, str | int):
         raise InputError(
-            f"column {column!r} holds a text where a row's document is named; rename the column"
+            f"column {column!r} holds a {type_name(value)}; use text or a whole number"
         )
-    return str(name)
+    check_characters(column, str(value))
+    return str(value)
 
 
 def normalised(row: Row) -> str:

@@ -96,7 +96,7 @@ class Desk:
         reveal = self._checked.inputs.reveal
         try:
             answers = None
-            for answers in self._paced(Question(row.input, MAX_NEW_TOKENS), session):
+            for answers in self._paced(Question(row.prompt, MAX_NEW_TOKENS), session):
                 counts = (len(answers[side].tokens) for side in SIDES)
                 told = ", ".join(
                     f"{side} {drawing.counted(count, 'token')}"
