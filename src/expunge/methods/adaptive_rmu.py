@@ -88,7 +88,7 @@ class AdaptiveRMU(SteeringSettings):
 
     name: ClassVar[str] = "adaptive-rmu"
     defaults: ClassVar[RunDefaults] = RunDefaults(
-        epochs=30, batch_size=16, learning_rate=8e-3, schedule="cosine"
+        epochs=30, batch_size=16, learning_rate=8e-3, schedule="cosine", candidates=16
     )
     presets: ClassVar[Mapping[str, Preset]] = {
         "semeval-7b": Preset(

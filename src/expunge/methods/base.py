@@ -89,6 +89,8 @@ class RunDefaults:
     schedule: Schedule = "constant"
     least_steps: int = 1
     """More epochs are made of a forget set that is too small for as many."""
+    candidates: int = 10
+    """Checkpoints that are measured, at equal distances."""
 
     def epochs_of(self, steps_an_epoch: int) -> int:
         """The default number of epochs where one takes so many steps."""

@@ -42,7 +42,7 @@ class LIBU(LogOddsSettings, LoraSettings):
 
     name: ClassVar[str] = "libu"
     defaults: ClassVar[RunDefaults] = RunDefaults(
-        epochs=12, batch_size=16, learning_rate=6e-3, schedule="trapezoid"
+        epochs=12, batch_size=16, learning_rate=6e-3, schedule="trapezoid", candidates=8
     )
     presets: ClassVar[Mapping[str, Preset]] = {}
 

@@ -35,7 +35,7 @@ _ITERATIONS = 3
 class Spectral(LogOddsSettings):
     """Settings of spectral unlearning."""
 
-    damping: float | None = 0.2
+    damping: float | None = 0.3
     """Added to the second moment of a matrix's inputs on held text, as a share of their mean variance;
     null: steps are flat in the matrix itself."""
     momentum: float = 0.95
@@ -43,7 +43,7 @@ class Spectral(LogOddsSettings):
 
     name: ClassVar[str] = "spectral"
     defaults: ClassVar[RunDefaults] = RunDefaults(
-        epochs=8, batch_size=16, learning_rate=3e-3, schedule="trapezoid"
+        epochs=8, batch_size=16, learning_rate=3e-3, schedule="trapezoid", candidates=8
     )
     presets: ClassVar[Mapping[str, Preset]] = {}
 

@@ -17,7 +17,6 @@ _TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Select = Literal["best", "last"]
-_CANDIDATES = (10, 16)
 _MOST_RISK = 10.0
 _COUNTS = ("epochs", "max_steps", "batch_size", "validate_every", "micro_batch_size", "save_every")
 CacheDtype = Literal["float32", "bfloat16"]
@@ -149,9 +148,7 @@ def resolved(
         steps = min(steps, options.max_steps)
     validate_every = options.validate_every
     if validate_every is None and options.select == "best":
-        least, most = _CANDIDATES
-        every = max(math.ceil(steps / most), min(per_epoch, math.ceil(steps / least)))
-        validate_every = max(1, every)
+        validate_every = math.ceil(steps / defaults.candidates)
     return {
         "epochs": epochs,
         "max_steps": options.max_steps,
