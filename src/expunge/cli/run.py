@@ -113,6 +113,7 @@ def _command(method: Any, inputs: type[Any], about: str) -> type[Any]:
         ],
     )
     defaults = method.defaults
+    least = f" or {defaults.least_steps} steps" if defaults.least_steps > 1 else ""
     command.__doc__ = (
         f"{about}\n\n"
         f"--method M is one of {', '.join(METHODS)} (here {method.name}) and decides which"
@@ -120,7 +121,7 @@ def _command(method: Any, inputs: type[Any], about: str) -> type[Any]:
         " memory asks for it (docs/audits.md). --preset P takes published settings (here "
         f"{', '.join(method.presets) or 'none'}). --config FILE reads options from YAML; flags"
         " override them.\n\n"
-        f"Defaults of {method.name}: {defaults.epochs} epochs, batch size {defaults.batch_size},"
+        f"Defaults of {method.name}: {defaults.epochs} epochs{least}, batch size {defaults.batch_size},"
         f" learning rate {defaults.learning_rate:g} x 256 / hidden size."
     )
     return command

@@ -42,7 +42,12 @@ class LIBU(LogOddsSettings, LoraSettings):
 
     name: ClassVar[str] = "libu"
     defaults: ClassVar[RunDefaults] = RunDefaults(
-        epochs=12, batch_size=16, learning_rate=6e-3, schedule="trapezoid", candidates=8
+        epochs=12,
+        batch_size=16,
+        learning_rate=6e-3,
+        schedule="trapezoid",
+        candidates=8,
+        least_steps=64,
     )
     presets: ClassVar[Mapping[str, Preset]] = {}
 

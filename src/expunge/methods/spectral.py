@@ -43,7 +43,12 @@ class Spectral(LogOddsSettings):
 
     name: ClassVar[str] = "spectral"
     defaults: ClassVar[RunDefaults] = RunDefaults(
-        epochs=8, batch_size=16, learning_rate=3e-3, schedule="trapezoid", candidates=8
+        epochs=8,
+        batch_size=16,
+        learning_rate=3e-3,
+        schedule="trapezoid",
+        candidates=8,
+        least_steps=64,
     )
     presets: ClassVar[Mapping[str, Preset]] = {}
 
