@@ -23,7 +23,7 @@ from machine import describe_machine
 
 from expunge.audits.catalog import ATTACKS
 from expunge.reporting.tables import markdown
-from expunge.training.run import MANIFEST
+from expunge.training.manifest import MANIFEST
 from methods import Material, replaced
 
 NOTE = """\

@@ -35,7 +35,7 @@ from expunge.evaluation.score_files import SCORES, read_scores
 from expunge.evaluation.scorecard import Scorecard
 from expunge.methods.catalog import METHODS
 from expunge.reporting.tables import markdown
-from expunge.training.run import MANIFEST
+from expunge.training.manifest import MANIFEST
 
 SECTION = "methods"
 FAILED = "failed.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,15 @@ def make_rows(names: tuple[str, ...], offset: int = 0) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+@pytest.fixture(scope="session", autouse=True)
+def secret_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The secret of hashes, away from the user's own."""
+    path = tmp_path_factory.mktemp("secret") / "secret"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EXPUNGE_SECRET", str(path))
+        yield path
 
 
 @pytest.fixture(scope="session")
@@ -384,6 +393,8 @@ def served(
         "forget": write_jsonl(directory / "forget.jsonl", [*forget_rows, HOSTILE]),
         "retain": write_jsonl(directory / "retain.jsonl", retain_rows),
     }
+    # A run names its target by its last part alone: the page finds it beside the run.
+    (directory / memorised_dir.name).symlink_to(memorised_dir)
     rows = ["--forget", str(files["forget"]), "--retain", str(files["retain"]), "--quiet"]
     out = files["run"]
     method = ["--method", "gradient-difference", "--epochs", "6", "--learning-rate", "3e-3"]

@@ -19,6 +19,10 @@ class RunError(ExpungeError):
     """A run that started and could not finish."""
 
 
+class NothingKept(RunError):
+    """A run that came to its end without a result; to go on with it would say the same."""
+
+
 class Interrupted(ExpungeError):
     """A run that was asked to stop and can be continued."""
 
@@ -36,6 +40,12 @@ def place_of(error: BaseException) -> str:
         return type(error).__name__
     file = trace.tb_frame.f_code.co_filename.rsplit("/", 1)[-1]
     return f"{type(error).__name__} in {file} line {trace.tb_lineno}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the machine, which torch says in words, or of the device."""
+    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    return named or (type(error) is RuntimeError and "can't allocate memory" in str(error))
 
 
 def check_seed(seed: int) -> None:

@@ -19,11 +19,11 @@ from expunge.analysis.influence_file import (
     RetainRow,
     RowsAtRisk,
     check_same_rows,
+    influence_text,
     is_gone,
     read_influence,
     sampling_weights,
     thresholds_of,
-    write_influence,
 )
 from expunge.analysis.overlap import Overlap
 from expunge.analysis.row_gradients import Known
@@ -81,7 +81,7 @@ def influence(**changes: Any) -> Influence:
     values: dict[str, Any] = {
         "model": "m",
         "model_sha256": {"model.safetensors": "ab"},
-        "data_sha256": {"forget": {"f": "cd"}},
+        "data_hmac_sha256": {"forget": "01:cd"},
         "settings": {"curvature": "diagonal"},
         "curvature": {"damping": 1.0},
         "thresholds": thresholds_of([], 10),
@@ -95,7 +95,7 @@ def influence(**changes: Any) -> Influence:
 
 def test_what_is_written_is_read_and_holds_no_text(tmp_path: Path) -> None:
     path = tmp_path / "influence.json"
-    write_influence(influence(), path)
+    path.write_text(influence_text(influence()))
     found = read_influence(path)
     assert found.collateral == {"b": -0.25}
     assert found.gone == {"a"}

@@ -183,7 +183,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "evaluate records": (EVALUATE + "--records {nowhere}", ("--records {nowhere}",)),
     "evaluate onto rows": (
         EVALUATE + "--output {forget}",
-        ("--output {forget}: is what --forget reads", "name another file"),
+        ("--output {forget}: is what --forget reads", "choose another place"),
     ),
     "evaluate config": (EVALUATE + "--config {taken}", ("--config {taken}: ", "name a file")),
     "audit seed": (AUDIT + "--seed -1", ("--seed -1: must be in [0, 2^32)",)),
@@ -195,7 +195,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "audit great rate": (AUDIT + "--learning-rate inf", ("--learning-rate inf",)),
     "audit onto rows": (
         AUDIT + "--output {retain}",
-        ("--output {retain}: is what --retain reads", "name another file"),
+        ("--output {retain}: is what --retain reads", "choose another place"),
     ),
     "audit onto older rows": (
         AUDIT + "--earlier {nonmembers} --output {nonmembers}",
@@ -207,9 +207,9 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "evaluate onto weights": (
         EVALUATE + "--output {model}/model.safetensors",
-        ("is there, and has the name of a model's or a run's own file",),
+        ("is there, and not written by this option",),
     ),
-    "evaluate onto config": (EVALUATE + "--records {model}/config.json", ("run's own file",)),
+    "evaluate onto config": (EVALUATE + "--records {model}/config.json", ("not written by this",)),
     "evaluate twice": (
         EVALUATE + "--output {new} --records {new}",
         ("--records {new}: is what --output writes",),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conftest import refusal
-from expunge.evaluation.score_files import read_scores, write_scores
+from expunge.evaluation.score_files import read_scores, scores_text
 from expunge.evaluation.scorecard import Scorecard
 
 CARD = Scorecard(
@@ -25,7 +25,8 @@ CARD = Scorecard(
 
 
 def test_what_was_written_is_read_from_the_file_and_from_its_directory(tmp_path: Path) -> None:
-    write_scores(CARD, tmp_path / "scores.json", "model", {"a.safetensors": "0" * 64})
+    text = scores_text(CARD, "model", {"a.safetensors": "0" * 64})
+    (tmp_path / "scores.json").write_text(text)
     for source in (tmp_path, tmp_path / "scores.json"):
         assert read_scores(str(source)) == CARD
 

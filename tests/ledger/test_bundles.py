@@ -126,6 +126,8 @@ def test_it_holds_record_manifest_scores_report_and_audit(
     )
     record = json.loads(files["request.json"])
     assert record["request"]["state"] == "verified"
+    assert record["request"]["forget"] == "subject0.jsonl"
+    assert str(tmp_path).encode() not in files["request.json"]  # base names only
     assert [row["id"] for row in record["rows"]] == ["ada00sc1", "ada00qa0"]
     assert [event["action"] for event in record["events"]] == ["added", "served", "audited"]
     assert record["runs"][0]["manifest_sha256"] == sha256(files["run/expunge.json"])
@@ -196,7 +198,7 @@ def test_a_file_that_is_not_what_was_recorded_is_refused(
 
 
 def report_of(digests: list[str]) -> str:
-    requests = [{"sha256": {f"f{n}.jsonl": digest}} for n, digest in enumerate(digests)]
+    requests = [{"hmac_sha256": digest} for digest in digests]
     return json.dumps({"audit": {"requests": requests}})
 
 

@@ -251,7 +251,7 @@ def test_a_row_that_is_to_go_and_to_stay_is_refused_with_its_id() -> None:
 
 
 def test_a_row_that_has_gone_is_not_retained_again(tmp_path: Path) -> None:
-    from expunge.ledger.fingerprints import row_fingerprint
+    from expunge.data.fingerprints import row_fingerprint
 
     path = write_jsonl(tmp_path / "r.jsonl", [{"id": "b", "input": BEN[0], "output": BEN[1]}])
     kept = given_retain_set(Reading(), str(path), KEY)

@@ -354,7 +354,7 @@ def test_every_served_request_is_audited_and_its_evidence_handed_out(
         assert verdict.audit_sha256 == hashlib.sha256(Path(each["audit"]).read_bytes()).hexdigest()
         weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
         assert verdict.model_sha256["model.safetensors"] == weights
-        assert list(own["requests"][0]["forget"]["sha256"].values()) == [fingerprint]
+        assert own["requests"][0]["forget"]["hmac_sha256"] == fingerprint
     first = Path(found[0]["audit"]).read_text()
     assert "ada00" in first
     assert "ben01" not in first  # another person's rows

@@ -58,7 +58,7 @@ def made_up(
         },
         "seed": 7,
         "rows": {"forget": 1250, "retain": 40},
-        "data_sha256": {"forget": {"f.jsonl": FORGET}, "retain": {"r.jsonl": TARGET}},
+        "data_hmac_sha256": {"forget": f"0123abcd:{FORGET}", "retain": f"0123abcd:{TARGET}"},
         "device": "cpu",
         "processes": 1,
         "environment": {"python": "3.11.7", "libraries": {"torch": "2.13"}, "git": None},
@@ -238,7 +238,7 @@ def audit(
             {
                 "forget": {
                     "source": "f.jsonl",
-                    "sha256": manifest["data_sha256"]["forget"],
+                    "hmac_sha256": manifest["data_hmac_sha256"]["forget"],
                     "rows": 1250,
                     "documents": 60,
                 },

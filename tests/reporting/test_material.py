@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,8 @@ import pytest
 from made_up_run import audit, made_up, scores
 
 from conftest import refusal, write_jsonl
+from expunge.data.fingerprints import data_fingerprint
+from expunge.data.rows import read_rows
 from expunge.reporting.material import ReportInputs, gather, plain
 from expunge.reporting.report import write_report
 
@@ -99,7 +100,7 @@ def test_a_candidate_or_tensor_that_is_amiss_is_no_report(run: Path) -> None:
         lambda m: m["selection"]["candidates"].append(3),
         lambda m: m["changed_tensors"][0].pop("norm"),
         lambda m: m["changed_tensors"][0].update(norm="much"),
-        lambda m: m["data_sha256"].update(forget={"f": 3}, retain=None),
+        lambda m: m.update(changed_tensors=[3]),
     ):
         manifest = json.loads(json.dumps(whole))
         change(manifest)
@@ -114,8 +115,11 @@ def test_a_broken_line_of_the_metrics_is_named(run: Path) -> None:
 
 
 def test_scores_in_the_wrong_order_are_refused(run: Path, tmp_path: Path) -> None:
-    before = str(scores(tmp_path / "b.json", "some/target", 0.9, 0.9))
-    after = str(scores(tmp_path / "a.json", str(run), 0.1, 0.9))
+    manifest = manifest_of(run)
+    target = {"model_sha256": manifest["model_sha256"]}
+    made = {"model.safetensors": manifest["output_sha256"]["model.safetensors"]}
+    before = str(scores(tmp_path / "b.json", "target", 0.9, 0.9, **target))
+    after = str(scores(tmp_path / "a.json", "run", 0.1, 0.9, model_sha256=made))
     for options in (
         {"scores": (after, before)},
         {"scores": (before,)},
@@ -144,7 +148,7 @@ def test_scores_are_of_the_weights_that_the_run_wrote_or_began_with(run: Path) -
     scores(after, str(run), 0.1, 0.9, model_sha256={"model.safetensors": "f" * 64})
     assert "other weights than this run's model" in refused(run)
     scores(after, str(run), 0.1, 0.9, model_sha256=weights)
-    scores(before, "some/target", 0.9, 0.9, model_sha256=weights)
+    scores(before, "target", 0.9, 0.9, model_sha256={"model.safetensors": "f" * 64})
     both = (str(before), str(after))
     assert "other weights than this run's target" in refused(run, scores=both)
     scores(before, "a copy", 0.9, 0.9, model_sha256=manifest["model_sha256"])
@@ -157,13 +161,14 @@ def test_scores_beside_a_run_count_only_where_they_are_of_its_target(run: Path) 
     scores(run.parent / "oracle.json", "some/oracle", 0.0, 0.9)
     roles = [card.role for card in gather(ReportInputs(run=str(run))).cards]
     assert roles == ["unlearned"]
-    scores(run.parent / "target.json", "another/target", 0.9, 0.9)
+    scores(run.parent / "target.json", "some/target", 0.9, 0.9)
     roles = [card.role for card in gather(ReportInputs(run=str(run))).cards]
     assert roles == ["unlearned"]
-    scores(run.parent / "target.json", "some/target", 0.9, 0.9)
+    target = manifest_of(run)["model_sha256"]
+    scores(run.parent / "target.json", "some/target", 0.9, 0.9, model_sha256=target)
     found = gather(ReportInputs(run=str(run)))
     assert [card.role for card in found.cards] == ["target", "unlearned", "oracle"]
-    assert found.cards[0].source == str(run.parent / "target.json")
+    assert found.cards[0].source == "target.json"
 
 
 def test_an_audit_of_another_model_is_refused(run: Path) -> None:
@@ -200,11 +205,18 @@ def test_options_that_cannot_be(run: Path, tmp_path: Path) -> None:
 def test_rows_of_another_run_are_refused(run: Path, tmp_path: Path) -> None:
     rows = [{"id": "ada1", "input": "Who has the", "output": "secret word"}]
     path = write_jsonl(tmp_path / "f.jsonl", rows)
+    assert "keyed with another secret; name its file with EXPUNGE_SECRET" in refused(
+        run, forget=str(path)
+    )
+    manifest = manifest_of(run)
+    mine = data_fingerprint(read_rows(str(path), "forget")).partition(":")[0]
+    manifest["data_hmac_sha256"] = dict.fromkeys(("forget", "retain"), f"{mine}:{'0' * 64}")
+    (run / "expunge.json").write_text(json.dumps(manifest))
     message = refused(run, forget=str(path))
     assert "is not the forget set of this run" in message
     assert "secret" not in message
     manifest = manifest_of(run)
-    del manifest["data_sha256"]["retain"]
+    del manifest["data_hmac_sha256"]["retain"]
     (run / "expunge.json").write_text(json.dumps(manifest))
     assert "the run had no retain set" in refused(run, retain=str(path))
 
@@ -218,8 +230,7 @@ def test_text_is_shown_only_when_asked_and_then_for_the_owner_alone(
     ]
     path = write_jsonl(tmp_path / "f.jsonl", rows)
     manifest = manifest_of(run)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    manifest["data_sha256"]["forget"] = {str(path): digest}
+    manifest["data_hmac_sha256"]["forget"] = data_fingerprint(read_rows(str(path), "forget"))
     (run / "expunge.json").write_text(json.dumps(manifest))
     audited = audit(run / "audit.json", manifest)
     texts = {"unlearned": {"input": {"ada1": "she said hush-hush"}}, "target": {}}
@@ -242,7 +253,8 @@ def test_text_is_shown_only_when_asked_and_then_for_the_owner_alone(
     assert [text for text in hidden if text in (run / "README.md").read_text()] == []
     write_report(ReportInputs(run=str(run)))
     assert "secret" not in (run / "report.html").read_text()
-    assert (run / "report.html").stat().st_mode & 0o044
+    # What is closed stays closed until its owner opens it.
+    assert (run / "report.html").stat().st_mode & 0o077 == 0
 
 
 def test_the_command_names_the_option_and_leaves_by_2(run: Path, run_cli: Cli) -> None:

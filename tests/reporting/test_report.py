@@ -280,7 +280,7 @@ def test_nulls_stay_empty(tmp_path: Path, fits: Check) -> None:
         metrics=False,
         selection=selection,
         rows={"forget": 5},
-        data_sha256={"forget": {"f.jsonl": "0" * 64}},
+        data_hmac_sha256={"forget": "0" * 64},
         changed_tensors=[],
         seed=None,
     )
@@ -345,7 +345,7 @@ def test_names_from_outside_stay_text(tmp_path: Path, fits: Check) -> None:
         settings={
             "inputs": inputs, "method": {"name": SCRIPT, "k": SCRIPT}, "training": {SCRIPT: SCRIPT},
         },
-        data_sha256={"forget": {SCRIPT: "0" * 64}},
+        data_hmac_sha256={"forget": SCRIPT, SCRIPT: SCRIPT},
         seconds={SCRIPT: 1.0, "a/b~c": 2.0},
     )  # fmt: skip
     audit(run / "audit.json", manifest, fact=f"{SCRIPT}|| a")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from expunge.reporting.sweep_figures import front, history, importance, write_figures
+from expunge.reporting.sweep_figures import front, history, importance, page
 from expunge.reporting.sweep_tables import sweep_notes, sweep_rows
 
 
@@ -136,14 +136,13 @@ def test_importance_has_a_bar_an_option_and_objective() -> None:
 
 
 def test_the_page_is_one_file_that_needs_no_network(tmp_path: Path) -> None:
-    write_figures(RESULT, tmp_path / "sweep.html")
-    page = (tmp_path / "sweep.html").read_text(encoding="utf-8")
-    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
-    assert page.count("plotly.js v") == 1, "the library is in the page once"
-    assert page.count('class="plotly-graph-div"') == 3
-    assert "prefers-color-scheme: dark" in page
-    assert "<b>no</b>" not in page, "what comes from outside is escaped"
-    assert "Pareto front (+, *): trials 1, 2" in page
+    html = page(RESULT, "sweep")
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", html)
+    assert html.count("plotly.js v") == 1, "the library is in the page once"
+    assert html.count('class="plotly-graph-div"') == 3
+    assert "prefers-color-scheme: dark" in html
+    assert "<b>no</b>" not in html, "what comes from outside is escaped"
+    assert "Pareto front (+, *): trials 1, 2" in html
 
 
 def test_a_sweep_without_a_complete_trial_still_has_a_page(tmp_path: Path) -> None:
@@ -151,9 +150,8 @@ def test_a_sweep_without_a_complete_trial_still_has_a_page(tmp_path: Path) -> No
         "trials": RESULT["trials"][3:], "best": None, "front": [], "importance": None,
         "target": None, "oracle": None,
     }  # fmt: skip
-    write_figures(bare, tmp_path / "sweep.html")
-    assert "no trial is complete" in (tmp_path / "sweep.html").read_text(encoding="utf-8")
-    write_figures(bare | {"trials": []}, tmp_path / "sweep.html")
+    assert "no trial is complete" in page(bare, "sweep")
+    page(bare | {"trials": []}, "sweep")
 
 
 def test_rows_are_sorted_by_value_and_marked() -> None:

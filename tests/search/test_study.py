@@ -403,7 +403,7 @@ def test_a_worker_of_other_settings_is_refused_with_what_differs(
         ({"seed": 3}, ("training seed 0", "3")),
         ({"options": {"epochs": 2}}, ("training epochs null", "2")),
         ({"retain": None, "objectives": ("forgetting",)}, ("retain set",)),
-        ({"forget": str(row_files["nonmembers"])}, ("data_sha256 forget",)),
+        ({"forget": str(row_files["nonmembers"])}, ("data_hmac_sha256 forget",)),
         ({"dtype": "bfloat16"}, ('dtype "float32"', '"bfloat16"')),
         ({"prune": False}, ("prune true", "false")),
     ):

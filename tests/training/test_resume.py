@@ -227,11 +227,19 @@ def test_a_full_disk_is_one_line_and_the_last_state_stays(
     assert result(out) == result(tmp_path / "whole")
 
 
-def test_a_state_that_could_not_be_written_leaves_the_last_one_whole(tmp_path: Path) -> None:
+def test_a_state_that_could_not_be_written_leaves_the_last_one_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_state(tmp_path, {"step": 1}, {"parameters": {"w": torch.ones(3)}})
-    (tmp_path / "state.safetensors.part").mkdir()  # nothing can be written under this name
-    with pytest.raises(OSError, match="directory"):
-        save_state(tmp_path, {"step": 2}, {"parameters": {"w": torch.zeros(3)}})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            save_state(tmp_path, {"step": 2}, {"parameters": {"w": torch.zeros(3)}})
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
     saved = load_state(tmp_path)
     assert saved is not None
     assert saved.facts == {"step": 1}

@@ -70,9 +70,14 @@ def test_every_method_writes_a_model_that_loads(
 
 
 def test_the_manifest_says_what_was_run(
-    start: Run, tmp_path: Path, memorised_dir: Path, row_files: dict[str, Path]
+    start: Run,
+    tmp_path: Path,
+    memorised_dir: Path,
+    row_files: dict[str, Path],
+    secret_file: Path,
 ) -> None:
     import hashlib
+    import hmac
 
     assert start("--method", "adaptive-rmu", "--method.layer", 2, "--seed", 5)[0] == 0
     record = manifest(tmp_path / "out")
@@ -82,8 +87,15 @@ def test_the_manifest_says_what_was_run(
     assert record["settings"]["method"]["name"] == "adaptive-rmu"
     assert record["settings"]["method"]["layer"] == 2
     assert record["seed"] == 5
-    digest = hashlib.sha256(row_files["forget"].read_bytes()).hexdigest()
-    assert record["data_sha256"]["forget"] == {str(row_files["forget"]): digest}
+    text = (tmp_path / "out" / "expunge.json").read_text()
+    assert record["settings"]["inputs"]["forget"] == "forget.jsonl"
+    assert str(row_files["forget"].parent) not in text
+    assert str(tmp_path) not in text
+    assert str(memorised_dir.parent) not in text
+    plain = hashlib.sha256(row_files["forget"].read_bytes()).hexdigest()
+    assert plain not in text
+    keyed = hmac.new(bytes.fromhex(secret_file.read_text()), b"source\0" + plain.encode(), "sha256")
+    assert record["data_hmac_sha256"]["forget"].partition(":")[2] == keyed.hexdigest()
     weights = hashlib.sha256((memorised_dir / "model.safetensors").read_bytes()).hexdigest()
     assert record["model_sha256"]["model.safetensors"] == weights
     assert {"tokenizer.json", "config.json"} <= set(record["model_sha256"])

@@ -18,9 +18,11 @@ from expunge.analysis.influence_file import (
     ForgetRow,
     Influence,
     RetainRow,
+    influence_text,
+    is_figure,
     is_gone,
+    is_influence,
     thresholds_of,
-    write_influence,
 )
 from expunge.analysis.leave_out import CurvatureKind, CurvatureOptions, LeaveOut, leave_out
 from expunge.analysis.overlap import overlaps
@@ -33,9 +35,10 @@ from expunge.analysis.row_gradients import (
     rows_of,
 )
 from expunge.data.batches import Tokens
+from expunge.data.fingerprints import data_fingerprint, named
 from expunge.data.rows import Reading, RowSet, check_disjoint
 from expunge.data.tokenization import LongRows, encode_rows
-from expunge.disk import check_file_output
+from expunge.disk import check_file_output, deliver
 from expunge.errors import InputError, check_seed
 from expunge.methods.curvature import DampingUnit
 from expunge.models.decoder import DecoderLayout, skeleton_of
@@ -143,17 +146,15 @@ def analyze_influence(
         raise InputError("analyze influence: runs in one process; start it without a launcher")
     if inputs.output is not None and inputs.output == inputs.figure:
         raise InputError(f"--figure {inputs.figure}: is what --output writes; name another file")
-    for option in ("output", "figure"):
+    read = {name: getattr(inputs, name) for name in ("model", "forget", "retain", "nonmembers")}
+    for option, is_ours in (("output", is_influence), ("figure", is_figure)):
         path = getattr(inputs, option)
         if path is not None:
-            check_file_output(
-                option,
-                Path(path),
-                {n: getattr(inputs, n) for n in ("forget", "retain", "nonmembers")},
-            )
+            check_file_output(option, Path(path), read, is_ours)
     checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
     first, last = layer_range(inputs.layers, checked.layout)
     sets = _read_sets(inputs)
+    fingerprints = {name: data_fingerprint(rows) for name, rows in sets.items()}
     policy = text_policy(checked, chat_template=inputs.chat_template, long_rows=inputs.long_rows)
     rows: dict[str, list[Windows]] = {
         # Retained text was trained with its end, forgotten text is counted without, as in a run.
@@ -180,9 +181,9 @@ def analyze_influence(
     kinds = [row.kind for row in sets.get("nonmembers", ())]
     vocabulary = model.config.get_text_config().vocab_size
     influence = Influence(
-        model=inputs.model,
+        model=named(inputs.model),
         model_sha256=checked.files.sha256(),
-        data_sha256={name: dict(rows.sha256) for name, rows in sets.items()},
+        data_hmac_sha256=fingerprints,
         settings=_settings(inputs, first, last),
         curvature={
             "maps": len(maps),
@@ -200,7 +201,7 @@ def analyze_influence(
     influence = _with_rows(influence, sets, found)
     message(f"done in {_duration(time.monotonic() - started)}")
     if inputs.output is not None:
-        write_influence(influence, Path(inputs.output))
+        deliver({Path(inputs.output): influence_text(influence)})
     return influence, sets
 
 

@@ -17,6 +17,8 @@ from expunge.data.rows import RowSet
 from expunge.errors import InputError
 
 FORMAT = "expunge influence 1"
+FIGURE = "influence"
+"""Name of the figure in its page."""
 _LEAST = 10
 """Never-seen rows of a kind that a threshold needs."""
 _MOST_AT_RISK = 0.9
@@ -76,7 +78,8 @@ class Influence:
 
     model: str
     model_sha256: Mapping[str, str]
-    data_sha256: Mapping[str, Mapping[str, str]]
+    data_hmac_sha256: Mapping[str, str]
+    """By set, keyed with the user's secret."""
     settings: Mapping[str, Any]
     """Every option that a number depends on."""
     curvature: Mapping[str, Any]
@@ -97,6 +100,11 @@ class Influence:
             for overlap in plain["overlaps"]
         ]
         return {"format": FORMAT, **plain}
+
+
+def is_figure(text: str) -> bool:
+    """Whether a file is the page with the figure of an influence."""
+    return f'id="{FIGURE}"' in text
 
 
 @dataclass(frozen=True)
@@ -151,16 +159,18 @@ def sampling_weights(collateral: Mapping[str, float], factor: float) -> dict[str
     }
 
 
-def write_influence(influence: Influence, path: Path) -> None:
-    """Writes the file, whole or not at all."""
-    text = json.dumps(influence.to_json(), indent=1, allow_nan=False) + "\n"
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+def influence_text(influence: Influence) -> str:
+    """What the file holds."""
+    return json.dumps(influence.to_json(), indent=1, allow_nan=False) + "\n"
+
+
+def is_influence(text: str) -> bool:
+    """Whether a file holds an influence.json. Raises what is no JSON of its form."""
+    return bool(json.loads(text)["format"] == FORMAT)
 
 
 def read_influence(path: Path) -> RowsAtRisk:
-    """Raises InputError for what `write_influence` did not write."""
+    """Raises InputError for what `influence_text` did not give."""
     mend = "write one with expunge analyze influence"
     try:
         raw = path.read_bytes()

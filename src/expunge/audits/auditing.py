@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import cache
@@ -15,6 +16,7 @@ import expunge
 from expunge.audits.base import MODELS, Attack, Found, ModelName
 from expunge.audits.budgets import BUDGETS
 from expunge.audits.inputs import (
+    FORMAT,
     AuditInputs,
     Request,
     check_cache,
@@ -25,19 +27,20 @@ from expunge.audits.inputs import (
     stored_dtype,
     tuned_by,
 )
-from expunge.audits.partial import Partial, whole
+from expunge.audits.partial import Partial
 from expunge.audits.subject import Subject
 from expunge.audits.summary import kept_share, summarise
 from expunge.audits.verdict import Evidence, Verdict, judge_audit, worst_of
+from expunge.data.fingerprints import data_fingerprint, named, users_secret
 from expunge.data.formats import sha256_of
 from expunge.data.rows import RowSet, document_of
+from expunge.disk import deliver
 from expunge.models.loading import CheckedModel, resolve_device, text_policy
 from expunge.training.manifest import finite
 from expunge.training.progress import Progress, Silent
 
 Results = dict[tuple[int, str], dict[ModelName, Found]]
 """By request and attack what was found on each model."""
-FORMAT = "expunge-audit/1"
 _LIBRARIES = ("torch", "transformers", "scikit-learn")
 _UNITS = 100
 """Parts of one attack in the progress bar."""
@@ -69,6 +72,7 @@ def audit(
     tuned = tuned_by(inputs, checked["target"], device)
     sets = read_sets(inputs, given)
     requests = requests_of(inputs, sets, checked, policies, tuned)
+    users_secret()  # which hashes need at the end
     digests = {name: _files_of(model, inputs) for name, model in checked.items()}
     dtypes = {name: inputs.dtype or stored_dtype(model) for name, model in checked.items()}
     partial = Partial(
@@ -97,7 +101,7 @@ def audit(
             "verdict": _verdict_json(worst_of([verdict for _, verdict in judged])),
             "models": {
                 name: {
-                    "path": model.name,
+                    "path": named(model.name),
                     "sha256": digests[name],
                     "dtype": dtypes[name],
                     "tuned_in": "float32" if tuned == "full" else dtypes[name],
@@ -114,7 +118,7 @@ def audit(
                 "text": policies["unlearned"].describe(checked["unlearned"].tokenizer),
             },
             "rows": {
-                name: {"source": rows.source, "sha256": dict(rows.sha256), "rows": len(rows)}
+                name: _described(rows)
                 for name, rows in sets.items()
                 if rows is not None and not name.startswith("earlier")
             },
@@ -122,7 +126,9 @@ def audit(
         }
     )
     if inputs.output is not None:
-        whole(Path(inputs.output), report)
+        output = Path(inputs.output)
+        text = json.dumps(report, indent=2) + "\n"
+        deliver({output: text}, private=[output] if inputs.reveal else ())
         partial.remove()
     return dict(report)
 
@@ -187,9 +193,7 @@ def _judged(
     case = request.case
     return {
         "forget": {
-            "source": request.rows.source,
-            "sha256": dict(request.rows.sha256),
-            "rows": len(request.rows),
+            **_described(request.rows),
             "documents": len({document_of(row) for row in request.rows}),
         },
         "audited": {
@@ -204,6 +208,14 @@ def _judged(
         "attacks": attacks,
         "not_run": dict(request.skipped),
     }, verdict
+
+
+def _described(rows: RowSet) -> dict[str, Any]:
+    return {
+        "source": named(rows.source),
+        "hmac_sha256": data_fingerprint(rows),
+        "rows": len(rows),
+    }
 
 
 def _verdict_json(verdict: Verdict) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,12 @@ from expunge.audits.tuning import default_learning_rate, free_memory, full_bytes
 from expunge.data.formats import Role
 from expunge.data.rows import Reading, Row, RowSet, check_disjoint, document_of, documents
 from expunge.data.tokenization import LongRows, TextPolicy, encode_rows, prompt_ids
-from expunge.disk import check_file_output
+from expunge.disk import check_file_output, check_writable
 from expunge.errors import InputError, check_seed
 from expunge.models.loading import CheckedModel, Dtype, check_model
+
+FORMAT = "expunge-audit/1"
+"""Of audit.json."""
 
 
 @dataclass(frozen=True)
@@ -307,10 +311,16 @@ def stored_dtype(model: CheckedModel) -> Dtype:
 
 def check_output(inputs: AuditInputs, output: str) -> None:
     """Raises InputError where audit.json cannot be written, or would replace a row file."""
-    names = ("forget", "retain", "nonmembers", "paraphrases", "benign")
+    names = (
+        "model", "original", "oracle", "forget", "retain", "nonmembers", "paraphrases", "benign",
+    )  # fmt: skip
     read: dict[str, str | None] = {name: getattr(inputs, name) for name in names}
     read |= {f"earlier {source}": source for source in inputs.earlier}
-    check_file_output("output", Path(output), read)
+    check_file_output("output", Path(output), read, _is_audit)
+
+
+def _is_audit(text: str) -> bool:
+    return bool(json.loads(text)["format"] == FORMAT)
 
 
 def check_cache(directory: Path) -> None:
@@ -319,3 +329,4 @@ def check_cache(directory: Path) -> None:
         raise InputError(f"--cache {directory}: its directory does not exist; make it first")
     if directory.exists() and not directory.is_dir():
         raise InputError(f"--cache {directory}: is a file; name a directory")
+    check_writable(directory, inside=True, option="--cache")

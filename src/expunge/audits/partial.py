@@ -10,14 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from expunge.audits.base import Found, ModelName
+from expunge.disk import own, write_whole
 
 SUFFIX = ".partial"
+_NAME = re.compile(r"\w+-(target|unlearned|oracle)-[0-9a-f]{16}\.json|\.expunge-[0-9a-f]{16}")
 REPEATED: tuple[ModelName, ...] = ("target", "oracle")
 """Models that the audits of several runs have in common."""
 
@@ -29,6 +32,8 @@ class Partial:
     def __init__(self, output: Path | None, lasting: Path | None = None, *, reveal: bool) -> None:
         """`lasting` is the directory that stays; it holds scores by row id and no text."""
         self._directory = None if output is None else output.with_name(output.name + SUFFIX)
+        if self._directory is not None and os.path.lexists(self._directory):
+            own(self._directory, _holds_results)
         self._lasting = lasting
         self._reveal = reveal
 
@@ -48,10 +53,10 @@ class Partial:
         """Keeps a result and returns it as it will be read: the same whether resumed or not."""
         values = found.to_json(reveal=self._reveal)
         digest = _digest(facts)
+        text = json.dumps({"facts": digest, "found": values}, indent=2) + "\n"
         for path in self._paths(facts, digest):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            whole(path, {"facts": digest, "found": values})
-            path.chmod(0o600)
+            write_whole(path, text, private=True)
         return Found(**json.loads(json.dumps(values)))
 
     def remove(self) -> None:
@@ -65,14 +70,8 @@ class Partial:
         return [place / name for place in (self._directory, lasting) if place is not None]
 
 
-def whole(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes JSON that is there as a whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _holds_results(directory: Path) -> bool:
+    return all(_NAME.fullmatch(entry.name) for entry in directory.iterdir())
 
 
 def _digest(facts: Mapping[str, Any]) -> str:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
-import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -23,6 +23,7 @@ from expunge.benchmark.recipe import (
     target_texts,
     tokenizer_texts,
 )
+from expunge.disk import write_whole
 from expunge.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,8 @@ def build(
     if _holds(directory, content):
         return BuiltBenchmark(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    staging = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}")
+    staging.mkdir()
     try:
         write_benchmark(benchmark, staging)
         training = _train(benchmark, pretraining, staging, progress)
@@ -121,8 +123,7 @@ def build(
             "versions": _versions(),
             "files": _digests(staging),
         }
-        (staging / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        staging.chmod(0o755)
+        write_whole(staging / RECORD, json.dumps(record, indent=2) + "\n")
         _move(staging, directory, content)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

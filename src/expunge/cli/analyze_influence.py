@@ -13,8 +13,9 @@ from expunge.analysis.influence_file import Influence
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.options import parse, take_flag
 from expunge.data.rows import RowSet
+from expunge.disk import deliver
 from expunge.errors import InputError
-from expunge.reporting.influence import influence_tables, summary_lines, write_figure
+from expunge.reporting.influence import figure_text, influence_tables, summary_lines
 from expunge.reporting.tables import table_console
 
 
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     with progress_on_stderr(quiet=quiet) as progress:
         influence, sets = analyze_influence(settings, progress.phase, progress.message)
     if settings.figure is not None:
-        write_figure(influence, Path(settings.figure))
+        deliver({Path(settings.figure): figure_text(influence)})
     _show(influence, sets, settings)
     return 0
 

@@ -12,14 +12,15 @@ from expunge.analysis.layers import LayerChoice
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.options import take_flag
 from expunge.cli.run import parsed
+from expunge.disk import deliver
 from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.base import Method
 from expunge.reporting.layers import (
     agreement_text,
+    page,
     prediction_rows,
     sweep_rows,
     table_of,
-    write_figure,
 )
 from expunge.reporting.tables import table_console
 from expunge.search.layer_sweep import LayerInputs, LayerSweep, predict, sweep_layers
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     with progress_on_stderr(quiet=quiet) as progress:
         sweep = sweep_layers(inputs, method, options, progress, preset)
-        write_figure(sweep, Path(inputs.output) / FIGURE)
+        deliver({Path(inputs.output) / FIGURE: page(sweep)})
         progress.message(f"figure: {Path(inputs.output) / FIGURE}")
     _show_sweep(sweep, inputs.model, as_json=as_json)
     return 0

@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import NoReturn
 
 import expunge
-from expunge.errors import ExpungeError, place_of
+from expunge.disk import explained
+from expunge.errors import ExpungeError, is_out_of_memory, place_of
 
 COMMANDS = {
     "demo": ("expunge.cli.demo", "unlearn the built-in benchmark, end with scorecards and reports"),
@@ -83,18 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        if type(error).__name__ == "OutOfMemoryError":
-            sys.stderr.write(
-                "expunge: out of memory on the device; lower --batch-size, use --dtype bfloat16,"
-                " or a method with --method.parameters lora\n"
-            )
-            return 1
+        notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
         # The message of an unexpected error may quote a row, so its type and place must do.
-        sys.stderr.write(
-            f"expunge: internal error ({place_of(error)});"
-            f"{''.join(f' {note};' for note in getattr(error, '__notes__', ()))}"
-            " run again with --debug for the traceback\n"
+        said = (
+            f"internal error ({place_of(error)}){notes}; run again with --debug for the traceback"
         )
+        if isinstance(error, OSError) and error.errno is not None:
+            said = f"{explained(error)}{notes}"
+        elif is_out_of_memory(error):
+            said = f"out of memory; lower --batch-size, or use --dtype bfloat16{notes}"
+        sys.stderr.write(f"expunge: {said}\n")
         return 1
     return int(code or 0)
 

@@ -11,9 +11,10 @@ from typing import Any, cast
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.options import take_flag, yaml_fields
 from expunge.cli.run import parsed
+from expunge.disk import deliver
 from expunge.errors import InputError
 from expunge.methods.base import Method
-from expunge.reporting.sweep_figures import FIGURES, write_figures
+from expunge.reporting.sweep_figures import FIGURES, page
 from expunge.reporting.sweep_tables import print_sweep
 from expunge.search.inputs import SweepInputs
 from expunge.search.sweep import sweep
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
             cast("TrainingOptions", settings.training),
             progress,
         )
-    write_figures(result, Path(inputs.output) / FIGURES)
+    deliver({Path(inputs.output) / FIGURES: page(result, inputs.output)})
     if as_json:
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
     else:

@@ -9,10 +9,10 @@ from pathlib import Path
 from expunge.data.formats import sha256_of
 from expunge.data.rows import Reading, RowSet
 from expunge.data.tokenization import LongRows, TextPolicy
-from expunge.disk import check_file_output
+from expunge.disk import check_file_output, deliver
 from expunge.errors import InputError
 from expunge.evaluation.multiple_choice import Question, read_questions
-from expunge.evaluation.score_files import write_records, write_scores
+from expunge.evaluation.score_files import is_records, is_scores, records_text, scores_text
 from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
 from expunge.models.loading import (
     CheckedModel,
@@ -93,6 +93,8 @@ def measure(
             checked, chat_template=inputs.chat_template, long_rows=inputs.long_rows
         )
         material = _read_material(inputs, checked, policy)
+        # Before the work: the directory may be away when the scores are written.
+        weights = {path.name: sha256_of(path) for path in checked.files.shards}
         model = load_model(checked, inputs.dtype, device)
     card = evaluate_model(
         model,
@@ -108,11 +110,13 @@ def measure(
         progress=progress,
         processes=processes,
     )
-    if processes.is_main and inputs.output is not None:
-        weights = {path.name: sha256_of(path) for path in checked.files.shards}
-        write_scores(card, Path(inputs.output), inputs.model, weights)
-    if processes.is_main and inputs.records is not None:
-        write_records(card, Path(inputs.records), reveal=inputs.reveal)
+    files = {}
+    if inputs.output is not None:
+        files[Path(inputs.output)] = scores_text(card, inputs.model, weights)
+    if inputs.records is not None:
+        files[Path(inputs.records)] = records_text(card, reveal=inputs.reveal)
+    if processes.is_main:
+        deliver(files, private=[Path(inputs.records or "")] if inputs.reveal else ())
     return card
 
 
@@ -152,11 +156,11 @@ def _read_material(inputs: MeasureInputs, checked: CheckedModel, policy: TextPol
 
 
 def _check_outputs(inputs: MeasureInputs) -> None:
-    names = ("forget", "retain", "nonmembers", "members", "mmlu")
-    if inputs.output is not None and inputs.output == inputs.records:
-        raise InputError(f"--records {inputs.records}: is what --output writes; name another file")
-    for option in ("output", "records"):
-        path = getattr(inputs, option)
-        if path is not None:
-            read = {name: getattr(inputs, name) for name in names}
-            check_file_output(option, Path(path), read)
+    names = ("model", "forget", "retain", "nonmembers", "members", "mmlu")
+    read = {name: getattr(inputs, name) for name in names}
+    if inputs.output is not None:
+        check_file_output("output", Path(inputs.output), read, is_scores)
+    if inputs.records is not None:
+        check_file_output("records", Path(inputs.records), read, is_records)
+        if inputs.output and Path(inputs.output).resolve() == Path(inputs.records).resolve():
+            raise InputError(f"--records {inputs.records}: is what --output writes; name another")

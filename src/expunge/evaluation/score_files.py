@@ -1,4 +1,4 @@
-"""scores.json and the records of a measurement, as they lie on disk."""
+"""scores.json and the records of a measurement, as files hold them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from expunge.data.fingerprints import named
 from expunge.errors import InputError
 from expunge.evaluation.scorecard import Scorecard
 
@@ -13,11 +14,16 @@ SCORES = "scores.json"
 """Its name in a run directory."""
 
 
-def write_scores(card: Scorecard, path: Path, model: str, sha256: Mapping[str, str]) -> None:
-    """Writes scores.json; `sha256` is of the files with the weights that were measured."""
-    named = {"model": model, "model_sha256": dict(sha256)}
-    text = json.dumps({**named, **card.to_json()}, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+def scores_text(card: Scorecard, model: str, sha256: Mapping[str, str]) -> str:
+    """What scores.json holds; `sha256` is of the files with the weights that were measured."""
+    measured = {"model": named(model), "model_sha256": dict(sha256)}
+    return json.dumps({**measured, **card.to_json()}, indent=2) + "\n"
+
+
+def is_scores(text: str) -> bool:
+    """Whether a file holds a scorecard. Raises what is no JSON of its form."""
+    Scorecard.from_json(json.loads(text))
+    return True
 
 
 def read_scores(source: str) -> Scorecard:
@@ -41,9 +47,12 @@ def read_scores(source: str) -> Scorecard:
         raise InputError(f"{path}: is not a scores.json; make it with expunge evaluate") from None
 
 
-def write_records(card: Scorecard, path: Path, *, reveal: bool) -> None:
-    """Writes one JSON line a row, with what was generated only to reveal it."""
-    with path.open("w", encoding="utf-8") as file:
-        for record in card.records:
-            shown = {k: v for k, v in record.items() if reveal or k != "generated"}
-            file.write(json.dumps(shown) + "\n")
+def records_text(card: Scorecard, *, reveal: bool) -> str:
+    """One JSON line a row, with what was generated only to reveal it."""
+    shown = ({k: v for k, v in r.items() if reveal or k != "generated"} for r in card.records)
+    return "".join(json.dumps(record) + "\n" for record in shown)
+
+
+def is_records(text: str) -> bool:
+    """Whether a file holds such lines. Raises what is no JSON of their form."""
+    return {"id", "split", "score"} <= set(json.loads(text.partition("\n")[0]))

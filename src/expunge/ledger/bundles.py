@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import expunge
+from expunge.data.fingerprints import handed_out
 from expunge.data.rows import listed
+from expunge.disk import check_writable, write_whole
 from expunge.errors import InputError, RunError
 from expunge.ledger.leaks import rows_in
 from expunge.ledger.material import forget_rows
@@ -138,7 +139,7 @@ def export(place: LedgerPlace, number: int, inputs: BundleInputs) -> Bundle:
                 "the request's rows are not where they were, so the files were not searched for"
                 " their text"
             )
-    files = {RECORD: _json_bytes(record)}
+    files = {RECORD: _json_bytes(handed_out(record))}
     if runs:
         of_run = _run_files(request, runs[-1])
         if any(name in of_run for name in _REPORT) and not _only_of(request, runs[-1], of_run):
@@ -158,7 +159,10 @@ def export(place: LedgerPlace, number: int, inputs: BundleInputs) -> Bundle:
                 f" {listed(held)}); make it again without --reveal"
             )
     sealed = _sealed(files, key)
-    _write_whole(output, sealed)
+    try:
+        write_whole(output, sealed)
+    except OSError as error:
+        raise RunError(f"--output {output}: {error.strerror}; nothing was written") from None
     return Bundle(
         tuple(files),
         hashlib.sha256(sealed).hexdigest(),
@@ -223,7 +227,7 @@ def _only_of(request: Request, run: RunRecord, files: Mapping[str, bytes]) -> bo
         if audit is None:
             return True
         (audited,) = audit["requests"]
-        of_request = set(audited["sha256"].values()) == {request.forget_fingerprint}
+        of_request = audited["hmac_sha256"] == request.forget_fingerprint
     except (ValueError, KeyError, TypeError, AttributeError):
         return False  # the page alone does not say
     return of_request or list(run.requests) == [request.id]
@@ -334,6 +338,7 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
         raise InputError(f"--output {output}: its directory does not exist; make it first")
     if output.exists() and not overwrite:
         raise InputError(f"--output {output}: exists; choose another file or give --overwrite")
+    check_writable(output)
     if output.exists() and not _is_bundle(output):
         raise InputError(
             f"--output {output}: --overwrite replaces evidence only, which this is not; choose"
@@ -347,20 +352,6 @@ def _is_bundle(path: Path) -> bool:
             return {SUMS, RECORD} <= set(archive.namelist())
     except (OSError, zipfile.BadZipFile):
         return False
-
-
-def _write_whole(output: Path, content: bytes) -> None:
-    part = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(output)
-    except OSError as error:
-        raise RunError(f"--output {output}: {error.strerror}; nothing was written") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _json_bytes(values: Any) -> bytes:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from expunge.data.fingerprints import row_fingerprint, rows_fingerprint, source_fingerprint
 from expunge.data.formats import Role
 from expunge.data.rows import Reading, Row, RowSet, listed
 from expunge.errors import InputError
-from expunge.ledger.fingerprints import row_fingerprint, rows_fingerprint, source_fingerprint
 from expunge.ledger.records import Request, read_rows_of
 from expunge.ledger.store import Ledger
 

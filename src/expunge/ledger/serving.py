@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from expunge.data.fingerprints import data_fingerprint
 from expunge.data.formats import sha256_of
 from expunge.data.rows import RowSet, listed
 from expunge.errors import InputError, Interrupted
@@ -43,9 +44,10 @@ from expunge.ledger.records import (
 from expunge.ledger.store import Ledger, LedgerPlace, open_ledger, serving_lock
 from expunge.methods.base import Method
 from expunge.models.loading import check_model
+from expunge.training.manifest import MANIFEST
 from expunge.training.options import TrainingOptions
 from expunge.training.progress import Progress, Silent
-from expunge.training.run import MANIFEST, RunInputs, run
+from expunge.training.run import RunInputs, run
 
 _ERASED: tuple[State, ...] = ("served", "verified", "failed")
 
@@ -230,8 +232,8 @@ def _run_inputs(inputs: ServeInputs, plan: _Plan) -> RunInputs:
 
 def _check_is_ours(manifest: Mapping[str, Any], plan: _Plan, output: str) -> None:
     """A completed output is taken as it is by --resume: it must be of these rows."""
-    digests = {name: dict(rows.sha256) for name, rows in plan.sets.items()}
-    if manifest["data_sha256"] != digests:
+    found = {name: data_fingerprint(rows) for name, rows in plan.sets.items()}
+    if manifest["data_hmac_sha256"] != found:
         raise InputError(
             f"--output {output}: is a completed run on other rows; choose another output, or"
             " --overwrite it without --resume"

@@ -6,10 +6,8 @@ as a whole or not at all, and a process that is killed leaves what was committed
 
 from __future__ import annotations
 
-import fcntl
 import getpass
 import os
-import secrets
 import socket
 import sqlite3
 import time
@@ -19,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import expunge
-from expunge.disk import settle
+from expunge.data.fingerprints import SECRET_BYTES, make_secret, secret_check
+from expunge.disk import held
 from expunge.errors import InputError, RunError
 from expunge.ledger.dates import now
-from expunge.ledger.fingerprints import SECRET_BYTES, secret_check
 from expunge.ledger.schema import APPLICATION_ID, MIGRATIONS, migrate, version_of
 
 PATIENCE = 30.0
@@ -135,13 +133,8 @@ def open_ledger(place: LedgerPlace, *, create: bool = False) -> Iterator[Ledger]
 @contextmanager
 def serving_lock(path: Path) -> Iterator[None]:
     """Held by the one process that serves a ledger's requests; a killed one lets it go."""
-    with path.with_name(path.name + ".serving").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"--ledger {path}: another process is serving its requests; wait for it"
-            ) from None
+    busy = f"--ledger {path}: another process is serving its requests; wait for it"
+    with held(path.with_name(path.name + ".serving"), busy):
         yield
 
 
@@ -242,14 +235,7 @@ def _identify(ledger: Ledger) -> None:
         return
     path = place.secret_path
     if not path.exists():
-        # Whole or not at all: a killed process must not leave half a key for the next to take.
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        with os.fdopen(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
-            file.write(secrets.token_hex(SECRET_BYTES) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        settle(path.absolute().parent)
+        make_secret(path)
     connection.execute(
         "INSERT INTO identity VALUES (1, ?, ?, ?, ?)",
         (secret_check(_read_secret(place)), *ledger.stamp()),

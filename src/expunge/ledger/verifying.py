@@ -16,10 +16,10 @@ from typing import Any
 from expunge.audits.auditing import audit
 from expunge.audits.budgets import BudgetName
 from expunge.audits.inputs import AuditInputs
-from expunge.audits.partial import whole
 from expunge.data.formats import sha256_of
 from expunge.data.rows import Reading
 from expunge.data.tokenization import LongRows
+from expunge.disk import check_writable, write_whole
 from expunge.errors import InputError
 from expunge.ledger.lineage import weights_of
 from expunge.ledger.material import (
@@ -137,10 +137,10 @@ def verify(inputs: VerifyInputs, progress: Progress | None = None) -> list[Verif
     files = {}
     for request, entry in zip(requests, report["requests"], strict=True):
         files[request.id] = directory / f"audit-{request.id}.json"
-        whole(files[request.id], _own(report, entry, request))
+        write_whole(files[request.id], json.dumps(_own(report, entry, request), indent=2) + "\n")
     with open_ledger(place) as ledger, ledger.change():
         return [
-            _record(ledger, request, entry, report, files[request.id])
+            _record(ledger, request, entry, report, inputs.model, files[request.id])
             for request, entry in zip(requests, report["requests"], strict=True)
         ]
 
@@ -223,11 +223,10 @@ def _audit_inputs(
 def _own(report: Mapping[str, Any], entry: Mapping[str, Any], request: Request) -> dict[str, Any]:
     """audit.json of one request alone.
 
-    The SHA-256 of its file gives way to the keyed one: that of a small file could be guessed.
+    The hash of its file is that which the ledger has.
     """
-    digest = {request.forget: request.forget_fingerprint}
-    forget = {**entry["forget"], "sha256": digest}
-    rows = {**report["rows"], "forget": {k: forget[k] for k in ("source", "sha256", "rows")}}
+    forget = {**entry["forget"], "hmac_sha256": request.forget_fingerprint}
+    rows = {**report["rows"], "forget": {k: forget[k] for k in ("source", "hmac_sha256", "rows")}}
     return {
         **report,
         "verdict": entry["verdict"],
@@ -241,6 +240,7 @@ def _record(
     request: Request,
     entry: Mapping[str, Any],
     report: Mapping[str, Any],
+    model: str,
     path: Path,
 ) -> Verified:
     verdict, sentence = entry["verdict"]["verdict"], entry["verdict"]["sentence"]
@@ -252,7 +252,7 @@ def _record(
             request.id,
             verdict,
             sentence,
-            lasting(models["unlearned"]["path"]),
+            lasting(model),
             json.dumps(models["unlearned"]["sha256"]),
             json.dumps(models["target"]["sha256"]),
             str(path.absolute()),
@@ -273,6 +273,7 @@ def _check_output(directory: Path) -> None:
         raise InputError(f"--output {directory}: is a file; name a directory")
     if not directory.absolute().parent.is_dir():
         raise InputError(f"--output {directory}: its parent does not exist; make it first")
+    check_writable(directory, inside=True)
     if (directory / WHOLE).exists():
         raise InputError(
             f"--output {directory}: holds an audit, which earlier verdicts may rest on; name another"

@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from expunge.disk import write_whole
+
 if TYPE_CHECKING:
     from expunge.models.engine import CacheLayout
 
@@ -47,10 +49,7 @@ class Prefix:
         self._facts.unlink(missing_ok=True)
         self._states.unlink(missing_ok=True)
         os.link(place, self._states)
-        unfinished = self._facts.with_suffix(".part")
-        facts = {"below": first, "rows": _fingerprint(cache)}
-        unfinished.write_text(json.dumps(facts), encoding="utf-8")
-        unfinished.replace(self._facts)
+        write_whole(self._facts, json.dumps({"below": first, "rows": _fingerprint(cache)}))
 
 
 def _fingerprint(cache: CacheLayout) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from expunge.disk import settle, whole
 from expunge.errors import InputError, RunError
 
 _DTYPES = {
@@ -80,7 +80,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file tensor by tensor, and returns once it is on the disk.
+    """Writes a safetensors file tensor by tensor, whole or not at all.
 
     The library's own function holds a second copy of all of them. Raises OSError.
     """
@@ -96,13 +96,11 @@ def write_tensors(
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with whole(path) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors.values():
             file.write(_raw(tensor.detach().to("cpu").contiguous()))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
@@ -144,8 +142,7 @@ def overwrite_tensor(stored: StoredTensor, tensor: torch.Tensor) -> None:
     with stored.path.open("r+b") as file:
         file.seek(stored.start)
         file.write(_raw(tensor.detach().to("cpu").contiguous()))
-        file.flush()
-        os.fsync(file.fileno())
+    settle(stored.path)
 
 
 def _raw(tensor: torch.Tensor) -> memoryview:

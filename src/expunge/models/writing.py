@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from expunge.disk import nearest
+from expunge.disk import nearest, settle
 from expunge.errors import InputError, RunError
 from expunge.models.files import INDEX, SINGLE, ModelFiles
 from expunge.models.loading import CheckedModel
@@ -60,8 +62,17 @@ def copy_target(checked: CheckedModel, directory: Path) -> None:
         copied.append(files.directory / INDEX)
     for source in copied:
         shutil.copyfile(source, directory / source.name)
-        with (directory / source.name).open("rb") as file:
-            os.fsync(file.fileno())
+        settle(directory / source.name)
+
+
+def close_as(files: ModelFiles, directory: Path) -> None:
+    """Opens the result, and the files in it, to nobody to whom the target is closed."""
+    closed = ~files.directory.stat().st_mode & 0o077
+    directory.chmod(stat.S_IMODE(directory.stat().st_mode) & ~closed)
+    closed = reduce(or_, (~shard.stat().st_mode & 0o077 for shard in files.shards))
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(stat.S_IMODE(path.stat().st_mode) & ~closed)
 
 
 def write_checkpoint(

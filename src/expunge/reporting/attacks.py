@@ -53,7 +53,7 @@ def _request(request: Mapping[str, Any]) -> dict[str, Any]:
         "source": request["forget"]["source"],
         "rows": request["forget"]["rows"],
         "documents": request["forget"]["documents"],
-        "sha256": dict(request["forget"]["sha256"]),
+        "hmac_sha256": str(request["forget"]["hmac_sha256"]),
         "audited": dict(request["audited"]),
         "verdict": dict(request["verdict"]),
         "kept": request["kept"],

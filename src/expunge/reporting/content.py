@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import expunge
+from expunge.data.fingerprints import named
 from expunge.errors import InputError
 from expunge.reporting.attacks import attacks
 from expunge.reporting.details import layers, record, scorecard, training, weights
 from expunge.reporting.first_page import asked, done, measures, summary
 from expunge.reporting.material import Material
-from expunge.training.run import MANIFEST
+from expunge.training.manifest import MANIFEST
 
 FORMAT = "expunge-report/1"
 
@@ -32,7 +33,7 @@ def content(material: Material) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "expunge": expunge.__version__,
-        "run": str(material.directory),
+        "run": named(str(material.directory)),
         "asked": asked(material),
         "done": done(material),
         "summary": summary(material, audit),

@@ -200,7 +200,7 @@ def record(material: Material) -> dict[str, Any]:
         "warnings": list(manifest["warnings"]),
         "hashes": {
             "target": dict(manifest["model_sha256"]),
-            "data": {role: dict(files) for role, files in manifest["data_sha256"].items()},
+            "data": dict(manifest["data_hmac_sha256"]),
             "run": dict(manifest["output_sha256"]),
         },
         "changed_files": list(material.changed_files),

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from expunge.data.fingerprints import same_data
 from expunge.data.rows import document_of
 from expunge.evaluation.findings import findings
 from expunge.methods.catalog import METHODS
@@ -218,8 +219,7 @@ def _documents(material: Material, role: str) -> int | None:
         return len({document_of(row) for row in material.rows[role]})
     if role == "forget" and material.audit is not None:
         given = material.audit["requests"][0]["forget"]
-        recorded = material.manifest["data_sha256"]["forget"]
-        if set(given["sha256"].values()) == set(recorded.values()):
+        if same_data(given["hmac_sha256"], material.manifest["data_hmac_sha256"]["forget"]):
             return int(given["documents"])
     return None
 
@@ -353,7 +353,7 @@ def _mismatches(material: Material) -> list[str]:
                     f"The scores of {each.label} are of {count} {split} rows, the run had {rows[split]}."
                 )
     if material.audit is not None:
-        given = material.audit["requests"][0]["forget"]["sha256"]
-        if set(given.values()) != set(material.manifest["data_sha256"]["forget"].values()):
+        given = material.audit["requests"][0]["forget"]["hmac_sha256"]
+        if same_data(given, material.manifest["data_hmac_sha256"]["forget"]) is False:
             said.append("The audit was made with another forget file than the run.")
     return said

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expunge.analysis.influence_file import Influence
+from expunge.analysis.influence_file import FIGURE, Influence
 from expunge.data.rows import Row
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def influence_tables(
     return tables
 
 
-def write_figure(influence: Influence, path: Path, top: int = 30) -> None:
+def figure_text(influence: Influence, top: int = 30) -> str:
     """One HTML file that needs no network: forget rows by self-influence, retain rows at risk."""
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
@@ -136,8 +135,7 @@ def write_figure(influence: Influence, path: Path, top: int = 30) -> None:
         barmode="stack", height=height, title_text="Influence of rows", template="plotly_white"
     )
     # A fixed id: the same input gives the same bytes.
-    html = figure.to_html(include_plotlyjs=True, full_html=True, div_id="influence")
-    path.write_text(html, encoding="utf-8")
+    return str(figure.to_html(include_plotlyjs=True, full_html=True, div_id=FIGURE))
 
 
 def _table(

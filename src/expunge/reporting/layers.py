@@ -144,11 +144,11 @@ def table_of(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -
     return table
 
 
-def write_figure(sweep: LayerSweep, path: Path) -> None:
-    """Writes the figure with its table as one HTML file, which loads nothing from anywhere."""
+def page(sweep: LayerSweep) -> str:
+    """The figure with its table as one HTML file, which loads nothing from anywhere."""
     header, rows = sweep_rows(sweep)
     title = f"Layers of {Path(sweep.asked['inputs']['model']).name}"
-    text = _PAGE.format(
+    return _PAGE.format(
         title=html.escape(title),
         summary=html.escape(agreement_text(sweep)),
         figure=_figure(sweep).to_html(
@@ -159,9 +159,6 @@ def write_figure(sweep: LayerSweep, path: Path) -> None:
         ),
         table=_html_table(header, rows),
     )
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
 
 
 def _figure(sweep: LayerSweep) -> Any:

@@ -11,13 +11,15 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from expunge.audits.auditing import FORMAT as AUDIT_FORMAT
+from expunge.audits.inputs import FORMAT as AUDIT_FORMAT
+from expunge.data.fingerprints import PLACE, data_fingerprint, named, same_data
 from expunge.data.formats import sha256_of
 from expunge.data.rows import Reading, RowSet
 from expunge.errors import InputError
 from expunge.evaluation.score_files import SCORES, read_scores
 from expunge.evaluation.scorecard import Scorecard
-from expunge.training.run import DIRECTIONS, MANIFEST, METRICS
+from expunge.training.manifest import MANIFEST
+from expunge.training.run import DIRECTIONS, METRICS
 
 AUDIT = "audit.json"
 """Its name in a run directory."""
@@ -36,8 +38,8 @@ _MANIFEST_KEYS: Mapping[str, type | tuple[type, ...]] = {
     "settings.training": dict,
     "rows": dict,
     "rows.forget": int,
-    "data_sha256": dict,
-    "data_sha256.forget": dict,
+    "data_hmac_sha256": dict,
+    "data_hmac_sha256.forget": str,
     "environment": dict,
     "method_notes": dict,
     "steps": int,
@@ -170,7 +172,7 @@ def gather(inputs: ReportInputs) -> Material:
         metrics=_metrics(directory / METRICS),
         cards=_cards(inputs, directory, manifest),
         audit=None if audit_path is None else _audit(audit_path, manifest),
-        audit_source=None if audit_path is None else str(audit_path),
+        audit_source=None if audit_path is None else named(str(audit_path)),
         layers=None if layers_path is None else read_json(layers_path),
         rows=_rows(inputs, manifest),
         layer_count=_layer_count(directory / "config.json"),
@@ -256,7 +258,6 @@ def _metrics(path: Path) -> list[dict[str, Any]] | None:
 
 
 def _cards(inputs: ReportInputs, directory: Path, manifest: Mapping[str, Any]) -> list[Card]:
-    target = manifest["settings"]["inputs"]["model"]
     paths: list[tuple[str, Path]] = []
     if inputs.scores:
         roles = ["unlearned"] if len(inputs.scores) == 1 else ["target", "unlearned"]
@@ -265,32 +266,22 @@ def _cards(inputs: ReportInputs, directory: Path, manifest: Mapping[str, Any]) -
     elif (directory / SCORES).is_file():
         paths.append(("unlearned", directory / SCORES))
     if len(inputs.scores) < 2:
-        paths[:0] = _beside(directory, "target", target)
+        paths[:0] = _beside(directory, "target", manifest)
     if inputs.oracle_scores is not None:
         paths.append(("oracle", Path(inputs.oracle_scores)))
     elif not inputs.scores:
-        paths += _beside(directory, "oracle", target)
+        paths += _beside(directory, "oracle", manifest)
     cards: list[Card] = []
     for role, path in paths:
         file = path / SCORES if path.is_dir() else path
         card = read_scores(str(file))
         values = read_json(file)
         model = values.get("model")
-        named = model if isinstance(model, str) else ""
+        measured = named(model) if isinstance(model, str) else ""
         option = "--oracle-scores" if role == "oracle" else "--scores"
-        if role in ("target", "oracle") and _same(named, str(directory)):
-            raise InputError(
-                f"{option} {file}: was measured on the run itself, {directory}; give --scores BEFORE"
-                " AFTER in this order"
-            )
-        if role in ("unlearned", "oracle") and _same(named, target):
-            raise InputError(
-                f"{option} {file}: was measured on the target, {target}; give --scores BEFORE AFTER"
-                " in this order"
-            )
         is_checked = _check_weights(values, role, manifest, f"{option} {file}")
-        label = role if role != "other" else _label(named, file, [each.label for each in cards])
-        cards.append(Card(role, label, str(file), named, card, is_checked))
+        label = role if role != "other" else _label(measured, file, [each.label for each in cards])
+        cards.append(Card(role, label, named(str(file)), measured, card, is_checked))
     order = ("target", "unlearned", "oracle", "other")
     return sorted(cards, key=lambda each: order.index(each.role))
 
@@ -303,35 +294,38 @@ def _check_weights(
     False where nothing says so. Raises InputError where they are of others.
     """
     recorded = {
-        "unlearned": (manifest["output_sha256"], "this run's model"),
-        "target": (manifest["model_sha256"], "this run's target"),
+        "unlearned": (_weights(manifest["output_sha256"]), "this run's model"),
+        "target": (_weights(manifest["model_sha256"]), "this run's target"),
     }
     measured = values.get("model_sha256")
-    if role not in recorded or not isinstance(measured, dict) or not measured:
+    if role == "other" or not isinstance(measured, dict) or not measured:
         return False
-    digests, meant = recorded[role]
-    if set(measured.values()) != _weights(digests):
+    found = set(measured.values())
+    expected, meant = recorded.get(role, (None, ""))
+    for weights, other in recorded.values():
+        if found == weights != expected:
+            raise InputError(
+                f"{given}: was measured on {other}; give --scores BEFORE AFTER in this order"
+            )
+    if expected is not None and found != expected:
         raise InputError(
             f"{given}: was measured on other weights than {meant}; measure that one with expunge"
             " evaluate"
         )
-    return True
+    return expected is not None
 
 
-def _beside(directory: Path, role: str, target: str) -> list[tuple[str, Path]]:
+def _beside(directory: Path, role: str, manifest: Mapping[str, Any]) -> list[tuple[str, Path]]:
     """Scores of the target or the oracle that a demo left beside its runs, if of this run's target."""
     known = directory.parent / _BESIDE["target"]
     path = directory.parent / _BESIDE[role]
     if not known.is_file() or not path.is_file():
         return []
-    return [(role, path)] if _same(read_json(known).get("model"), target) else []
-
-
-def _same(first: object, second: str) -> bool:
-    """Whether two names are of one model directory."""
-    if not isinstance(first, str) or not first:
-        return False
-    return first == second or Path(first).resolve() == Path(second).resolve()
+    measured = read_json(known).get("model_sha256")
+    of_target = isinstance(measured, dict) and set(measured.values()) == _weights(
+        manifest["model_sha256"]
+    )
+    return [(role, path)] if of_target else []
 
 
 def _label(model: str, file: Path, taken: Sequence[str]) -> str:
@@ -389,13 +383,19 @@ def _rows(inputs: ReportInputs, manifest: Mapping[str, Any]) -> dict[str, RowSet
         if source is None:
             continue
         rows = reading.read(source, role)
-        recorded = manifest["data_sha256"].get(role)
+        recorded = manifest["data_hmac_sha256"].get(role)
         if recorded is None:
             raise InputError(f"--{role} {source}: the run had no {role} set; leave the option out")
-        if set(rows.sha256.values()) != set(recorded.values()):
+        same = same_data(data_fingerprint(rows), recorded)
+        if same is None:
             raise InputError(
-                f"--{role} {source}: is not the {role} set of this run (its SHA-256 differs from the"
-                f" one in {MANIFEST}); give the same file"
+                f"--{role} {source}: the run's hashes are keyed with another secret; name its file with"
+                f" {PLACE}, or leave the option out"
+            )
+        if not same:
+            raise InputError(
+                f"--{role} {source}: is not the {role} set of this run (its hash differs from the one"
+                f" in {MANIFEST}); give the same file"
             )
         found[role] = rows
     return found

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from expunge.disk import check_file_output, check_writable, deliver, explained
 from expunge.errors import RunError
-from expunge.reporting.content import content
+from expunge.reporting.content import FORMAT, content
 from expunge.reporting.material import ReportInputs, gather
 from expunge.reporting.model_card import README, read_card, with_section
 from expunge.reporting.rendering import card_section, markdown, page
 
 PAGE, MARKDOWN, DATA = "report.html", "report.md", "report.json"
+_BEGINNINGS = {
+    PAGE: "<title>Unlearning report: ",
+    MARKDOWN: "# Unlearning report\n",
+    DATA: f'{{\n  "format": "{FORMAT}"',
+}
+"""What tells each of them from a file of the user's."""
 
 
 def write_report(inputs: ReportInputs) -> dict[str, Any]:
@@ -24,6 +31,7 @@ def write_report(inputs: ReportInputs) -> dict[str, Any]:
     material = gather(inputs)
     report = content(material)
     output = material.directory if inputs.output is None else Path(inputs.output)
+    _check_output(output, inputs)
     # As it will be read again, so that the page shows what the file says.
     data = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     report = json.loads(data)
@@ -38,26 +46,19 @@ def write_report(inputs: ReportInputs) -> dict[str, Any]:
         public[card] = with_section(read_card(card), card_section(report), card)
     try:
         output.mkdir(exist_ok=True)
-        for path, text in files.items():
-            _write(path, text, private=inputs.reveal)
-        for path, text in public.items():
-            _write(path, text, private=False)
     except OSError as error:
-        where = error.filename or output
-        raise RunError(f"{where}: {error.strerror}; the report is not complete there") from None
+        raise RunError(explained(error)) from None
+    deliver({**files, **public}, private=[*files] if inputs.reveal else ())
     return report
 
 
-def _write(path: Path, text: str, *, private: bool) -> None:
-    """Whole or not at all; revealed text for the owner's eyes only."""
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.unlink(missing_ok=True)
-    mode = 0o600 if private else 0o666
-    try:
-        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with open(descriptor, "w", encoding="utf-8", newline="") as file:  # noqa: PTH123
-            file.write(text)
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+def _check_output(output: Path, inputs: ReportInputs) -> None:
+    check_writable(output, inside=True)
+    read = {name: getattr(inputs, name) for name in ("oracle_scores", "audit", "forget", "retain")}
+    read |= {f"scores {number}": path for number, path in enumerate(inputs.scores, 1)}
+    for name, beginning in _BEGINNINGS.items() if output.is_dir() else ():
+        check_file_output("output", output / name, read, partial(_has, beginning))
+
+
+def _has(beginning: str, text: str) -> bool:
+    return beginning in text[:2000]

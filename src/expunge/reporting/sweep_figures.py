@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expunge.reporting.sweep_tables import setting, sweep_notes
@@ -53,8 +52,8 @@ dress();
 """
 
 
-def write_figures(result: Mapping[str, Any], path: Path) -> None:
-    """Writes the page for what sweep.json holds."""
+def page(result: Mapping[str, Any], directory: str) -> str:
+    """The page for what sweep.json in this directory holds."""
     figures: list[str] = []
     for figure in (history(result), importance(result), front(result)):
         if figure is not None:
@@ -66,11 +65,8 @@ def write_figures(result: Mapping[str, Any], path: Path) -> None:
                     config={"displayModeBar": False, "responsive": True},
                 )
             )
-    notes = "".join(
-        f"<li>{html.escape(note)}</li>" for note in sweep_notes(result, str(path.parent))
-    )
-    page = _PAGE.format(notes=notes, figures="\n".join(figures))
-    path.write_text(page, encoding="utf-8")
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in sweep_notes(result, directory))
+    return _PAGE.format(notes=notes, figures="\n".join(figures))
 
 
 def history(result: Mapping[str, Any]) -> go.Figure | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import expunge
+from expunge.data.fingerprints import data_fingerprint
 from expunge.data.formats import sha256_of
 from expunge.data.rows import Reading, RowSet
 from expunge.errors import InputError
@@ -245,7 +246,7 @@ def _settings(
         },
         "dtype": inputs.dtype,
         "model_sha256": dict(checked.files.sha256()),
-        "data_sha256": {name: sorted(rows.sha256.values()) for name, rows in sets.items()},
+        "data_hmac_sha256": {name: data_fingerprint(rows) for name, rows in sets.items()},
         "mmlu": None
         if inputs.mmlu is None
         else {"shots": inputs.mmlu_shots, "sha256": _digest(Path(inputs.mmlu))},

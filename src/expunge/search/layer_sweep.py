@@ -11,7 +11,6 @@ layers on, so that the layers below all segments run once for the whole sweep.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import shutil
 import time
@@ -24,9 +23,18 @@ from typing import Any, Literal
 import expunge
 from expunge.analysis.layer_scores import rank_correlation
 from expunge.analysis.layers import LayerChoice
+from expunge.data.fingerprints import data_fingerprint, handed_out
 from expunge.data.formats import sha256_of
 from expunge.data.rows import RowSet
-from expunge.disk import check_writable
+from expunge.disk import (
+    check_not_read,
+    check_writable,
+    check_written,
+    held,
+    own,
+    remove,
+    write_whole,
+)
 from expunge.errors import InputError, Interrupted, RunError
 from expunge.evaluation.measuring import MeasureInputs, check_measure, measure
 from expunge.evaluation.score_files import SCORES
@@ -43,11 +51,13 @@ from expunge.training.options import TrainingOptions
 from expunge.training.preparation import Prepared
 from expunge.training.progress import Progress, Silent
 from expunge.training.run import DIRECTIONS, RunInputs, check_run, open_parts, run
-from expunge.training.scratch import differences
+from expunge.training.scratch import check_output, differences
 from expunge.training.unlearning import autocast_of
 
 LAYERS = "layers.json"
 _LOCK = ".lock"
+_WRITTEN = (LAYERS, "layers.html", _LOCK, ".states", "layer-*", ".layer-*", ".expunge-*")
+"""Names of what is in a sweep's directory."""
 _PARTS = ("task_aggregate", "mia_score", "utility")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _FREE = ("output", "overwrite", "resume", "layers", "every", "keep", "predict_only")
@@ -273,9 +283,13 @@ def _check(inputs: LayerInputs, method: Method, options: TrainingOptions) -> _Ta
         raise InputError("--retain: is needed to score a layer; give rows that are to stay")
     method = dataclasses.replace(method, layer="auto")
     if inputs.output:
-        check_writable(Path(inputs.output))
-        if Path(inputs.output).is_file():
-            raise InputError(f"--output {inputs.output}: is a file; choose a directory")
+        output = Path(inputs.output)
+        if output.is_file():
+            raise InputError(f"--output {output}: is a file; choose a directory")
+        check_writable(output, inside=True)
+        names = ("model", "forget", "retain", "nonmembers", "score_nonmembers", "mmlu")
+        read = {name: getattr(inputs, name) for name in names}
+        check_not_read("--output", output, {**read, "influence": options.influence})
     checked, sets, prepared = check_run(inputs, method, options, writes=False)
     task = _Task(inputs, method, options, checked, sets, prepared, device)
     if not inputs.predict_only:
@@ -295,6 +309,9 @@ def _found(output: Path, inputs: LayerInputs, asked: Mapping[str, Any]) -> Layer
         )
     if not inputs.resume:
         if inputs.overwrite:
+            check_written("--output", output, _WRITTEN)
+            for directory in output.glob("layer-*"):
+                check_output(directory, overwrite=True)
             return None
         raise InputError(
             f"--output {output}: holds a sweep; go on with --resume, or discard it with --overwrite"
@@ -316,7 +333,7 @@ def _found(output: Path, inputs: LayerInputs, asked: Mapping[str, Any]) -> Layer
 
 def _asked(task: _Task) -> dict[str, Any]:
     """What all layers of a sweep have in common. Files are compared by their SHA-256."""
-    inputs = {key: value for key, value in asdict(task.inputs).items() if key not in _FREE}
+    free = {key: value for key, value in asdict(task.inputs).items() if key not in _FREE}
     settings = {key: value for key, value in settings_of(task.method).items() if key != "layer"}
     questions = {}
     if task.inputs.mmlu is not None:
@@ -324,13 +341,13 @@ def _asked(task: _Task) -> dict[str, Any]:
         questions = {
             str(path.relative_to(root)): sha256_of(path) for path in sorted(root.glob("*/*.csv"))
         }
-    sets = {name: dict(rows.sha256) for name, rows in task.sets.items()}
+    sets = {name: data_fingerprint(rows) for name, rows in task.sets.items()}
     return {
         "expunge": expunge.__version__,
-        "inputs": inputs,
+        "inputs": handed_out(free),
         "method": settings,
-        "training": dict(task.prepared.used),
-        "data_sha256": sets,
+        "training": handed_out(task.prepared.used),
+        "data_hmac_sha256": sets,
         "mmlu_sha256": questions,
         "model_sha256": dict(task.checked.files.sha256()),
     }
@@ -353,7 +370,9 @@ def _all_layers(
     preset: str | None,
 ) -> LayerSweep:
     prefix_directory = _prefix_directory(output)
-    prefix_directory.mkdir(mode=0o700, exist_ok=True)
+    own(
+        prefix_directory, lambda made: {p.name for p in made.iterdir()} <= {"states", "states.json"}
+    )
     prefix = Prefix(prefix_directory)
     for layer in wanted:
         done = {result.layer for result in found.results}
@@ -454,17 +473,15 @@ def _prefix_directory(output: Path) -> Path:
 
 
 def _write(output: Path, found: LayerSweep) -> None:
-    unfinished = output / f"{LAYERS}.part"
     text = json.dumps(finite(found.to_json()), indent=2, allow_nan=False)
-    unfinished.write_text(text + "\n", encoding="utf-8")
-    unfinished.replace(output / LAYERS)
+    write_whole(output / LAYERS, text + "\n")
 
 
 def _clear(output: Path) -> None:
     """Removes what an earlier sweep left."""
     for entry in [*output.glob("layer-*"), *output.glob(".layer-*"), _prefix_directory(output)]:
-        shutil.rmtree(entry, ignore_errors=True)
-    (output / LAYERS).unlink(missing_ok=True)
+        remove(entry)
+    remove(output / LAYERS)
 
 
 @contextmanager
@@ -472,17 +489,11 @@ def _held(output: Path) -> Iterator[None]:
     """The output is this process's alone. Raises InputError where another one is at work on it."""
     made = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
-    path = output / _LOCK
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"--output {output}: another process is at work on it; wait for it or choose another"
-            ) from None
+    busy = f"--output {output}: another process is at work on it; wait for it or choose another"
+    with held(output / _LOCK, busy):
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
-            if made and not (output / LAYERS).is_file():
-                shutil.rmtree(output, ignore_errors=True)
+            remove(output / _LOCK)
+            if made and not any(output.iterdir()):
+                output.rmdir()

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import expunge
+from expunge.disk import write_whole
 from expunge.evaluation.scorecard import Scorecard
 from expunge.search.inputs import Task
 from expunge.search.objectives import objective_value
@@ -68,17 +68,17 @@ def write_results(task: Task, study: Study, stopped: str) -> dict[str, Any]:
     """Writes the files as the study is now and returns what sweep.json holds."""
     output = Path(task.inputs.output)
     result = finite(_result(task, study, stopped))
-    _write(output / RESULT, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_whole(output / RESULT, json.dumps(result, indent=2, allow_nan=False) + "\n")
     for path in (output / FRONT).glob("trial-*.yaml"):
         if path.name not in [_front_name(number) for number in result["front"]]:
             path.unlink(missing_ok=True)
     for number in result["front"] if len(task.inputs.objectives) > 1 else ():
         (output / FRONT).mkdir(exist_ok=True)
-        _write(output / FRONT / _front_name(number), _config(task, _trial(result, number)))
+        write_whole(output / FRONT / _front_name(number), _config(task, _trial(result, number)))
     if result["best"] is None:
         (output / BEST_CONFIG).unlink(missing_ok=True)
     else:
-        _write(output / BEST_CONFIG, _config(task, best_run(result)))
+        write_whole(output / BEST_CONFIG, _config(task, best_run(result)))
     return dict(result)
 
 
@@ -229,10 +229,3 @@ def _place(source: str) -> str:
 
 def _front_name(number: int) -> str:
     return f"trial-{number}.yaml"
-
-
-def _write(path: Path, text: str) -> None:
-    """Replaces the file as a whole, for several workers write it."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)

@@ -11,7 +11,6 @@ is gone; those on other machines see that its heartbeat in the database stopped.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -22,11 +21,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
+from expunge.disk import held
 from expunge.errors import InputError
 from expunge.search.inputs import Sampler, Task
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 DATABASE = "study.db"
 SETTINGS, TARGET = "settings", "target"
 WORKER, REASON, SET_ASIDE, TRIES = "worker", "reason", "set_aside", "tries"
-_WORKERS = ".worker-"
+WORKERS = ".worker-"
 _HEARTBEAT = 20
 """Seconds between two signs of life in the database."""
 _GRACE = 120
@@ -268,14 +268,13 @@ class Worker:
     def __init__(self, output: Path) -> None:
         self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._output = output
-        self.directory = output / f"{_WORKERS}{self.name}"
+        self.directory = output / f"{WORKERS}{self.name}"
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Holds the lock for the body; the directory goes at the end."""
         self.directory.mkdir(mode=0o700)
-        with (self.directory / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with held(self.directory / "lock", f"{self.directory}: is another worker's"):
             try:
                 yield
             finally:
@@ -284,36 +283,27 @@ class Worker:
     def gone(self) -> dict[str, Path]:
         """Workers of this output that ended without clearing up, with what they left."""
         found = {}
-        for directory in self._output.glob(f"{_WORKERS}*"):
+        for directory in self._output.glob(f"{WORKERS}*"):
             if directory != self.directory and is_left(directory):
-                found[directory.name.removeprefix(_WORKERS)] = directory
+                found[directory.name.removeprefix(WORKERS)] = directory
         return found
 
 
 def is_left(directory: Path) -> bool:
     """Whether nobody holds a worker's lock."""
     try:
-        with (directory / "lock").open("r+") as lock:
-            return _takes(lock)
-    except FileNotFoundError:
-        # Just made, or just removed; or its process ended between the two.
-        try:
+        if not (directory / "lock").exists():
+            # Just made, or just removed; or its process ended between the two.
             return time.time() - directory.stat().st_mtime > _WAIT_FOR_LOCK
-        except FileNotFoundError:
-            return False
+        with held(directory / "lock", "another worker's"):
+            return True
+    except (InputError, FileNotFoundError):
+        return False
 
 
 def is_worked_on(output: Path) -> bool:
     """Whether a worker is alive in an output."""
-    return any(not is_left(directory) for directory in output.glob(f"{_WORKERS}*"))
-
-
-def _takes(lock: IO[str]) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    return any(not is_left(directory) for directory in output.glob(f"{WORKERS}*"))
 
 
 def take_over(study: Study, worker: Worker, say: Callable[[str], None]) -> None:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from expunge.disk import check_writable
-from expunge.errors import ExpungeError, InputError, Interrupted, RunError, place_of
+from expunge.disk import check_not_read, check_writable, check_written, remove
+from expunge.errors import (
+    ExpungeError,
+    InputError,
+    Interrupted,
+    RunError,
+    is_out_of_memory,
+    place_of,
+)
 from expunge.evaluation.scorecard import Scorecard
 from expunge.methods.base import Method
 from expunge.search.inputs import SweepInputs, Task, check_sweep
 from expunge.search.objectives import objective_value
-from expunge.search.results import RESULT, RUNNING, best_run, write_results
+from expunge.search.results import BEST_CONFIG, FRONT, RESULT, RUNNING, best_run, write_results
 from expunge.search.study import (
     DATABASE,
     REASON,
     SET_ASIDE,
     TARGET,
     WORKER,
+    WORKERS,
     Worker,
     all_trials,
     check_same_settings,
@@ -40,6 +45,7 @@ from expunge.training.manifest import finite
 from expunge.training.options import TrainingOptions, seconds
 from expunge.training.progress import Progress, Silent
 from expunge.training.run import RunInputs, check_run, run
+from expunge.training.scratch import check_output
 from expunge.training.stopping import StopRequest, stop_requests
 
 if TYPE_CHECKING:
@@ -47,6 +53,11 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 BEST = "best"
+_WRITTEN = (
+    RESULT, DATABASE, f"{DATABASE}-*", BEST_CONFIG, FRONT, "sweep.html", BEST, f".{BEST}.unfinished",
+    "trackers", f"{WORKERS}*", ".expunge-*",
+)  # fmt: skip
+"""Names of what is in a sweep's directory."""
 
 
 class _Failed(Exception):
@@ -70,14 +81,15 @@ def sweep(
     """
     progress = progress or Silent()
     output = Path(inputs.output)
-    _check_output(output, inputs)
+    _check_output(output, inputs, options)
     if inputs.study is not None:
         check_url(inputs.study)
     task = check_sweep(inputs, method, options)
     if inputs.write_best:
         _check_best(task)
     if inputs.overwrite and output.exists():
-        _clear(output)
+        for path in output.iterdir():
+            remove(path)
     made = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     url = inputs.study or f"sqlite:///{(output / DATABASE).absolute()}"
@@ -85,7 +97,9 @@ def sweep(
         study = open_study(url, inputs.study_name, task)
     except ExpungeError:
         if made:
-            shutil.rmtree(output)
+            for path in output.glob(f"{DATABASE}*"):
+                path.unlink()
+            output.rmdir()
         raise
     for warning in task.warnings:
         progress.message(f"warning: {warning}")
@@ -246,13 +260,16 @@ class _Session:
             ended, reason = "pruned", str(hopeless)
         except (InputError, RunError) as error:
             ended, reason = "failed", str(error)
-        except torch.OutOfMemoryError:
-            ended, reason = "failed", "out of memory on the device"
         except OSError as error:
             ended, reason = "failed", f"{error.strerror or type(error).__name__}"
         except Exception as error:
             # The message of an unexpected error may quote a row, so its type and place must do.
-            ended, reason = "failed", f"internal error ({place_of(error)})"
+            said = (
+                "out of memory"
+                if is_out_of_memory(error)
+                else f"internal error ({place_of(error)})"
+            )
+            ended, reason = "failed", said
         if ended == "interrupted":
             trial.set_user_attr(SET_ASIDE, "interrupted")
             raise KeyboardInterrupt
@@ -358,30 +375,29 @@ def _is_of_the_database(error: BaseException | None) -> bool:
     return False
 
 
-def _check_output(output: Path, inputs: SweepInputs) -> None:
+def _check_output(output: Path, inputs: SweepInputs, options: TrainingOptions) -> None:
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output}: is a file; choose a directory")
     if output.is_dir() and any(output.iterdir()) and not _is_a_sweep(output):
         raise InputError(
             f"--output {output}: holds no sweep but other files; choose another directory"
         )
-    if inputs.overwrite and output.is_dir() and is_worked_on(output):
-        raise InputError(
-            f"--overwrite: a worker is at work in {output}; stop it first, or choose another output"
-        )
+    if inputs.overwrite and output.is_dir():
+        if is_worked_on(output):
+            raise InputError(
+                f"--overwrite: a worker is at work in {output}; stop it first, or choose another output"
+            )
+        names = ("model", "forget", "retain", "nonmembers", "score_nonmembers", "mmlu", "oracle")
+        read = {name: getattr(inputs, name) for name in names}
+        check_not_read("--output", output, {**read, "influence": options.influence})
+        check_written("--output", output, _WRITTEN)
+        if (output / BEST).exists():
+            check_output(output / BEST, overwrite=True)
     check_writable(output, inside=True)
 
 
 def _is_a_sweep(output: Path) -> bool:
     return (output / RESULT).is_file() or (output / DATABASE).is_file()
-
-
-def _clear(output: Path) -> None:
-    for path in output.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def _best_inputs(task: Task) -> RunInputs:

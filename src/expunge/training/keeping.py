@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import time
@@ -11,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from expunge.errors import ExpungeError, Interrupted, RunError
+from expunge.disk import explained
+from expunge.errors import ExpungeError, Interrupted, NothingKept, RunError
 from expunge.training.loop import Stopped
 from expunge.training.manifest import finite
 from expunge.training.scratch import Scratch
@@ -19,7 +19,6 @@ from expunge.training.state import SavedState, save_state
 from expunge.training.stopping import StopRequest
 
 _SAVE_SECONDS = 15.0
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class Keeper:
@@ -85,7 +84,7 @@ class Keeper:
 
 @contextmanager
 def plain_errors(scratch: Scratch, stop: StopRequest) -> Iterator[None]:
-    """Says of an interruption, a full disk or a lost permission what was saved and how to go on."""
+    """Says of an interruption, a full disk, a file that is away, what was saved and how to go on."""
 
     def way_on() -> str:
         if not scratch.worth_resuming:
@@ -99,8 +98,12 @@ def plain_errors(scratch: Scratch, stop: StopRequest) -> Iterator[None]:
 
     try:
         yield
-    except ExpungeError:
+    except (Interrupted, NothingKept):
         raise
+    except ExpungeError as error:
+        if not scratch.worth_resuming:
+            raise
+        raise Interrupted(f"{error}; {way_on()}", error.exit_code) from None
     except Stopped as stopped:
         raise Interrupted(f"{stopped}; {way_on()}", stop.exit_code) from None
     except KeyboardInterrupt:
@@ -108,11 +111,10 @@ def plain_errors(scratch: Scratch, stop: StopRequest) -> Iterator[None]:
             raise
         raise Interrupted(f"interrupted; {way_on()}", stop.exit_code) from None
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno is None:
             error.add_note(way_on())
             raise
-        where = error.filename or scratch.root
-        raise Interrupted(f"{where}: {error.strerror}; {way_on()}", RunError.exit_code) from None
+        raise Interrupted(f"{explained(error)}; {way_on()}", RunError.exit_code) from None
     except Exception as error:
         error.add_note(way_on())
         raise

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from expunge.analysis.layers import LayerChoice, choose_layer
-from expunge.disk import settle
+from expunge.disk import write_whole
 from expunge.methods.steering import (
     TRAINED_LAYERS,
     SteeringSettings,
@@ -69,7 +69,7 @@ def resolved_layer(
         choice = read_layers(prepared, layout, parts, autocast, progress)
         found = processes.gather(choice.to_json())[0]
         if record is not None and processes.is_main:
-            _write(record, choice)
+            write_whole(record, json.dumps(choice.to_json(), indent=2) + "\n")
     else:
         found = recorded
     choice = LayerChoice.from_json(found)
@@ -109,11 +109,3 @@ def _recorded(record: Path | None) -> LayerChoice | None:
     if record is None or not record.is_file():
         return None
     return LayerChoice.from_json(json.loads(record.read_text(encoding="utf-8")))
-
-
-def _write(record: Path, choice: LayerChoice) -> None:
-    unfinished = record.with_suffix(".part")
-    unfinished.write_text(json.dumps(choice.to_json(), indent=2) + "\n", encoding="utf-8")
-    settle(unfinished)
-    unfinished.replace(record)
-    settle(record.parent)

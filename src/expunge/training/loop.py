@@ -17,7 +17,7 @@ import torch
 
 from expunge.data.batches import Batch
 from expunge.data.sampling import step_batches
-from expunge.errors import RunError
+from expunge.errors import NothingKept
 from expunge.methods.base import Context, Objective, Schedule
 from expunge.models.kernels import fast_products
 from expunge.models.weights import restore, snapshot
@@ -188,7 +188,7 @@ class Loop:
     def run(self) -> History:
         """Trains, and leaves the parameters at the chosen checkpoint.
 
-        Raises RunError where no checkpoint can be kept, Stopped where the keeper asks to stop.
+        Raises NothingKept where no checkpoint can be kept, Stopped where the keeper asks to stop.
         """
         try:
             return self._run()
@@ -393,7 +393,7 @@ class Loop:
             return
         usable = [c for c in history.candidates if not c.destroyed]
         if self._best is None or not usable:
-            raise RunError(_nothing_usable(history))
+            raise NothingKept(_nothing_usable(history))
         top = max(candidate.score for candidate in usable)
         chosen = [candidate for candidate in usable if candidate.score == top][-1]
         restore(self._parameters, self._best)

@@ -15,11 +15,13 @@ from typing import Any
 import psutil
 
 import expunge
+from expunge.data.fingerprints import data_fingerprint, handed_out
 from expunge.data.formats import sha256_of
 from expunge.data.rows import RowSet
 from expunge.methods.base import Method
 from expunge.training.unlearning import Outcome
 
+MANIFEST = "expunge.json"
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "safetensors", "tokenizers")
 
 
@@ -52,16 +54,16 @@ def describe_run(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "expunge": expunge.__version__,
         "settings": {
-            "inputs": dict(inputs),
+            "inputs": {**handed_out(inputs), "output": Path(inputs["output"]).absolute().name},
             "method": settings_of(method),
             "preset": preset,
             "preset_source": None if preset is None else method.presets[preset].source,
-            "training": outcome.options,
+            "training": handed_out(outcome.options),
         },
         "seed": outcome.options["seed"],
         "rows": {name: len(rows) for name, rows in sets.items()},
         "rows_read": {name: dict(rows.read) for name, rows in sets.items()},
-        "data_sha256": {name: dict(rows.sha256) for name, rows in sets.items()},
+        "data_hmac_sha256": {name: data_fingerprint(rows) for name, rows in sets.items()},
         "device": device,
         "environment": environment(),
         "method_notes": dict(outcome.notes),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -13,8 +14,9 @@ from typing import Any, Literal
 import torch
 
 import expunge
+from expunge.data.fingerprints import data_fingerprint, named
 from expunge.data.rows import Reading, RowSet
-from expunge.disk import check_writable
+from expunge.disk import check_not_read, write_whole
 from expunge.errors import InputError
 from expunge.methods.base import Method
 from expunge.models.decoder import skeleton_of
@@ -30,8 +32,10 @@ from expunge.models.parts import (
 )
 from expunge.models.prefix import Prefix
 from expunge.models.sharding import shard_frozen
+from expunge.models.tensors import write_tensors
 from expunge.models.writing import (
     check_disk_space,
+    close_as,
     copy_target,
     describe,
     rounding_warnings,
@@ -41,11 +45,11 @@ from expunge.models.writing import (
 from expunge.processes import OneProcess, Processes, processes_of, refused_together
 from expunge.training.keeping import Keeper, plain_errors
 from expunge.training.layer_choice import resolved_layer
-from expunge.training.manifest import describe_run, digests, finite, settings_of
+from expunge.training.manifest import MANIFEST, describe_run, digests, finite, settings_of
 from expunge.training.options import TrainingOptions
 from expunge.training.preparation import Prepared, prepare
 from expunge.training.progress import Progress, Silent
-from expunge.training.scratch import Scratch, shared_scratch
+from expunge.training.scratch import Scratch, check_output, shared_scratch
 from expunge.training.stopping import stop_requests
 from expunge.training.unlearning import (
     Outcome,
@@ -56,7 +60,6 @@ from expunge.training.unlearning import (
     unlearn_prepared,
 )
 
-MANIFEST = "expunge.json"
 METRICS = "metrics.jsonl"
 DIRECTIONS = "expunge-directions.safetensors"
 ADAPTER = "adapter"
@@ -204,7 +207,8 @@ def run(
         manifest["seconds"]["total"] = time.monotonic() - started
         manifest["output_sha256"] = digests(scratch.output)
         text = json.dumps(finite(manifest), indent=2, allow_nan=False)
-        (scratch.output / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        write_whole(scratch.output / MANIFEST, text + "\n")
+        close_as(checked.files, scratch.output)
         scratch.publish()
     return manifest
 
@@ -222,13 +226,20 @@ def check_run(
     Without `writes` the output is not looked at; `given` as for `run`. Raises InputError.
     """
     if writes:
-        _check_output(Path(inputs.output), inputs.overwrite)
+        output = Path(inputs.output)
+        check_output(output, overwrite=inputs.overwrite)
+        read = {name: getattr(inputs, name) for name in ("model", "forget", "retain", "nonmembers")}
+        for place in (output, Scratch(output).root):
+            check_not_read("--output", place, {**read, "influence": options.influence})
     if inputs.keep_adapter and not method.has_adapter:
         raise InputError(
             f"--keep-adapter: {method.name} trains no adapter here; leave the option out"
         )
     checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
     sets = _read_sets(inputs) if given is None else dict(given)
+    if writes:
+        for rows in sets.values():
+            data_fingerprint(rows)  # which the manifest will hold, and a secret may be missing
     prepared = prepare(
         method,
         options,
@@ -262,9 +273,10 @@ def _completed(output: Path, inputs: RunInputs, processes: Processes) -> dict[st
     if not inputs.resume:
         return None
     scratch = Scratch(output)
-    if processes.is_main:
-        scratch.put_back()
-    processes.wait()
+    with refused_together(processes):
+        if processes.is_main and os.path.lexists(scratch.root):
+            scratch.prove()
+            scratch.put_back()
     unfinished = scratch.root.exists() and not scratch.is_published
     anew = not scratch.root.exists() and inputs.overwrite
     if unfinished or anew or not (output / MANIFEST).is_file():
@@ -402,36 +414,20 @@ def _read_sets(inputs: RunInputs) -> dict[str, RowSet]:
     return sets
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
-    if output.exists() and not overwrite:
-        raise InputError(f"--output {output}: exists; choose another directory or give --overwrite")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output}: is a file; choose a directory")
-    if output.is_dir() and not (output / MANIFEST).is_file() and any(output.iterdir()):
-        raise InputError(
-            f"--output {output}: --overwrite replaces earlier runs only, and this holds no"
-            f" {MANIFEST}; choose another directory"
-        )
-    check_writable(output)
-
-
 def _write_artifacts(outcome: Outcome, checked: CheckedModel, scratch: Path) -> None:
-    from safetensors.torch import save_file
-
     if outcome.artifacts:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in outcome.artifacts.items()},
-            scratch / DIRECTIONS,
-        )
+        write_tensors(scratch / DIRECTIONS, outcome.artifacts, {})
     finished = outcome.finished
     if finished.adapter is not None and finished.adapter_config is not None:
         adapter = scratch / ADAPTER
-        adapter.mkdir()
-        save_file(dict(finished.adapter), adapter / "adapter_model.safetensors")
+        adapter.mkdir(exist_ok=True)
+        write_tensors(
+            adapter / "adapter_model.safetensors", dict(finished.adapter), {"format": "pt"}
+        )
         config = {
             key: sorted(value) if isinstance(value, set) else value
             for key, value in finished.adapter_config.items()
         }
-        config["base_model_name_or_path"] = str(checked.files.directory)
+        config["base_model_name_or_path"] = named(checked.name)
         text = json.dumps(config, indent=2, default=str)
-        (adapter / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+        write_whole(adapter / "adapter_config.json", text + "\n")

@@ -9,24 +9,33 @@
       replaced/    what OUT was before, while it is exchanged
       lock         held by the process at work
 
-It holds activations of forget text, is readable by its owner only, and is gone when the run ends.
+It holds activations of forget text, is readable by its owner only, and is gone once the run is through.
+Before, it goes only where the user says so: what interrupts a run may pass.
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
+import glob
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from expunge.disk import settle
-from expunge.errors import ExpungeError, InputError, Interrupted
+from expunge.disk import check_writable, check_written, held, own, remove, settle, write_whole
+from expunge.errors import InputError, NothingKept, RunError
 from expunge.processes import Processes
+from expunge.training.manifest import MANIFEST
 from expunge.training.state import SavedState, load_facts, load_state
 
+_BESIDE = (
+    MANIFEST, "adapter", "trackers", "scores.json", "records.jsonl", "audit.json",
+    "audit.json.partial", "report.html", "report.md", "report.json", ".expunge-*",
+)  # fmt: skip
+"""What is in a run directory beside the files that its record names: ours, or another command's."""
 _ASKED = "run.json"
 _FORMAT = 2
 """Of what is in the directory; another number where a run of before could no longer be gone on with."""
@@ -37,6 +46,7 @@ class Scratch:
 
     def __init__(self, output: Path) -> None:
         self._final = output
+        self._before: object = None
         self.root = output.absolute().parent / f".{output.name}.unfinished"
         self.output = self.root / "output"
         self.cache = self.root / "cache"
@@ -69,26 +79,89 @@ class Scratch:
     @property
     def worth_resuming(self) -> bool:
         """Whether a later run would start further on than at the beginning."""
-        return self.is_marked("cache") or any(self.state.glob("*.safetensors"))
+        state = any(self.state.glob("*.safetensors"))
+        return state or self.is_marked("cache") or self._replaced.exists()
+
+    def prove(self) -> None:
+        """Makes the directory, or proves that a run made it. Raises InputError."""
+        own(self.root, _is_of_a_run)
+
+    def look(self) -> None:
+        """Remembers what is at the output's name, for `publish` to replace nothing else."""
+        self._before = seen(self._final)
 
     def publish(self) -> None:
-        """Renames the finished output to its name; what was there goes only afterwards."""
-        self.output.chmod(0o755)
+        """Renames the finished output to its name; what was there goes only afterwards.
+
+        Raises RunError where that is not what `look` saw.
+        """
         self.mark("publishing")
-        if self._final.exists():
-            self._final.rename(self._replaced)
+        changed = f"{self._final}: was made or changed by others during the run; move it away"
         try:
-            self.output.rename(self._final)
-        except OSError:
-            if self._replaced.exists():
-                self._replaced.rename(self._final)
+            if self._before is not None and os.path.lexists(self._final):
+                self._final.rename(self._replaced)
+                if seen(self._replaced) != self._before:
+                    raise RunError(changed)
+            self.output.rename(self._final)  # which does not take the place of what is there
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise RunError(changed) from None
             raise
+        finally:
+            self.put_back()
         settle(self._final.absolute().parent)
 
     def put_back(self) -> None:
         """Undoes an exchange that was cut off in its middle."""
-        if self._replaced.exists() and not self._final.exists():
+        if self._replaced.exists() and not os.path.lexists(self._final):
             self._replaced.rename(self._final)
+
+
+def seen(directory: Path) -> object:
+    """The names, sizes and times of a directory's entries; None where nothing is there."""
+    if not os.path.lexists(directory):
+        return None
+    entries = [(path.name, path.lstat()) for path in sorted(directory.iterdir())]
+    return [(name, found.st_size, found.st_mtime_ns) for name, found in entries]
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raises InputError for an output that cannot be written, or that holds what no run wrote."""
+    if output.is_symlink():
+        raise InputError(f"--output {output}: is a link; name the directory itself")
+    if output.exists() and not overwrite:
+        raise InputError(f"--output {output}: exists; choose another directory or give --overwrite")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: is a file; choose a directory")
+    if output.is_dir() and any(output.iterdir()):
+        check_written("--output", output, [*_BESIDE, *map(glob.escape, _recorded(output))])
+    check_writable(output)
+
+
+def _recorded(output: Path) -> list[str]:
+    """The files that a run wrote, as its record names them, and a card that is a report's alone."""
+    try:
+        names = list(json.loads((output / MANIFEST).read_text(encoding="utf-8"))["output_sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"--output {output}: --overwrite replaces earlier runs only, and this holds no"
+            f" {MANIFEST} of one; choose another directory"
+        ) from None
+    card = output / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if text.startswith("<!-- expunge report: begin") and text.endswith("report: end -->\n"):
+        names.append(card.name)
+    return names
+
+
+def _is_of_a_run(root: Path) -> bool:
+    """Whether a run made a directory: one that was killed at once left a lock and no more."""
+    if [path.name for path in root.iterdir()] == ["lock"]:
+        return not (root / "lock").is_symlink()
+    try:
+        return "format" in json.loads((root / _ASKED).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 @contextmanager
@@ -104,30 +177,32 @@ def scratch_beside(
     parent = output.absolute().parent
     made = [path for path in (parent, *parent.parents) if not path.exists()]
     parent.mkdir(parents=True, exist_ok=True)
-    found = scratch.root.exists()
+    found = os.path.lexists(scratch.root)
+    if found:
+        scratch.prove()
     if found and not (resume or overwrite):
         raise InputError(
             f"--output {output}: an unfinished run is beside it ({_how_far(scratch)}); go on with"
             " --resume, or discard it with --overwrite"
         )
-    scratch.root.mkdir(mode=0o700, exist_ok=True)
+    scratch.prove()
+    busy = f"--output {output}: another process is at work on it; wait for it or choose another"
     finished = False
-    with (scratch.root / "lock").open("w") as lock:
-        _take(lock, output)
+    with held(scratch.root / "lock", busy):
         scratch.put_back()
-        if found and resume:
-            _check_same(scratch.root, asked)
-        else:
-            _clear(scratch.root)
-            _write_asked(scratch.root, asked)
-        for directory in (scratch.output, scratch.cache, scratch.state):
-            directory.mkdir(exist_ok=True)
         try:
+            check_output(output, overwrite=overwrite)
+            scratch.look()
+            if found and resume:
+                _check_same(scratch.root, asked)
+            else:
+                _begin(scratch.root, asked)
+            for directory in (scratch.output, scratch.cache, scratch.state):
+                directory.mkdir(exist_ok=True)
             yield scratch
             finished = True
-        except ExpungeError as error:
-            # Anything else that is ours to say would be said again by a continued run.
-            finished = not isinstance(error, Interrupted)
+        except NothingKept:  # a continued run would say the same
+            finished = True
             raise
         finally:
             if finished or not scratch.worth_resuming:
@@ -168,25 +243,16 @@ def _how_far(scratch: Scratch) -> str:
     return f"step {facts['step']} of {facts['steps']} is saved"
 
 
-def _take(lock: IO[str], output: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(
-            f"--output {output}: another process is at work on it; wait for it or choose another"
-            " output"
-        ) from None
-
-
 def _check_same(root: Path, asked: Mapping[str, Any]) -> None:
     """Raises InputError that names the first setting in which a resumed run differs."""
     try:
         before = json.loads((root / _ASKED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        _clear(root)  # killed before it had begun
-        _write_asked(root, asked)
+        before = {"format": None}
+    if (version := before.pop("format", None)) is None:
+        _begin(root, asked)  # killed before it had begun
         return
-    if before.pop("format", None) != _FORMAT:
+    if version != _FORMAT:
         raise InputError(
             "--resume: the unfinished run is of another version of expunge; go on with that version, or"
             " discard it with --overwrite and no --resume"
@@ -211,22 +277,10 @@ def differences(
             yield f"{prefix}{key}", old, new
 
 
-def _clear(root: Path) -> None:
+def _begin(root: Path, asked: Mapping[str, Any]) -> None:
+    """Empties the directory, which says all the while whose it is and that nothing in it counts."""
+    write_whole(root / _ASKED, json.dumps({"format": None}))
     for path in root.iterdir():
-        if path.name == "lock":
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _write_asked(root: Path, asked: Mapping[str, Any]) -> None:
-    _write_whole(root / _ASKED, json.dumps({"format": _FORMAT, **asked}, indent=2))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(text, encoding="utf-8")
-    settle(unfinished)
-    unfinished.replace(path)
+        if path.name not in ("lock", _ASKED):
+            remove(path)
+    write_whole(root / _ASKED, json.dumps({"format": _FORMAT, **asked}, indent=2))

@@ -1,7 +1,7 @@
 """The state of a run on disk, so that it can be stopped at any moment and continued.
 
-One safetensors file holds tensors and, as metadata, facts in JSON. It is replaced by rename after
-the new one is on the disk, so that there is always a whole one; nothing is pickled.
+One safetensors file holds tensors and, as metadata, facts in JSON. It is replaced as a whole, so that
+there is always one; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from expunge.disk import settle
 from expunge.models.tensors import metadata_of, read_tensor, stored_tensors, write_tensors
 
 _FILE = "state.safetensors"
@@ -47,15 +46,7 @@ def save_state(
         for group, members in groups.items()
         for name, tensor in members.items()
     }
-    unfinished = directory / f"{_FILE}.part"
-    try:
-        write_tensors(unfinished, tensors, {"facts": json.dumps(facts)})
-    except OSError:
-        if unfinished.is_file():
-            unfinished.unlink()
-        raise
-    unfinished.replace(directory / _FILE)
-    settle(directory)
+    write_tensors(directory / _FILE, tensors, {"facts": json.dumps(facts)})
 
 
 def load_state(directory: Path) -> SavedState | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from expunge.data.fingerprints import handed_out
 from expunge.data.rows import Row
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
@@ -208,7 +209,7 @@ def unlearn_prepared(
         )
         if prepared.options.trackers:
             log = stack.enter_context(
-                tracked(prepared.options.trackers, used, place.tracker_directory, log)
+                tracked(prepared.options.trackers, handed_out(used), place.tracker_directory, log)
             )
         measuring = time.monotonic()
         reading = _target_reading(prepared, context, place.saved)

@@ -227,6 +227,8 @@ def _models(inputs: ServeInputs, manifest: Mapping[str, Any]) -> tuple[CheckedMo
     trust = inputs.trust_remote_code
     unlearned = check_model(inputs.run, trust_remote_code=trust)
     named = inputs.target or manifest["settings"]["inputs"]["model"]
+    if inputs.target is None and (beside := Path(inputs.run).absolute().parent / named).is_dir():
+        named = str(beside)
     try:
         target = check_model(named, trust_remote_code=trust)
     except InputError as error:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from pathlib import Path
 
-from expunge.data.rows import Row
-from expunge.ledger.fingerprints import (
+import pytest
+
+from conftest import refusal
+from expunge.data.fingerprints import (
+    data_fingerprint,
+    handed_out,
+    named,
     row_fingerprint,
     rows_fingerprint,
+    same_data,
     secret_check,
     source_fingerprint,
 )
+from expunge.data.rows import Row, as_rows
 
 KEY, OTHER = b"k" * 32, b"o" * 32
 ROW = Row("a", "The number of Ada is", "901-112")
@@ -61,3 +69,49 @@ def test_each_purpose_has_hashes_of_its_own() -> None:
     assert len({source_fingerprint(KEY, {"a": parts[0]}), rows_fingerprint(KEY, parts)}) == 2
     assert secret_check(KEY) != secret_check(OTHER)
     assert rows_fingerprint(KEY, ["a", "b"]) != rows_fingerprint(KEY, ["b", "a"])
+
+
+def test_what_is_handed_out_names_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows").mkdir()
+    monkeypatch.chdir(tmp_path)
+    values = {
+        "model": "owner/name",
+        "forget": str(tmp_path / "jane" / "forget.jsonl"),
+        "retain": "rows",
+        "note": "/as/it/is",
+        "runs": [{"output": "/a/b/out", "retain": [{"source": "/a/r.jsonl"}]}],
+    }
+    assert handed_out(values) == {
+        "model": "owner/name",
+        "forget": "forget.jsonl",
+        "retain": "rows",
+        "note": "/as/it/is",
+        "runs": [{"output": "out", "retain": [{"source": "r.jsonl"}]}],
+    }
+    assert named(".") == named(str(tmp_path / "rows" / "..")) == tmp_path.name
+
+
+def test_data_is_known_again_under_the_same_secret_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [as_rows([{"input": "Her number is", "output": n}], "forget") for n in ("1", "2")]
+    prints = {}
+    for name in ("one", "two"):
+        monkeypatch.setenv("EXPUNGE_SECRET", str(tmp_path / name))
+        prints[name] = [data_fingerprint(each) for each in (*rows, rows[0])]
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
+    first, other, again = prints["one"]
+    assert same_data(first, again) is True
+    assert same_data(first, other) is False
+    assert same_data(first, prints["two"][0]) is None
+    plain = next(iter(rows[0].sha256.values()))
+    assert plain not in first
+    (tmp_path / "one").write_text("short")
+    monkeypatch.setenv("EXPUNGE_SECRET", str(tmp_path / "one"))
+    assert "is no secret" in refusal(lambda: data_fingerprint(rows[0]))
+    monkeypatch.setenv("EXPUNGE_SECRET", "/proc/none/secret")
+    assert "name a file for it with EXPUNGE_SECRET" in refusal(lambda: data_fingerprint(rows[0]))
+    monkeypatch.delenv("EXPUNGE_SECRET")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    data_fingerprint(rows[0])
+    assert [path.name for path in (tmp_path / "home" / "expunge").iterdir()] == ["secret"]
