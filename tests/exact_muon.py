@@ -1,38 +1,57 @@
 """Muon in float64, so that sums in another order stay rounding; as a script, the command with it.
 
+The script is asked to stop in the step that STOP_AT names.
+
 Its Newton-Schulz iterations are in bfloat16, where the last digit of a float32 gradient decides the
 third of an update.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import torch
 
-ITERATIONS = "torch.optim._muon._zeropower_via_newtonschulz"
+from expunge.training import muon
+
+ITERATIONS = "expunge.training.muon.orthogonalised"
 
 
-def zeropower(
-    gradient: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
-) -> torch.Tensor:
-    """As PyTorch's own, in another precision."""
-    a, b, c = coefficients
-    is_tall = len(gradient) > len(gradient.T)
-    matrix = (gradient.T if is_tall else gradient).double()
-    matrix = matrix / matrix.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = matrix @ matrix.T
-        matrix = a * matrix + (b * gram + c * gram @ gram) @ matrix
-    return (matrix.T if is_tall else matrix).to(gradient)
+def orthogonalised(matrix: torch.Tensor, iterations: int) -> torch.Tensor:
+    """As Expunge's own, in another precision."""
+    a, b, c = muon._COEFFICIENTS
+    is_tall = len(matrix) > len(matrix.T)
+    flat = (matrix.T if is_tall else matrix).double()
+    flat = flat / flat.norm().clamp(min=muon._LEAST)
+    for _ in range(iterations):
+        gram = flat @ flat.T
+        flat = a * flat + (b * gram + c * gram @ gram) @ flat
+    return (flat.T if is_tall else flat).to(matrix)
+
+
+def stop_at(last: int) -> None:
+    """Sends this process SIGTERM in the middle of a step."""
+    from expunge.training.loop import Loop
+
+    original = Loop._step
+
+    def stepping(self: Loop, step: int, started: float) -> str | None:
+        if step == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, step, started)
+
+    Loop._step = stepping  # type: ignore[method-assign]
 
 
 def main() -> Any:
     """The command."""
     from expunge.cli.main import entry
 
-    module: Any = torch.optim._muon
-    module._zeropower_via_newtonschulz = zeropower
+    muon.orthogonalised = orthogonalised
+    if "STOP_AT" in os.environ:
+        stop_at(int(os.environ["STOP_AT"]))
     return entry()
 
 

@@ -29,7 +29,7 @@ class Processes(Protocol):
 
     @property
     def shards(self) -> bool:
-        """Whether frozen weights are spread over the processes (an FSDP configuration)."""
+        """Whether weights are spread over the processes (an FSDP configuration)."""
 
     def sum(self, tensors: Sequence[torch.Tensor]) -> None:
         """Adds each tensor over all processes, in place."""

@@ -105,6 +105,27 @@ def test_two_processes_give_the_result_of_one(
 
 
 @pytest.mark.slow
+def test_full_weights_are_sharded_and_a_stopped_run_goes_on(
+    arguments: list[object], tmp_path: Path, memorised_dir: Path
+) -> None:
+    options = [*arguments, "--method", "spectral", "--method.random-rows", 8]
+    options += ["--method.gradient-checkpointing", "--micro-batch-size", 1]
+    one = run([*options, "--output", tmp_path / "one"], 1)
+    assert one.returncode == 0, one.stderr
+    sharded = {"ACCELERATE_USE_FSDP": "true"}
+    stopped = run([*options, "--output", tmp_path / "two"], 2, STOP_AT="5", **sharded)
+    assert "step 5 is saved" in stopped.stderr, stopped.stderr
+    saved = load_file(tmp_path / ".two.unfinished" / "state" / "state.safetensors")
+    kinds = {name.partition(".")[0] for name in saved}
+    assert {"parameters", "optimizer", "best"} <= kinds
+    two = run([*options, "--output", tmp_path / "two", "--resume"], 2, **sharded)
+    assert two.returncode == 0, two.stderr
+    manifest = json.loads((tmp_path / "two" / "expunge.json").read_text())
+    assert (manifest["processes"], manifest["resumed_from_steps"]) == (2, [5])
+    assert_same(tmp_path / "one", tmp_path / "two", memorised_dir, MUON_TOLERANCE)
+
+
+@pytest.mark.slow
 def test_wrong_input_is_said_once_and_ends_all_processes(
     arguments: list[object], tmp_path: Path
 ) -> None:
@@ -116,7 +137,7 @@ def test_wrong_input_is_said_once_and_ends_all_processes(
     assert "exists" in done.stderr
 
 
-def test_full_weights_are_not_sharded(
+def test_full_weights_of_which_a_method_needs_those_from_before_are_not_sharded(
     arguments: list[object],
     tmp_path: Path,
     run_cli: Callable[..., tuple[int, str, str]],
@@ -126,7 +147,7 @@ def test_full_weights_are_not_sharded(
     method = ("--method", "gradient-difference", "--method.parameters", "full")
     code, _, err = run_cli("run", *arguments, *method, "--output", tmp_path / "out")
     assert code == 2
-    assert "only frozen weights are sharded" in err
+    assert "cannot be sharded" in err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -283,6 +283,9 @@ class Method(Protocol):
         None where a step needs the whole model.
         """
 
+    def sharded_weights(self, layout: DecoderLayout) -> Sequence[str]:
+        """Names, inside a decoder layer, of weights that are trained in full and may be sharded."""
+
     def rehearsed(self) -> Self:
         """These settings for a rehearsal of the memory: what only repeats itself is left out, of what is
         drawn the most is taken."""

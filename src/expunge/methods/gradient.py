@@ -35,6 +35,7 @@ from expunge.methods.losses import cross_entropy, token_kl
 from expunge.methods.numerics import row_sums, target_log_probs
 from expunge.models.decoder import DecoderLayout
 from expunge.models.lora import Adapter, LoraShape, Targets, linears_of
+from expunge.models.sharding import is_sharded, whole
 from expunge.models.weights import snapshot, swapped_in, train_only
 
 
@@ -91,6 +92,10 @@ class TokenSettings:
 
     def trained_layers(self, layout: DecoderLayout) -> None:
         """None: the loss is on the whole model's output."""
+
+    def sharded_weights(self, layout: DecoderLayout) -> Sequence[str]:
+        """None: an adapter is trained, or weights whose values from before are exchanged with them."""
+        return ()
 
     def rehearsed(self) -> Self:
         """As they are: nothing in a start repeats itself."""
@@ -329,13 +334,20 @@ class GradientObjective:
         return {}
 
     def finish(self, *, keep_adapter: bool) -> Finished:
-        """Merges the adapter in float32, or takes the masters; casts to the model's dtype once."""
+        """Merges the adapter in float32, or takes the masters; casts to the model's dtype once.
+
+        Sharded weights stay as they are, and only a process that keeps the result has it.
+        """
         if self.adapter is not None:
             adapter = self.adapter.state() if keep_adapter else None
             config = self.adapter.config.to_dict() if keep_adapter else None
             return Finished(self.adapter.merge(keep=self._keeps_result), adapter, config)
-        weights = snapshot(self.parameters)
-        for parameter in self.parameters.values():
+        weights: dict[str, torch.Tensor] = {}
+        for name, parameter in self.parameters.items():
+            value = whole(parameter)
+            if self._keeps_result:
+                weights |= snapshot({name: value})
             parameter.requires_grad_(False)
-            parameter.data = parameter.data.to(self._dtype)
+            if not is_sharded(parameter):
+                parameter.data = parameter.data.to(self._dtype)
         return Finished(weights)

@@ -17,7 +17,7 @@ low-rank adapter. A flat spectrum puts the change into the many directions that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,7 +25,8 @@ from expunge.errors import InputError
 from expunge.methods.base import Context, OptimizerSpec, Preset, RunDefaults, Whitening
 from expunge.methods.log_odds import LogOddsObjective, LogOddsSettings
 from expunge.methods.whitening import second_moments
-from expunge.models.lora import linears_in
+from expunge.models.decoder import DecoderLayout
+from expunge.models.lora import linears_in, linears_of
 
 _ITERATIONS = 3
 """Five take a tenth of a step more on wide models; no figure was better for it (docs/decisions.md)."""
@@ -58,6 +59,10 @@ class Spectral(LogOddsSettings):
             raise InputError(f"--method.damping {self.damping}: must be from 1e-3 to 1e3, or null")
         if not 0 <= self.momentum < 1:
             raise InputError(f"--method.momentum {self.momentum}: must be in [0, 1)")
+
+    def sharded_weights(self, layout: DecoderLayout) -> Sequence[str]:
+        """All that is trained."""
+        return [f"{name}.weight" for name in linears_of(layout, self.targets)]
 
     def start(self, context: Context) -> SpectralObjective:
         """Asks the target what it says of every row."""

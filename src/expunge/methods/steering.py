@@ -8,7 +8,7 @@ states are flat, (tokens, width): rows one after the other without padding.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
@@ -121,6 +121,10 @@ class SteeringSettings:
         """The first and the last layer that a step has to run."""
         last = self.layer_in(layout)
         return last - TRAINED_LAYERS + 1, last
+
+    def sharded_weights(self, layout: DecoderLayout) -> Sequence[str]:
+        """None: three layers are in memory, and every process has them."""
+        return ()
 
     def rehearsed(self) -> Self:
         """As they are: nothing in a start repeats itself."""

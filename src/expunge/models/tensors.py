@@ -18,6 +18,7 @@ import torch
 
 from expunge.disk import settle, whole
 from expunge.errors import InputError, RunError
+from expunge.models.sharding import whole as gathered
 
 _DTYPES = {
     "F64": torch.float64,
@@ -82,7 +83,8 @@ def write_tensors(
 ) -> None:
     """Writes a safetensors file tensor by tensor, whole or not at all.
 
-    The library's own function holds a second copy of all of them. Raises OSError.
+    The library's own function holds a second copy of all of them. Of sharded ones one at a time is
+    gathered. Raises OSError.
     """
     names = {dtype: name for name, dtype in _DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -100,7 +102,7 @@ def write_tensors(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors.values():
-            file.write(_raw(tensor.detach().to("cpu").contiguous()))
+            file.write(_raw(gathered(tensor).detach().to("cpu").contiguous()))
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:

@@ -24,7 +24,8 @@ def train_only(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter
     chosen: dict[str, nn.Parameter] = {}
     for name in names:
         parameter = model.get_parameter(name)
-        parameter.data = parameter.data.float()
+        if parameter.dtype != torch.float32:  # a sharded one may not be exchanged
+            parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
         chosen[name] = parameter
     return chosen

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from expunge.disk import explained
 from expunge.errors import ExpungeError, Interrupted, NothingKept, RunError
+from expunge.models.sharding import whole
 from expunge.training.loop import Stopped
 from expunge.training.manifest import finite
 from expunge.training.scratch import Scratch
@@ -74,6 +75,9 @@ class Keeper:
         """Saves the state with the length of the metrics at this moment."""
         self._stop.can_resume = True
         if self._metrics is None:
+            for members in groups.values():
+                for tensor in members.values():
+                    whole(tensor)  # as the one that writes does
             return
         started = time.monotonic()
         place = {"metrics_bytes": self._metrics.tell(), "resumed_from": self.resumed_from}

@@ -20,6 +20,7 @@ from expunge.data.sampling import step_batches
 from expunge.errors import NothingKept
 from expunge.methods.base import Context, Objective, Schedule
 from expunge.models.kernels import fast_products
+from expunge.models.sharding import is_sharded, part_like, whole
 from expunge.models.weights import restore, snapshot
 from expunge.training.ending import Judgement
 from expunge.training.muon import Muon
@@ -153,14 +154,20 @@ class Loop:
 
     def resume(self, state: SavedState) -> None:
         """Goes on from a saved state."""
-        restore(self._parameters, state.under("parameters"))
+
+        def mine(group: str) -> dict[str, torch.Tensor]:
+            return {
+                name: part_like(tensor, self._parameters[name])
+                for name, tensor in state.under(group).items()
+            }
+
+        restore(self._parameters, mine("parameters"))
         restore_optimizer(self._optimizer, state.under("optimizer"))
         self._objective.set_training(False)  # what is measured follows the parameters
-        best = state.under("best")
-        self._best = best or None
+        self._best = snapshot(mine("best")) or None
         facts = state.facts
         self.history.steps = facts["step"]
-        self._objective.restore(facts["calibration"], state.under("objective"))
+        self._objective.restore(facts["calibration"], dict(state.under("objective")))
         self.history.candidates = [
             Candidate(**{**candidate, "measured": Measured(**candidate["measured"])})
             for candidate in facts["candidates"]
@@ -216,7 +223,10 @@ class Loop:
             self._slowest_step = max(self._slowest_step, time.monotonic() - started)
             if self._measures_after(step):
                 self._validate(step)
-            if self._keeper is not None and self._keeper.due(step):
+            # All save when the main one does: it gathers what is sharded.
+            if self._context.processes.gather(self._keeper is not None and self._keeper.due(step))[
+                0
+            ]:
                 self.save()
         if self._diverged():
             history.stopped = f"diverged: destroyed at {_DESTROYED_PATIENCE} validations in a row"
@@ -266,7 +276,7 @@ class Loop:
         parameters = list(self._parameters.values())
         # Several processes move after the pass, to where one moves in it, which clips nothing.
         most = math.inf if self._objective.optimizer.in_backward else self._options.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, most))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, most)))
         if math.isfinite(norm):
             with fast_products(torch.bfloat16, self._context.device):  # Muon's are bfloat16
                 self._optimizer.step()
@@ -307,7 +317,8 @@ class Loop:
         if processes.count > 1:
             sums = torch.tensor([forget_total, retain_total or 0.0], device=device)
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-            processes.sum([sums, *gradients])
+            # Those of sharded weights are the sums already.
+            processes.sum([sums, *(g for g in gradients if not is_sharded(g))])
             forget_total, summed = sums.tolist()
             retain_total = None if retain_total is None else summed
         return forget_total + (retain_total or 0.0), forget_total, retain_total
@@ -379,7 +390,7 @@ class Loop:
     def _choose(self) -> None:
         """Puts the chosen checkpoint's parameters in place."""
         history = self.history
-        finite = all(bool(torch.isfinite(p).all()) for p in self._parameters.values())
+        finite = all(math.isfinite(whole(p.detach().sum())) for p in self._parameters.values())
         measured_last = bool(history.candidates) and history.candidates[-1].step == history.steps
         if (
             finite

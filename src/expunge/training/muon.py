@@ -6,24 +6,30 @@
 Muon (Jordan et al., 2024), scaled to the size of a step of Adam (arXiv 2502.16982, eq. 4), on W R^-1 in
 the place of W, (m, n). R = 1 is Muon itself. With R it is not the matrix that moves as far in every
 direction, but what it gives for held inputs x; c keeps the root mean square of the step.
+
+Of sharded matrices weights, gradients and momentum stay so; the step of each is made by one process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from expunge.methods.base import Whitening
+from expunge.models.sharding import one_each, sharers
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _LEAST = 1e-7
 
 
 class Muon(torch.optim.Optimizer):
-    """The optimiser; parameters without a gradient are passed over."""
+    """The optimiser; parameters without a gradient are passed over.
+
+    Of sharded parameters every process must have gradients of the same.
+    """
 
     def __init__(
         self,
@@ -41,16 +47,27 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Moves every matrix that has a gradient; `closure` is not called."""
         for group in self.param_groups:
-            for matrix in group["params"]:
-                if matrix.grad is None:
-                    continue
-                state = self.state[matrix]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(matrix.grad)
-                mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
-                update = matrix.grad.lerp(mean, group["momentum"])
-                step = direction(update, group["iterations"], self._whitening.get(matrix))
-                matrix.add_(step, alpha=-group["lr"])
+            moved = [matrix for matrix in group["params"] if matrix.grad is not None]
+            count = sharers(moved[0]) if moved else 1
+            for start in range(0, len(moved), count):
+                self._move(moved[start : start + count], group)
+
+    def _move(self, matrices: Sequence[nn.Parameter], group: Mapping[str, Any]) -> None:
+        """Moves one matrix, or of sharded ones as many as processes share them, or fewer."""
+        updates = []
+        for matrix in matrices:
+            assert matrix.grad is not None
+            state = self.state[matrix]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(matrix.grad)
+            mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+            updates.append(matrix.grad.lerp(mean, group["momentum"]))
+
+        def step(index: int, update: torch.Tensor) -> torch.Tensor:
+            return direction(update, group["iterations"], self._whitening.get(matrices[index]))
+
+        for matrix, change in zip(matrices, one_each(updates, step), strict=True):
+            matrix.add_(change, alpha=-group["lr"])
 
 
 def direction(

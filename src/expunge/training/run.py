@@ -31,7 +31,7 @@ from expunge.models.parts import (
     why_not_streamed,
 )
 from expunge.models.prefix import Prefix
-from expunge.models.sharding import shard_frozen
+from expunge.models.sharding import shard
 from expunge.models.tensors import write_tensors
 from expunge.models.writing import (
     check_disk_space,
@@ -127,10 +127,11 @@ def run(
             processes.shards
             and not method.has_adapter
             and not method.trained_layers(checked.layout)
+            and not method.sharded_weights(checked.layout)
         ):
             raise InputError(
-                f"--method {method.name}: trains full weights, and only frozen weights are sharded;"
-                " choose --method libu, which trains an adapter, or a configuration without FSDP"
+                f"--method {method.name}: the full weights that it trains cannot be sharded; choose"
+                " --method spectral, or libu, which trains an adapter, or a configuration without FSDP"
             )
     hashing = time.monotonic()
     model_sha256 = checked.files.sha256()
@@ -373,7 +374,7 @@ def open_parts(
         if not processes.shards:
             return WholeModel(load_model(checked, dtype, device))
         model = load_model(checked, dtype, "cpu")
-        shard_frozen(model, checked.layout)
+        shard(model, checked.layout, prepared.method.sharded_weights(checked.layout))
         return WholeModel(model)
     skeleton = skeleton_of(checked.config, trust_remote_code=checked.trust_remote_code)
     if why_not_streamed(skeleton, own_code=checked.trust_remote_code) is None:

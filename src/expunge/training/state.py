@@ -7,34 +7,59 @@ there is always one; nothing is pickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from expunge.models.tensors import metadata_of, read_tensor, stored_tensors, write_tensors
+from expunge.models.sharding import part_like
+from expunge.models.tensors import (
+    StoredTensor,
+    metadata_of,
+    read_tensor,
+    stored_tensors,
+    write_tensors,
+)
 
 _FILE = "state.safetensors"
 
 
+class _Stored(Mapping[str, torch.Tensor]):
+    """Tensors on disk, each read whenever it is asked for: all of them may be more than memory holds."""
+
+    def __init__(self, entries: Mapping[str, StoredTensor]) -> None:
+        self._entries = entries
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return read_tensor(self._entries[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
 @dataclass(frozen=True)
 class SavedState:
-    """What a run goes on from."""
+    """What a run goes on from, as long as no other state takes its place."""
 
     facts: Mapping[str, Any]
     """What JSON can say: step, history, place in the metrics."""
-    tensors: Mapping[str, torch.Tensor]
+    stored: Mapping[str, StoredTensor]
 
-    def under(self, prefix: str) -> dict[str, torch.Tensor]:
-        """The tensors whose names begin with `prefix.`, without it."""
+    def under(self, prefix: str) -> Mapping[str, torch.Tensor]:
+        """The tensors whose names begin with `prefix.`, without it; each is read when asked for."""
         start = f"{prefix}."
-        return {
-            name.removeprefix(start): tensor
-            for name, tensor in self.tensors.items()
-            if name.startswith(start)
-        }
+        return _Stored(
+            {
+                name.removeprefix(start): entry
+                for name, entry in self.stored.items()
+                if name.startswith(start)
+            }
+        )
 
 
 def save_state(
@@ -54,8 +79,7 @@ def load_state(directory: Path) -> SavedState | None:
     facts = load_facts(directory)
     if facts is None:
         return None
-    stored = stored_tensors(directory / _FILE)
-    return SavedState(facts, {name: read_tensor(entry) for name, entry in stored.items()})
+    return SavedState(facts, stored_tensors(directory / _FILE))
 
 
 def load_facts(directory: Path) -> dict[str, Any] | None:
@@ -80,8 +104,9 @@ def restore_optimizer(
 ) -> None:
     """Puts back what `optimizer_tensors` gave."""
     whole = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+        state.setdefault(int(index), {})[name] = part_like(value, parameters[int(index)])
     optimizer.load_state_dict({**whole, "state": state})

@@ -231,6 +231,7 @@ def unlearn_prepared(
         )
         if place.saved is not None:
             loop.resume(place.saved)
+            place.processes.wait()  # the main one writes over it
         loop.save()
         begun = time.monotonic()
         history = loop.run()
