@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from expunge.errors import InputError
 from expunge.models.decoder import DecoderLayout, forward_hook, states_of, with_states
+from expunge.models.kernels import products_again
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -156,7 +157,9 @@ def recomputed(layers: Iterable[nn.Module]) -> Iterator[None]:
     before = [vars(layer).get("forward") for layer in layers]
     try:
         for layer in layers:
-            vars(layer)["forward"] = partial(checkpoint, layer.forward, use_reentrant=False)
+            vars(layer)["forward"] = partial(
+                checkpoint, layer.forward, use_reentrant=False, context_fn=products_again
+            )
         yield
     finally:
         for layer, forward in zip(layers, before, strict=True):

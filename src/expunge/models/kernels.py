@@ -13,7 +13,7 @@ once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, Literal
 
@@ -58,6 +58,15 @@ def fast_products(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def products_again() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """What a checkpoint runs a layer in: the first time as it is, the second with the same products.
+
+    torch leaves every mode for the backward pass, in which the second time is.
+    """
+    mode: Any = torch.overrides._get_current_function_mode()
+    return nullcontext(), mode or nullcontext()
 
 
 class _OtherProducts(TorchFunctionMode):
