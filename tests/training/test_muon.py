@@ -107,6 +107,16 @@ def test_moments_are_of_all_that_the_maps_were_given_and_hooks_go() -> None:
     assert inverse @ inverse.T == pytest.approx(expected, abs=3 * BFLOAT16)
 
 
+def test_moments_are_float32_inside_autocast_and_of_states_with_one_huge_direction() -> None:
+    """As pretrained models have; in bfloat16 their moment is no moment of anything."""
+    inputs = draw(400, 64) * torch.cat([torch.tensor([1e4]), torch.ones(63)])
+    inside, outside = SecondMoment(), SecondMoment()
+    outside.add(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside.add(inputs)
+    assert torch.equal(inside.whitening(1e-3), outside.whitening(1e-3))
+
+
 def test_inputs_of_zero_leave_the_step_finite_and_none_are_refused() -> None:
     moment = SecondMoment()
     with pytest.raises(ValueError, match="no inputs"):

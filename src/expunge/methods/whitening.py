@@ -28,7 +28,8 @@ class SecondMoment:
     def add(self, inputs: torch.Tensor) -> None:
         """Adds (..., n)."""
         flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        products = flat.T @ flat
+        with torch.autocast(flat.device.type, enabled=False):  # the factor is of small differences
+            products = flat.T @ flat
         self._sum = products if self._sum is None else self._sum + products
         self.count += len(flat)
 
