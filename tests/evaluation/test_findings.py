@@ -64,6 +64,11 @@ def test_findings_of_one_card_alone_use_fixed_bounds(
     assert kinds(measured) == expected
 
 
+def test_a_target_that_does_not_know_the_rows_has_nothing_to_forget() -> None:
+    assert kinds(card(0.0, 0.8), card(0.0, 0.8)) == ["nothing to forget"]
+    assert kinds(card(0.0, 0.8), card(0.11, 0.8)) == []
+
+
 def test_a_finding_gives_both_numbers() -> None:
     (finding,) = findings(card(0.88, 0.8), TARGET)
     assert "still scores 0.88, the target 0.90" in finding

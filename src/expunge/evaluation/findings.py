@@ -9,6 +9,8 @@ CHANCE = 0.25
 UNCHANGED_SHARE = 0.9
 UNCHANGED_ALONE = 0.8
 DESTROYED_ALONE = 0.2
+UNKNOWN_BELOW = 0.1
+"""Below, the target itself does not know the forget set as it was asked."""
 AUC_BOUND = 0.2
 """How far from 0.5 the AUC of a membership inference may lie without a remark."""
 
@@ -46,7 +48,12 @@ def findings(card: Scorecard, target: Scorecard | None = None) -> list[str]:
     if forget is not None:
         before = None if target is None else target.mean("forget")
         bound = UNCHANGED_ALONE if before is None else UNCHANGED_SHARE * before
-        if forget > bound:
+        if before is not None and before < UNKNOWN_BELOW:
+            found.append(
+                f"nothing to forget: the target itself scores {before:.2f} on the forget set in this form;"
+                " was it trained with a chat template?"
+            )
+        elif forget > bound:
             found.append(
                 f"unchanged: the forget set still scores {forget:.2f}"
                 + (f", the target {before:.2f}" if before is not None else "")

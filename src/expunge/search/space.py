@@ -43,6 +43,7 @@ _FIXED = {
     "long_rows": _SAME_MEASURE,
     "micro_batch_size": _SAME_RESULT,
     "save_every": _SAME_RESULT,
+    "unknown_rows": "it says whether a run begins, not what comes of it",
 }
 """Options that a sweep takes, but does not vary."""
 

@@ -7,7 +7,9 @@ from typing import Literal
 
 from expunge.training.validation import Measured, is_destroyed
 
-Ending = Literal["unchanged", "under-unlearned", "unlearned", "over-unlearned", "destroyed"]
+Ending = Literal[
+    "unchanged", "under-unlearned", "unlearned", "over-unlearned", "destroyed", "unproven"
+]
 
 UNCHANGED_ABOVE = 0.9
 """Share of the target's forget accuracy."""
@@ -29,10 +31,11 @@ class Judgement:
 def judge(kept: Measured, target: Measured, guessing: float) -> Judgement:
     """Says where the kept checkpoint is; `guessing` is log(vocabulary), nats.
 
-    The first rule that holds: destroyed (see `is_destroyed`); unchanged, more than 0.9 of the target's
-    forget accuracy is left; over-unlearned, forget documents have a higher loss than never-seen ones
-    (MIA AUC below 0.3) or, without non-members, than guessing; under-unlearned, more than 0.3 of the
-    accuracy is left or the AUC is above 0.7; else unlearned.
+    The first rule that holds: destroyed (see `is_destroyed`); unproven, the target knew none of the
+    forget rows in the form given, so that nothing can be seen to go; unchanged, more than 0.9 of the
+    target's forget accuracy is left; over-unlearned, forget documents have a higher loss than
+    never-seen ones (MIA AUC below 0.3) or, without non-members, than guessing; under-unlearned, more
+    than 0.3 of the accuracy is left or the AUC is above 0.7; else unlearned.
     """
     low, high = NEVER_SEEN_AUC
     left = kept.forget_accuracy / target.forget_accuracy if target.forget_accuracy else 0.0
@@ -40,6 +43,12 @@ def judge(kept: Measured, target: Measured, guessing: float) -> Judgement:
     if is_destroyed(kept, target, guessing):
         return Judgement(
             "destroyed", "too little is left of the retain set; lower the learning rate"
+        )
+    if target.forget_known == 0:
+        return Judgement(
+            "unproven",
+            "the target knew none of the forget rows in this form, so nothing shows that they are gone;"
+            " ask it in the form that it was trained in",
         )
     if left > UNCHANGED_ABOVE:
         return Judgement(

@@ -68,6 +68,9 @@ class TrainingOptions:
     """Render rows with the tokenizer's chat template."""
     long_rows: LongRows = "refuse"
     """Refuse rows longer than the model's context, or cut them into overlapping windows."""
+    unknown_rows: Literal["refuse", "unlearn"] = "refuse"
+    """Refuse to unlearn where the target knows none of the forget rows in the form given, or go on; the
+    run then never ends as unlearned. With `--select last` this is not looked at."""
     influence: str | None = None
     """An influence.json of `expunge analyze influence` on the same model and rows."""
     retain_sampling: RetainSampling = "uniform"
@@ -163,6 +166,7 @@ def resolved(
         "validation_fraction": options.validation_fraction,
         "validate_every": validate_every,
         "select": options.select,
+        "unknown_rows": options.unknown_rows,
         "micro_batch_size": options.micro_batch_size,
         "cache_limit": options.cache_limit,
         "cache_dtype": options.cache_dtype,

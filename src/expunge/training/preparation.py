@@ -88,6 +88,10 @@ class Prepared:
     """How the method's layer was chosen; None where it was given."""
     influence: InfluenceUsed | None = None
     """None without --influence."""
+    other_form: str = (
+        "give the model that was trained on them, and rows in the form of its training"
+    )
+    """What to try where the target does not know its rows."""
 
     @property
     def measures(self) -> bool:
@@ -234,7 +238,18 @@ def prepare_encoded(
         pad_id=pad_id_of(tokenizer),
         warnings=warnings,
         influence=facts,
+        **_other_form(options, tokenizer),
     )
+
+
+def _other_form(options: TrainingOptions, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    if options.chat_template:
+        return {
+            "other_form": "the model may know them without its template: leave --chat-template out"
+        }
+    if tokenizer.chat_template:
+        return {"other_form": "the tokenizer has a chat template: give --chat-template"}
+    return {}
 
 
 def _applied(

@@ -214,6 +214,9 @@ def unlearn_prepared(
         measuring = time.monotonic()
         reading = _target_reading(prepared, context, place.saved)
         target = None if reading is None else reading.measured
+        for warning in _unknown(prepared, target):
+            warnings.append(warning)
+            progress.message(f"warning: {warning}")
         prepared_at = time.monotonic()
         objective = prepared.method.start(context)
         notes |= objective.notes()
@@ -337,6 +340,24 @@ def _target_reading(
     if saved is not None:
         return Reading(Measured(**saved.facts["target"]), None)
     return measure(context, prepared.validation)
+
+
+def _unknown(prepared: Prepared, target: Measured | None) -> list[str]:
+    """A warning of forget rows that the target does not know in the form given.
+
+    Raises InputError where it knows none of those that were measured, unless the options go on.
+    """
+    if target is None or target.forget_known in (None, 1):
+        return []
+    rows = len({example.row_id for example in prepared.validation.forget})
+    unknown = rows - round(target.forget_known * rows)
+    told = (
+        f"the target does not know {unknown} of {rows} forget rows measured, in the form given"
+        f" (forget accuracy {target.forget_accuracy:.2f}); {prepared.other_form}"
+    )
+    if unknown == rows and prepared.options.unknown_rows == "refuse":
+        raise InputError(f"--forget: {told}, or go on with --unknown-rows unlearn")
+    return [told]
 
 
 def _loop_options(prepared: Prepared, place: Place, validation_seconds: float) -> LoopOptions:

@@ -28,6 +28,8 @@ from expunge.methods.numerics import unbroken_share
 
 DESTROYED_BELOW = 0.5
 _FLOOR = 1e-3
+_KNOWN_SHARE, _KNOWN_TOKENS = 0.5, 8
+"""Of an answer, before the first mistake: a model that never saw it gets no further but by chance."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Measured:
     mia_auc: float | None = None
     never_seen_distance: float | None = None
     """Mean distance of forget documents' losses from those of never-seen ones of the same rank."""
+    forget_known: float | None = None
+    """Share of the forget rows that it knows: of whose answer greedy decoding would write half, or eight
+    tokens, before its first mistake."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ def measure(context: Context, rows: ValidationSet) -> Reading:
         None if retain is None else statistics.fmean(retain.losses.values()),
         auc,
         None if compared is None else compared.distance,
+        forget.known_share,
     )
     return Reading(measured, compared)
 
@@ -132,6 +138,8 @@ class _Pass:
     """By row id, of each of its windows: share of the answer before greedy decoding's first mistake."""
     losses: Mapping[str, float]
     """Mean loss of each row's tokens, by row id; its windows count as one."""
+    known: AbstractSet[str]
+    """Row ids of which some window's answer is known (see `Measured.forget_known`)."""
     tokens: Mapping[str, RowTokens] = field(default_factory=dict)
     """By row id, of the rows that were asked for."""
 
@@ -141,12 +149,18 @@ class _Pass:
         found = [value for values in self.accuracies.values() for value in values]
         return statistics.fmean(found) if found else math.nan
 
+    @property
+    def known_share(self) -> float | None:
+        """Share of the rows with an answer that are known; None where none has one."""
+        return len(self.known) / len(self.accuracies) if self.accuracies else None
+
     def of(self, examples: Iterable[Example]) -> _Pass:
         """That of these examples' rows alone."""
         rows = {example.row_id for example in examples}
         return _Pass(
             {row: values for row, values in self.accuracies.items() if row in rows},
             {row: loss for row, loss in self.losses.items() if row in rows},
+            self.known & rows,
         )
 
 
@@ -157,7 +171,7 @@ def _pass(
     tokens: Tokens | None = None,
 ) -> _Pass:
     """Of the rows in `documents` these tokens are kept one by one."""
-    found: list[tuple[str, float]] = []
+    found: list[tuple[str, float, bool]] = []
     losses = RowLosses()
     windows: list[tuple[str, RowTokens]] = []
     processes = context.processes
@@ -173,23 +187,26 @@ def _pass(
                 log_probs, right = context.next_tokens(batch)
         answers = batch.answer_mask[:, 1:]
         shares = unbroken_share(right, answers).tolist()
-        asked = answers.any(1).tolist()
+        lengths = answers.sum(1).tolist()
         found += [
-            (row, share)
-            for row, share, has in zip(batch.row_ids, shares, asked, strict=True)
-            if has
+            (row, share, round(share * length) >= min(_KNOWN_TOKENS, _KNOWN_SHARE * length))
+            for row, share, length in zip(batch.row_ids, shares, lengths, strict=True)
+            if length
         ]
         losses.add(batch, log_probs)
     accuracies: dict[str, list[float]] = {}
+    known: set[str] = set()
     everywhere = processes.gather((found, losses, windows))
-    for row, share in (pair for pairs, _, _ in everywhere for pair in pairs):
+    for row, share, knows in (entry for entries, _, _ in everywhere for entry in entries):
         accuracies.setdefault(row, []).append(share)
+        known |= {row} if knows else set()
     by_row: dict[str, list[RowTokens]] = {}
     for row, window in (pair for _, _, pairs in everywhere for pair in pairs):
         by_row.setdefault(row, []).append(window)
     return _Pass(
         accuracies,
         RowLosses.of_all(part for _, part, _ in everywhere).means(),
+        known,
         {row: joined(parts) for row, parts in by_row.items()},
     )
 
