@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import FAMILIES, random_examples, refusal, shaken, tiny_model
 from expunge.data.batches import collate
@@ -135,6 +136,25 @@ def test_tied_embeddings_are_read_under_either_name(save: Save, held: str) -> No
         parts.load(module)
         assert torch.equal(parts.model.get_parameter(f"{module}.weight"), tensors[held])
         parts.release(module)
+
+
+def test_an_own_head_under_a_tied_configuration_is_used_on_every_path(save: Save) -> None:
+    """from_pretrained ties what the file holds alike, and nothing else."""
+    checked = save()
+    path = checked.files.directory / "model.safetensors"
+    tensors = load_file(path)
+    head = torch.flip(tensors["model.embed_tokens.weight"], [0])
+    save_file(tensors | {"lm_head.weight": head}, path, metadata={"format": "pt"})
+    checked = check_model(str(checked.files.directory))
+    assert AutoConfig.from_pretrained(checked.files.directory).tie_word_embeddings
+    parts = streamed(checked)
+    parts.load("")
+    assert torch.equal(parts.model.get_parameter("lm_head.weight"), head)
+    assert_same_model(parts, load_model(checked, "float32", "cpu"))
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(checked.files.directory)(ids).logits
+        assert torch.equal(parts.model(ids).logits, expected)
 
 
 def test_only_what_is_asked_for_is_loaded_and_released(save: Save) -> None:

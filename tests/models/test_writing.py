@@ -262,6 +262,22 @@ def test_a_tied_tensor_is_replaced_under_every_name_that_the_file_holds(
         assert torch.equal(tensors_of(output)[name], weights["model.embed_tokens.weight"])
 
 
+@BOTH_WAYS
+def test_an_own_head_under_a_tied_configuration_stays(
+    save: Save, output: Path, streamed: bool
+) -> None:
+    checked = save()
+    path = checked.files.directory / SINGLE
+    tensors = load_file(path)
+    head = torch.flip(tensors["model.embed_tokens.weight"], [0])
+    save_file(tensors | {"lm_head.weight": head}, path, metadata={"format": "pt"})
+    checked = check_model(str(checked.files.directory))
+    weights = changed(checked)
+    write(checked, weights, output)
+    verify_checkpoint(checked, weights, output, streamed=streamed)
+    assert torch.equal(tensors_of(output)["lm_head.weight"], head)
+
+
 def test_a_change_that_rounding_undoes_is_told(save: Save, output: Path) -> None:
     checked = save(tiny_model("olmo", 400).to(torch.bfloat16))
     tensors = tensors_of(checked.files.directory)

@@ -50,8 +50,8 @@ def findings(card: Scorecard, target: Scorecard | None = None) -> list[str]:
         bound = UNCHANGED_ALONE if before is None else UNCHANGED_SHARE * before
         if before is not None and before < UNKNOWN_BELOW:
             found.append(
-                f"nothing to forget: the target itself scores {before:.2f} on the forget set in this form;"
-                " was it trained with a chat template?"
+                f"nothing to forget: the target itself scores {before:.2f} on the forget set in this"
+                " form; was it trained with a chat template?"
             )
         elif forget > bound:
             found.append(

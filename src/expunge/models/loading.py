@@ -15,6 +15,7 @@ from expunge.errors import InputError
 from expunge.models.decoder import DecoderLayout, find_layout, skeleton_of
 from expunge.models.files import ModelFiles, check_model_files
 from expunge.models.rope import keep_rows_apart
+from expunge.models.tensors import read_tensor
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -73,6 +74,12 @@ def check_model(name: str, *, trust_remote_code: bool = False) -> CheckedModel:
         ) from None
     layout = find_layout(skeleton)
     stored_names = _stored_names(skeleton, files)
+    if _hold_different(stored_names, files):
+        # What from_pretrained finds apart it does not tie, whatever the configuration says.
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+        skeleton = skeleton_of(config, trust_remote_code=trust_remote_code)
+        stored_names = _stored_names(skeleton, files)
     _check_shapes(skeleton, layout, files, stored_names)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -132,6 +139,17 @@ def _stored_names(skeleton: PreTrainedModel, files: ModelFiles) -> dict[str, tup
             " save the whole model with save_pretrained"
         )
     return stored
+
+
+def _hold_different(stored_names: Mapping[str, tuple[str, ...]], files: ModelFiles) -> bool:
+    """Whether the files hold other values under two names of one tied parameter."""
+    groups = {held for held in stored_names.values() if len(held) > 1}
+    return any(
+        not torch.equal(first, read_tensor(files.tensors[name]))
+        for names in groups
+        for first in [read_tensor(files.tensors[names[0]])]
+        for name in names[1:]
+    )
 
 
 def _check_shapes(
