@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from expunge.data.batches import Batch, collate, in_order
+from expunge.data.batches import PAD_ID, Batch, collate, in_order
 from expunge.data.rows import read_rows
 from expunge.data.tokenization import Example, TextPolicy, encode_rows
 from expunge.methods.base import Context
@@ -100,7 +100,7 @@ def _prepared(arguments: argparse.Namespace) -> tuple[Sequence[Example], Context
         layout=checked.layout,
         forget=examples[-2:],
         retain=examples[-4:-2],
-        pad_id=checked.pad_id,
+        pad_id=PAD_ID,
         batch_size=arguments.batch_size,
         seed=0,
         device=torch.device("cpu"),

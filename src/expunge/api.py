@@ -11,7 +11,7 @@ from expunge.data.tokenization import LongRows, TextPolicy
 from expunge.evaluation.multiple_choice import read_questions
 from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
 from expunge.methods.base import Method
-from expunge.models.loading import context_of
+from expunge.models.loading import context_of, vocabulary_of
 from expunge.models.rope import keep_rows_apart
 from expunge.training.options import TrainingOptions
 from expunge.training.progress import Progress, Silent
@@ -79,7 +79,9 @@ def evaluate(
     questions, examples = None, None
     if mmlu is not None:
         questions, examples = read_questions(Path(mmlu), mmlu_shots)
-    policy = TextPolicy(context_of(model.config), chat_template, long_rows)
+    policy = TextPolicy(
+        context_of(model.config), chat_template, long_rows, vocabulary_of(model.config)
+    )
     check_material(tokenizer, forget_rows, retain_rows, nonmember_rows, questions, examples, policy)
     return evaluate_model(
         model.eval(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -311,3 +312,24 @@ def test_a_template_that_is_missing_or_rewrites_the_prompt_is_refused(tokenizer:
 def test_a_repr_shows_no_text_and_no_token(tokenizer: Any) -> None:
     example = one(Row("a", CANARY, CANARY), tokenizer)
     assert repr(example) == f"Example(row_id='a', tokens={len(example)})"
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_refused_by_row_and_id(
+    tokenizer: Any,
+) -> None:
+    """A tokenizer that was extended alone; what no row uses may be beyond the embeddings."""
+    extended = copy.deepcopy(tokenizer)
+    size = len(tokenizer)
+    extended.add_tokens(["<new>"])
+    policy = TextPolicy(100, vocabulary=size)
+    plain, new = as_rows([{"input": "What?", "output": t} for t in ("Oslo", "<new>")], "forget")
+    assert encode_rows([plain], extended, policy, eos=True)
+    message = refusal(lambda: encode_rows([plain, new], extended, policy, eos=True))
+    assert message.startswith(
+        f"row {new.id!r}: has the token id {size}, the model has embeddings for"
+    )
+    asked = replace(new, input="<new>?")
+    assert refusal(lambda: prompt_ids(asked, extended, policy)).startswith(
+        f"row {new.id!r}: has the"
+    )
+    assert encode_rows([new], extended, replace(policy, vocabulary=size + 1), eos=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +19,11 @@ from expunge.models.loading import (
     check_model,
     context_of,
     load_model,
-    pad_id_of,
     resolve_device,
     text_policy,
 )
+from expunge.models.parts import StreamedModel
+from expunge.models.writing import copy_target
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def test_a_model_is_loaded_in_the_dtype_asked_for(copied: Path, dtype: Any) -> N
 
 def test_what_a_checked_model_says_of_itself(copied: Path) -> None:
     checked = check_model(str(copied))
-    assert (checked.context, checked.pad_id, checked.layout.count) == (128, 1, 4)
+    assert (checked.context, checked.layout.count) == (128, 4)
     policy = text_policy(checked, chat_template=False, long_rows="window")
     assert (policy.context, policy.chat_template, policy.long_rows) == (128, False, "window")
 
@@ -89,6 +91,66 @@ def test_a_configuration_that_makes_no_model_is_refused(
     assert refusal(lambda: check_model(str(copied))).startswith(f"{copied / 'config.json'}: ")
 
 
+@pytest.mark.parametrize(
+    ("facts", "told"),
+    [
+        ({"load_in_8bit": True}, "(bitsandbytes, 8 bits)"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "call model.dequantize()"),
+        ({"quant_method": "gptq", "bits": 4}, "(gptq, 4 bits); give the one from before"),
+        ({"quant_method": "awq", "bits": 4}, "(awq, 4 bits)"),
+        ({"quant_method": "fp8"}, "FineGrainedFP8Config(dequantize=True)"),
+        ({"quant_method": "mxfp4"}, "Mxfp4Config(dequantize=True)"),
+        ({"quant_method": "compressed-tensors"}, "CompressedTensorsConfig(run_compressed=False)"),
+        ({"quant_method": "of tomorrow"}, "(of tomorrow); give the one from before quantisation"),
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_quantised_checkpoint_is_refused_by_its_name(
+    inside: bool, facts: dict[str, Any], told: str, copied: Path
+) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    quantised = {"quantization_config": facts}
+    config |= {"text_config": quantised} if inside else quantised
+    (copied / "config.json").write_text(json.dumps(config))
+    message = refusal(lambda: check_model(str(copied)))
+    assert message.startswith(f"{copied / 'config.json'}: the checkpoint is quantised (")
+    assert told in message
+
+
+def test_codes_in_the_place_of_weights_are_refused_without_a_word_of_it(copied: Path) -> None:
+    path = copied / "model.safetensors"
+    name = "model.layers.2.mlp.down_proj.weight"
+    tensors = load_file(path)
+    tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, path, metadata={"format": "pt"})
+    message = refusal(lambda: check_model(str(copied)))
+    assert f"tensor {name} has the dtype int8" in message
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_found_as_they_are_read(value: float, copied: Path) -> None:
+    path = copied / "model.safetensors"
+    name = "model.layers.2.mlp.down_proj.weight"
+    tensors = load_file(path)
+    tensors[name][3, 4] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    checked = check_model(str(copied))
+    told = f"{path}: tensor {name} holds NaN or infinity in float32; give a checkpoint without"
+    assert refusal(lambda: load_model(checked, "float32", "cpu")) == told
+    parts = StreamedModel(checked, torch.float32, "cpu")
+    assert refusal(lambda: parts.load("model.layers.2")) == told
+
+
+def test_a_weight_that_float16_cannot_hold_is_named_with_the_dtype_that_can(copied: Path) -> None:
+    path = copied / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = 1e6
+    save_file(tensors, path, metadata={"format": "pt"})
+    message = refusal(lambda: load_model(check_model(str(copied)), "float16", "cpu"))
+    assert "tensor model.norm.weight holds NaN or infinity in float16" in message
+    assert "or --dtype float32" in message
+
+
 def test_code_that_a_model_brings_along_does_not_run(copied: Path, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     (copied / "code.py").write_text(
@@ -100,7 +162,30 @@ def test_code_that_a_model_brings_along_does_not_run(copied: Path, tmp_path: Pat
     (copied / "config.json").write_text(json.dumps(config))
     message = refusal(lambda: check_model(str(copied)))
     assert message.startswith(f"{copied / 'config.json'}: ")
+    assert "give --trust-remote-code" in message
     assert not marker.exists()
+
+
+def test_modules_that_configurations_name_go_with_the_model_and_no_others(
+    copied: Path, tmp_path: Path
+) -> None:
+    """Whether or not they were run: the configuration that names them is copied as well."""
+    (copied / "modeling.py").write_text("from .parts import X\n")
+    for name in ("parts", "tok", "notes"):
+        (copied / f"{name}.py").write_text("X = 1\n")
+    for file, classes in (
+        ("config.json", {"AutoModelForCausalLM": "modeling.M", "AutoConfig": "owner/repo--far.C"}),
+        ("tokenizer_config.json", {"AutoTokenizer": [None, "tok.T"]}),
+    ):
+        config = json.loads((copied / file).read_text()) | {"auto_map": classes}
+        (copied / file).write_text(json.dumps(config))
+    checked = check_model(str(copied))
+    output = tmp_path / "output"
+    output.mkdir()
+    copy_target(checked, output)
+    modules = {path.name for path in output.glob("*.py")}
+    assert modules == {"modeling.py", "parts.py", "tok.py"}
+    assert modules <= set(checked.files.sha256())
 
 
 def test_a_hub_id_that_cannot_be_had_is_refused_in_one_line() -> None:
@@ -129,9 +214,3 @@ def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch)
 def test_a_context_that_is_not_stated_is_refused() -> None:
     config: Any = SimpleNamespace(model_type="rwkv", max_position_embeddings=None)
     assert "rwkv: its configuration states no context" in refusal(lambda: context_of(config))
-
-
-@pytest.mark.parametrize(("pad", "eos", "used"), [(3, 5, 3), (None, 5, 5), (None, None, 0)])
-def test_padding_is_filled_with_what_there_is(pad: int | None, eos: int | None, used: int) -> None:
-    tokenizer: Any = SimpleNamespace(pad_token_id=pad, eos_token_id=eos)
-    assert pad_id_of(tokenizer) == used

@@ -160,6 +160,14 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "no shape": lambda whole: reheaded(whole, b"shape", b"forms"),
     "a smaller shape": lambda whole: reheaded(whole, b"[2,2]", b"[2,1]"),
     "a larger shape": lambda whole: reheaded(whole, b"[2,2]", b"[2,9]"),
+    "tensors that overlap": lambda whole: reheaded(
+        whole[:-12], b'"shape":[3],"data_offsets":[16,28]', b'"shape":[3],"data_offsets":[4,16]'
+    ),
+    "a negative shape": lambda whole: reheaded(whole, b"[2,2]", b"[-2,-2]"),
+    "a fraction in a shape": lambda whole: reheaded(whole, b"[2,2]", b"[2.0,2]"),
+    "a boolean in a shape": lambda whole: reheaded(whole, b"[2,2]", b"[4,true]"),
+    "deep nesting": lambda _: (100_000).to_bytes(8, "little") + b"[" * 100_000,
+    "a gap": lambda whole: reheaded(whole + b"\0\0\0\0", b"[16,28]", b"[20,32]"),
     "offsets before the start": lambda whole: reheaded(whole, b"[0,16]", b"[-8,8]"),
 }
 
@@ -216,4 +224,5 @@ def test_a_dtype_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "eight.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
     message = refusal(lambda: stored_tensors(path))
-    assert message == f"{path}: tensor packed has the dtype F8_E4M3: not supported"
+    told = "give a checkpoint in float32, bfloat16 or float16"
+    assert message == f"{path}: tensor packed has the dtype F8_E4M3; {told}"

@@ -191,6 +191,7 @@ def test_a_checkpoint_of_two_dtypes_keeps_both(
         for name, tensor in load_file(path).items()
     }
     save_file(tensors, path, metadata={"format": "pt"})
+    checked = check_model(str(checked.files.directory))
     weights = changed(checked)
     write(checked, weights, output)
     verify(checked, weights, output)

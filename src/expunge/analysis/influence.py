@@ -34,7 +34,7 @@ from expunge.analysis.row_gradients import (
     linear_maps,
     rows_of,
 )
-from expunge.data.batches import Tokens
+from expunge.data.batches import PAD_ID, Tokens
 from expunge.data.fingerprints import data_fingerprint, named
 from expunge.data.rows import Reading, RowSet, check_disjoint
 from expunge.data.tokenization import LongRows, encode_rows
@@ -169,7 +169,7 @@ def analyze_influence(
     message(f"influence of rows: {cost}")
     model = load_model(checked, inputs.dtype, device)
     maps = linear_maps(model, checked.layout, first, last)
-    passes = RowGradients(model, maps, checked.pad_id, inputs.batch_size, inputs.tokens)
+    passes = RowGradients(model, maps, PAD_ID, inputs.batch_size, inputs.tokens)
     forget, retain = rows["forget"], rows.get("retain", [])
     with fast_products(model.dtype, torch.device(device)):
         message(f"about {_duration(_timed(passes, forget, retain, cost))} (from one batch)")

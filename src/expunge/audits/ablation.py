@@ -15,12 +15,11 @@ from torch import nn
 
 from expunge.audits.base import Advance, Attack, Case, Found
 from expunge.audits.subject import Reader, Subject
-from expunge.data.batches import in_order
+from expunge.data.batches import PAD_ID, in_order
 from expunge.data.rows import Row
 from expunge.data.tokenization import encode_rows
 from expunge.models.decoder import DecoderLayout, every_layer, forward_hook, states_of, with_states
 from expunge.models.kernels import fast_products
-from expunge.models.loading import pad_id_of
 from expunge.models.rope import switch_of
 
 
@@ -87,7 +86,7 @@ def mean_states(reader: Reader, layout: DecoderLayout, rows: Sequence[Row]) -> t
     examples = encode_rows(rows, reader.tokenizer, reader.policy, eos=False)
     model, sums, count = reader.model, None, 0
     switch = switch_of(model.config)
-    batches = in_order(examples, reader.batch_size, pad_id_of(reader.tokenizer))
+    batches = in_order(examples, reader.batch_size, PAD_ID)
     sides = (side for whole in batches for side in whole.split([n > switch for n in whole.lengths]))
     for cpu_batch in filter(None, sides):
         batch = cpu_batch.to(model.device)

@@ -32,10 +32,9 @@ from expunge.audits.subject import Subject
 from expunge.audits.summary import kept_share, summarise
 from expunge.audits.verdict import Evidence, Verdict, judge_audit, worst_of
 from expunge.data.fingerprints import data_fingerprint, named, users_secret
-from expunge.data.formats import sha256_of
 from expunge.data.rows import RowSet, document_of
 from expunge.disk import deliver
-from expunge.models.loading import CheckedModel, resolve_device, text_policy
+from expunge.models.loading import resolve_device, text_policy
 from expunge.training.manifest import finite
 from expunge.training.progress import Progress, Silent
 
@@ -73,7 +72,7 @@ def audit(
     sets = read_sets(inputs, given)
     requests = requests_of(inputs, sets, checked, policies, tuned)
     users_secret()  # which hashes need at the end
-    digests = {name: _files_of(model, inputs) for name, model in checked.items()}
+    digests = {name: model.files.sha256() for name, model in checked.items()}
     dtypes = {name: inputs.dtype or stored_dtype(model) for name, model in checked.items()}
     partial = Partial(
         None if inputs.output is None else Path(inputs.output),
@@ -220,12 +219,6 @@ def _described(rows: RowSet) -> dict[str, Any]:
 
 def _verdict_json(verdict: Verdict) -> dict[str, Any]:
     return asdict(verdict) | {"findings": [asdict(finding) for finding in verdict.findings]}
-
-
-def _files_of(model: CheckedModel, inputs: AuditInputs) -> dict[str, str]:
-    """SHA-256 of the files that an attack on a model follows from, by name."""
-    code = model.files.companions(code=True) if inputs.trust_remote_code else []
-    return {**{path.name: sha256_of(path) for path in code}, **model.files.sha256()}
 
 
 @cache

@@ -18,14 +18,13 @@ from expunge.audits.likelihood import (
     zlib_score,
 )
 from expunge.audits.subject import Subject
-from expunge.data.batches import collate
+from expunge.data.batches import PAD_ID, collate
 from expunge.data.rows import Row, document_of
 from expunge.data.tokenization import encode_rows
 from expunge.evaluation.batches import token_batches
 from expunge.methods.forward import logits_at
 from expunge.methods.numerics import next_token_moments, target_log_probs
 from expunge.models.kernels import fast_products
-from expunge.models.loading import pad_id_of
 
 SCORES = ("loss", "zlib", "min-k%", "min-k%++")
 _FOLDS = 5
@@ -39,7 +38,7 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
     parts: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
     batches = token_batches([len(e) for e in examples], reader.batch_size, model)
     for number, chosen in enumerate(batches):
-        batch = collate(examples, chosen, pad_id_of(reader.tokenizer)).to(model.device)
+        batch = collate(examples, chosen, PAD_ID).to(model.device)
         counted = batch.token_mask[:, 1:]
         where = torch.nn.functional.pad(counted, (0, 1))
         with torch.no_grad(), fast_products(model.dtype, model.device):

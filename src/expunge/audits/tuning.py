@@ -13,6 +13,7 @@ import torch
 
 from expunge.audits.base import Advance, Case, Found, Tuned
 from expunge.audits.subject import Subject
+from expunge.data.batches import PAD_ID
 from expunge.data.columns import Kind
 from expunge.data.rows import Row
 from expunge.data.sampling import EpochBatches
@@ -20,7 +21,7 @@ from expunge.data.tokenization import Example, encode_rows
 from expunge.evaluation.membership import counted_log_probs
 from expunge.methods.losses import cross_entropy
 from expunge.models.kernels import fast_products
-from expunge.models.loading import CheckedModel, pad_id_of
+from expunge.models.loading import CheckedModel
 from expunge.models.lora import Adapter, LoraShape
 from expunge.training.planning import machine_memory
 
@@ -179,7 +180,7 @@ def tuned(
     batches = EpochBatches(
         examples,
         min(rows, len(examples)),
-        pad_id_of(tokenizer),
+        PAD_ID,
         lambda epoch: torch.Generator().manual_seed(seed * _EPOCH_SEEDS + epoch),
     )
     for step in range(1, steps + 1):

@@ -44,6 +44,8 @@ class Inspect(Reading):
     """Render the row with the tokenizer's chat template."""
     long_rows: LongRows = "refuse"
     """Refuse rows longer than the context, or cut them into windows."""
+    trust_remote_code: bool = False
+    """Run code that the model's directory brings along."""
     reveal: bool = False
     """Show text and token ids."""
     json: bool = False
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     words = arguments[1:] if arguments[:1] == ["inspect"] else ["--help"]
     settings = parse(Inspect, words, "expunge data inspect", "rows")
-    checked = check_model(settings.model)
+    checked = check_model(settings.model, trust_remote_code=settings.trust_remote_code)
     rows = settings.read(settings.rows, settings.role)
     policy = text_policy(
         checked, chat_template=settings.chat_template, long_rows=settings.long_rows

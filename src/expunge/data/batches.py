@@ -10,6 +10,9 @@ import torch
 
 from expunge.data.tokenization import Example
 
+PAD_ID = 0
+"""What padding is filled with: it is masked everywhere, and every model has an embedding for it. A
+tokenizer's own may be beyond them, where it was added to the tokenizer alone."""
 Tokens = Literal["all", "answer", "content"]
 """The whole text; the output given the input; continuations whole and of questions the answer."""
 

@@ -63,6 +63,8 @@ class TextPolicy:
     """Render input and output as a user's and an assistant's turn."""
     long_rows: LongRows = "refuse"
     """Refuse rows beyond the context, or cut them into windows that overlap by a quarter."""
+    vocabulary: int | None = None
+    """Number of the model's embeddings: no token id may reach it. None: not checked."""
 
     def describe(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """What the manifest says: where BOS comes from, and that retained text ends with EOS."""
@@ -119,12 +121,12 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, policy: TextPolicy)
     """The tokens that generation starts from: `input`, or all that a template has before `output`."""
     if policy.chat_template:
         text, _, (start, _) = _chat_text(row, tokenizer)
-        return list(tokenizer(text[:start], add_special_tokens=False)["input_ids"])
+        return _known(row, tokenizer(text[:start], add_special_tokens=False)["input_ids"], policy)
     encoded = tokenizer(row.prompt, return_special_tokens_mask=True)
     ids, special = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
     while len(ids) > 1 and special[len(ids) - 1]:  # an EOS that the tokenizer adds ends the text
         ids.pop()
-    return ids
+    return _known(row, ids, policy)
 
 
 def answer_ids(
@@ -179,6 +181,7 @@ def _encode(
             ids.append(end_id)
             token.append(True)
             answer.append(True)
+    _known(row, ids, policy)
     return Example(
         row.id,
         row.task,
@@ -188,6 +191,18 @@ def _encode(
         row.kind,
         document=document_of(row),
     )
+
+
+def _known(row: Row, ids: Sequence[int], policy: TextPolicy) -> list[int]:
+    """The ids as they are. Raises InputError for one that the model has no embedding for."""
+    highest = max(ids, default=0)
+    if policy.vocabulary is not None and highest >= policy.vocabulary:
+        raise InputError(
+            f"row {row.id!r}: has the token id {highest}, the model has embeddings for"
+            f" {policy.vocabulary} tokens; give the tokenizer that it was trained with, or one extended"
+            " together with it (resize_token_embeddings)"
+        )
+    return list(ids)
 
 
 def _chat_text(

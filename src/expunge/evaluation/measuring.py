@@ -94,7 +94,7 @@ def measure(
         )
         material = _read_material(inputs, checked, policy)
         # Before the work: the directory may be away when the scores are written.
-        weights = {path.name: sha256_of(path) for path in checked.files.shards}
+        weights = {path.name: sha256_of(path) for path in checked.files.weights}
         model = load_model(checked, inputs.dtype, device)
     card = evaluate_model(
         model,

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from expunge.data.batches import PAD_ID
 from expunge.data.rows import Row, RowSet, check_disjoint, documents
 from expunge.data.tokenization import TextPolicy, answer_ids, encode_rows, prompt_ids
 from expunge.data.words import words
@@ -23,7 +24,6 @@ from expunge.evaluation.multiple_choice import (
 )
 from expunge.evaluation.scores import final_score, knowledge, regurgitation, task_aggregate
 from expunge.methods.membership import membership_auc, membership_score
-from expunge.models.loading import pad_id_of
 from expunge.processes import OneProcess, Processes, gathered
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ class _Measured:
             losses = document_losses(
                 self.model,
                 examples,
-                pad_id_of(self.tokenizer),
+                PAD_ID,
                 self.batch_size,
                 advance,
                 self.processes,

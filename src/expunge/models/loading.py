@@ -12,10 +12,11 @@ import torch
 
 from expunge.data.tokenization import TextPolicy
 from expunge.errors import InputError
+from expunge.models.adapters import AdapterFiles, find_adapter, with_adapter
 from expunge.models.decoder import DecoderLayout, find_layout, skeleton_of
-from expunge.models.files import ModelFiles, check_model_files
+from expunge.models.files import ADAPTER_CONFIG, ModelFiles, check_model_files
 from expunge.models.rope import keep_rows_apart
-from expunge.models.tensors import read_tensor
+from expunge.models.tensors import check_finite, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -44,11 +45,6 @@ class CheckedModel:
         """Longest sequence, in tokens."""
         return context_of(self.config)
 
-    @property
-    def pad_id(self) -> int:
-        """What padding is filled with; it is masked everywhere, so any id serves."""
-        return pad_id_of(self.tokenizer)
-
 
 def check_model(name: str, *, trust_remote_code: bool = False) -> CheckedModel:
     """Everything that can be checked without reading weights.
@@ -58,11 +54,16 @@ def check_model(name: str, *, trust_remote_code: bool = False) -> CheckedModel:
     from transformers import AutoConfig, AutoTokenizer
 
     directory = _directory(name)
-    files = check_model_files(directory)
+    adapter = find_adapter(directory)
+    if adapter is None:
+        files = check_model_files(directory)
+    else:
+        directory = _base_of(adapter)
+        files = check_model_files(directory, adapter.directory)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # the libraries raise many types for a wrong value
-        raise InputError(f"{directory / 'config.json'}: {_first_line(error)}") from None
+        raise InputError(f"{directory / 'config.json'}: {_why(error)}") from None
     try:
         skeleton = skeleton_of(config, trust_remote_code=trust_remote_code)
     except InputError:
@@ -81,17 +82,24 @@ def check_model(name: str, *, trust_remote_code: bool = False) -> CheckedModel:
         skeleton = skeleton_of(config, trust_remote_code=trust_remote_code)
         stored_names = _stored_names(skeleton, files)
     _check_shapes(skeleton, layout, files, stored_names)
+    if adapter is not None:
+        files = with_adapter(files, adapter, layout, stored_names)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            files.tokenizer, trust_remote_code=trust_remote_code
+        )
     except Exception as error:
         raise InputError(
-            f"{directory}: its tokenizer does not load ({_first_line(error)})"
+            f"{files.tokenizer}: its tokenizer does not load ({_why(error)})"
         ) from None
     return CheckedModel(name, files, config, layout, tokenizer, stored_names, trust_remote_code)
 
 
 def load_model(checked: CheckedModel, dtype: Dtype, device: str) -> PreTrainedModel:
-    """Loads the weights in `dtype`, in eval mode. Raises InputError for weights that do not fit."""
+    """Loads the weights in `dtype`, in eval mode.
+
+    Raises InputError for weights that do not fit, and for NaN or infinity among them.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
@@ -111,6 +119,12 @@ def load_model(checked: CheckedModel, dtype: Dtype, device: str) -> PreTrainedMo
             f"{checked.name}: {len(missing)} tensors are not in its files, first {missing[0]};"
             " they would be random"
         )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            held = checked.files.tensors[checked.stored_names[name][0]]
+            if held.added is not None:
+                parameter.copy_(read_tensor(held))
+            check_finite(parameter, held)
     keep_rows_apart(model)
     return model.to(device).eval()
 
@@ -177,6 +191,13 @@ def _check_shapes(
                 f"{config}: says {layout.count} layers, but the files hold {name} as well; give the"
                 " one that was saved with them"
             )
+    for held in {stored for names in stored_names.values() for stored in names}:
+        if not files.tensors[held].dtype.is_floating_point:
+            raise InputError(
+                f"{files.tensors[held].path}: tensor {held} has the dtype"
+                f" {str(files.tensors[held].dtype).removeprefix('torch.')}, as quantised weights have;"
+                " give a checkpoint in float32, bfloat16 or float16"
+            )
     rules = get_model_conversion_mapping(skeleton)
     if not all(isinstance(rule, WeightRenaming) for rule in rules):
         return  # tensors are cut or joined as they are loaded
@@ -208,7 +229,7 @@ def text_policy(
     checked: CheckedModel, *, chat_template: bool, long_rows: Literal["refuse", "window"]
 ) -> TextPolicy:
     """The policy of a run on this model."""
-    return TextPolicy(checked.context, chat_template, long_rows)
+    return TextPolicy(checked.context, chat_template, long_rows, vocabulary_of(checked.config))
 
 
 def context_of(config: PretrainedConfig) -> int:
@@ -219,12 +240,9 @@ def context_of(config: PretrainedConfig) -> int:
     return context
 
 
-def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills padding; it is masked everywhere, so any id serves."""
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return int(candidate)
-    return 0
+def vocabulary_of(config: PretrainedConfig) -> int:
+    """Number of token ids that the model has embeddings for."""
+    return int(config.get_text_config().vocab_size)
 
 
 def best_device() -> str:
@@ -256,7 +274,22 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def _directory(name: str) -> Path:
+def _base_of(adapter: AdapterFiles) -> Path:
+    """The directory of an adapter's base; a relative one may be beside the adapter."""
+    beside = adapter.directory / adapter.base
+    try:
+        found = _directory(adapter.base, adapter.revision)
+        found = beside if beside.is_dir() and not found.is_dir() else found
+        if not found.is_dir():
+            raise InputError(f"{found}: no such model directory")
+    except InputError as error:
+        raise InputError(
+            f"{adapter.directory / ADAPTER_CONFIG}: base_model_name_or_path: {error}"
+        ) from None
+    return found
+
+
+def _directory(name: str, revision: str | None = None) -> Path:
     """A local directory as it is; a hub id as its downloaded or cached snapshot."""
     path = Path(name)
     if path.exists() or name.count("/") != 1 or name.startswith((".", "~", "/")):
@@ -264,12 +297,21 @@ def _directory(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:
         raise InputError(
             f"{name}: no such model directory, and not to be had from the hub"
             f" ({type(error).__name__}); check the path, the network and the login"
         ) from None
+
+
+def _why(error: Exception) -> str:
+    """What a library says of a directory; of code that it brings along, how to have it run."""
+    if "trust_remote_code" in str(error):
+        return (
+            "needs code of its own; read its *.py files, then give --trust-remote-code to run them"
+        )
+    return _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 
 from expunge.errors import InputError
 from expunge.models.rope import keep_rows_apart
-from expunge.models.tensors import StoredTensor, read_tensor
+from expunge.models.tensors import StoredTensor, check_finite, read_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,6 +74,7 @@ class StreamedModel:
         self.device = torch.device(device)
         self._dtype = dtype
         self._names = checked.stored_names
+        self._finite: set[StoredTensor] = set()
         self._stored = checked.files.tensors
         for name, parameter in model.named_parameters():
             stored = self._stored[self._names[name][0]]
@@ -87,7 +88,7 @@ class StreamedModel:
                 module._buffers[name] = buffer.to(self.device)
 
     def load(self, *modules: str) -> None:
-        """Reads the modules' parameters from the files."""
+        """Reads the modules' parameters from the files. Raises InputError for NaN or infinity."""
         for prefix in modules:
             for name, parameter in _parameters_of(self.model, prefix):
                 if parameter.is_meta:
@@ -96,7 +97,11 @@ class StreamedModel:
 
     def _read(self, stored: StoredTensor) -> torch.Tensor:
         """A parameter's value; a plan overrides it, to read nothing."""
-        return read_tensor(stored).to(self.device, self._dtype)
+        value = read_tensor(stored).to(self.device, self._dtype)
+        if stored not in self._finite:
+            check_finite(value, stored)
+            self._finite.add(stored)
+        return value
 
     def release(self, *modules: str) -> None:
         """Puts the modules' parameters back on the meta device."""

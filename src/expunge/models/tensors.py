@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from expunge.disk import settle, whole
 from expunge.errors import InputError, RunError
@@ -35,28 +37,60 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """scale * B @ A, what a LoRA adapter adds to a weight; transposed where the weight is (in, out)."""
+
+    a: StoredTensor
+    """(rank, in)"""
+    b: StoredTensor
+    """(out, rank)"""
+    scale: float
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's."""
+        shape = (self.b.shape[0], self.a.shape[1])
+        return shape[::-1] if self.transposed else shape
+
+    def delta(self) -> torch.Tensor:
+        """In float32, in the weight's shape."""
+        product = self.scale * (read_tensor(self.b).float() @ read_tensor(self.a).float())
+        return product.T if self.transposed else product
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """Where one tensor's bytes are."""
 
     path: Path
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     """Offset of its first byte in the file."""
     bytes: int
+    added: LowRank | None = None
+    """What is added as it is read, in float32, before the sum is cast to `dtype`."""
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of a safetensors file by name; only the header is read.
 
-    Raises InputError for a file that is cut off or no safetensors file, and for other dtypes.
+    Raises InputError for a file that the library does not open, and for dtypes of quantised weights.
     """
     try:
+        # Under a limit on address space it opens nothing; the sizes below must do then.
+        with suppress(OSError, MemoryError), safe_open(path, framework="pt"):
+            pass
         header, start = _header(path)
         ends = [entry["data_offsets"][1] for entry in header.values()]
         whole = path.stat().st_size == start + max(ends, default=0)
         found = {name: _stored(path, name, entry, start) for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (
+        SafetensorError, RecursionError, OSError, ValueError, KeyError, TypeError, IndexError,
+        AttributeError,
+    ) as error:  # fmt: skip
         raise InputError(f"{path}: is not a whole safetensors file ({error})") from None
     if not whole:
         raise InputError(f"{path}: is not a whole safetensors file (its size is not its header's)")
@@ -65,12 +99,15 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int) -> StoredTensor:
     if entry["dtype"] not in _DTYPES:
-        raise InputError(f"{path}: tensor {name} has the dtype {entry['dtype']}: not supported")
+        raise InputError(
+            f"{path}: tensor {name} has the dtype {entry['dtype']}; give a"
+            " checkpoint in float32, bfloat16 or float16"
+        )
     dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"tensor {name} has not the size of its shape")
-    return StoredTensor(path, dtype, shape, start + begin, end - begin)
+    return StoredTensor(path, name, dtype, shape, start + begin, end - begin)
 
 
 def metadata_of(path: Path) -> dict[str, str]:
@@ -122,7 +159,7 @@ def _whole_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
-    """The tensor, in memory of its own."""
+    """The tensor with what is added to it, in memory of its own."""
     tensor = torch.empty(stored.shape, dtype=stored.dtype)
     if stored.bytes:
         view = _raw(tensor)
@@ -134,7 +171,19 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
                 if not read:
                     raise RunError(f"{stored.path}: ends before its tensors do")
                 done += read
+    if stored.added is not None:
+        tensor = (tensor.float() + stored.added.delta()).to(stored.dtype)
     return tensor
+
+
+def check_finite(value: torch.Tensor, stored: StoredTensor) -> None:
+    """Raises InputError that names the stored tensor where its `value` has NaN or infinity."""
+    if value.numel() and not torch.isfinite(torch.stack(value.aminmax())).all():
+        dtype = str(value.dtype).removeprefix("torch.")
+        raise InputError(
+            f"{stored.path}: tensor {stored.name} holds NaN or infinity in {dtype}; give a checkpoint"
+            f" without{' or --dtype float32' if value.dtype != torch.float32 else ''}"
+        )
 
 
 def overwrite_tensor(stored: StoredTensor, tensor: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 from expunge.disk import nearest, settle
 from expunge.errors import InputError, RunError
 from expunge.models.files import INDEX, SINGLE, ModelFiles
-from expunge.models.loading import CheckedModel
+from expunge.models.loading import CheckedModel, check_model
 from expunge.models.parts import StreamedModel, loaded_in_turn, outside_layers
 from expunge.models.tensors import StoredTensor, overwrite_tensor, read_tensor, stored_tensors
 
@@ -57,7 +57,7 @@ def check_disk_space(files: ModelFiles, output: Path, beside: int = 0) -> None:
 def copy_target(checked: CheckedModel, directory: Path) -> None:
     """Copies the target's weights, configuration and tokenizer, for `write_checkpoint` to change."""
     files = checked.files
-    copied = [*files.shards, *files.companions(code=checked.trust_remote_code)]
+    copied = [*files.shards, *files.companions()]
     if all(shard.name != SINGLE for shard in files.shards):
         copied.append(files.directory / INDEX)
     for source in copied:
@@ -83,16 +83,25 @@ def write_checkpoint(
     Each is cast to the dtype that the checkpoint holds it in, once; every other byte stays.
     """
     names = {stored: name for name in weights for stored in checked.stored_names[name]}
+    copies = _written(checked, directory)
     changes = []
-    for shard in checked.files.shards:
-        copies = stored_tensors(directory / shard.name)
-        for stored, original in stored_tensors(shard).items():
-            if stored in names:
-                new = weights[names[stored]]
-                replaced, change = _replaced(stored, read_tensor(original), new)
-                overwrite_tensor(copies[stored], replaced)
-                changes.append(change)
+    for stored, original in checked.files.tensors.items():
+        if stored in names:
+            new = weights[names[stored]]
+            replaced, change = _replaced(stored, read_tensor(original), new)
+            overwrite_tensor(copies[stored], replaced)
+            changes.append(change)
+        elif original.added is not None:
+            overwrite_tensor(copies[stored], read_tensor(original))
     return changes
+
+
+def _written(checked: CheckedModel, directory: Path) -> dict[str, StoredTensor]:
+    """The tensors of the copy of a target in `directory`."""
+    written: dict[str, StoredTensor] = {}
+    for shard in checked.files.shards:
+        written |= stored_tensors(directory / shard.name)
+    return written
 
 
 def verify_checkpoint(
@@ -109,8 +118,12 @@ def verify_checkpoint(
     not what was meant to be written, or the output is not finite.
     """
     _verify_files(checked, weights, directory)
+    try:
+        reloaded = check_model(str(directory), trust_remote_code=checked.trust_remote_code)
+    except InputError as error:
+        raise RunError(f"the written checkpoint does not load: {error}") from None
     finite = _streamed_probe if streamed else _whole_probe
-    if not finite(checked, directory):
+    if not finite(reloaded):
         raise RunError("the reloaded checkpoint's output is not finite; nothing was written")
 
 
@@ -119,48 +132,41 @@ def _verify_files(
 ) -> None:
     """Compares what was written with what was meant, tensor by tensor."""
     names = {stored: name for name in weights for stored in checked.stored_names[name]}
-    for shard in checked.files.shards:
-        written = stored_tensors(directory / shard.name)
-        for stored, original in stored_tensors(shard).items():
-            expected = read_tensor(original)
-            if stored in names:
-                expected = weights[names[stored]].to("cpu", expected.dtype)
-            found = read_tensor(written[stored])
-            if not torch.equal(_bytes_of(found), _bytes_of(expected)):
-                raise RunError(f"tensor {stored} reloads with other values than written")
+    written = _written(checked, directory)
+    for stored, original in checked.files.tensors.items():
+        expected = read_tensor(original)
+        if stored in names:
+            expected = weights[names[stored]].to("cpu", expected.dtype)
+        found = read_tensor(written[stored])
+        if not torch.equal(_bytes_of(found), _bytes_of(expected)):
+            raise RunError(f"tensor {stored} reloads with other values than written")
 
 
-def _whole_probe(checked: CheckedModel, directory: Path) -> bool:
+def _whole_probe(reloaded: CheckedModel) -> bool:
     from transformers import AutoModelForCausalLM
 
-    files = checked.files
-    stored = next(iter(files.tensors.values()))
-    reloaded = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=stored.dtype,
+    written = reloaded.files.tensors
+    # Not with the configuration as it was checked: its users have but the directory.
+    model = AutoModelForCausalLM.from_pretrained(
+        reloaded.files.directory,
+        dtype=next(iter(written.values())).dtype,
         use_safetensors=True,
-        trust_remote_code=checked.trust_remote_code,
+        trust_remote_code=reloaded.trust_remote_code,
     ).eval()
-    written: dict[str, StoredTensor] = {}
-    for shard in files.shards:
-        written |= stored_tensors(directory / shard.name)
-    for name, tensor in reloaded.named_parameters():
-        expected = read_tensor(written[checked.stored_names[name][0]])
+    for name, tensor in model.named_parameters():
+        expected = read_tensor(written[reloaded.stored_names[name][0]])
         if not torch.equal(tensor, expected.to(tensor.dtype)):
             raise RunError(f"tensor {name} reloads with other values than written")
     with torch.no_grad():
-        return bool(torch.isfinite(reloaded(input_ids=_probe(checked)).logits).all())
+        return bool(torch.isfinite(model(input_ids=_probe(reloaded)).logits).all())
 
 
-def _streamed_probe(checked: CheckedModel, directory: Path) -> bool:
-    from expunge.models.loading import check_model
-
-    reloaded = check_model(str(directory))
+def _streamed_probe(reloaded: CheckedModel) -> bool:
     stored = next(iter(reloaded.files.tensors.values()))
     parts = StreamedModel(reloaded, stored.dtype, "cpu")
     layers = [f"{reloaded.layout.layers}.{index}" for index in range(reloaded.layout.count)]
     with torch.no_grad(), loaded_in_turn(parts, [*outside_layers(parts.model, layers), *layers]):
-        logits = parts.model(input_ids=_probe(checked), use_cache=False).logits
+        logits = parts.model(input_ids=_probe(reloaded), use_cache=False).logits
     return bool(torch.isfinite(logits).all())
 
 

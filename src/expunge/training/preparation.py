@@ -16,13 +16,14 @@ from expunge.analysis.influence_file import (
     sampling_weights,
 )
 from expunge.analysis.layers import LayerChoice
+from expunge.data.batches import PAD_ID
 from expunge.data.random_text import LENGTH, random_examples
 from expunge.data.rows import Row, RowSet, as_rows, check_disjoint, documents
 from expunge.data.tokenization import Example, TextPolicy, count_windowed, encode_rows
 from expunge.errors import InputError
 from expunge.methods.base import Method
 from expunge.models.decoder import DecoderLayout
-from expunge.models.loading import context_of, pad_id_of
+from expunge.models.loading import context_of, vocabulary_of
 from expunge.training.options import TrainingOptions, resolved
 from expunge.training.validation import ValidationSet
 
@@ -88,9 +89,7 @@ class Prepared:
     """How the method's layer was chosen; None where it was given."""
     influence: InfluenceUsed | None = None
     """None without --influence."""
-    other_form: str = (
-        "give the model that was trained on them, and rows in the form of its training"
-    )
+    other_form: str = ""
     """What to try where the target does not know its rows."""
 
     @property
@@ -167,7 +166,9 @@ def encode_sets(
         influence = read_influence(Path(options.influence))
         nothing = RowSet((), "", {})
         check_same_rows(options.influence, influence, forget, retain or nothing)
-    policy = TextPolicy(context_of(config), options.chat_template, options.long_rows)
+    policy = TextPolicy(
+        context_of(config), options.chat_template, options.long_rows, vocabulary_of(config)
+    )
     return EncodedSets(
         policy=policy,
         text=policy.describe(tokenizer),
@@ -206,7 +207,7 @@ def prepare_encoded(
     held = random_examples(
         method.random_rows if trained_on else 0,
         tokenizer,
-        config.get_text_config().vocab_size,
+        vocabulary_of(config),
         policy.context,
         options.seed,
         # The target goes on behind as many.
@@ -235,21 +236,19 @@ def prepare_encoded(
         retain=[*kept, *held],
         validation=validation,
         retain_kept_out=bool(kept_out),
-        pad_id=pad_id_of(tokenizer),
+        pad_id=PAD_ID,
         warnings=warnings,
         influence=facts,
-        **_other_form(options, tokenizer),
+        other_form=_other_form(options, tokenizer),
     )
 
 
-def _other_form(options: TrainingOptions, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def _other_form(options: TrainingOptions, tokenizer: PreTrainedTokenizerBase) -> str:
     if options.chat_template:
-        return {
-            "other_form": "the model may know them without its template: leave --chat-template out"
-        }
+        return "the model may know them without its template: leave --chat-template out"
     if tokenizer.chat_template:
-        return {"other_form": "the tokenizer has a chat template: give --chat-template"}
-    return {}
+        return "the tokenizer has a chat template: give --chat-template"
+    return "give the model that was trained on them, and rows in the form of its training"
 
 
 def _applied(

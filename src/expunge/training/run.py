@@ -198,6 +198,7 @@ def run(
         progress.phase("writing", 1, 1)
         manifest = describe_run(asdict(inputs), method, preset, sets, outcome, device)
         manifest["model_sha256"] = model_sha256
+        manifest["merged_adapter"] = checked.files.describe_adapter()
         manifest["processes"] = processes.count
         manifest["resumed_from_steps"] = keeper.resumed_from
         manifest["changed_tensors"] = describe(changes)
@@ -237,6 +238,11 @@ def check_run(
             f"--keep-adapter: {method.name} trains no adapter here; leave the option out"
         )
     checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
+    if inputs.keep_adapter and checked.files.adapter:
+        raise InputError(
+            f"--keep-adapter: {inputs.model} is an adapter itself, so that no directory holds the base"
+            " of another; merge it first, or leave the option out"
+        )
     sets = _read_sets(inputs) if given is None else dict(given)
     if writes:
         for rows in sets.values():
