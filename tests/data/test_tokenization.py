@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from conftest import refusal
@@ -333,3 +333,33 @@ def test_a_token_that_the_model_has_no_embedding_for_is_refused_by_row_and_id(
         f"row {new.id!r}: has the"
     )
     assert encode_rows([new], extended, replace(policy, vocabulary=size + 1), eos=True)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception(messages[0].content) }}", "{% if %}", "{{ 1 / 0 }}"]
+)
+def test_a_template_that_fails_is_told_without_the_text(template: str, tokenizer: Any) -> None:
+    templated = copy.deepcopy(tokenizer)
+    templated.chat_template = template
+    (row,) = as_rows([{"input": f"What is {CANARY}?", "output": CANARY}], "forget")
+    policy = TextPolicy(100, chat_template=True)
+    for call in (encode_rows, prompt_ids):
+        given: Any = row if call is prompt_ids else [row]
+        options = {} if call is prompt_ids else {"eos": True}
+        message = refusal(lambda: call(given, templated, policy, **options))  # noqa: B023
+        assert message.startswith(
+            f"row {row.id!r}: the model's tokenizer or chat template fails on"
+        )
+        assert CANARY not in message
+
+
+def test_a_pattern_that_panics_is_told_by_row(tokenizer: Any) -> None:
+    """Oniguruma gives up on a search, and Rust's panic is no Exception."""
+    slow = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    endless = pre_tokenizers.Split(Regex(r"((?:(?=(.+))\2?.)+)+q?[^\x00-\x7f]"), "isolated")
+    slow.pre_tokenizer = pre_tokenizers.Sequence([endless, pre_tokenizers.ByteLevel()])
+    hostile = PreTrainedTokenizerFast(tokenizer_object=slow)
+    (row,) = as_rows([{"input": "a " * 40, "output": CANARY}], "forget")
+    message = refusal(lambda: encode_rows([row], hostile, TextPolicy(1000), eos=False))
+    assert message.startswith(f"row {row.id!r}: ")
+    assert "fails on its text (PanicException)" in message

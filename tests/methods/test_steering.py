@@ -414,3 +414,18 @@ def test_of_a_question_the_states_that_predict_the_answer_are_steered(
         0, abs=1e-9
     )
     assert objective.forget_size(forget) == len(answer)
+
+
+@pytest.mark.parametrize("method", [RMU(), AdaptiveRMU(layer=1)])
+def test_a_model_of_too_few_layers_is_refused_without_an_option_that_nobody_gave(
+    method: Any, make_context: Callable[..., Context]
+) -> None:
+    layout = make_context(layers=2).layout
+    with pytest.raises(InputError) as caught:
+        method.check(layout)
+    told = (
+        "trains 3 layers in a row, the model has 2; unlearn it with expunge run --method spectral"
+    )
+    assert str(caught.value) == f"--method {method.name}: {told}"
+    method = dataclasses.replace(method, layer="auto")
+    method.check(make_context(layers=3).layout)

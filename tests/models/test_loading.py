@@ -127,6 +127,28 @@ def test_codes_in_the_place_of_weights_are_refused_without_a_word_of_it(copied: 
     assert f"tensor {name} has the dtype int8" in message
 
 
+@pytest.mark.parametrize("value", ["</s>", ["</s>"], 10**30, 2.5, True])
+def test_a_token_id_that_is_none_is_refused_before_anything_runs(value: Any, copied: Path) -> None:
+    path = copied / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": value}))
+    message = refusal(lambda: check_model(str(copied)))
+    assert message == f"{path}: eos_token_id {value!r} is no token id; write its number"
+
+
+def test_what_a_library_says_on_several_lines_is_told_whole(copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text()) | {"eos_token_id": "</s>"}
+    (copied / "config.json").write_text(json.dumps(config))
+    message = refusal(lambda: check_model(str(copied)))
+    assert "eos_token_id" in message
+    assert "'</s>'" in message
+
+
+def test_a_tokenizer_that_encodes_nothing_is_refused(copied: Path) -> None:
+    path = copied / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "many"}))
+    assert "its tokenizer does not load" in refusal(lambda: check_model(str(copied)))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_no_numbers_are_found_as_they_are_read(value: float, copied: Path) -> None:
     path = copied / "model.safetensors"

@@ -242,7 +242,7 @@ def test_a_result_is_as_closed_as_the_target(tmp_path: Path) -> None:
         out.chmod(0o755)
         (model / "m.safetensors").chmod(shard)
         model.chmod(directory)
-        close_as(ModelFiles(model, (model / "m.safetensors",), {}), out)
+        close_as(ModelFiles(model, (model / "m.safetensors",), {}, model), out)
         assert out.stat().st_mode & 0o777 == directory
         for path in (out / "m.safetensors", out / "adapter" / "a"):
             assert path.stat().st_mode & 0o777 == made

@@ -7,7 +7,8 @@ and counting its tokens shifts the mask wherever a token spans the border.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -99,7 +100,10 @@ def encode_rows(
             " use a tokenizer with a tokenizer.json"
         )
     rows = list(rows)
-    whole = [_encode(row, tokenizer, policy, eos=eos) for row in rows]
+    whole = []
+    for row in rows:
+        with _named(row):
+            whole.append(_encode(row, tokenizer, policy, eos=eos))
     empty = [example.row_id for example in whole if not any(example.answer_mask)]
     if empty:
         raise InputError(
@@ -117,12 +121,33 @@ def encode_rows(
     return [window for example in whole for window in _windows(example, policy.context, opening)]
 
 
+@contextmanager
+def _named(row: Row) -> Iterator[None]:
+    """Names the row whose text a tokenizer or a template fails on; what they say can quote the text."""
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        kind = type(error).__name__
+        # tokenizers' patterns end in a panic of Rust's, which is no Exception.
+        if not isinstance(error, Exception) and kind != "PanicException":
+            raise
+        raise InputError(
+            f"row {row.id!r}: the model's tokenizer or chat template fails on its text ({kind}); mend"
+            " tokenizer.json or the template, or drop the row"
+        ) from None
+
+
 def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, policy: TextPolicy) -> list[int]:
     """The tokens that generation starts from: `input`, or all that a template has before `output`."""
-    if policy.chat_template:
-        text, _, (start, _) = _chat_text(row, tokenizer)
-        return _known(row, tokenizer(text[:start], add_special_tokens=False)["input_ids"], policy)
-    encoded = tokenizer(row.prompt, return_special_tokens_mask=True)
+    with _named(row):
+        if policy.chat_template:
+            text, _, (start, _) = _chat_text(row, tokenizer)
+            return _known(
+                row, tokenizer(text[:start], add_special_tokens=False)["input_ids"], policy
+            )
+        encoded = tokenizer(row.prompt, return_special_tokens_mask=True)
     ids, special = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
     while len(ids) > 1 and special[len(ids) - 1]:  # an EOS that the tokenizer adds ends the text
         ids.pop()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import nn
@@ -48,6 +48,7 @@ _OPTIMIZERS = {
 class SteeringSettings:
     """Settings of every method of the RMU family."""
 
+    name: ClassVar[str]
     layer: int | Literal["auto"] = "auto"
     """Decoder layer l whose output is steered, from 0; auto: chosen by a pass over a sample of rows
     before the run, as `expunge analyze layers --predict-only` shows."""
@@ -115,6 +116,11 @@ class SteeringSettings:
 
     def check(self, layout: DecoderLayout) -> None:
         """Raises InputError where the layer and the two below it are not all there."""
+        if layout.count < TRAINED_LAYERS:
+            raise InputError(
+                f"--method {self.name}: trains {TRAINED_LAYERS} layers in a row, the model has"
+                f" {layout.count}; unlearn it with expunge run --method spectral"
+            )
         layout.check_layer(self.layer_in(layout), TRAINED_LAYERS - 1, "--method.layer")
 
     def trained_layers(self, layout: DecoderLayout) -> tuple[int, int]:

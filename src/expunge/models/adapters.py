@@ -10,7 +10,6 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,19 +33,8 @@ _PLAIN = {
 _MEND = "merge it with PEFT's merge_and_unload and give the model that save_pretrained writes"
 
 
-@dataclass(frozen=True)
-class AdapterFiles:
-    """An adapter in a directory, and the model that it is to be added to."""
-
-    directory: Path
-    base: str
-    """A directory or a hub id, as the adapter's configuration names it."""
-    revision: str | None
-    config: LoraConfig
-
-
-def find_adapter(directory: Path) -> AdapterFiles | None:
-    """The adapter of a directory that holds no model of its own; None for any other directory.
+def find_adapter(directory: Path) -> LoraConfig | None:
+    """Settings of the adapter in a directory without a model of its own; None for any other directory.
 
     Raises InputError for an adapter that is more than low-rank additions to linear maps.
     """
@@ -59,9 +47,7 @@ def find_adapter(directory: Path) -> AdapterFiles | None:
         raise InputError(f"{directory}: has no {ADAPTER}; save the adapter again as safetensors")
     said = read_json(path)
     try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # fields that it does not know are seen below
+        with warnings.catch_warnings(action="ignore"):  # of fields that are seen below
             config = PeftConfig.from_pretrained(str(directory))
     except Exception as error:  # a field of another type, or of a newer PEFT
         raise InputError(
@@ -77,23 +63,23 @@ def find_adapter(directory: Path) -> AdapterFiles | None:
         raise InputError(
             f"{path}: init_lora_weights {config.init_lora_weights!r} changes the base's weights; {_MEND}"
         )
-    base = config.base_model_name_or_path
-    if not isinstance(base, str) or not base:
+    if not config.base_model_name_or_path:
         raise InputError(f"{path}: names no base model; write it to base_model_name_or_path")
-    return AdapterFiles(directory, base, config.revision, config)
+    return config
 
 
 def with_adapter(
     files: ModelFiles,
-    adapter: AdapterFiles,
+    adapter: Path,
+    config: LoraConfig,
     layout: DecoderLayout,
     stored_names: Mapping[str, tuple[str, ...]],
 ) -> ModelFiles:
-    """The base's files, their tensors with the adapter's products added as they are read.
+    """The base's files with the adapter's products (of the directory `adapter`) added to their tensors.
 
     Raises InputError for a tensor of the adapter that belongs to no linear map of a decoder layer.
     """
-    path = adapter.directory / ADAPTER
+    path = adapter / ADAPTER
     parts = stored_tensors(path)
     tensors = dict(files.tensors)
     pairs: dict[str, dict[str, StoredTensor]] = {}
@@ -111,16 +97,14 @@ def with_adapter(
     for module, pair in pairs.items():
         (held,) = stored_names[f"{module}.weight"]
         weight = tensors[held]
-        added = _added(adapter.config, module, pair)
+        added = _added(config, module, pair)
         if added is None or weight.shape != added.shape:
             raise InputError(
                 f"{path}: its factors of {module} do not fit the base's {weight.shape}; give the base"
                 " that it was trained on"
             )
         tensors[held] = dataclasses.replace(weight, added=added)
-    return dataclasses.replace(
-        files, tensors=tensors, adapter=(path, adapter.directory / ADAPTER_CONFIG)
-    )
+    return dataclasses.replace(files, tensors=tensors, adapter=(path, adapter / ADAPTER_CONFIG))
 
 
 def _added(config: LoraConfig, module: str, pair: Mapping[str, StoredTensor]) -> LowRank | None:

@@ -62,13 +62,6 @@ class ModelFiles:
         """Every file that the weights are made of."""
         return (*self.shards, *self.adapter[:1])
 
-    def describe_adapter(self) -> dict[str, Any] | None:
-        """What a manifest says of an adapter: its base's folder, and how many tensors it changes."""
-        if not self.adapter:
-            return None
-        changed = sum(tensor.added is not None for tensor in self.tensors.values())
-        return {"base": self.directory.name, "tensors": changed}
-
     def companions(self) -> list[Path]:
         """The configuration, tokenizer and licence files that are there, and the code they name."""
         named = [self.directory / name for name in _OF_MODEL]
@@ -136,19 +129,15 @@ def check_model_files(directory: Path, adapter: Path | None = None) -> ModelFile
             " move the adapter's files out, or give the adapter in a directory of its own"
         )
     places = [place for place in (adapter, directory) if place is not None]
-    tokenizer = next((place for place in places if _has_tokenizer(place)), None)
-    if tokenizer is None:
+    own = [p for p in places if any((p / name).is_file() for name in _TOKENIZER_FILES)]
+    if not own:
         raise InputError(
             f"{directory}: has no tokenizer; save it there with tokenizer.save_pretrained"
         )
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         tensors |= stored_tensors(shard)
-    return ModelFiles(directory, shards, tensors, tokenizer)
-
-
-def _has_tokenizer(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in _TOKENIZER_FILES)
+    return ModelFiles(directory, shards, tensors, own[0])
 
 
 def _refuse_quantised(directory: Path) -> None:

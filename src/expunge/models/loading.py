@@ -12,18 +12,20 @@ import torch
 
 from expunge.data.tokenization import TextPolicy
 from expunge.errors import InputError
-from expunge.models.adapters import AdapterFiles, find_adapter, with_adapter
+from expunge.models.adapters import find_adapter, with_adapter
 from expunge.models.decoder import DecoderLayout, find_layout, skeleton_of
-from expunge.models.files import ADAPTER_CONFIG, ModelFiles, check_model_files
+from expunge.models.files import ADAPTER_CONFIG, ModelFiles, check_model_files, read_json
 from expunge.models.rope import keep_rows_apart
 from expunge.models.tensors import check_finite, read_tensor
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _HUB_FILES = [
     "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*",
 ]  # fmt: skip
+_MOST_IDS = 2**31
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -54,12 +56,11 @@ def check_model(name: str, *, trust_remote_code: bool = False) -> CheckedModel:
     from transformers import AutoConfig, AutoTokenizer
 
     directory = _directory(name)
-    adapter = find_adapter(directory)
-    if adapter is None:
-        files = check_model_files(directory)
-    else:
-        directory = _base_of(adapter)
-        files = check_model_files(directory, adapter.directory)
+    lora = find_adapter(directory)
+    adapter = None if lora is None else directory
+    if lora is not None:
+        directory = _base_of(directory, lora)
+    files = check_model_files(directory, adapter)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # the libraries raise many types for a wrong value
@@ -82,17 +83,29 @@ def check_model(name: str, *, trust_remote_code: bool = False) -> CheckedModel:
         skeleton = skeleton_of(config, trust_remote_code=trust_remote_code)
         stored_names = _stored_names(skeleton, files)
     _check_shapes(skeleton, layout, files, stored_names)
-    if adapter is not None:
-        files = with_adapter(files, adapter, layout, stored_names)
+    if adapter is not None and lora is not None:
+        files = with_adapter(files, adapter, lora, layout, stored_names)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             files.tokenizer, trust_remote_code=trust_remote_code
         )
+        tokenizer("x")
     except Exception as error:
         raise InputError(
             f"{files.tokenizer}: its tokenizer does not load ({_why(error)})"
         ) from None
+    _check_generation(files.directory / "generation_config.json")
     return CheckedModel(name, files, config, layout, tokenizer, stored_names, trust_remote_code)
+
+
+def _check_generation(path: Path) -> None:
+    """Raises InputError for token ids that are none: libraries take them as they are."""
+    for name, value in (read_json(path) if path.is_file() else {}).items():
+        ids = value if isinstance(value, list) else [value]
+        if name.endswith("_token_id") and not all(
+            each is None or (type(each) is int and abs(each) < _MOST_IDS) for each in ids
+        ):
+            raise InputError(f"{path}: {name} {value!r} is no token id; write its number")
 
 
 def load_model(checked: CheckedModel, dtype: Dtype, device: str) -> PreTrainedModel:
@@ -157,13 +170,11 @@ def _stored_names(skeleton: PreTrainedModel, files: ModelFiles) -> dict[str, tup
 
 def _hold_different(stored_names: Mapping[str, tuple[str, ...]], files: ModelFiles) -> bool:
     """Whether the files hold other values under two names of one tied parameter."""
-    groups = {held for held in stored_names.values() if len(held) > 1}
-    return any(
-        not torch.equal(first, read_tensor(files.tensors[name]))
-        for names in groups
-        for first in [read_tensor(files.tensors[names[0]])]
-        for name in names[1:]
-    )
+    for names in {held for held in stored_names.values() if len(held) > 1}:
+        first, *others = (read_tensor(files.tensors[name]) for name in names)
+        if not all(torch.equal(first, other) for other in others):
+            return True
+    return False
 
 
 def _check_shapes(
@@ -274,18 +285,16 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def _base_of(adapter: AdapterFiles) -> Path:
+def _base_of(adapter: Path, config: LoraConfig) -> Path:
     """The directory of an adapter's base; a relative one may be beside the adapter."""
-    beside = adapter.directory / adapter.base
+    named = str(config.base_model_name_or_path)
     try:
-        found = _directory(adapter.base, adapter.revision)
-        found = beside if beside.is_dir() and not found.is_dir() else found
+        found = _directory(named, config.revision)
+        found = found if found.is_dir() else adapter / named
         if not found.is_dir():
-            raise InputError(f"{found}: no such model directory")
+            raise InputError(f"{named}: no such model directory")
     except InputError as error:
-        raise InputError(
-            f"{adapter.directory / ADAPTER_CONFIG}: base_model_name_or_path: {error}"
-        ) from None
+        raise InputError(f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path: {error}") from None
     return found
 
 
@@ -315,4 +324,4 @@ def _why(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+    return " ".join(str(error).split())[:200] or type(error).__name__

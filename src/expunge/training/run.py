@@ -198,7 +198,8 @@ def run(
         progress.phase("writing", 1, 1)
         manifest = describe_run(asdict(inputs), method, preset, sets, outcome, device)
         manifest["model_sha256"] = model_sha256
-        manifest["merged_adapter"] = checked.files.describe_adapter()
+        base = checked.files.directory.name if checked.files.adapter else None
+        manifest["merged_adapter"] = base and {"base": base}
         manifest["processes"] = processes.count
         manifest["resumed_from_steps"] = keeper.resumed_from
         manifest["changed_tensors"] = describe(changes)

@@ -97,8 +97,9 @@ def unlearn_model(
     unusable state.
     """
     started = time.monotonic()
-    if model.dtype not in (torch.float32, torch.bfloat16):
-        raise InputError(f"{model.dtype}: load the model in float32 or bfloat16")
+    other = {p.dtype for p in model.parameters()} - {torch.float32, torch.bfloat16}
+    if other:
+        raise InputError(f"{other.pop()}: load the model in float32 or bfloat16, not quantised")
     layout = find_layout(model)
     prepared = prepare(
         method,
