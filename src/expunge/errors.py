@@ -23,6 +23,10 @@ class NothingKept(RunError):
     """A run that came to its end without a result; to go on with it would say the same."""
 
 
+class RefusedRun(InputError, NothingKept):
+    """Wrong input that only the loaded model could show; to go on with the run would say the same."""
+
+
 class Interrupted(ExpungeError):
     """A run that was asked to stop and can be continued."""
 

@@ -16,7 +16,7 @@ import torch
 from expunge.data.fingerprints import handed_out
 from expunge.data.rows import Row
 from expunge.data.tokenization import Example
-from expunge.errors import InputError
+from expunge.errors import InputError, RefusedRun
 from expunge.methods.base import Context, Finished, Method
 from expunge.methods.own_text import written_by
 from expunge.models.decoder import DecoderLayout, find_layout
@@ -346,7 +346,7 @@ def _target_reading(
 def _unknown(prepared: Prepared, target: Measured | None) -> list[str]:
     """A warning of forget rows that the target does not know in the form given.
 
-    Raises InputError where it knows none of those that were measured, unless the options go on.
+    Raises RefusedRun where it knows none of those that were measured, unless the options go on.
     """
     if target is None or target.forget_known in (None, 1):
         return []
@@ -357,7 +357,7 @@ def _unknown(prepared: Prepared, target: Measured | None) -> list[str]:
         f" (forget accuracy {target.forget_accuracy:.2f}); {prepared.other_form}"
     )
     if unknown == rows and prepared.options.unknown_rows == "refuse":
-        raise InputError(f"--forget: {told}, or go on with --unknown-rows unlearn")
+        raise RefusedRun(f"--forget: {told}, or go on with --unknown-rows unlearn")
     return [told]
 
 
