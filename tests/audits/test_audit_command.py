@@ -182,7 +182,7 @@ def test_a_destroyed_model_is_told_from_a_forgetful_one(
     assert report["requests"][0]["attacks"]["direct"]["recovered"]["value"] < 0.5
 
 
-def test_a_model_of_not_a_number_is_destroyed_and_its_report_is_json(
+def test_a_model_that_answers_no_numbers_is_destroyed_and_its_report_is_json(
     audit: Cli,
     memorised_dir: Path,
     saved: Callable[[str, Any], Path],
@@ -193,7 +193,7 @@ def test_a_model_of_not_a_number_is_destroyed_and_its_report_is_json(
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(memorised_dir, dtype=torch.float32)
-    model.get_input_embeddings().weight.data.fill_(torch.nan)
+    model.get_input_embeddings().weight.data.mul_(1e37)
     output = tmp_path / "audit.json"
     code, _, err = audit(
         saved("nan", model), "--nonmembers", row_files["nonmembers"], "--output", output,
@@ -400,7 +400,7 @@ def test_earlier_requests_are_audited_again(
     first, second = json.loads(output.read_text())["requests"]
     assert first["audited"]["rows"] == 8
     assert second["audited"]["rows"] == 4
-    assert second["forget"]["source"] == str(earlier)
+    assert second["forget"]["source"] == earlier.name
     assert {row["id"][0] for row in second["attacks"]["direct"]["rows"]} == {"e"}
     assert "Verdict over all requests: not forgotten" in out
 

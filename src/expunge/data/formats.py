@@ -201,12 +201,12 @@ def _record(path: Path, place: str, values: object) -> Record:
 
 def _read_csv(path: Path) -> list[Record]:
     text = _decoded(path)
-    csv.field_size_limit(sys.maxsize)  # the library's own is 131,072 characters
     # The names of columns hardly hold any, so the one that stands there most often divides them.
     delimiter = max(_DELIMITERS, key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     records = []
     line = 1  # a record's first; its quoted fields may hold more
+    usual = csv.field_size_limit(sys.maxsize)  # 131,072 characters, for every reader of the process
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
@@ -223,6 +223,8 @@ def _read_csv(path: Path) -> list[Record]:
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{path} line {line}: is not CSV ({error})") from None
+    finally:
+        csv.field_size_limit(usual)
     return records
 
 
