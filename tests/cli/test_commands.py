@@ -87,7 +87,7 @@ def test_evaluate_gives_the_same_json_on_paper_and_on_screen(
     code, out, err = evaluate("--json", "--quiet", "--output", path)
     assert (code, err) == (0, "")
     written = json.loads(path.read_text())
-    assert written.pop("model") == str(memorised_dir)
+    assert written.pop("model") == memorised_dir.name
     assert list(written.pop("model_sha256")) == ["model.safetensors"]
     assert written == json.loads(out)
     assert written["forget"]["Task1"] == {"regurgitation": 1.0, "knowledge": 1.0}
@@ -107,7 +107,7 @@ def test_records_name_rows_and_show_text_only_when_asked(
     masked = records(path)
     assert_silent_on(texts, path.read_text())
     assert [record["id"] for record in masked[:8]] == [row["id"] for row in forget_rows]
-    assert all(set(r) == {"id", "split", "task", "kind", "score"} for r in masked)
+    assert all(set(r) == {"id", "split", "task", "kind", "score", "runs_on"} for r in masked)
     code, out, _ = evaluate("--quiet", "--records", path, "--reveal")
     assert code == 0
     revealed = records(path)

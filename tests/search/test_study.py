@@ -300,7 +300,7 @@ def test_a_failed_trial_is_recorded_and_the_study_goes_on(start: Any, trials: Fa
     reasons = [trial["reason"] for trial in result["trials"]]
     assert reasons[1] == "no checkpoint can be kept"
     assert reasons[2].startswith("internal error (ValueError in test_study.py line ")
-    assert reasons[4] == "out of memory on the device"
+    assert reasons[4] == "out of memory"
     assert reasons[5] == "No space left on device"
     assert CANARY not in json.dumps(result)
     assert result["trials"][7]["state"] != "failed"

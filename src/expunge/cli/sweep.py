@@ -63,7 +63,7 @@ def with_search(path: Path) -> dict[str, Any]:
         name = key.removeprefix("search.")
         if isinstance(value, list):
             value = "choice:" + ",".join(_word(choice) for choice in value)
-        if not isinstance(value, str):
+        if not isinstance(value, str) or ":" not in value:
             raise InputError(
                 f"--config {path}: search {name} is no range; write for example log:1e-4:1e-2, or"
                 " a list of choices"
