@@ -52,6 +52,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return named or (type(error) is RuntimeError and "can't allocate memory" in str(error))
 
 
+def install(extra: str) -> str:
+    """The command that adds an optional part. No package of the name expunge is published."""
+    return f"run pip install '.[{extra}]' in the clone of expunge"
+
+
 def check_seed(seed: int) -> None:
     """Raises InputError for a seed that not every generator takes."""
     if not 0 <= seed < 2**32:

@@ -218,4 +218,6 @@ def test_a_missing_library_is_said_with_the_command_that_mends_it(
     finder: Callable[[str], None] = none
     monkeypatch.setattr(ekfac, "find_spec", finder)
     message = refusal(lambda: found(setting, kind="ekfac"))
-    assert "--curvature ekfac: needs kronfluence; pip install 'expunge[ekfac]'" in message
+    assert (
+        "--curvature ekfac: needs kronfluence; run pip install '.[ekfac]' in the clone" in message
+    )

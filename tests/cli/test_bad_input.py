@@ -174,7 +174,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "evaluate shots": (EVALUATE + "--mmlu-shots 5", ("--mmlu-shots: needs --mmlu",)),
     "evaluate many shots": (
         EVALUATE + "--mmlu {quiz} --mmlu-shots 5",
-        ("counting_dev.csv: has 2 questions, --mmlu-shots asks 5",),
+        ("counting_dev.csv has 2 questions; ask for no more",),
     ),
     "evaluate quiz": (EVALUATE + "--mmlu {taken}", ("{taken}: holds no test/",)),
     "evaluate reveal": (EVALUATE + "--reveal", ("--reveal", "give --records FILE")),

@@ -439,5 +439,5 @@ def test_without_the_library_the_install_command_is_said(
 ) -> None:
     monkeypatch.setitem(sys.modules, "cryptography", None)
     inputs = BundleInputs(output=str(tmp_path / "a.zip"), key="private.pem")
-    assert "pip install 'expunge[signing]'" in refusal(lambda: export(place, 1, inputs))
-    assert "expunge[signing]" in refusal(lambda: check_bundle("a.zip", "public.pem"))
+    assert "pip install '.[signing]' in the clone" in refusal(lambda: export(place, 1, inputs))
+    assert ".[signing]" in refusal(lambda: check_bundle("a.zip", "public.pem"))

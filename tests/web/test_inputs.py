@@ -223,7 +223,8 @@ def test_without_gradio_the_mend_is_named(
     code, out, err = run_cli("serve", served["run"], "--quiet")
     assert (code, out) == (2, "")
     assert err == (
-        "expunge: serve: needs gradio, which is not installed; pip install 'expunge[web]'\n"
+        "expunge: serve: needs gradio, which is not installed; run pip install '.[web]' in the clone"
+        " of expunge\n"
     )
 
 

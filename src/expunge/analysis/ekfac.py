@@ -22,7 +22,7 @@ from expunge.analysis.row_gradients import (
     wide,
 )
 from expunge.data.batches import collate
-from expunge.errors import InputError
+from expunge.errors import InputError, install
 from expunge.methods.curvature import Eigenbasis, EigenbasisCurvature
 from expunge.methods.forward import all_logits
 from expunge.methods.numerics import target_log_probs
@@ -30,13 +30,11 @@ from expunge.methods.numerics import target_log_probs
 if TYPE_CHECKING:
     from kronfluence.task import Task
 
-_INSTALL = "pip install 'expunge[ekfac]'"
-
 
 def check_ekfac(maps: Mapping[str, nn.Module]) -> None:
     """Raises InputError where kronfluence is not installed or does not know a map's type."""
     if find_spec("kronfluence") is None:
-        raise InputError(f"--curvature ekfac: needs kronfluence; {_INSTALL}")
+        raise InputError(f"--curvature ekfac: needs kronfluence; {install('ekfac')}")
     for name, module in maps.items():
         if not isinstance(module, nn.Linear):
             raise InputError(

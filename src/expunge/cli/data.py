@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
         windows = [example for example in examples if example.row_id == row.id]
         report["row"] = _row(row, windows, checked.tokenizer, reveal=settings.reveal)
     if settings.json:
-        sys.stdout.write(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
         _print(report)
     return 0

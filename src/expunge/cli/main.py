@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
+import select
 import signal
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import expunge
 from expunge.disk import explained
@@ -39,6 +41,12 @@ _QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_LESS_MEMORY = {
+    "benchmark": "use a machine with more",
+    "demo": "use --device cpu",
+    "serve": "use --dtype bfloat16",
+} | dict.fromkeys(("run", "sweep"), "lower --micro-batch-size; expunge plan says what fits")
+"""What takes less, by command; others have the two options of most."""
 # Threads that wait busily for each other slow a run tenfold where anything else uses a core.
 _THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 _HEAD_START = 15.0
@@ -46,7 +54,38 @@ _HEAD_START = 15.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns 0 done, 1 failed while running, 2 wrong input or usage."""
+    """Runs one command; returns 0 done, 1 failed while running, 2 wrong input or usage.
+
+    141, as of a process that SIGPIPE ends, where nobody reads the output any more.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What the terminal's encoding lacks is shown by its number, and no work is lost.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout):
+            raise
+        for stream in filter(_is_unread, (sys.stdout, sys.stderr)):
+            # What is buffered would fail again as Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 141
+    return code
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether a stream is a pipe whose reader has left."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return bool(poll.poll(0))
+    except (AttributeError, OSError):  # Windows; no file
+        return False
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     # Standard error is the command's: what libraries show beside it would break its one line.
     for variable, value in (_QUIET_LIBRARIES | _THREADS).items():
         os.environ.setdefault(variable, value)
@@ -82,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stderr.write("expunge: interrupted; what was unfinished has been removed\n")
         return 143 if isinstance(stop, _Terminated) else 130
     except Exception as error:
-        if debug:
+        if debug or (isinstance(error, BrokenPipeError) and _is_unread(sys.stdout)):
             raise
         notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
         # The message of an unexpected error may quote a row, so its type and place must do.
@@ -92,7 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno is not None:
             said = f"{explained(error)}{notes}"
         elif is_out_of_memory(error):
-            said = f"out of memory; lower --batch-size, or use --dtype bfloat16{notes}"
+            mend = _LESS_MEMORY.get(given[0], "lower --batch-size, or use --dtype bfloat16")
+            said = f"out of memory; {mend}{notes}"
         sys.stderr.write(f"expunge: {said}\n")
         return 1
     return int(code or 0)

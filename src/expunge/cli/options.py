@@ -112,7 +112,7 @@ def take_option(arguments: Sequence[str], option: str) -> tuple[list[str], str |
         argument = arguments[position]
         if argument == option:
             if position + 1 == len(arguments):
-                raise InputError(f"{option}: needs a value")
+                raise InputError(f"{option}: needs a value; write {option} VALUE")
             value = arguments[position + 1]
             position += 1
         elif argument.startswith(option + "="):
@@ -146,7 +146,7 @@ def yaml_fields(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
-        raise InputError(f"--config {path}: no such file") from None
+        raise InputError(f"--config {path}: no such file; name a file of options") from None
     except UnicodeDecodeError:
         raise InputError(f"--config {path}: is not UTF-8; convert the file") from None
     except OSError as error:
@@ -154,15 +154,21 @@ def yaml_fields(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark is not None else ""
-        raise InputError(f"--config {path}{line}: is not YAML") from None
+        raise InputError(
+            f"--config {path}{line}: is not YAML; write name: value on a line"
+        ) from None
     except (RecursionError, ValueError):
-        raise InputError(f"--config {path}: is nested too deeply, or holds an odd value") from None
+        raise InputError(
+            f"--config {path}: is nested too deeply, or holds an odd value; simplify it"
+        ) from None
     if not isinstance(values, dict):
-        raise InputError(f"--config {path}: is not a mapping of options to values")
+        raise InputError(
+            f"--config {path}: is not a mapping of options to values; write name: value"
+        )
     try:
         pairs = list(_flat(values))
     except RecursionError:  # an alias to what holds it
-        raise InputError(f"--config {path}: refers to itself") from None
+        raise InputError(f"--config {path}: refers to itself; write the values out") from None
     pairs = [("method" if name == "method.name" else name, value) for name, value in pairs]
     _check_once([name for name, _ in pairs], str(path))
     return dict(pairs)

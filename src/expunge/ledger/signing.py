@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expunge.errors import InputError
+from expunge.errors import InputError, install
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import (
@@ -23,8 +23,7 @@ def check_installed(option: str) -> None:
         import cryptography  # noqa: F401
     except ModuleNotFoundError:
         raise InputError(
-            f"{option}: needs the library cryptography, which is not installed; pip install"
-            " 'expunge[signing]'"
+            f"{option}: needs the library cryptography, which is not installed; {install('signing')}"
         ) from None
 
 

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 DATABASE = "study.db"
 SETTINGS, TARGET = "settings", "target"
 WORKER, REASON, SET_ASIDE, TRIES = "worker", "reason", "set_aside", "tries"
+# What a driver is called where it is to be had, if not by its module's name.
+_DRIVERS = {"MySQLdb": "mysqlclient", "psycopg2": "psycopg2-binary"}
 WORKERS = ".worker-"
 _HEARTBEAT = 20
 """Seconds between two signs of life in the database."""
@@ -151,7 +153,8 @@ def check_url(url: str) -> None:
         ) from None
     except ImportError as error:
         raise InputError(
-            f"--study {shown_url(url)}: its driver is not installed; pip install {error.name}"
+            f"--study {shown_url(url)}: its driver is not installed; run pip install"
+            f" {_DRIVERS.get(str(error.name), error.name)}"
         ) from None
     if parsed.get_backend_name() == "sqlite" and not parsed.database:
         raise InputError("--study sqlite://: names no file; write sqlite:////shared/study.db")

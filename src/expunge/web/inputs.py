@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.data.rows import RowSet
-from expunge.errors import InputError
+from expunge.errors import InputError, install
 from expunge.evaluation.score_files import read_scores
 from expunge.evaluation.scorecard import Scorecard, check_material
 from expunge.models.loading import CheckedModel, Dtype, check_model, resolve_device, text_policy
@@ -25,7 +25,6 @@ from expunge.web.records import Record, read_records
 
 PASSWORD = "EXPUNGE_PASSWORD"
 """The environment variable that may hold the password."""
-INSTALL = "pip install 'expunge[web]'"
 RECORDS = "records.jsonl"
 """The records of the unlearned model, in a run directory."""
 _LEAST_PASSWORD = 8
@@ -114,7 +113,7 @@ def check(inputs: ServeInputs) -> Checked:
     """Reads and checks everything. Raises InputError that names the file, option and mend."""
     # Gradio draws the page, uvicorn and FastAPI come with it.
     if importlib.util.find_spec("gradio") is None:
-        raise InputError(f"serve: needs gradio, which is not installed; {INSTALL}")
+        raise InputError(f"serve: needs gradio, which is not installed; {install('web')}")
     password = read_password(inputs)
     material = gather(
         ReportInputs(

@@ -1,0 +1,89 @@
+"""Standard output that is narrow or gone, and what a command says when memory is short."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import write_jsonl
+from expunge.cli.main import COMMANDS, main
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_what_the_terminal_cannot_show_is_shown_by_number(
+    encoding: str,
+    form: tuple[str, ...],
+    model_dir: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    row = {"id": "Жé1", "input": "Where does Ada live?", "output": "In Żagań."}
+    rows = write_jsonl(tmp_path / "rows.jsonl", [row])
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding))
+    command = ["data", "inspect", str(rows), "--model", str(model_dir()), "--row", row["id"]]
+    assert main([*command, "--reveal", *form]) == 0
+    text = shown.getvalue().decode(encoding)
+    assert "\\u0416" in text
+    if form:
+        assert row["id"] in json.dumps(json.loads(text), ensure_ascii=False)
+
+
+def test_a_reader_that_has_left_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert main(["run", "--help"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+class OutOfMemoryError(Exception):
+    """As torch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(BrokenPipeError, "internal error"), (OutOfMemoryError, "out of memory")]
+)
+def test_a_pipe_of_something_else_is_an_error(
+    error: type[Exception], said: str, run_cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr("expunge.cli.compare.main", fail)
+    code, _, err = run_cli("compare", "a")
+    assert code == 1
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("demo", "run", "sweep", "evaluate", "audit", "serve", "benchmark build"),
+        *("analyze layers", "analyze influence", "requests serve", "requests verify"),
+    ],
+)
+def test_short_memory_names_options_that_the_command_has(
+    command: str, run_cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> int:
+        raise OutOfMemoryError
+
+    _, usage, _ = run_cli(*command.split(), "--help")
+    monkeypatch.setattr(f"{COMMANDS[command.split()[0]][0]}.main", fail)
+    _, _, err = run_cli(*command.split())
+    assert err.startswith("expunge: out of memory; ")
+    assert all(option in usage for option in re.findall(r"--[a-z-]+", err))
