@@ -12,18 +12,18 @@ from torch import nn
 
 from conftest import FAMILIES, random_examples, shaken, tiny_model
 from expunge.data.batches import Batch, collate
-from expunge.errors import InputError
 from expunge.methods.base import Context
 from expunge.methods.forward import (
     all_logits,
-    check_lens,
     head_takes_places,
     lens_added,
+    lens_in_one_pass,
     logits_at,
     recomputed,
 )
 from expunge.methods.gradient import GradientObjective
 from expunge.methods.gradient_difference import GradientDifference
+from expunge.methods.spectral import Spectral
 from expunge.models.decoder import find_layout, forward_hook
 from expunge.models.kernels import fast_products
 
@@ -83,17 +83,30 @@ def test_the_lens_reads_what_the_model_would_say_of_a_layers_states(
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_family_that_the_lens_cannot_read_is_refused_by_option() -> None:
+def test_a_family_that_the_lens_cannot_read_in_one_pass_is_read_in_two(
+    make_context: Callable[..., Context],
+) -> None:
     """GPT-BigCode gives every layer's output the shape of the input ids."""
-    model = shaken(tiny_model("gpt_bigcode", VOCABULARY, layers=2))
-    with pytest.raises(InputError, match=r"--method\.lens-weight.*gpt_bigcode"):
-        check_lens(model, find_layout(model))
+    context = make_context("gpt_bigcode")
+    shaken(context.model)
+    assert not lens_in_one_pass(context.model, context.layout)
+    objective = Spectral(random_rows=0).start(context)
+    batch = collate(context.forget[:2], range(2), context.pad_id)
+    outer, inner = objective.lens_logits(batch, 1)
+    torch.testing.assert_close(outer, objective.counted_logits(batch))
+    for layer in (2, 3):
+        vars(context.layout.layer(context.model, layer))["forward"] = lambda states, *_, **__: (
+            states
+        )
+    torch.testing.assert_close(inner, objective.counted_logits(batch))
+    inner.sum().backward()
+    assert context.model.get_parameter(context.layout.mlp_output_weight(1)).grad is not None
 
 
 @pytest.mark.parametrize("family", ALL)
 def test_other_families_are_read(family: str) -> None:
     model = model_of(family)
-    check_lens(model, find_layout(model))
+    assert lens_in_one_pass(model, find_layout(model))
 
 
 def through(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:

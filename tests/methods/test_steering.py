@@ -354,6 +354,16 @@ def test_a_layer_is_a_number_or_auto_and_chosen_before_the_start(make_context: C
         AdaptiveRMU().start(make_context())
 
 
+def test_a_model_without_what_is_trained_is_refused() -> None:
+    layout = find_layout(tiny_model("olmo", 300))
+    for less, reason in (
+        ({"count": 2}, "trains 3 layers, the model has 2"),
+        ({"mlp_output": None}, "no MLP output in common"),
+    ):
+        with pytest.raises(InputError, match=f"--method adaptive-rmu: .*{reason}; choose --method"):
+            AdaptiveRMU().check(dataclasses.replace(layout, **less))
+
+
 @pytest.mark.parametrize("layer", [-1, 0, 1, 4])
 def test_a_layer_out_of_range_is_refused(layer: int) -> None:
     with pytest.raises(InputError, match=r"--method.layer .* choose 2 to 3"):

@@ -22,37 +22,62 @@ LLAMA_LIKE = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
+
+
+def layout_of(
+    layers: str, mlp_output: str, attention: tuple[str, ...], mlp: tuple[str, ...]
+) -> DecoderLayout:
+    """Four layers of width 16 with the same maps in each."""
+    places = [f"{layers}.{index}." for index in range(4)]
+    sides = (
+        tuple(place + name for place in places for name in names) for names in (attention, mlp)
+    )
+    return DecoderLayout(layers, 4, 16, mlp_output, *sides)
+
+
 LAYOUTS = {
     **{
-        family: DecoderLayout("model.layers", 4, "mlp.down_proj", *LLAMA_LIKE)
+        family: layout_of("model.layers", "mlp.down_proj", *LLAMA_LIKE)
         for family in ("olmo", "olmo2", "llama", "qwen2")
     },
-    "gpt_neox": DecoderLayout(
+    "gpt_neox": layout_of(
         "gpt_neox.layers",
-        4,
         "mlp.dense_4h_to_h",
         ("attention.query_key_value", "attention.dense"),
         ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
     ),
-    "gpt2": DecoderLayout(
+    "gpt2": layout_of(
         "transformer.h",
-        4,
         "mlp.c_proj",
         ("attn.c_attn", "attn.c_proj"),
         ("mlp.c_fc", "mlp.c_proj"),
     ),
-    "phi": DecoderLayout(
+    "phi": layout_of(
         "model.layers",
-        4,
         "mlp.fc2",
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense"),
         ("mlp.fc1", "mlp.fc2"),
+    ),
+    # Its linear maps are of a class of its own.
+    "falcon": layout_of(
+        "transformer.h",
+        "mlp.dense_4h_to_h",
+        ("self_attention.query_key_value", "self_attention.dense"),
+        ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    ),
+    "opt": layout_of(
+        "model.decoder.layers",
+        "fc2",
+        ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj"),
+        ("fc1", "fc2"),
     ),
 }
 FINAL_NORMS = {
     "gpt_neox": "gpt_neox.final_layer_norm",
     "gpt2": "transformer.ln_f",
     "phi": "model.final_layernorm",
+    "falcon": "transformer.ln_f",
+    "opt": "model.decoder.final_layer_norm",
 }
 
 
@@ -60,7 +85,7 @@ FINAL_NORMS = {
 def test_the_layers_and_projections_of_a_family_are_found(family: str) -> None:
     model = tiny_model(family, 300)
     layout = find_layout(model)
-    for part in ("layers", "count", "mlp_output"):
+    for part in ("layers", "count", "width", "mlp_output"):
         assert getattr(layout, part) == getattr(LAYOUTS[family], part)
     assert set(layout.attention_linears) == set(LAYOUTS[family].attention_linears)
     assert set(layout.mlp_linears) == set(LAYOUTS[family].mlp_linears)
@@ -84,8 +109,9 @@ SIZES = {
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "t5": ({"d_model": 16, "num_layers": 2}, "is an encoder-decoder"),
     "bart": ({"d_model": 16, "encoder_layers": 2, "decoder_layers": 2}, "is an encoder-decoder"),
+    "bert": (SIZES, "is an encoder"),
     "mixtral": (SIZES | {"num_local_experts": 2}, "mixture of experts"),
-    "mamba": ({"hidden_size": 16, "num_hidden_layers": 2}, "0 lists of 2 decoder layers"),
+    "xlm": ({"emb_dim": 16, "n_layers": 2, "n_heads": 2}, "2 lists of 2 decoder layers"),
     "vit": ({"hidden_size": 16, "num_attention_heads": 2}, "no causal language model"),
 }
 
@@ -96,13 +122,30 @@ def test_other_architectures_are_refused_by_name(family: str) -> None:
     message = refusal(lambda: find_layout(skeleton_of(AutoConfig.for_model(family, **sizes))))
     assert message.startswith(f"{family}: ")
     assert reason in message
+    assert message.endswith("docs/models.md")
 
 
-def test_layers_that_differ_in_their_mlp_are_refused() -> None:
-    """Dense first layers with experts above, as some mixtures have them."""
-    model = tiny_model("llama", 300)
-    model.model.layers[2].mlp = torch.nn.Identity()
-    assert "mixture of experts" in refusal(lambda: find_layout(model))
+def test_layers_that_differ_are_each_known_by_their_own_maps() -> None:
+    """Attention in some layers and a convolution in others; an MLP in all but one."""
+    from transformers import AutoModelForCausalLM
+
+    kinds = {"layer_types": ["conv", "full_attention"]}
+    config = AutoConfig.for_model("lfm2", **SIZES, **kinds)
+    model = AutoModelForCausalLM.from_config(config)
+    layout = find_layout(model)
+    assert layout.linears("attention", [0]) == [
+        "model.layers.0.conv.in_proj",
+        "model.layers.0.conv.out_proj",
+    ]
+    assert len(layout.linears("attention", [1])) == 4
+    assert layout.linears("all", [1]) == layout.linears("attention", [1]) + layout.linears(
+        "mlp", [1]
+    )
+    assert layout.mlp_output == "feed_forward.w2"  # w3 comes last and leads inward
+    model.model.layers[1].feed_forward = torch.nn.Identity()
+    layout = find_layout(model)
+    assert layout.mlp_output is None
+    assert "choose --method spectral" in refusal(lambda: layout.check_mlp_output("--method rmu"))
 
 
 def test_a_layer_out_of_range_names_the_option_and_the_range() -> None:

@@ -7,12 +7,12 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from conftest import refusal
 from expunge.models.loading import (
@@ -233,6 +233,18 @@ def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch)
     assert resolve_device("auto") == resolve_device("cuda") == "cuda"
 
 
-def test_a_context_that_is_not_stated_is_refused() -> None:
-    config: Any = SimpleNamespace(model_type="rwkv", max_position_embeddings=None)
-    assert "rwkv: its configuration states no context" in refusal(lambda: context_of(config))
+@pytest.mark.parametrize(
+    ("family", "stated", "context"),
+    [
+        ("llama", {"max_position_embeddings": 77}, 77),
+        ("gpt2", {"n_positions": 77}, 77),
+        ("mpt", {"max_seq_len": 77}, 77),
+        ("bloom", {"seq_length": 77}, 77),
+        ("bloom", {}, 2048),
+        ("mamba", {}, 2048),
+    ],
+)
+def test_the_context_is_found_under_each_name(
+    family: str, stated: dict[str, int], context: int
+) -> None:
+    assert context_of(AutoConfig.for_model(family, **stated)) == context

@@ -12,7 +12,6 @@ from torch import nn
 import exact_muon
 from conftest import tiny_model
 from expunge.models.decoder import find_layout
-from expunge.models.lora import linears_in, linears_of
 from expunge.models.sharding import is_sharded, part_like, shard, whole
 from expunge.models.weights import restore, snapshot, train_only
 from expunge.training.muon import Muon
@@ -33,8 +32,8 @@ def trained(dtype: torch.dtype, *, sharded: bool) -> tuple[nn.Module, dict[str, 
     model = tiny_model("olmo", 40).to(dtype)
     layout = find_layout(model)
     if sharded:
-        shard(model, layout, [f"{name}.weight" for name in linears_of(layout, "all")])
-    return model, train_only(model, [f"{name}.weight" for name in linears_in(layout, "all")])
+        shard(model, layout, [f"{name}.weight" for name in layout.linears()])
+    return model, train_only(model, [f"{name}.weight" for name in layout.linears()])
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) -> None:

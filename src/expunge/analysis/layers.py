@@ -3,7 +3,8 @@
 Of every sampled forget row several variants run side by side in one batch: the row itself (clean), the
 row with its prompt's tokens exchanged (corrupted), and for each layer the corrupted row into which the
 clean states of that layer are put back, at the places that predict the answer (patching; Meng et al.,
-arXiv 2202.05262). Behind the last layer stand, instead of its output, the states that are to be read.
+arXiv 2202.05262). In the place of the last layer's output stand the states that are to be read, from
+the first place on, so that its shape stays whatever a family does with it.
 The model's own final norm and head then give the log-probabilities of every variant, and of every
 layer's states as if they were the last's (logit lens), so that nothing here is made for one family. What
 the numbers mean and how they become one score: layer_scores.py.
@@ -22,6 +23,7 @@ from torch import nn
 
 from expunge.analysis.layer_scores import combined, separate, share, written
 from expunge.data.tokenization import Example
+from expunge.methods.forward import logits_at
 from expunge.methods.numerics import target_log_probs
 from expunge.models.decoder import DecoderLayout, forward_hook, states_of, with_states
 from expunge.models.engine import Autocast, module_names, pass_tokens_on
@@ -288,13 +290,15 @@ class LayerPass:
             batch.append(rows[index].ids)
             if varied:
                 batch += [self._spoilt[index]] * (variants - 1)
-        width = max(map(len, batch))
+        places = [(n, place) for n, index in enumerate(chunk) for place in rows[index].places]
+        read = len(places) * (variants + (len(self._patched) if varied else 0))
+        width = max(*map(len, batch), -(-read // len(batch)))
         device = self._parts.device
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch], device=device)
         lengths = torch.tensor([len(row) for row in batch], device=device)
         mask = (torch.arange(width, device=device)[None] < lengths[:, None]).long()
-        places = [(n, place) for n, index in enumerate(chunk) for place in rows[index].places]
         taken = _Taken(
+            ids.shape,
             self._layout.count,
             variants,
             torch.tensor([n * variants for n, _ in places], device=device),
@@ -313,9 +317,10 @@ class LayerPass:
             handle = first.register_forward_pre_hook(taken.below_hook, with_kwargs=True)
             stack.callback(handle.remove)
             with torch.no_grad(), self._autocast():
-                logits = self._parts.model(
-                    input_ids=ids, attention_mask=mask, use_cache=False
-                ).logits[0]
+                where = (torch.arange(ids.numel()) < read).view(ids.shape)
+                logits = logits_at(
+                    self._parts.model, where, input_ids=ids, attention_mask=mask, use_cache=False
+                )
         for layer, inputs in enumerate(taken.inputs):
             self._inputs[side][layer].append(inputs.float().cpu())
         if varied:
@@ -408,6 +413,7 @@ class _Taken:
 
     def __init__(
         self,
+        shape: torch.Size,
         layers: int,
         variants: int,
         rows: torch.Tensor,
@@ -415,7 +421,8 @@ class _Taken:
         patches: Mapping[int, int],
         lens: Sequence[int],
     ) -> None:
-        """rows (n,) and places (n,): where the clean states that are read are in the batch."""
+        """rows (n,) and places (n,): where in the batch of `shape` clean states are that are read."""
+        self._shape = shape
         self._last, self._variants = layers - 1, variants
         self._rows, self._places = rows, places
         self._patches, self._lens = patches, lens
@@ -432,10 +439,11 @@ class _Taken:
 
     def input_hook(self, _module: nn.Module, args: Any) -> None:
         """What a projection is given."""
-        self.inputs.append(args[0][self._rows, self._places])
+        # Some families give their MLP all rows as one.
+        self.inputs.append(args[0].reshape(*self._shape, -1)[self._rows, self._places])
 
     def hook(self, layer: int) -> Callable[..., Any]:
-        """Patches what a layer gives; behind the last layer only what is to be read remains."""
+        """Patches what a layer gives; behind the last layer what is to be read stands first."""
 
         def run(_module: nn.Module, _inputs: object, output: Any) -> Any:
             given = states_of(output)
@@ -447,7 +455,9 @@ class _Taken:
             if layer == self._last:
                 variants = [given[self._rows + v, self._places] for v in range(self._variants)]
                 pieces = [*(self.states[read] for read in self._lens), *variants]
-                changed = torch.cat(pieces)[None]
+                read = torch.cat(pieces)
+                changed = given.clone()
+                changed.flatten(0, 1)[: len(read)] = read
             return with_states(output, changed)
 
         return run

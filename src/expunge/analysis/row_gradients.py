@@ -20,7 +20,7 @@ from expunge.data.tokenization import Example
 from expunge.methods.fisher import tapped
 from expunge.methods.forward import all_logits, head_takes_places, logits_at
 from expunge.methods.numerics import target_log_probs, unbroken_share
-from expunge.models.decoder import DecoderLayout
+from expunge.models.decoder import DecoderLayout, map_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,12 +59,8 @@ def linear_maps(
     model: nn.Module, layout: DecoderLayout, first: int, last: int
 ) -> dict[str, nn.Module]:
     """The linear maps of decoder layers `first` to `last`, by full name."""
-    names = (*layout.attention_linears, *layout.mlp_linears)
-    return {
-        f"{layout.layers}.{index}.{name}": layout.layer(model, index).get_submodule(name)
-        for index in range(first, last + 1)
-        for name in names
-    }
+    names = layout.linears(layers=range(first, last + 1))
+    return {name: model.get_submodule(name) for name in names}
 
 
 class RowGradients:
@@ -135,7 +131,7 @@ class RowGradients:
             for place, span in zip(places, spans, strict=True):
                 receive(name, place, inputs[span].flatten(0, 1), gradients[span].flatten(0, 1))
 
-        with tapped({} if receive is None else self.maps, split):
+        with tapped({} if receive is None else self.maps, split, len(examples)):
             chosen = self._logits(where, batch.input_ids, batch.attention_mask)
             targets = batch.input_ids[:, 1:][where]
             values = -target_log_probs(chosen, targets)
@@ -191,9 +187,7 @@ def along(inputs: torch.Tensor, gradients: torch.Tensor, step: torch.Tensor) -> 
 
 def block_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a map's gradient, its bias as a last column."""
-    out, inside = module.get_parameter("weight").shape
-    if type(module).__name__ == "Conv1D":  # transformers' own, which holds its weight turned
-        out, inside = inside, out
+    out, inside = map_sizes(module)
     return out, inside + (getattr(module, "bias", None) is not None)
 
 

@@ -223,7 +223,7 @@ def requests_of(
     assert retain is not None
     asked = drawn(retain.rows, budget.retain, inputs.seed)
     never_seen = [] if nonmembers is None else documents(nonmembers)
-    rate = inputs.learning_rate or default_learning_rate(checked["target"].config.hidden_size)
+    rate = inputs.learning_rate or default_learning_rate(checked["target"].layout.width)
     found = []
     for name, rows in sets.items():
         if rows is None or (name != "forget" and not name.startswith("earlier")):

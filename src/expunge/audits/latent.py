@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from expunge.audits.ablation import layer_outputs
 from expunge.audits.base import Advance, Attack, Case, Found
@@ -23,7 +22,7 @@ from expunge.audits.subject import Reader, Subject
 from expunge.data.rows import Row, document_of
 from expunge.evaluation.batches import padded, token_batches
 from expunge.methods.forward import logits_at
-from expunge.models.decoder import DecoderLayout, forward_hook
+from expunge.models.decoder import DecoderLayout, last_layer_gives
 from expunge.models.kernels import fast_products
 
 WITHIN = 10
@@ -201,17 +200,8 @@ def _lens(
     where: torch.Tensor,
     ids: torch.Tensor,
 ) -> torch.Tensor:
-    """Logits of a layer's output by whatever the model does behind its last layer: (marked, vocabulary).
-
-    The whole model runs and its last layer's output is exchanged, so that no family's final norm, cap
-    or scale has to be known.
-    """
-
-    def exchange(_module: nn.Module, _inputs: object, last: Any) -> object:
-        return (output, *last[1:]) if isinstance(last, tuple) else output
-
-    last = layout.layer(reader.model, layout.count - 1)
-    with forward_hook(last, exchange):
+    """Logits of a layer's output by what the model does behind its last layer: (marked, vocabulary)."""
+    with last_layer_gives(reader.model, layout, output):
         return logits_at(reader.model, where, input_ids=ids, use_cache=False)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from expunge.audits.base import Advance, Attack, Case, Found
 from expunge.audits.rounding import rounded
 from expunge.audits.subject import Subject
-from expunge.models.decoder import DecoderLayout
+from expunge.models.decoder import DecoderLayout, is_turned
 
 SCHEMES: dict[str, tuple[int, int | None]] = {"int8": (8, None), "int4": (4, 128)}
 """Bits, and inputs that share a scale (None: one scale an output channel)."""
@@ -33,14 +33,12 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
 @torch.no_grad()
 def round_weights(model: nn.Module, layout: DecoderLayout, bits: int, group: int | None) -> None:
     """Rounds the weight of every linear map in the layers, in place; embeddings and head stay."""
-    for index in range(layout.count):
-        layer = layout.layer(model, index)
-        for name in (*layout.attention_linears, *layout.mlp_linears):
-            module = layer.get_submodule(name)
-            # GPT-2's maps hold their weight as (inputs, outputs).
-            turned = type(module).__name__ == "Conv1D"
-            weight: torch.Tensor = module.weight.T if turned else module.weight  # type: ignore[assignment]
-            weight.copy_(rounded(weight, bits, group))
+    for name in layout.linears():
+        module = model.get_submodule(name)
+        weight: torch.Tensor = module.get_parameter("weight")
+        if is_turned(module):
+            weight = weight.T
+        weight.copy_(rounded(weight, bits, group))
 
 
 ATTACK = Attack(

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import weakref
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers.cache_utils import Cache
 
+from expunge.errors import InputError
 from expunge.evaluation.batches import on_first_side, padded, rows_within
 from expunge.evaluation.cache import ROOM, Past, empty_cache, joined, past_of
 from expunge.methods.forward import logits_at
@@ -25,6 +27,7 @@ from expunge.models.rope import switch_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_TRIED = {torch.float32: 1e-3}
 _NEAR = 64
 """Two logits are as good as tied below this many units of rounding of the larger one (float32)."""
 
@@ -110,7 +113,7 @@ def decode(
     requests = [_drafted(request, switch) for request in requests]
     order = sorted(range(len(requests)), key=lambda i: -_length(requests[i]))
     waiting = deque(order)
-    pool = _Pool(model, ends, choose)
+    pool = _Pool(model, ends, choose, cached=cache_serves(model))
     while waiting or pool.rows:
         read: list[tuple[_Row, Past]] = []
         while waiting and _admits(pool, _length(requests[waiting[0]]), len(read), batch_size):
@@ -118,7 +121,7 @@ def decode(
             count = rows_within(_length(requests[waiting[0]]), most, model.device)
             ahead = [_length(requests[i]) for i in itertools.islice(waiting, count)]
             chosen = [waiting.popleft() for _ in range(on_first_side(ahead, switch))]
-            for row, past in _read(model, [_Row(i, requests[i]) for i in chosen], ends, choose):
+            for row, past in pool.read([_Row(i, requests[i]) for i in chosen]):
                 if past is None:
                     yield row.index, row.new
                 else:
@@ -135,11 +138,11 @@ def stream(
 ) -> Iterator[int]:
     """One row's new tokens as they are decided, with the end that stops it: those of `decode`."""
     row = _Row(0, _drafted(request, switch_of(model.config)))
-    ((_, past),) = _read(model, [row], ends, choose)
+    pool = _Pool(model, ends, choose, cached=cache_serves(model))
+    ((_, past),) = pool.read([row])
     yield from row.new
     if past is None:
         return
-    pool = _Pool(model, ends, choose)
     pool.join([(row, past)])
     while pool.rows:
         pool.step()
@@ -161,44 +164,6 @@ def _admits(pool: _Pool, length: int, read: int, batch_size: int) -> bool:
     if read or not pool.rows:
         return len(pool.rows) + read < batch_size
     return len(pool.rows) <= batch_size // 2 and 2 * length >= pool.width
-
-
-@torch.no_grad()
-def _read(
-    model: PreTrainedModel, rows: Sequence[_Row], ends: Collection[int], choose: Choice
-) -> list[tuple[_Row, Past | None]]:
-    """Reads rows: each with its next new tokens, and its past unless it is over.
-
-    A row without new tokens is read with its draft.
-    """
-    drafts = [() if row.new else row.request.draft for row in rows]
-    texts = [
-        [*row.request.prompt, *row.new, *draft] for row, draft in zip(rows, drafts, strict=True)
-    ]
-    ids = padded(texts)
-    where = torch.zeros(ids.shape, dtype=torch.bool)
-    for number, row in enumerate(rows):
-        where[number, row.cached : len(texts[number])] = True
-    cache = empty_cache()
-    logits = logits_at(
-        model, where, input_ids=ids.to(model.device), past_key_values=cache, use_cache=True
-    )
-    places = [
-        row.place(ahead)
-        for row, draft in zip(rows, drafts, strict=True)
-        for ahead in range(len(draft) + 1)
-    ]
-    tokens, near = choose(logits, places)
-    start = 0
-    done: list[tuple[_Row, Past | None]] = []
-    for number, row in enumerate(rows):
-        count = len(drafts[number]) + 1
-        span = slice(start, start + count)
-        _accept(model, row, drafts[number], tokens[span], near[span], ends, choose)
-        start += count
-        past = None if row.over(ends) else past_of(cache, number, row.cached)
-        done.append((row, past))
-    return done
 
 
 def _accept(
@@ -238,13 +203,20 @@ def alone(model: PreTrainedModel, ids: Sequence[int]) -> int:
     return int(logits_alone(model, ids)[0].argmax())
 
 
-@torch.no_grad()
 def logits_alone(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
     """The logits after `ids` by a pass of this row only, (1, vocabulary)."""
-    where = torch.zeros(1, len(ids), dtype=torch.bool)
-    where[0, -1] = True
-    inputs = torch.tensor([list(ids)], device=model.device)
-    return logits_at(model, where, input_ids=inputs, use_cache=False)
+    return logits_after(model, [ids])
+
+
+@torch.no_grad()
+def logits_after(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], **inputs: Any
+) -> torch.Tensor:
+    """The logits after each row, (rows, vocabulary), from one pass that takes `inputs` as well."""
+    ids = padded(rows)
+    where = torch.zeros(ids.shape, dtype=torch.bool)
+    where[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])] = True
+    return logits_at(model, where, input_ids=ids.to(model.device), **{"use_cache": False, **inputs})
 
 
 def _alone(model: PreTrainedModel, row: _Row, choose: Choice) -> int:
@@ -253,13 +225,65 @@ def _alone(model: PreTrainedModel, row: _Row, choose: Choice) -> int:
     return choose.alone(logits[0], row.place())
 
 
+_SERVES: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
+
+
+def cache_serves(model: PreTrainedModel) -> bool:
+    """Whether a row goes on from its keys and values as it would from its tokens.
+
+    Tried once a model, on two rows of unlike length, the longer one's past cut back. It is not so of a
+    recurrence, whose state is of all that was read. Raises InputError where a token's logits depend on
+    what follows it: nothing here holds for such a model.
+    """
+    if model not in _SERVES:
+        _SERVES[model] = _cache_serves(model)
+    return _SERVES[model]
+
+
+@torch.no_grad()
+def _cache_serves(model: PreTrainedModel) -> bool:
+    vocabulary = model.config.get_text_config().vocab_size
+    long, short = ([token % vocabulary for token in row] for row in (range(2, 10), range(11, 14)))
+    expected = torch.cat([logits_alone(model, row) for row in (long[:6], short)])
+    near = _TRIED.get(model.dtype, 5e-2) * float(expected.abs().max())
+    padded_ids = padded([long, short]).to(model.device)
+    where = torch.zeros(padded_ids.shape, dtype=torch.bool)
+    where[0, 5] = where[1, 2] = True
+    seen = logits_at(model, where, input_ids=padded_ids, use_cache=False)
+    if not torch.allclose(seen, expected, rtol=0, atol=near):
+        raise InputError(
+            f"{model.config.model_type}: a token's logits depend on the tokens behind it; give a causal"
+            " language model"
+        )
+    rows = [
+        _Row(0, Request(long[:4], long[4:], 9), new=long[4:6]),
+        _Row(1, Request(short[:1], short[1:], 9), new=short[1:]),
+    ]
+    pool, cache = _Pool(model, (), Greedy()), empty_cache()
+    try:
+        model(input_ids=padded_ids, past_key_values=cache, use_cache=True)
+        pool.join([(row, past_of(cache, row.index, row.cached)) for row in rows])
+        return torch.allclose(pool.logits(), expected, rtol=0, atol=near)
+    except Exception:  # families fail in many ways on a cache that is not theirs
+        return False
+
+
 class _Pool:
     """Rows that get one token each a step."""
 
-    def __init__(self, model: PreTrainedModel, ends: Collection[int], choose: Choice) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ends: Collection[int],
+        choose: Choice,
+        *,
+        cached: bool = True,
+    ) -> None:
+        """Without a cache every step reads rows from their beginning."""
         self._model = model
         self._ends = ends
         self._choose = choose
+        self._cached = cached
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._batch: list[_Row | None] = []
         """The cache's rows in order; None where one has ended and not yet left."""
@@ -275,8 +299,49 @@ class _Pool:
     def width(self) -> int:
         return max(row.cached for row in self.rows)
 
+    @torch.no_grad()
+    def read(self, rows: Sequence[_Row]) -> list[tuple[_Row, Past | None]]:
+        """Reads rows: each with its next new tokens, and its past unless it is over.
+
+        A row without new tokens is read with its draft.
+        """
+        drafts = [() if row.new else row.request.draft for row in rows]
+        texts = [
+            [*row.request.prompt, *row.new, *draft] for row, draft in zip(rows, drafts, strict=True)
+        ]
+        ids = padded(texts)
+        where = torch.zeros(ids.shape, dtype=torch.bool)
+        for number, row in enumerate(rows):
+            where[number, row.cached : len(texts[number])] = True
+        cache = empty_cache() if self._cached else None
+        kept = {} if cache is None else {"past_key_values": cache}
+        inputs = {"input_ids": ids.to(self._model.device), "use_cache": self._cached, **kept}
+        logits = logits_at(self._model, where, **inputs)
+        places = [
+            row.place(ahead)
+            for row, draft in zip(rows, drafts, strict=True)
+            for ahead in range(len(draft) + 1)
+        ]
+        tokens, near = self._choose(logits, places)
+        start = 0
+        done: list[tuple[_Row, Past | None]] = []
+        for number, row in enumerate(rows):
+            count = len(drafts[number]) + 1
+            span = slice(start, start + count)
+            chosen = (tokens[span], near[span])
+            _accept(self._model, row, drafts[number], *chosen, self._ends, self._choose)
+            start += count
+            past: Past | None = None if row.over(self._ends) else []
+            if cache is not None and past is not None:
+                past = past_of(cache, number, row.cached)
+            done.append((row, past))
+        return done
+
     def join(self, added: Sequence[tuple[_Row, Past]] = ()) -> None:
         """Lays the cache out anew: rows that have ended leave, `added` ones join."""
+        if not self._cached:
+            self._batch = [*self.rows, *(row for row, _ in added)]
+            return
         kept = [place for place, row in enumerate(self._batch) if row is not None]
         lengths = [row.cached for row in self.rows]
         self._cache = joined(self._cache, kept, lengths, [past for _, past in added])
@@ -294,27 +359,10 @@ class _Pool:
         crossed = [row for row in self.rows if row.cached == switch]
         if crossed:
             return self._read_anew(crossed)
-        if self._filled == self._end or 4 * len(self.rows) <= 3 * len(self._batch):
-            self.join()
-        device = self._model.device
-        # One that has ended begins anew: its own positions could run out of the context.
-        lengths = torch.tensor([0 if row is None else row.cached for row in self._batch])
-        mask = torch.arange(self._filled + 1)[None, :] >= self._filled - lengths[:, None]
-        positions = {"position_ids": lengths[:, None].to(device)} if self._takes_positions else {}
-        last = [[0 if row is None else row.new[-1]] for row in self._batch]
         with torch.no_grad():
-            logits = self._model(
-                input_ids=torch.tensor(last, device=device),
-                attention_mask=mask.long().to(device),
-                past_key_values=self._cache,
-                use_cache=True,
-                **positions,
-            ).logits[:, -1]
-        self._filled += 1
+            logits = self.logits()
         over = []
         live = [(place, row) for place, row in enumerate(self._batch) if row is not None]
-        if len(live) < len(self._batch):
-            logits = logits[[place for place, _ in live]]
         chosen = self._choose(logits, [row.place() for _, row in live])
         for (place, row), token, unsure in zip(live, *chosen, strict=True):
             row.new.append(_alone(self._model, row, self._choose) if unsure else token)
@@ -323,11 +371,34 @@ class _Pool:
                 over.append(row)
         return over
 
+    def logits(self) -> torch.Tensor:
+        """The logits after each row, (rows, vocabulary)."""
+        if not self._cached:
+            return logits_after(self._model, [[*row.request.prompt, *row.new] for row in self.rows])
+        if self._filled == self._end or 4 * len(self.rows) <= 3 * len(self._batch):
+            self.join()
+        device = self._model.device
+        # One that has ended begins anew: its own positions could run out of the context.
+        lengths = torch.tensor([0 if row is None else row.cached for row in self._batch])
+        mask = torch.arange(self._filled + 1)[None, :] >= self._filled - lengths[:, None]
+        positions = {"position_ids": lengths[:, None].to(device)} if self._takes_positions else {}
+        last = [[0 if row is None else row.new[-1]] for row in self._batch]
+        logits: torch.Tensor = self._model(
+            input_ids=torch.tensor(last, device=device),
+            attention_mask=mask.long().to(device),
+            past_key_values=self._cache,
+            use_cache=True,
+            **positions,
+        ).logits[:, -1]
+        self._filled += 1
+        live = [place for place, row in enumerate(self._batch) if row is not None]
+        return logits if len(live) == len(self._batch) else logits[live]
+
     def _read_anew(self, rows: Sequence[_Row]) -> list[_Row]:
         indices = {row.index for row in rows}
         self._batch = [None if row and row.index in indices else row for row in self._batch]
         # One at a time: they are as long as a budget of tokens, or longer.
-        read = [_read(self._model, [row], self._ends, self._choose)[0] for row in rows]
+        read = [self.read([row])[0] for row in rows]
         if going_on := [(row, past) for row, past in read if past is not None]:
             self.join(going_on)
         return [row for row, past in read if past is None]

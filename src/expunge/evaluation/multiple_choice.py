@@ -10,7 +10,7 @@ import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -76,11 +76,12 @@ def read_questions(
         if shots:
             solved = directory / "dev" / f"{subject}_dev.csv"
             if not solved.is_file():
-                raise InputError(f"{solved}: not found; it is needed for --mmlu-shots {shots}")
+                raise InputError(f"{solved}: not found; add it, or give --mmlu-shots 0")
             examples[subject] = _read_csv(solved, subject)[:shots]
             if len(examples[subject]) < shots:
                 raise InputError(
-                    f"{solved}: has {len(examples[subject])} questions, --mmlu-shots asks {shots}"
+                    f"--mmlu-shots {shots}: {solved} has {len(examples[subject])} questions; ask for"
+                    " no more"
                 )
     return questions, examples
 
@@ -91,7 +92,7 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], co
         if len(ids) > context:
             raise InputError(
                 f"question {number}: its prompt has {len(ids)} tokens, the context has {context};"
-                " use fewer --mmlu-shots"
+                " use fewer --mmlu-shots, or take the question out"
             )
     _encoded(tokenizer, prompts[:1])
 
@@ -110,11 +111,13 @@ def choice_log_probs(
     the batch size nor a row's neighbours change a score. Several processes share the batches, those of
     one start together, and each gets all scores. Raises InputError for prompts beyond the context.
     """
+    from expunge.evaluation.decoding import cache_serves
+
     processes = processes or OneProcess()
     check_prompts(tokenizer, prompts, context_of(model.config))
     encoded = _encoded(tokenizer, prompts)
     texts = [ids for ids, _ in encoded]
-    groups = shared_prefixes(texts)
+    groups = shared_prefixes(texts) if cache_serves(model) else [(0, [*range(len(texts))])]
     if beyond := [i for i, ids in enumerate(texts) if len(ids) > switch_of(model.config)]:
         # The start of a long text (LongRoPE) is not computed as that of a short one.
         short = [(shared, [i for i in group if i not in beyond]) for shared, group in groups]
@@ -193,14 +196,12 @@ def _last_logits(
 ) -> torch.Tensor:
     """Logits after each row, which follows `past`: (rows, vocabulary)."""
     from expunge.evaluation.cache import shared_cache
+    from expunge.evaluation.decoding import logits_after
 
-    ids = padded(rows)
-    where = torch.zeros(ids.shape, dtype=torch.bool)
-    where[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])] = True
-    inputs: dict[str, Any] = {"use_cache": False}
-    if past is not None:
-        inputs = {"past_key_values": shared_cache(past, len(rows)), "use_cache": True}
-    return logits_at(model, where, input_ids=ids.to(model.device), **inputs)
+    if past is None:
+        return logits_after(model, rows)
+    cache = shared_cache(past, len(rows))
+    return logits_after(model, rows, past_key_values=cache, use_cache=True)
 
 
 def accuracy(scores: torch.Tensor, questions: Sequence[Question]) -> float:
@@ -227,7 +228,8 @@ def _told_apart(
         shared += 1
     if shared == shortest or len({ids[shared] for ids in four}) < len(LETTERS):
         raise InputError(
-            f"{type(tokenizer).__name__}: does not tell the letters A to D apart by one token"
+            f"--mmlu: {type(tokenizer).__name__} does not tell the letters A to D apart by one token;"
+            " leave it out"
         )
     return four[0][:shared], [ids[shared] for ids in four]
 
@@ -248,7 +250,9 @@ def _read_csv(path: Path, subject: str) -> list[Question]:
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8; convert the file") from None
     except csv.Error as error:
-        raise InputError(f"{path} row {len(questions) + 1}: is not CSV ({error})") from None
+        raise InputError(
+            f"{path} row {len(questions) + 1}: is not CSV ({error}); write the file anew"
+        ) from None
     if not questions:
-        raise InputError(f"{path}: holds no questions")
+        raise InputError(f"{path}: holds no questions; add some, or take it out")
     return questions

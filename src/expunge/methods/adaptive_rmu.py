@@ -167,7 +167,7 @@ class AdaptiveRMU(SteeringSettings):
         self, context: Context, rows: Sequence[Example], generator: torch.Generator
     ) -> torch.Tensor:
         """The direction of these rows, (width,)."""
-        width = context.model.config.hidden_size
+        width = context.layout.width
         drawn = [
             unit_direction(width, self.direction_kind, generator).to(context.device)
             for _ in range(self.draws if rows and context.measures else 1)

@@ -284,7 +284,7 @@ class Method(Protocol):
         """
 
     def sharded_weights(self, layout: DecoderLayout) -> Sequence[str]:
-        """Names, inside a decoder layer, of weights that are trained in full and may be sharded."""
+        """Names of weights in the decoder's layers that are trained in full and may be sharded."""
 
     def rehearsed(self) -> Self:
         """These settings for a rehearsal of the memory: what only repeats itself is left out, of what is

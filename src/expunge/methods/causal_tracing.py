@@ -116,6 +116,8 @@ def _added(shift: torch.Tensor) -> Hook:
 
 def _replaced(clean: torch.Tensor, where: torch.Tensor) -> Hook:
     def hook(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
-        return torch.where(where, clean.to(output.dtype), output)
+        # Some families give their MLP all rows as one: (rows * tokens, width).
+        here = where.reshape(*output.shape[:-1], 1)
+        return torch.where(here, clean.to(output.dtype), output)
 
     return hook

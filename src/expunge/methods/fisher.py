@@ -73,7 +73,7 @@ class SquaredGradients:
                 gradients = _turned(gradients, basis.outputs)
             self._sums[name] += squared_example_gradients(inputs, gradients)
 
-        with tapped(self._modules, add):
+        with tapped(self._modules, add, rows):
             yield
         self._rows += rows
 
@@ -112,7 +112,7 @@ class FactorCovariances:
                     tokens = factor.float().flatten(0, -2)
                     total += tokens.T @ tokens
 
-        with tapped(self._modules, add):
+        with tapped(self._modules, add, rows=1):
             yield
 
     def bases(self) -> dict[str, Eigenbasis]:
@@ -138,13 +138,20 @@ def _turned(factor: torch.Tensor, axes: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def tapped(
-    modules: Mapping[str, nn.Module], receive: Callable[[str, torch.Tensor, torch.Tensor], None]
+    modules: Mapping[str, nn.Module],
+    receive: Callable[[str, torch.Tensor, torch.Tensor], None],
+    rows: int,
 ) -> Iterator[None]:
-    """Backward passes in the body hand `receive` each map's name and its two factors.
+    """Backward passes in the body, over batches of `rows`, hand `receive` each map's two factors.
 
-    Inputs (rows, tokens, in) and output gradients (rows, tokens, out), the last map first. The weights
-    get no gradient of their own meanwhile.
+    Inputs (rows, tokens, in) and output gradients (rows, tokens, out), the last map first, in whatever
+    shape a family gives them. The weights get no gradient of their own meanwhile.
     """
+
+    def receive_rows(name: str, *factors: torch.Tensor) -> None:
+        inputs, gradients = (factor.reshape(rows, -1, factor.shape[-1]) for factor in factors)
+        receive(name, inputs, gradients)
+
     weights = [module.get_parameter("weight") for module in modules.values()]
     wanted = [weight.requires_grad for weight in weights]
     handles: list[RemovableHandle] = []
@@ -152,7 +159,7 @@ def tapped(
         for weight in weights:
             weight.requires_grad_(False)
         for name, module in modules.items():
-            handles.append(module.register_forward_hook(_tap(name, receive)))
+            handles.append(module.register_forward_hook(_tap(name, receive_rows)))
         yield
     finally:
         for handle in handles:

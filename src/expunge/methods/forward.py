@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from expunge.errors import InputError
 from expunge.models.decoder import DecoderLayout, forward_hook, states_of, with_states
 from expunge.models.kernels import products_again
 
@@ -40,7 +39,6 @@ def _logits_at(
     model: PreTrainedModel, where: torch.Tensor, inputs: Mapping[str, Any]
 ) -> tuple[torch.Tensor, bool]:
     """The same, and whether the head ran at these places alone."""
-    where = where.to(model.device)
     head = model.get_output_embeddings()
     marked: int | None = None
 
@@ -50,7 +48,7 @@ def _logits_at(
         if hidden.shape[:2] != where.shape:
             return None
         # (rows, tokens, width) -> (1, marked, width): what follows the head works token by token.
-        chosen = hidden[where][None]
+        chosen = hidden[where.to(hidden.device)][None]
         marked = chosen.shape[1]
         return (chosen, *others)
 
@@ -61,7 +59,7 @@ def _logits_at(
         if handle is not None:
             handle.remove()
     if marked is None:
-        return logits[where], False
+        return logits[where.to(logits.device)], False
     if logits.shape[:-1] != (1, marked):
         raise ValueError("the model's logits are not its head's output")
     return logits[0], True
@@ -96,8 +94,8 @@ def head_takes_places(model: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def check_lens(model: PreTrainedModel, layout: DecoderLayout) -> None:
-    """Raises InputError where the logit lens cannot run beside the model in one pass.
+def lens_in_one_pass(model: PreTrainedModel, layout: DecoderLayout) -> bool:
+    """Whether the logit lens can run beside the model in one pass (`lens_added`).
 
     Tried on a few tokens: a family that gives the last layer's output the shape of the input cannot.
     """
@@ -108,15 +106,12 @@ def check_lens(model: PreTrainedModel, layout: DecoderLayout) -> None:
     try:
         with lens_added(model, layout, 0):
             both = logits_at(model, torch.cat([where, where]), **inputs).float()
-        works = len(both) == 2 * len(plain)
     except (ValueError, RuntimeError, IndexError):
-        works = False
+        return False
     tolerance = _ROUNDING.get(model.dtype, 3e-2) * float(plain.abs().max())
-    if not works or not torch.allclose(both[: len(plain)], plain, rtol=0, atol=tolerance):
-        raise InputError(
-            f"--method.lens-weight: {model.config.model_type} models cannot be read between their layers"
-            " in one pass; set --method.lens-weight 0"
-        )
+    return len(both) == 2 * len(plain) and torch.allclose(
+        both[: len(plain)], plain, rtol=0, atol=tolerance
+    )
 
 
 def _probe_ids(model: PreTrainedModel) -> torch.Tensor:

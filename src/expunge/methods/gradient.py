@@ -27,14 +27,13 @@ from expunge.methods.calibration import NeverSeen
 from expunge.methods.forward import (
     all_logits,
     head_takes_places,
-    lens_added,
     logits_at,
     recomputed,
 )
 from expunge.methods.losses import cross_entropy, token_kl
 from expunge.methods.numerics import row_sums, target_log_probs
-from expunge.models.decoder import DecoderLayout
-from expunge.models.lora import Adapter, LoraShape, Targets, linears_of
+from expunge.models.decoder import DecoderLayout, Targets
+from expunge.models.lora import Adapter, LoraShape
 from expunge.models.sharding import is_sharded, whole
 from expunge.models.weights import snapshot, swapped_in, train_only
 
@@ -103,7 +102,7 @@ class TokenSettings:
 
     def check(self, layout: DecoderLayout) -> None:
         """Raises InputError where the model has none of the linear maps to train."""
-        if not linears_of(layout, self.targets):
+        if not layout.linears(self.targets):
             raise InputError(
                 f"--method.targets {self.targets}: the model has no such linear maps; leave it out"
             )
@@ -208,15 +207,6 @@ class GradientObjective:
         settings' own.
         """
         return self._logits_at(batch, self._places(batch, tokens))
-
-    def lens_logits(
-        self, batch: Batch, layer: int, tokens: Tokens | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`counted_logits` of the model's output and, by the logit lens, of those after `layer`."""
-        where = self._places(batch, tokens)
-        with lens_added(self._model, self._layout, layer):
-            outer, inner = self._logits_at(batch, torch.cat([where, where])).chunk(2)
-        return outer, inner
 
     def _places(self, batch: Batch, tokens: Tokens | None) -> torch.Tensor:
         return functional.pad(batch.mask(tokens or self._tokens)[:, 1:], (0, 1))

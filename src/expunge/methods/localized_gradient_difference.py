@@ -23,8 +23,7 @@ from expunge.methods.causal_tracing import best_window, layer_effects
 from expunge.methods.gradient import GradientObjective, GradientSettings
 from expunge.methods.losses import adaptive_weights
 from expunge.methods.numerics import row_means
-from expunge.models.decoder import DecoderLayout
-from expunge.models.lora import Targets, linears_of
+from expunge.models.decoder import DecoderLayout, Targets
 from expunge.models.weights import named_within
 
 _TRACED_ROWS = 48
@@ -88,10 +87,10 @@ class LocalizedGradientDifference(GradientSettings):
         return self.retain_weight_most > 0
 
     def check(self, layout: DecoderLayout) -> None:
-        """Raises InputError where the model has none of the linear maps to train."""
+        """Raises InputError where the model has none of the linear maps to train, or to trace."""
         super().check(layout)
-        if not linears_of(layout, self.targets):
-            raise InputError(f"--method.targets {self.targets}: the model has no such linear maps")
+        if self.localization == "traced":
+            layout.check_mlp_output("--method.localization traced")
 
     def count_in(self, layout: DecoderLayout) -> int:
         """How many layers are trained, at least one."""
@@ -114,10 +113,7 @@ class LocalizedGradientDifferenceObjective(GradientObjective):
             self._layers = best_window(self._effects, count)
         else:
             self._layers = range(count)
-        linears = linears_of(layout, settings.targets)
-        modules = [
-            f"{layout.layers}.{index}.{linear}" for index in self._layers for linear in linears
-        ]
+        modules = layout.linears(settings.targets, self._layers)
         super().__init__(
             settings, context, layers=self._layers, weights=named_within(context.model, modules)
         )

@@ -32,10 +32,11 @@ from expunge.errors import InputError
 from expunge.methods.aims import Aims
 from expunge.methods.base import Context, Terms
 from expunge.methods.calibration import NeverSeen
-from expunge.methods.forward import check_lens
+from expunge.methods.forward import lens_added, lens_in_one_pass
 from expunge.methods.gradient import GradientObjective, TokenSettings
 from expunge.methods.losses import huber, log_odds_at, top_kl
 from expunge.methods.numerics import target_log_odds, target_surprise
+from expunge.models.decoder import every_layer, last_layer_gives
 
 CEILING = 0.8
 """Share of log(vocabulary), the loss of guessing: text that was never seen is better predicted."""
@@ -106,7 +107,7 @@ class LogOddsObjective(GradientObjective):
         self._aims = Aims(self.ceiling)
         if settings.lens_weight > 0:
             with context.autocast():
-                check_lens(context.model, context.layout)
+                self._lens_in_one_pass = lens_in_one_pass(context.model, context.layout)
         self._forget_before = self._odds_before(context.forget, settings.tokens)
         self._ask_about_held()
         self.written_weight = settings.random_weight * self._balance()
@@ -163,6 +164,20 @@ class LogOddsObjective(GradientObjective):
             above = torch.maximum(target_log_odds(inner, targets), wanted)
             distances = distances + settings.lens_weight * huber(above, wanted, FORGET_WIDTH)
         return distances
+
+    def lens_logits(
+        self, batch: Batch, layer: int, tokens: Tokens | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`counted_logits` of the model's output and, by the logit lens, of those after `layer`."""
+        where = self._places(batch, tokens)
+        if self._lens_in_one_pass:
+            with lens_added(self._model, self._layout, layer):
+                outer, inner = self._logits_at(batch, torch.cat([where, where])).chunk(2)
+            return outer, inner
+        with every_layer(self._model, self._layout) as states:
+            outer = self._logits_at(batch, where)
+        with last_layer_gives(self._model, self._layout, states[layer]):
+            return outer, self._logits_at(batch, where)
 
     def _inner_layer(self) -> int:
         """A layer below the last, drawn anew in every step; the same in all its micro-batches."""

@@ -61,14 +61,16 @@ def _sampled(
     model: PreTrainedModel, ids: torch.Tensor, length: int, generator: torch.Generator
 ) -> torch.Tensor:
     """(rows, tokens) -> (rows, length). Drawn on the CPU, so that a GPU draws as a processor does."""
-    past = None
+    past: dict[str, Any] = {}
     now = ids
     while ids.shape[1] < length:
-        output = model(input_ids=now.to(model.device), past_key_values=past, use_cache=True)
-        past = output.past_key_values
+        output = model(input_ids=now.to(model.device), use_cache=True, **past)
         chances = output.logits[:, -1].float().softmax(-1).cpu()
         now = torch.multinomial(chances, 1, generator=generator)
         ids = torch.cat([ids, now], 1)
+        kept = output.get("past_key_values")
+        # Some families have no keys and values, and read everything anew.
+        past, now = ({}, ids) if kept is None else ({"past_key_values": kept}, now)
     return ids
 
 

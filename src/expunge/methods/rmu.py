@@ -73,7 +73,7 @@ class RMUObjective(SteeringObjective):
     def __init__(self, settings: RMU, context: Context) -> None:
         super().__init__(settings, context)
         self.direction = unit_direction(
-            context.model.config.hidden_size,
+            context.layout.width,
             settings.direction_kind,
             context.generator("direction"),
         ).to(context.device)

@@ -25,8 +25,7 @@ from expunge.errors import InputError
 from expunge.methods.base import Context, OptimizerSpec, Preset, RunDefaults, Whitening
 from expunge.methods.log_odds import LogOddsObjective, LogOddsSettings
 from expunge.methods.whitening import second_moments
-from expunge.models.decoder import DecoderLayout
-from expunge.models.lora import linears_in, linears_of
+from expunge.models.decoder import DecoderLayout, is_turned, map_sizes
 
 _ITERATIONS = 3
 """Five take a tenth of a step more on wide models; no figure was better for it (docs/decisions.md)."""
@@ -62,7 +61,7 @@ class Spectral(LogOddsSettings):
 
     def sharded_weights(self, layout: DecoderLayout) -> Sequence[str]:
         """All that is trained."""
-        return [f"{name}.weight" for name in linears_of(layout, self.targets)]
+        return [f"{name}.weight" for name in layout.linears(self.targets)]
 
     def start(self, context: Context) -> SpectralObjective:
         """Asks the target what it says of every row."""
@@ -74,7 +73,7 @@ class SpectralObjective(LogOddsObjective):
 
     def __init__(self, settings: Spectral, context: Context) -> None:
         self._damping = settings.damping
-        self._linears = linears_in(context.layout, settings.targets)
+        self._linears = context.layout.linears(settings.targets)
         self._whitening: dict[str, Whitening] = {}
         super().__init__(settings, context, [f"{name}.weight" for name in self._linears])
         options = {"momentum": settings.momentum, "iterations": _ITERATIONS}
@@ -90,18 +89,12 @@ class SpectralObjective(LogOddsObjective):
             super()._ask_about_held()
             return
         model = self._context.model
-        turned = {
-            name: type(model.get_submodule(name)).__name__ == "Conv1D" for name in self._linears
-        }
-        inputs = {
-            name: self.parameters[f"{name}.weight"].shape[0 if turned[name] else 1]
-            for name in self._linears
-        }
-        widest = model.config.get_text_config().hidden_size
-        with second_moments(model, [n for n in self._linears if inputs[n] <= widest]) as moments:
+        maps = {name: model.get_submodule(name) for name in self._linears}
+        narrow = [n for n, map_ in maps.items() if map_sizes(map_)[1] <= self._layout.width]
+        with second_moments(model, narrow) as moments:
             super()._ask_about_held()
         self._whitening = {
-            f"{name}.weight": Whitening(moment.whitening(self._damping), turned[name])
+            f"{name}.weight": Whitening(moment.whitening(self._damping), is_turned(maps[name]))
             for name, moment in moments.items()
             if moment.count
         }

@@ -78,6 +78,8 @@ class SteeringSettings:
     """With non-members: how far a row's strength moves for a loss that is wrong by a never-seen row's;
     0 steers every row all the way."""
 
+    name: ClassVar[str]
+
     def __post_init__(self) -> None:
         check_finite(self)
         if isinstance(self.layer, str) and self.layer != "auto":
@@ -116,6 +118,7 @@ class SteeringSettings:
 
     def check(self, layout: DecoderLayout) -> None:
         """Raises InputError where the layer and the two below it are not all there."""
+        layout.check_mlp_output(f"--method {self.name}")
         if layout.count < TRAINED_LAYERS:
             raise InputError(
                 f"--method {self.name}: trains {TRAINED_LAYERS} layers in a row, the model has"

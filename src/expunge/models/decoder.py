@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -17,8 +18,12 @@ if TYPE_CHECKING:
 
     from expunge.data.batches import Batch
 
-_MLP_OUTPUTS = ("mlp.down_proj", "mlp.dense_4h_to_h", "mlp.c_proj", "mlp.fc2", "fc2")
-_LINEAR = ("Linear", "Conv1D")
+Targets = Literal["attention", "mlp", "all"]
+_MLP = re.compile(r"mlp|ffn|feed_forward|^ff\b|^fc\d")
+_SUPPORTED = "give a decoder-only model of a family in docs/models.md"
+_EXPERTS = re.compile(r"expert|moe|router")
+_CROSS = re.compile(r"cross_?attn|cross_?attention|encoder_attn")
+_SENSES = re.compile(r"vision|audio|image")
 
 
 @dataclass(frozen=True)
@@ -27,14 +32,33 @@ class DecoderLayout:
 
     layers: str
     count: int
-    mlp_output: str
-    """Name, inside a layer, of the projection that writes the MLP's result to the residual stream."""
+    width: int
+    """Size of the residual stream."""
+    mlp_output: str | None
+    """Name, inside a layer, of the projection that writes the MLP's result to the residual stream.
+
+    None where the layers have none in common.
+    """
     attention_linears: tuple[str, ...]
+    """Full names of the linear maps that mix tokens: of attention, convolutions, recurrences."""
     mlp_linears: tuple[str, ...]
+    """Full names of those of the MLPs."""
 
     def layer(self, model: nn.Module, index: int) -> nn.Module:
         """The module of one layer, counted from 0."""
         return model.get_submodule(f"{self.layers}.{index}")
+
+    def linears(self, targets: Targets = "all", layers: Iterable[int] | None = None) -> list[str]:
+        """Full names of the linear maps of a kind in some layers, or all; layer by layer."""
+        kinds = {"attention": self.attention_linears, "mlp": self.mlp_linears}
+        chosen = [*kinds.values()] if targets == "all" else [kinds[targets]]
+        return [
+            name
+            for index in (range(self.count) if layers is None else layers)
+            for names in chosen
+            for name in names
+            if name.startswith(f"{self.layers}.{index}.")
+        ]
 
     def mlp_output_weight(self, index: int) -> str:
         """Full name of the weight that the RMU family trains in one layer."""
@@ -48,48 +72,94 @@ class DecoderLayout:
                 f" choose {lowest} to {self.count - 1}"
             )
 
+    def check_mlp_output(self, user: str) -> None:
+        """Raises InputError where the layers have no MLP output in common, which `user` needs."""
+        if self.mlp_output is None:
+            raise InputError(
+                f"{user}: the model's layers have no MLP output in common; choose --method spectral"
+                " or libu"
+            )
+
 
 def find_layout(model: PreTrainedModel) -> DecoderLayout:
-    """Finds the decoder's layers and their linear maps, by structure and by name.
+    """Finds the decoder's layers and their linear maps, by structure, shape and place.
 
     Works on a model on the meta device as well. Raises InputError that names an unsupported model.
     """
-    family = model.config.model_type
-    _refuse_encoder(model.config)
-    depth = getattr(model.config, "num_hidden_layers", None)
+    config = model.config
+    family = config.model_type
+    _refuse_others(config)
+    if _is_multimodal(config):
+        raise InputError(f"{family}: is multimodal; {_SUPPORTED}")
+    depth = getattr(config, "num_hidden_layers", None)
     lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == depth
-        and len({type(layer) for layer in module}) == 1
-        and any("attn" in child or "attention" in child for child, _ in module[0].named_children())
+        and all(_linears(layer) for layer in module)
     ]
     if len(lists) != 1:
         raise InputError(
             f"{family}: {len(lists)} lists of {depth} decoder layers found in"
-            f" {type(model).__name__}, one is needed; this model is not supported"
+            f" {type(model).__name__}, one is needed; {_SUPPORTED}"
         )
     name, layers = lists[0]
-    linears = [
-        child for child, module in layers[0].named_modules() if type(module).__name__ in _LINEAR
-    ]
-    outputs = [output for output in _MLP_OUTPUTS if output in linears]
-    if not outputs or any(
-        output not in dict(layer.named_modules()) for layer in layers for output in outputs[:1]
-    ):
-        raise InputError(
-            f"{family}: its layers have no {' or '.join(_MLP_OUTPUTS)}"
-            " (a mixture of experts?); this model is not supported"
+    if "encoder" in name.split(".") and getattr(config, "is_decoder", None) is False:
+        raise InputError(f"{family}: is an encoder; {_SUPPORTED}")
+    if any(_EXPERTS.search(parameter) for parameter, _ in layers.named_parameters()):
+        raise InputError(f"{family}: is a mixture of experts; {_SUPPORTED}")
+    if any(_CROSS.search(parameter) for parameter, _ in layers.named_parameters()):
+        raise InputError(f"{family}: attends to another model's states; {_SUPPORTED}")
+    mlps: list[str] = []
+    attention: list[str] = []
+    outputs: list[list[str]] = []
+    seen: set[nn.Module] = set()
+    for index, layer in enumerate(layers):
+        # What several layers share is one map, known by its first name.
+        found = {child: map_ for child, map_ in _linears(layer).items() if map_ not in seen}
+        seen.update(found.values())
+        inside = [child for child in found if _MLP.search(child)]
+        mlps += [f"{name}.{index}.{child}" for child in inside]
+        attention += [f"{name}.{index}.{child}" for child in found if child not in inside]
+        outputs.append(
+            [child for child in inside if map_sizes(found[child])[0] == config.hidden_size]
         )
-    attention = tuple(child for child in linears if "attn" in child or "attention" in child)
+    if not attention:
+        raise InputError(f"{family}: its layers mix tokens without linear maps; {_SUPPORTED}")
+    common = [child for child in outputs[0] if all(child in others for others in outputs)]
     return DecoderLayout(
         layers=name,
         count=len(layers),
-        mlp_output=outputs[0],
-        attention_linears=attention,
-        mlp_linears=tuple(child for child in linears if child not in attention),
+        width=config.hidden_size,
+        mlp_output=common[-1] if common else None,
+        attention_linears=tuple(attention),
+        mlp_linears=tuple(mlps),
     )
+
+
+def _linears(layer: nn.Module) -> dict[str, nn.Module]:
+    """The linear maps inside a module, by name."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {
+        name: module
+        for name, module in layer.named_modules()
+        if name and isinstance(module, nn.Linear | Conv1D)
+    }
+
+
+def is_turned(linear: nn.Module) -> bool:
+    """Whether a linear map holds its weight as (in, out), as GPT-2's do."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(linear, Conv1D)
+
+
+def map_sizes(linear: nn.Module) -> tuple[int, int]:
+    """How many outputs and how many inputs a linear map has."""
+    rows, columns = linear.get_parameter("weight").shape
+    return (columns, rows) if is_turned(linear) else (rows, columns)
 
 
 def skeleton_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -97,22 +167,24 @@ def skeleton_of(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
     from transformers import AutoModelForCausalLM
 
     # Some have a causal class too, whose skeleton no longer says what it was cut from.
-    _refuse_encoder(config)
+    _refuse_others(config)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError:
-        raise InputError(
-            f"{config.model_type}: has no causal language model in transformers;"
-            " expunge supports decoder-only models"
-        ) from None
+        what = "is multimodal" if _is_multimodal(config) else "has no causal language model"
+        raise InputError(f"{config.model_type}: {what} in transformers; {_SUPPORTED}") from None
 
 
-def _refuse_encoder(config: PretrainedConfig) -> None:
+def _is_multimodal(config: PretrainedConfig) -> bool:
+    """Some have a causal class for their text alone, whose configuration is the text's."""
+    parts = " ".join(config.sub_configs)
+    return config.get_text_config(decoder=True) is not config or bool(_SENSES.search(parts))
+
+
+def _refuse_others(config: PretrainedConfig) -> None:
     if config.is_encoder_decoder:
-        raise InputError(
-            f"{config.model_type}: is an encoder-decoder; expunge supports decoder-only models"
-        )
+        raise InputError(f"{config.model_type}: is an encoder-decoder; {_SUPPORTED}")
 
 
 class _LayerReached(Exception):
@@ -155,6 +227,23 @@ def every_layer(model: nn.Module, layout: DecoderLayout) -> Iterator[list[torch.
         for layer in range(layout.count):
             stack.enter_context(forward_hook(layout.layer(model, layer), keep))
         yield caught
+
+
+@contextmanager
+def last_layer_gives(
+    model: nn.Module, layout: DecoderLayout, states: torch.Tensor
+) -> Iterator[None]:
+    """Passes in the body end in what the model does behind its last layer, done to `states`.
+
+    They take the place of what the layers compute, (rows, tokens, width), so that no family's final
+    norm, cap or scale has to be known.
+    """
+
+    def exchange(_module: nn.Module, _inputs: object, output: object) -> object:
+        return with_states(output, states)
+
+    with forward_hook(layout.layer(model, layout.count - 1), exchange):
+        yield
 
 
 def with_states(output: Any, states: torch.Tensor) -> Any:

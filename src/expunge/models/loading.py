@@ -26,6 +26,7 @@ _HUB_FILES = [
     "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*",
 ]  # fmt: skip
 _MOST_IDS = 2**31
+_CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length")
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -244,11 +245,13 @@ def text_policy(
 
 
 def context_of(config: PretrainedConfig) -> int:
-    """Longest sequence in tokens that the configuration states."""
-    context = getattr(config, "max_position_embeddings", None)
-    if not isinstance(context, int):
-        raise InputError(f"{config.model_type}: its configuration states no context length")
-    return context
+    """Longest sequence in tokens that the configuration states, under whichever name.
+
+    Models without positions state none; they are given as many tokens as BLOOM was trained on.
+    """
+    text = config.get_text_config(decoder=True)
+    stated = (getattr(text, name, None) for name in _CONTEXT_NAMES)
+    return next((length for length in stated if isinstance(length, int) and length > 0), 2048)
 
 
 def vocabulary_of(config: PretrainedConfig) -> int:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from expunge.models.decoder import DecoderLayout
+from expunge.models.decoder import DecoderLayout, Targets, is_turned
 from expunge.models.sharding import is_sharded, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Targets = Literal["attention", "mlp", "all"]
 _ADAPTER = "default"
 
 
@@ -32,26 +31,6 @@ class LoraShape:
     """Decoder layers that are adapted; None: all."""
 
 
-def linears_of(layout: DecoderLayout, targets: Targets) -> tuple[str, ...]:
-    """Names, inside a layer, of its linear maps of a kind."""
-    return {
-        "attention": layout.attention_linears,
-        "mlp": layout.mlp_linears,
-        "all": layout.attention_linears + layout.mlp_linears,
-    }[targets]
-
-
-def linears_in(
-    layout: DecoderLayout, targets: Targets, layers: Iterable[int] | None = None
-) -> list[str]:
-    """Names, inside a model, of the linear maps of a kind in some decoder layers, or all."""
-    return [
-        f"{layout.layers}.{layer}.{name}"
-        for layer in (range(layout.count) if layers is None else layers)
-        for name in linears_of(layout, targets)
-    ]
-
-
 class Adapter:
     """LoRA on a model's decoder layers. The embeddings and the LM head are never adapted."""
 
@@ -61,13 +40,13 @@ class Adapter:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
-        targets = linears_in(layout, shape.targets, shape.layers)
+        targets = layout.linears(shape.targets, shape.layers)
         self.config = LoraConfig(
             r=shape.rank,
             lora_alpha=shape.alpha,
             lora_dropout=shape.dropout,
             target_modules=targets,
-            fan_in_fan_out=type(model.get_submodule(targets[0])).__name__ == "Conv1D",
+            fan_in_fan_out=is_turned(model.get_submodule(targets[0])),
             task_type="CAUSAL_LM",
         )
         self._model = model

@@ -7,7 +7,7 @@ for whole copies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from expunge.models.decoder import DecoderLayout
 
 
-def shard(model: PreTrainedModel, layout: DecoderLayout, trained: Iterable[str] = ()) -> None:
+def shard(model: PreTrainedModel, layout: DecoderLayout, trained: Sequence[str] = ()) -> None:
     """Spreads the model over the process group, layer by layer; in place.
 
-    `trained` names what is trained inside every layer, float32 from now on; the rest is frozen. The
-    weights move to the device that the group works on. A backward pass leaves in each trained weight
-    the sum of all processes' gradients.
+    `trained` names what is trained in the layers, float32 from now on; the rest is frozen. The weights
+    move to the device that the group works on. A backward pass leaves in each trained weight the sum of
+    all processes' gradients.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -36,7 +36,8 @@ def shard(model: PreTrainedModel, layout: DecoderLayout, trained: Iterable[str] 
     )
     for index in range(layout.count):
         layer = layout.layer(model, index)
-        train_only(layer, trained)
+        place = f"{layout.layers}.{index}."
+        train_only(layer, [n.removeprefix(place) for n in trained if n.startswith(place)])
         unit = fully_shard(layer, mp_policy=policy)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no other

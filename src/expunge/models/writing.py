@@ -124,7 +124,10 @@ def verify_checkpoint(
         raise RunError(f"the written checkpoint does not load: {error}") from None
     finite = _streamed_probe if streamed else _whole_probe
     if not finite(reloaded):
-        raise RunError("the reloaded checkpoint's output is not finite; nothing was written")
+        raise RunError(
+            "the reloaded checkpoint's output is not finite, nothing was written; save the target in"
+            " float32 or lower --learning-rate"
+        )
 
 
 def _verify_files(
@@ -171,7 +174,7 @@ def _streamed_probe(reloaded: CheckedModel) -> bool:
 
 
 def _probe(checked: CheckedModel) -> torch.Tensor:
-    return torch.arange(min(8, checked.config.vocab_size))[None]
+    return torch.arange(min(8, checked.config.get_text_config().vocab_size))[None]
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -201,7 +204,10 @@ def _replaced(name: str, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Te
         raise RunError(f"{name}: has shape {tuple(new.shape)}, the checkpoint {tuple(old.shape)}")
     written = new.to(old.dtype, copy=True).contiguous()  # two names of a tied tensor share none
     if not torch.isfinite(written).all():
-        raise RunError(f"{name}: holds values that are not finite; nothing was written")
+        raise RunError(
+            f"{name}: holds values that are not finite, nothing was written; save the target in float32"
+            " or lower --learning-rate"
+        )
     return written, TensorChange(
         name=name,
         dtype=str(old.dtype).removeprefix("torch."),

@@ -363,7 +363,7 @@ class Loop:
         assert target is not None
         reading = measure(self._context, self._validation)
         measured = reading.measured
-        guessing = math.log(self._context.model.config.vocab_size)
+        guessing = math.log(self._context.model.config.get_text_config().vocab_size)
         candidate = Candidate(
             step, measured, score(measured, target), is_destroyed(measured, target, guessing)
         )

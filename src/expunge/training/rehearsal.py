@@ -170,7 +170,7 @@ class _Rehearsal:
                     with self._phase("load"):
                         model.load_whole()
             if engine is not None and packed is not None:
-                cache = plan_cache(prepared, checked.config.hidden_size, self._dtype)
+                cache = plan_cache(prepared, checked.layout.width, self._dtype)
                 filled = self._filled(cache, packed)
                 with self._phase(
                     "fill", _ratio(_fill_sizes(cache, limit), _fill_sizes(filled, limit))

@@ -320,8 +320,7 @@ def _asked(
 def _bytes_of_cache(prepared: Prepared, checked: CheckedModel, inputs: RunInputs) -> int:
     if prepared.method.trained_layers(checked.layout) is None:
         return 0
-    width = checked.config.hidden_size
-    return plan_cache(prepared, width, getattr(torch, inputs.dtype)).bytes
+    return plan_cache(prepared, checked.layout.width, getattr(torch, inputs.dtype)).bytes
 
 
 @dataclass

@@ -190,7 +190,7 @@ def unlearn_prepared(
     with ExitStack() as stack:
         stack.enter_context(fast_products(model.dtype, device))
         if engine is not None:
-            notes["cache"] = _fill(engine, prepared, parts, place, progress, stack)
+            notes["cache"] = _fill(engine, prepared, layout, parts, place, progress, stack)
         context = Context(
             model=model,
             layout=layout,
@@ -307,13 +307,14 @@ class _WithNotes:
 def _fill(
     engine: SegmentEngine,
     prepared: Prepared,
+    layout: DecoderLayout,
     parts: Parts,
     place: Place,
     progress: Progress,
     stack: ExitStack,
 ) -> dict[str, Any]:
     """Fills the cache of hidden states; returns what the manifest says of it."""
-    cache = plan_cache(prepared, parts.model.config.hidden_size, parts.model.dtype)
+    cache = plan_cache(prepared, layout.width, parts.model.dtype)
     directory = place.cache_directory
     if directory is None:
         directory = Path(stack.enter_context(TemporaryDirectory(prefix="expunge-")))

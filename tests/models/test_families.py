@@ -1,0 +1,101 @@
+"""Every row of docs/models.md: a tiny random model goes through run, reload and evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import LAYERS, PAGE, REFUSED, SUPPORTED, configuration, page
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+import expunge
+from conftest import NAMES, make_rows, refusal, write_jsonl
+from expunge.evaluation.decoding import cache_serves
+from expunge.methods.catalog import METHODS
+from expunge.models.decoder import find_layout, skeleton_of
+from expunge.training.options import TrainingOptions
+from expunge.training.run import RunInputs, run
+
+# Every kind of place that layers, maps and positions can be in.
+QUICK = {"bloom", "falcon", "gpt2", "gpt_bigcode", "lfm2", "mamba", "mpt", "opt", "qwen3_5_text"}
+FORGET, RETAIN = make_rows(NAMES[:1]), make_rows(NAMES[4:5], offset=3)
+Unlearn = Callable[[str, str], Path]
+
+
+def each(families: Any, quick: set[str] = QUICK) -> list[Any]:
+    """The families that this version of Transformers knows; all but a few are slow together."""
+    return [
+        pytest.param(family, marks=() if family in quick else pytest.mark.slow)
+        for family in families
+        if family in CONFIG_MAPPING_NAMES
+    ]
+
+
+@pytest.fixture
+def unlearn(tokenizer: Any, tmp_path: Path) -> Unlearn:
+    """Two steps of a method on a fresh model of a family; the run directory."""
+
+    def unlearned(family: str, method: str) -> Path:
+        target, output = tmp_path / "target", tmp_path / method
+        if not target.exists():
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                config = configuration(family, len(tokenizer))
+                AutoModelForCausalLM.from_config(config).save_pretrained(target)
+            tokenizer.save_pretrained(target)
+        forget, retain = (
+            str(write_jsonl(tmp_path / f"{name}.jsonl", rows))
+            for name, rows in (("forget", FORGET), ("retain", RETAIN))
+        )
+        inputs = RunInputs(str(target), forget, str(output), retain, device="cpu")
+        run(inputs, METHODS[method](random_rows=4), TrainingOptions(max_steps=2, batch_size=2))
+        return output
+
+    return unlearned
+
+
+@pytest.mark.parametrize("family", each(SUPPORTED))
+def test_a_family_is_unlearned_reloaded_and_measured(
+    family: str, unlearn: Unlearn, tokenizer: Any
+) -> None:
+    output = unlearn(family, "spectral")
+    model = AutoModelForCausalLM.from_pretrained(output)
+    before = AutoModelForCausalLM.from_pretrained(output.parent / "target").state_dict()
+    changed = {
+        name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])
+    }
+    linears = find_layout(model).linears()
+    assert {f"{name}.weight" for name in linears} <= changed
+    assert len(linears) >= LAYERS
+    cards = [expunge.evaluate(model, tokenizer, FORGET, RETAIN, batch_size=size) for size in (1, 4)]
+    assert cards[0] == cards[1]
+    assert cache_serves(model) == SUPPORTED[family].cached
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["libu", "adaptive-rmu"])
+@pytest.mark.parametrize("family", each(SUPPORTED))
+def test_the_other_methods_work_on_a_family(family: str, method: str, unlearn: Unlearn) -> None:
+    if method == "adaptive-rmu" and not SUPPORTED[family].steered:
+        message = refusal(lambda: unlearn(family, method))
+        assert "no MLP output in common; choose --method spectral" in message
+    else:
+        assert (unlearn(family, method) / "expunge.json").is_file()
+
+
+@pytest.mark.parametrize("family", each(REFUSED, set(REFUSED)))
+def test_a_family_is_refused_by_name(family: str) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    message = refusal(lambda: find_layout(skeleton_of(CONFIG_MAPPING[family]())))
+    assert message.startswith(f"{family}: {REFUSED[family][1]}")
+    assert message.endswith("docs/models.md")
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert len(SUPPORTED) >= 45
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/models/families.py"
