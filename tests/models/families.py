@@ -70,6 +70,14 @@ SUPPORTED: dict[str, Family] = {
     "gemma": Family("Gemma"),
     "gemma2": Family("Gemma 2"),
     "gemma3_text": Family("Gemma 3 1B and 270M"),
+    "gemma3n_text": Family(
+        "Gemma 3n, its text model",
+        {
+            **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 404},
+            **{"laurel_rank": 4, "num_kv_shared_layers": 0, "altup_num_inputs": 2},
+            **{"activation_sparsity_pattern": [0.0] * LAYERS, "intermediate_size": [32] * LAYERS},
+        },
+    ),
     "glm": Family("GLM-4 9B"),
     "glm4": Family("GLM-4-0414"),
     "gpt2": Family("GPT-2, DistilGPT-2"),
@@ -134,13 +142,13 @@ SUPPORTED: dict[str, Family] = {
     "youtu": Family("Youtu-LLM"),
 }
 
-_EXPERTS = "is a mixture of experts"
+EXPERTS = "is a mixture of experts"
 _SENSES = "is multimodal"
 _BOTH_WAYS = "is an encoder"
 _PAIR = "is an encoder-decoder"
 REFUSED: dict[str, tuple[str, str]] = {
     **{
-        family: (known, _EXPERTS)
+        family: (known, EXPERTS)
         for family, known in {
             "afmoe": "Trinity",
             "deepseek_v2": "DeepSeek-V2",
@@ -200,7 +208,7 @@ REFUSED: dict[str, tuple[str, str]] = {
 
 
 def configuration(family: str, vocabulary: int) -> Any:
-    """A tiny configuration in float32; of refused families the default one will do."""
+    """A tiny configuration in float32."""
     import torch
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -209,7 +217,7 @@ def configuration(family: str, vocabulary: int) -> Any:
     known = usual.to_dict().keys() | usual.attribute_map.keys()
     twice = {inner for outer, inner in usual.attribute_map.items() if outer in known}
     sizes = {name: size for name, size in _SIZES.items() if name in known - twice}
-    sizes |= {"vocab_size": vocabulary} | SUPPORTED[family].sizes
+    sizes |= {"vocab_size": vocabulary} | (SUPPORTED[family].sizes if family in SUPPORTED else {})
     config = AutoConfig.for_model(family, **sizes)
     config.dtype = torch.float32
     return config

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Targets = Literal["attention", "mlp", "all"]
 _MLP = re.compile(r"mlp|ffn|feed_forward|^ff\b|^fc\d")
 _SUPPORTED = "give a decoder-only model of a family in docs/models.md"
-_EXPERTS = re.compile(r"expert|moe|router")
+_EXPERTS = re.compile(r"expert|moe")
 _CROSS = re.compile(r"cross_?attn|cross_?attention|encoder_attn")
 _SENSES = re.compile(r"vision|audio|image")
 
