@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import FAMILIES, refusal, shaken, tiny_model
 from expunge.evaluation import cache, decoding, generation
+from expunge.evaluation.decoding import cache_serves
 from expunge.evaluation.generation import generate
 
 NEW_TOKENS = 10
@@ -208,6 +209,7 @@ def test_a_right_draft_needs_no_step(tokenizer: Any, monkeypatch: pytest.MonkeyP
     asked = prompts([5, 9, 30], len(tokenizer))
     alone = [one_at_a_time(model, prompt, 0) for prompt in asked]
     passes = []
+    assert cache_serves(model)  # tried once a model
     model.register_forward_hook(lambda *_: passes.append(1))
     assert write(model, tokenizer, asked, 64, drafts=alone) == texts(tokenizer, alone)
     assert len(passes) == 1

@@ -19,7 +19,7 @@ from expunge.errors import InputError
 from expunge.methods.base import Context
 from expunge.methods.libu import LIBU
 from expunge.methods.spectral import Spectral
-from expunge.models.lora import Targets
+from expunge.models.decoder import Targets
 from expunge.training.loop import optimizer_of
 
 Contexts = Callable[..., Context]

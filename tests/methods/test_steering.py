@@ -358,7 +358,7 @@ def test_a_model_without_what_is_trained_is_refused() -> None:
     layout = find_layout(tiny_model("olmo", 300))
     for less, reason in (
         ({"count": 2}, "trains 3 layers, the model has 2"),
-        ({"mlp_output": None}, "no MLP output in common"),
+        ({"mlp_output": ""}, "no MLP output in common"),
     ):
         with pytest.raises(InputError, match=f"--method adaptive-rmu: .*{reason}; choose --method"):
             AdaptiveRMU().check(dataclasses.replace(layout, **less))

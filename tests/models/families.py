@@ -57,7 +57,7 @@ SUPPORTED: dict[str, Family] = {
     "bamba": Family("Bamba", _MAMBA | {"attn_layer_indices": [1, 3]}, cached=False),
     "biogpt": Family("BioGPT"),
     "bloom": Family("BLOOM, BLOOMZ"),
-    "codegen": Family("CodeGen", {"rotary_dim": 4}),
+    "codegen": Family("CodeGen", {"num_attention_heads": 4, "rotary_dim": 4}),
     "cohere": Family("Command R, Aya"),
     "cohere2": Family("Command R7B, Command A"),
     "cwm": Family("Code World Model"),

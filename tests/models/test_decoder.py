@@ -144,7 +144,7 @@ def test_layers_that_differ_are_each_known_by_their_own_maps() -> None:
     assert layout.mlp_output == "feed_forward.w2"  # w3 comes last and leads inward
     model.model.layers[1].feed_forward = torch.nn.Identity()
     layout = find_layout(model)
-    assert layout.mlp_output is None
+    assert not layout.mlp_output
     assert "choose --method spectral" in refusal(lambda: layout.check_mlp_output("--method rmu"))
 
 

@@ -15,13 +15,21 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 import expunge
 from conftest import NAMES, make_rows, refusal, write_jsonl
 from expunge.evaluation.decoding import cache_serves
-from expunge.methods.catalog import METHODS
+from expunge.methods.adaptive_rmu import AdaptiveRMU
+from expunge.methods.base import Method
+from expunge.methods.libu import LIBU
+from expunge.methods.spectral import Spectral
 from expunge.models.decoder import find_layout, skeleton_of
 from expunge.training.options import TrainingOptions
 from expunge.training.run import RunInputs, run
 
 # Every kind of place that layers, maps and positions can be in.
 QUICK = {"bloom", "falcon", "gpt2", "gpt_bigcode", "lfm2", "mamba", "mpt", "opt", "qwen3_5_text"}
+METHODS: dict[str, Method] = {
+    "spectral": Spectral(random_rows=4),
+    "libu": LIBU(random_rows=4),
+    "adaptive-rmu": AdaptiveRMU(random_rows=4),
+}
 FORGET, RETAIN = make_rows(NAMES[:1]), make_rows(NAMES[4:5], offset=3)
 Unlearn = Callable[[str, str], Path]
 
@@ -52,7 +60,7 @@ def unlearn(tokenizer: Any, tmp_path: Path) -> Unlearn:
             for name, rows in (("forget", FORGET), ("retain", RETAIN))
         )
         inputs = RunInputs(str(target), forget, str(output), retain, device="cpu")
-        run(inputs, METHODS[method](random_rows=4), TrainingOptions(max_steps=2, batch_size=2))
+        run(inputs, METHODS[method], TrainingOptions(max_steps=2, batch_size=2))
         return output
 
     return unlearned

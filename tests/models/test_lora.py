@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from conftest import FAMILIES, random_examples, shaken, tiny_model
 from expunge.data.batches import collate
-from expunge.models.decoder import find_layout
-from expunge.models.lora import Adapter, LoraShape, Targets
+from expunge.models.decoder import Targets, find_layout
+from expunge.models.lora import Adapter, LoraShape
 
 ALL = (*FAMILIES, "gpt2")
 # What PEFT warns of would stand on the command's standard error.

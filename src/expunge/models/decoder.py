@@ -34,10 +34,10 @@ class DecoderLayout:
     count: int
     width: int
     """Size of the residual stream."""
-    mlp_output: str | None
+    mlp_output: str
     """Name, inside a layer, of the projection that writes the MLP's result to the residual stream.
 
-    None where the layers have none in common.
+    Empty where the layers have none in common.
     """
     attention_linears: tuple[str, ...]
     """Full names of the linear maps that mix tokens: of attention, convolutions, recurrences."""
@@ -74,7 +74,7 @@ class DecoderLayout:
 
     def check_mlp_output(self, user: str) -> None:
         """Raises InputError where the layers have no MLP output in common, which `user` needs."""
-        if self.mlp_output is None:
+        if not self.mlp_output:
             raise InputError(
                 f"{user}: the model's layers have no MLP output in common; choose --method spectral"
                 " or libu"
@@ -132,7 +132,7 @@ def find_layout(model: PreTrainedModel) -> DecoderLayout:
         layers=name,
         count=len(layers),
         width=config.hidden_size,
-        mlp_output=common[-1] if common else None,
+        mlp_output=common[-1] if common else "",
         attention_linears=tuple(attention),
         mlp_linears=tuple(mlps),
     )
