@@ -60,7 +60,9 @@ def unlearn(tokenizer: Any, tmp_path: Path) -> Unlearn:
             for name, rows in (("forget", FORGET), ("retain", RETAIN))
         )
         inputs = RunInputs(str(target), forget, str(output), retain, device="cpu")
-        run(inputs, METHODS[method], TrainingOptions(max_steps=2, batch_size=2))
+        # A fresh model knows no row.
+        options = TrainingOptions(max_steps=2, batch_size=2, unknown_rows="unlearn")
+        run(inputs, METHODS[method], options)
         return output
 
     return unlearned
@@ -68,17 +70,21 @@ def unlearn(tokenizer: Any, tmp_path: Path) -> Unlearn:
 
 @pytest.mark.parametrize("family", each(SUPPORTED))
 def test_a_family_is_unlearned_reloaded_and_measured(
-    family: str, unlearn: Unlearn, tokenizer: Any
+    family: str, unlearn: Unlearn, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("expunge.evaluation.generation.MAX_NEW_TOKENS", 12)
     output = unlearn(family, "spectral")
     model = AutoModelForCausalLM.from_pretrained(output)
     before = AutoModelForCausalLM.from_pretrained(output.parent / "target").state_dict()
     changed = {
         name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])
     }
-    linears = find_layout(model).linears()
-    assert {f"{name}.weight" for name in linears} <= changed
-    assert len(linears) >= LAYERS
+    layout = find_layout(model)
+    assert changed <= {f"{name}.weight" for name in layout.linears()}
+    for layer in range(LAYERS):
+        # Gemma 3n's per-layer embeddings lead to weights that are 0 in a fresh model.
+        maps = {f"{name}.weight" for name in layout.linears(layers=[layer])}
+        assert len(maps & changed) > len(maps) / 2
     cards = [expunge.evaluate(model, tokenizer, FORGET, RETAIN, batch_size=size) for size in (1, 4)]
     assert cards[0] == cards[1]
     assert cache_serves(model) == SUPPORTED[family].cached

@@ -43,7 +43,7 @@ _QUIET_LIBRARIES = {
 }
 _LESS_MEMORY = {
     "benchmark": "use a machine with more",
-    "demo": "use --device cpu",
+    "demo": "lower --documents",
     "serve": "use --dtype bfloat16",
 } | dict.fromkeys(("run", "sweep"), "lower --micro-batch-size; expunge plan says what fits")
 """What takes less, by command; others have the two options of most."""

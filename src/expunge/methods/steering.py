@@ -78,8 +78,6 @@ class SteeringSettings:
     """With non-members: how far a row's strength moves for a loss that is wrong by a never-seen row's;
     0 steers every row all the way."""
 
-    name: ClassVar[str]
-
     def __post_init__(self) -> None:
         check_finite(self)
         if isinstance(self.layer, str) and self.layer != "auto":
