@@ -183,7 +183,7 @@ def test_each_token_may_be_computed_by_another_thread(pair: Pair) -> None:
     ("values", "told"),
     [
         ({"prompt": " \n"}, "prompt is empty"),
-        ({"tokens": 0}, "new tokens 0: must be 1 or more"),
+        ({"tokens": 0}, "new tokens 0: must be from 1 to 1024"),
         ({"temperature": -1.0}, "temperature -1.0"),
         ({"temperature": float("nan")}, "temperature nan"),
         ({"seed": -1}, "seed -1"),

@@ -34,8 +34,8 @@ def ask(
         return {"type": "http.request", "body": b""}
 
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
-    scope = {"type": kind, "path": path, "headers": pairs}
-    asyncio.run(Guard(inside, hosts)(scope, receive, send))
+    scope = {"type": kind, "path": path, "method": "GET", "headers": pairs}
+    asyncio.run(Guard(inside, hosts, {0: 1})(scope, receive, send))
     if kind != "http":
         return messages[0]["code"], {}, messages[0]["type"].encode()
     names = [name.lower() for name, _ in messages[0]["headers"]]

@@ -147,17 +147,18 @@ def test_the_password_comes_from_a_file_or_the_environment(
     assert read_password(ServeInputs(**outside)) == "of the environment"  # type: ignore[arg-type]
     assert read_password(ServeInputs("run")) == "of the environment"
     assert read_password(ServeInputs("run", password_file=str(path))) == "of the file"
-    for text, told in (("\nsecond", "is empty"), ("short", "has 5 characters")):
+    for text, told in (("\nsecond", "holds 0 characters"), ("short", "holds 5 characters")):
         path.write_text(text)
         message = refusal(
             lambda: read_password(ServeInputs(**outside, password_file=str(path)))  # type: ignore[arg-type]
         )
         assert told in message
         assert "short" not in message.replace(str(path), "")
-    monkeypatch.setenv(PASSWORD, " ")
-    assert refusal(lambda: read_password(ServeInputs("run"))) == (
-        f"{PASSWORD}: is empty; write the password there"
-    )
+    for short, count in ((" ", 0), ("x", 1), ("seven  ", 5), ("1234567", 7)):
+        monkeypatch.setenv(PASSWORD, short)
+        assert refusal(lambda: read_password(ServeInputs("run"))) == (
+            f"{PASSWORD}: holds {count} characters; a password has 8 or more"
+        )
 
 
 def test_no_option_takes_the_password_itself(run_cli: Cli) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import html
+import itertools
+import json
+import math
 import os
 import re
 import shutil
@@ -10,11 +13,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
+from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
 import pytest
@@ -107,7 +112,7 @@ def running(checked: Any, pair: Any) -> Iterator[str]:
     from expunge.web.serving import address, server_of
 
     opened = listening(checked.inputs.host, 0)
-    server = server_of(checked, pair)
+    server = server_of(checked, pair, os.environ["GRADIO_TEMP_DIR"])
     url = address(checked.inputs.host, opened.getsockname()[1])
     server.config.app = kept(server.config.app, bodies.setdefault(url, bytearray()))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]}, daemon=True)
@@ -552,9 +557,166 @@ def test_a_fault_within_says_its_type_and_nothing_else(checked: Any, pair: Any) 
         assert "Ada" not in below
 
 
+def post(url: str, body: bytes, cookie: str = "", kind: str = "application/json") -> int:
+    headers = {"content-type": kind, **({"cookie": cookie} if cookie else {})}
+    try:
+        with urlopen(Request(url, data=body, headers=headers), timeout=10) as answer:
+            return int(answer.status)
+    except HTTPError as error:
+        return error.code
+
+
+def logged_in(url: str) -> str:
+    """The cookie of whoever knows the password."""
+    body = urlencode({"username": "any", "password": PASSWORD}).encode()
+    with urlopen(f"{url}/login", data=body, timeout=10) as answer:
+        return str(answer.headers["set-cookie"]).split(";")[0]
+
+
+@pytest.fixture(scope="module")
+def handlers(masked: str) -> list[tuple[int, int]]:
+    """Index and number of values of every handler."""
+    with urlopen(f"{masked}/config", timeout=10) as answer:
+        config = json.load(answer)
+    return [(each["id"], len(each["inputs"])) for each in config["dependencies"]]
+
+
+def queued(url: str, path: str, body: dict[str, Any], cookie: str = "") -> list[Any]:
+    """The status of a call, and what the queue then says of it."""
+    status = post(f"{url}{path}", json.dumps(body).encode(), cookie)
+    told: list[Any] = [status]
+    if status == 200 and path.endswith("join"):
+        address = f"{url}/gradio_api/queue/data?session_hash={body['session_hash']}"
+        with urlopen(Request(address, headers={"cookie": cookie}), timeout=20) as answer:
+            told += [json.loads(line[5:]) for line in answer if line.startswith(b"data:")]
+    return told
+
+
+@pytest.mark.parametrize("where", ["local", "web"])
+def test_no_handler_takes_a_file_in_the_place_of_a_value(
+    masked: str, locked: str, handlers: list[tuple[int, int]], written: Path,
+    tmp_path: Path, where: str,
+) -> None:  # fmt: skip
+    secret = tmp_path / "secret"
+    secret.write_text("of this machine alone")
+    path = str(secret) if where == "local" else f"{masked}/theme.css"
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}, "url": path}
+    assert len(handlers) > 7
+    visitors = [(masked, ""), (locked, logged_in(locked)), (locked, "")]
+    calls = ("/gradio_api/queue/join", "/gradio_api/run/predict")
+    for (url, cookie), (index, count), call, form in itertools.product(
+        visitors, handlers, calls, (file, [file], {"x": file})
+    ):
+        body: dict[str, Any] = {"fn_index": index, "session_hash": "files"}
+        assert queued(url, call, {**body, "data": [form] * max(count, 1)}, cookie) == [400], body
+        # What a click brings along is read by no handler but one, as text.
+        queued(url, call, {**body, "data": [None] * count, "event_data": {"x": form}}, cookie)
+    assert [path for path in written.rglob("*") if path.name in ("secret", "theme.css")] == []
+
+
+def test_gradio_by_itself_takes_no_file_either(
+    checked: Any, pair: Any, handlers: list[tuple[int, int]], written: Path, tmp_path: Path
+) -> None:
+    """Behind the guard stands Gradio's own check, which it makes for an app that it launched."""
+    from starlette.testclient import TestClient
+
+    from expunge.web.serving import server_of
+
+    inside = server_of(checked, pair, str(written)).config.app._app
+    secret = tmp_path / "behind"
+    secret.write_text("of this machine alone")
+    file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+    client = TestClient(inside, base_url="http://127.0.0.1")
+    for index, count in handlers:
+        body = {"data": [file] * count, "fn_index": index, "session_hash": "behind"}
+        told = client.post("/gradio_api/run/predict", json=body)
+        assert (told.status_code == 200) == (count == 0)
+    assert list(written.rglob("behind")) == []
+
+
+def test_what_gradio_might_write_lies_in_a_directory_that_goes(
+    checked: Any, pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import uvicorn
+
+    from expunge.web import serving
+
+    seen: list[tuple[Path, int]] = []
+
+    def stopped(_server: Any, sockets: Any) -> None:
+        directory = Path(os.environ["GRADIO_TEMP_DIR"])
+        seen.append((directory, directory.stat().st_mode & 0o777))
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "of everyone"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(serving, "check", lambda _inputs: checked)
+    monkeypatch.setattr(serving, "load", lambda *_: pair)
+    monkeypatch.setattr(uvicorn.Server, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        serving.serve(checked.inputs, lambda _url, _locked: None)
+    [(directory, mode)] = seen
+    assert (directory.parent, mode) == (tmp_path, 0o700)
+    assert list(tmp_path.iterdir()) == []
+
+
+MALFORMED: list[Any] = [
+    b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 90_000, b'{"data": 1}', b'{"data": []}',
+    {"fn_index": 0}, {"fn_index": 99, "data": []}, {"fn_index": "0", "data": []},
+    {"fn_index": 0, "data": ["x"]}, {"fn_index": 0, "data": ["x"] * 9},
+    {"fn_index": 0, "data": ["x", 1, "greedy", 1, 0], "trigger_id": "x", "session_hash": "m"},
+    {"fn_index": 0, "data": ["x", 1, "greedy", 1, 0], "session_hash": 7},
+    {"fn_index": 0, "data": ["x", 1, "greedy", 1, 0], "event_data": 3, "session_hash": "m"},
+    {"fn_index": True, "data": ["x"] * 5},
+]  # fmt: skip
+
+
+def test_malformed_requests_leave_one_line_at_most(
+    masked: str, handlers: list[tuple[int, int]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    calls = ("/gradio_api/queue/join", "/gradio_api/run/predict")
+    for body, call in itertools.product(MALFORMED, calls):
+        sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+        assert 400 <= post(masked + call, sent) < 500, body
+    values: list[Any] = [None, "", "x", -1, 0, 1e300, 10**30, True, "\ud800", float("nan")]
+    for (index, count), value, call in itertools.product(handlers, values, calls):
+        body = {"data": [value] * count, "fn_index": index, "session_hash": f"s{index}",
+                "trigger_id": 99999, "event_data": {"row_value": value}}  # fmt: skip
+        assert queued(masked, call, body)[0] in (200, 404, 500), body
+    for path in ("cancel", "reset", "startup-events", "queue/join", "heartbeat/x", "queue/data"):
+        for sent in (b"", b"{", b"[1]", b'{"event_id": 3}', b'{"event_id": "x"}'):
+            assert post(f"{masked}/gradio_api/{path}", sent) < 500
+    assert status(f"{masked}/gradio_api/queue/data?session_hash=nobody") == 200
+    assert status(f"{masked}/%ff%fe") == 404
+    assert status(masked, Origin="http://[") == 403
+    told = capfd.readouterr().err
+    assert "Traceback" not in told
+    assert all(line.startswith("a request was not answered (") for line in told.splitlines()), told
+
+
+def test_a_request_has_an_end(masked: str) -> None:
+    body = {"data": ["x" * 2**20, 1, "greedy", 1, 0], "fn_index": 0, "session_hash": "long"}
+    assert post(f"{masked}/gradio_api/queue/join", json.dumps(body).encode()) == 413
+
+
+def test_passwords_are_not_guessed_in_parallel(locked: str) -> None:
+    guesses = [urlencode({"username": "x", "password": f"wrong{n}"}).encode() for n in range(40)]
+    form = "application/x-www-form-urlencoded"
+    with ThreadPoolExecutor(40) as pool:
+        told = list(pool.map(lambda body: post(f"{locked}/login", body, kind=form), guesses))
+    # Whoever was tried took a second, and the others were not.
+    assert told.count(400) in (1, 2)
+    assert told.count(429) == 40 - told.count(400)
+    assert status(f"{locked}/config", cookie=logged_in(locked)) == 200
+
+
 @pytest.mark.parametrize(
     ("values", "told"),
     [
+        (([], 5, "greedy", 1.0, 0), "is no text"),
+        (("x", "5", "greedy", 1.0, 0), "are numbers"),
+        (("x", 10**30, "greedy", 1.0, 0), "must be from 1 to 1024"),
+        (("x", 5, "sample", math.nan, 0), "are numbers"),
         (("", 5, "greedy", 1.0, 0), "the prompt is empty"),
         ((None, 5, "greedy", None, None), "the prompt is empty"),
         (("x " * 150, 5, "greedy", 1.0, 0), "fills the context of 128"),

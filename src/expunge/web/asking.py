@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Side = Literal["target", "unlearned"]
+MOST_TOKENS = 1024
+"""New tokens that an answer may get."""
 SIDES: tuple[Side, Side] = ("target", "unlearned")
 Ending = Literal["writing", "end of text", "length", "stopped"]
 """Why an answer ends: the model ended it, it has all tokens that it may get, or somebody stopped it."""
@@ -46,8 +48,8 @@ class Question:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise InputError("the prompt is empty; write what the models are to continue")
-        if self.tokens < 1:
-            raise InputError(f"new tokens {self.tokens}: must be 1 or more")
+        if not 1 <= self.tokens <= MOST_TOKENS:
+            raise InputError(f"new tokens {self.tokens}: must be from 1 to {MOST_TOKENS}")
         if not 0 <= self.temperature <= 10:
             raise InputError(f"temperature {self.temperature}: must be from 0 to 10")
         if not 0 <= self.seed < 2**32:

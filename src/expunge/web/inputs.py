@@ -159,7 +159,7 @@ def check(inputs: ServeInputs) -> Checked:
 
 
 def read_password(inputs: ServeInputs) -> str | None:
-    """The password, or None. Raises InputError for one that is missing, empty or too short to help."""
+    """The password, or None. Raises InputError for one that is missing or too short to help."""
     password, source = os.environ.get(PASSWORD), PASSWORD
     if inputs.password_file is not None:
         source = f"--password-file {inputs.password_file}"
@@ -169,19 +169,15 @@ def read_password(inputs: ServeInputs) -> str | None:
             why = getattr(error, "strerror", None) or "is not UTF-8"
             raise InputError(f"{source}: {why}; name a file that holds the password") from None
         password = lines[0] if lines else ""
-    if password is not None and not password.strip():
-        raise InputError(f"{source}: is empty; write the password there")
-    if is_loopback(inputs.host):
-        return password
-    if password is None:
+    if password is None and not is_loopback(inputs.host):
         raise InputError(
             f"--host {inputs.host}: other machines could reach the page; give --password-file FILE,"
             f" or set {PASSWORD}"
         )
-    if len(password) < _LEAST_PASSWORD:
+    if password is not None and len(password.strip()) < _LEAST_PASSWORD:
         raise InputError(
-            f"{source}: has {len(password)} characters; a page that other machines reach needs"
-            f" {_LEAST_PASSWORD} or more"
+            f"{source}: holds {len(password.strip())} characters; a password has {_LEAST_PASSWORD} or"
+            " more"
         )
     return password
 

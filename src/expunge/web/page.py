@@ -6,6 +6,7 @@ unless it was revealed: not as a value, not as a choice, not as state.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from expunge.errors import InputError
 from expunge.evaluation.generation import MAX_NEW_TOKENS
 from expunge.reporting.rendering import page as report_page
 from expunge.web import drawing
-from expunge.web.asking import SIDES, Answer, Pair, Question, Side, row_score
+from expunge.web.asking import MOST_TOKENS, SIDES, Answer, Pair, Question, Side, row_score
 from expunge.web.inputs import Checked
 
 GREEDY, SAMPLE = "greedy", "sample"
@@ -76,7 +77,7 @@ class Desk:
 
     def card(self, key: str | None) -> str:
         """The row that was chosen; its text only where it is revealed."""
-        if key not in self.rows:
+        if not isinstance(key, str) or key not in self.rows:
             return drawing.note("No row is chosen.")
         split, row = self.rows[key]
         return drawing.row_card(
@@ -89,7 +90,7 @@ class Desk:
 
     def ask_row(self, key: str | None, session: str) -> Iterator[Drawn]:
         """Asks both with a row's input: the scores, and the answers where text is revealed."""
-        if key not in self.rows:
+        if not isinstance(key, str) or key not in self.rows:
             yield "", "", drawing.note("Choose a row first.", "wrong")
             return
         _, row = self.rows[key]
@@ -169,7 +170,7 @@ def build(checked: Checked, pair: Pair) -> gr.Blocks:
             )
         )  # fmt: skip
         with gr.Tab("Prompt", id="prompt"):
-            _prompt_tab(desk, min(pair.voices["unlearned"].policy.context - 1, 1024))
+            _prompt_tab(desk, min(pair.voices["unlearned"].policy.context - 1, MOST_TOKENS))
         with gr.Tab("Rows", id="rows"):
             _rows_tab(desk, checked)
         with gr.Tab("Report", id="report"):
@@ -230,7 +231,6 @@ def _rows_tab(desk: Desk, checked: Checked) -> None:
     heads, lines = drawing.row_lines(
         {split: rows.rows for split, rows in checked.rows.items()}, checked.before, checked.after
     )
-    keys = list(desk.rows)
     table = gr.Dataframe(
         lines,
         headers=heads,
@@ -261,10 +261,12 @@ def _rows_tab(desk: Desk, checked: Checked) -> None:
 
     names = {(split, row.id): key for key, (split, row) in desk.rows.items()}
 
-    def picked(event: gr.SelectData) -> Any:
+    def picked(event: gr.EventData) -> Any:
         # By its name, not by its place: the browser may have sorted or filtered the table.
-        line = event.row_value
-        return names.get((str(line[1]), str(line[0])), keys[0])
+        line = (event._data or {}).get("row_value")
+        if not isinstance(line, list) or len(line) < 2:
+            return None
+        return names.get((str(line[1]), str(line[0])))
 
     def asked(key: str | None, request: gr.Request) -> Iterator[Drawn]:
         yield from desk.ask_row(key, str(request.session_hash))
@@ -305,15 +307,18 @@ def _html(value: str, **options: Any) -> gr.HTML:
     return gr.HTML(value, apply_default_css=False, js_on_load=None, **options)
 
 
-def question_of(
-    prompt: str, tokens: int, how: str, temperature: float | None, seed: int | None
-) -> Question:
-    """What the form says. Raises InputError, also for fields that were emptied."""
+def question_of(prompt: Any, tokens: Any, how: Any, temperature: Any, seed: Any) -> Question:
+    """What the form says. Raises InputError for emptied fields, and for what no form sends."""
+    if not isinstance(prompt, str | None):
+        raise InputError("the prompt is no text; write what the models are to continue")
+    for number in (tokens, temperature, seed):
+        if not isinstance(number, int | float | None) or not math.isfinite(number or 0):
+            raise InputError("tokens, temperature and seed are numbers; fill the fields")
     if how == GREEDY:
-        return Question(prompt or "", int(tokens))
+        return Question(prompt or "", int(tokens or 0))
     if not temperature or seed is None:
         raise InputError("draws need a temperature above 0 and a seed; fill both fields")
-    return Question(prompt or "", int(tokens), float(temperature), int(seed))
+    return Question(prompt or "", int(tokens or 0), float(temperature), int(seed))
 
 
 def _stopper(desk: Desk) -> Callable[[gr.Request], None]:
@@ -324,11 +329,12 @@ def _stopper(desk: Desk) -> Callable[[gr.Request], None]:
 
 
 _AT_ONCE: dict[str, Any] = {
-    "queue": False, "show_progress": "hidden", "api_visibility": "private"
+    "queue": False, "show_progress": "hidden", "api_visibility": "private", "preprocess": False
 }  # fmt: skip
 _GENERATES: dict[str, Any] = {
     "concurrency_id": _MODELS,
     "concurrency_limit": 1,
     "show_progress": "hidden",
     "api_visibility": "private",
+    "preprocess": False,  # a value of the wrong kind is the handler's to refuse
 }

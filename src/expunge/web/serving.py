@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from expunge.models.loading import load_model, text_policy
@@ -38,9 +39,10 @@ def serve(
     opened = listening(inputs.host, inputs.port)
     try:
         pair = load(checked, progress)
-        server = server_of(checked, pair)
-        ready(address(inputs.host, opened.getsockname()[1]), checked.password is not None)
-        server.run(sockets=[opened])
+        with TemporaryDirectory(prefix="expunge-page-") as temporary:  # of mode 0700
+            server = server_of(checked, pair, temporary)
+            ready(address(inputs.host, opened.getsockname()[1]), checked.password is not None)
+            server.run(sockets=[opened])
     finally:
         opened.close()
 
@@ -64,8 +66,9 @@ def load(
     return Pair(*voices)
 
 
-def server_of(checked: Checked, pair: Pair) -> uvicorn.Server:
-    """The server of the page, not started."""
+def server_of(checked: Checked, pair: Pair, temporary: str) -> uvicorn.Server:
+    """The server of the page, not started. What Gradio might write goes to `temporary`."""
+    os.environ["GRADIO_TEMP_DIR"] = temporary
     # Read as Gradio is imported: it would report its use and ask for a newer version.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
@@ -74,9 +77,12 @@ def server_of(checked: Checked, pair: Pair) -> uvicorn.Server:
 
     from expunge.web.page import build
 
+    page = build(checked, pair)
+    # Gradio checks the paths of files only for an app that it launched by itself.
+    page.has_launched = True
     inside: Any = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
-        build(checked, pair),
+        page,
         path="/",
         auth=None if checked.password is None else _door(checked.password),
         # Gradio's form sends nothing, and says nothing, while the user name is empty.
@@ -101,8 +107,9 @@ def server_of(checked: Checked, pair: Pair) -> uvicorn.Server:
     hosts = (*_LOOPBACK, host) if is_loopback(host) else None
     return uvicorn.Server(
         uvicorn.Config(
-            Guard(inside, hosts),
+            Guard(inside, hosts, {index: len(each.inputs) for index, each in page.fns.items()}),
             log_level="warning",
+            use_colors=False,
             access_log=False,
             server_header=False,
             proxy_headers=False,
@@ -119,7 +126,7 @@ def address(host: str, port: int) -> str:
 
 
 def _door(password: str) -> Callable[[str, str], Awaitable[bool]]:
-    """Whether a login is right; a wrong one takes a while, so that guessing does."""
+    """Whether a login is right; a wrong one takes a while, and the guard lets few be tried at a time."""
 
     async def opens(_user: str, given: str) -> bool:
         if same_password(given, password):
