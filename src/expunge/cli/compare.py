@@ -70,4 +70,4 @@ def show(cards: dict[str, Scorecard], *, as_json: bool = False, as_markdown: boo
         if name in ("target", "oracle"):
             continue
         for finding in findings(card, cards.get("target")):
-            console.print(f"{name}: {finding}", markup=False, highlight=False)
+            console.print(f"{name}: {finding}")

@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from expunge.terminal import plain_console
 from expunge.training.progress import Silent
 
 
@@ -40,7 +41,7 @@ class ConsoleProgress:
 
     def message(self, text: str) -> None:
         """A line above the bars."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, soft_wrap=True)
 
     def _update(self, name: str, done: int, total: int, terms: str) -> None:
         # Started here, because even a display without bars ends with an empty line.
@@ -61,7 +62,7 @@ def progress_on_stderr(*, quiet: bool) -> Iterator[ConsoleProgress | Silent]:
     if quiet or not speaks():
         yield Silent()
         return
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     bars = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),

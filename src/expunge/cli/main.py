@@ -16,6 +16,7 @@ from typing import NoReturn, TextIO
 import expunge
 from expunge.disk import explained
 from expunge.errors import ExpungeError, is_out_of_memory, place_of
+from expunge.terminal import plain_streams
 
 COMMANDS = {
     "demo": ("expunge.cli.demo", "unlearn the built-in benchmark, end with scorecards and reports"),
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # What the terminal's encoding lacks is shown by its number, and no work is lost.
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = _run(arguments)
+        with plain_streams():
+            code = _run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         if not _is_unread(sys.stdout):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from expunge.errors import InputError
+from expunge.terminal import own_stdout
 
 Command = TypeVar("Command")
 _LONGEST_NAME = 255
@@ -41,7 +42,7 @@ def parse(
     check_words(arguments)
     captured = io.StringIO()
     try:
-        with contextlib.redirect_stderr(captured):
+        with contextlib.redirect_stderr(captured), own_stdout():
             parsed = tyro.cli(
                 command, args=arguments, prog=prog, description=(command.__doc__ or "").strip()
             )

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from expunge.cli.options import parse, take_flag
 from expunge.reporting.material import ReportInputs
 from expunge.reporting.report import DATA, MARKDOWN, PAGE, write_report
+from expunge.terminal import plain_console
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     report = write_report(settings)
     if quiet:
         return 0
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     summary = report["summary"]
     console.print(summary["title"] + (f": {summary['sentence']}" if summary["sentence"] else ""))
     for caution in summary["cautions"]:

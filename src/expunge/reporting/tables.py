@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from expunge.evaluation.score_files import SCORES
 from expunge.evaluation.scorecard import KIND_NAMES, Cells, Scorecard
+from expunge.terminal import plain_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,9 +27,7 @@ _TOTALS = (
 
 def table_console() -> Console:
     """A console for tables. What is no terminal wraps nothing: there a table must not be cut."""
-    from rich.console import Console
-
-    console = Console(markup=False, highlight=False)
+    console = plain_console()
     if not console.is_terminal:
         console.width = _WIDE
     return console

@@ -1,0 +1,58 @@
+"""What reaches a terminal: control characters of ids, names and paths are shown there, not obeyed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+# Besides C0, DEL and C1 those that turn the direction of text around. Tabs and line ends stay.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def plain(text: str) -> str:
+    """The text with such characters written as in JSON, so that JSON stays what it is."""
+    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class _Plain:
+    """A stream for text from anywhere."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.rich_proxied_file = stream
+        """Where rich writes by itself: its own sequences must pass."""
+
+    def write(self, text: str) -> int:
+        return self.rich_proxied_file.write(plain(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+
+@contextmanager
+def plain_streams() -> Iterator[None]:
+    """Standard output and error for the body."""
+    with redirect_stdout(_Plain(sys.stdout)), redirect_stderr(_Plain(sys.stderr)):
+        yield
+
+
+def own_stdout() -> redirect_stdout[Any]:
+    """Standard output as it is, for text of this program's own that may be coloured."""
+    return redirect_stdout(getattr(sys.stdout, "rich_proxied_file", sys.stdout))
+
+
+def plain_console(**options: Any) -> Console:
+    """A console of rich's for text from anywhere: nothing in it is markup or an emoji's name."""
+    from rich.console import Console
+
+    class Plain(Console):
+        def render_str(self, text: str, **more: Any) -> Text:
+            return super().render_str(plain(text), **more)
+
+    return Plain(markup=False, emoji=False, highlight=False, **options)
