@@ -100,8 +100,16 @@ class ManyProcesses:
 
 
 def processes_of(device_type: str) -> Processes:
-    """Those that `accelerate launch` or torchrun started, or this one alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    """Those that `accelerate launch` or torchrun started, or this one alone.
+
+    Raises InputError where others are counted and nothing says where they are.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1 and "MASTER_ADDR" not in os.environ:
+        raise InputError(
+            f"WORLD_SIZE={count}: MASTER_ADDR is not set; unset it, or start with accelerate launch"
+        )
+    if count > 1:
         return ManyProcesses(device_type)
     return OneProcess()
 

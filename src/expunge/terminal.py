@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
 
 # Besides C0, DEL and C1 those that turn the direction of text around. Tabs and line ends stay.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def speaks() -> bool:
+    """Whether this process speaks to the user: of those that accelerate launch started, the first.
+
+    A RANK alone is what a scheduler left behind.
+    """
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") in ("0", "1")
 
 
 def plain(text: str) -> str:

@@ -314,13 +314,37 @@ def test_of_several_processes_the_first_says_it_and_the_others_let_it(
 ) -> None:
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
-    command = ("evaluate", places["nowhere"], "--forget", places["forget"])
+    command = ("compare", places["nowhere"])
     monkeypatch.setenv("RANK", "0")
     code, _, err = run_cli(*command)
     assert (code, err.count("\n"), waited) == (2, 1, [])
     monkeypatch.setenv("RANK", "1")
+    code, _, err = run_cli(*command)  # a scheduler's, of no launch
+    assert (code, err.count("\n"), waited) == (2, 1, [])
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert run_cli(*command) == (2, "", "")
     assert len(waited) == 1
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+@pytest.mark.parametrize("value", ["abc", "", "-1", "1.5", "9" * 5000])
+def test_a_launch_without_numbers_is_refused(
+    name: str, value: str, run_cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    code, _, err = run_cli("compare", "nowhere")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{name}={value[:20]}: is no number of processes; unset the variable" in err
+
+
+def test_a_launch_without_an_address_is_refused(
+    run_cli: Cli, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    code, _, err = run_cli("evaluate", places["model"], "--forget", places["forget"])
+    assert (code, err.count("\n")) == (2, 1)
+    assert "WORLD_SIZE=2: MASTER_ADDR is not set; unset it, or start with accelerate launch" in err
 
 
 def test_a_full_disk_is_told_before_the_model_is_loaded(

@@ -19,7 +19,7 @@ import pytest
 
 from conftest import none_in, refusal
 from expunge.data.rows import Row
-from expunge.errors import RunError
+from expunge.errors import InputError, RunError
 from expunge.ledger import bundles
 from expunge.ledger.bundles import BundleInputs, check_bundle, export
 from expunge.ledger.leaks import SHORTEST, rows_in
@@ -347,9 +347,46 @@ def test_what_is_no_bundle_is_refused(
         lambda: check_bundle(str(tmp_path / "other.zip"))
     )
     export(place, 1, BundleInputs(output=str(tmp_path / "a.zip")))
-    monkeypatch.setattr(bundles, "_LARGEST", 10)
-    with pytest.raises(RunError, match="larger than any evidence"):
-        check_bundle(str(tmp_path / "a.zip"))
+    for limit in ("_LARGEST", "_MOST"):
+        with monkeypatch.context() as patch:
+            patch.setattr(bundles, limit, 3)
+            with pytest.raises(RunError, match="holds more than any evidence"):
+                check_bundle(str(tmp_path / "a.zip"))
+
+
+@pytest.mark.parametrize("packed", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_bundle_that_unpacks_to_much_or_not_at_all_is_one_line(
+    packed: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", packed) as archive:
+        archive.writestr("SHA256SUMS", b"x" * 5000)
+        archive.writestr("request.json", b"[" * 50_000)
+    whole = path.read_bytes()
+    for at in range(30, 130, 7):
+        path.write_bytes(whole[:at] + b"\xff\xff" + whole[at + 2 :])
+        with pytest.raises((InputError, RunError)):
+            check_bundle(str(path))
+    # Each file within the limit, all together far beyond it.
+    with zipfile.ZipFile(path, "w", packed) as archive:
+        for name in ("SHA256SUMS", "request.json", *"abc"):
+            archive.writestr(name, bytes(2**20))
+    content = path.read_bytes().replace(
+        (2**20).to_bytes(4, "little"), (2**27).to_bytes(4, "little")
+    )
+    path.write_bytes(content)
+    with pytest.raises(RunError, match="holds more than any evidence"):
+        check_bundle(str(path))
+
+
+def test_a_deep_record_is_no_record(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    record = b"[" * 100_000
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("request.json", record)
+        archive.writestr("SHA256SUMS", f"{hashlib.sha256(record).hexdigest()}  request.json\n")
+    with pytest.raises(RunError, match="is not a request's record"):
+        check_bundle(str(path))
 
 
 @signing

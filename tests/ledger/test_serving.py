@@ -150,7 +150,7 @@ def test_what_is_refused_leaves_requests_open_and_no_run(
         assert (code, printed, err.count("\n")) == (2, "", 1)
         assert said in err
         assert [text for text in texts if text in err] == []
-    with serving_lock(place.path):
+    with serving_lock(place):
         code, _, err = serve(out, "--retain", retain)
     assert (code, "another process is serving its requests" in err) == (2, True)
     subjects[1].write_text(subjects[1].read_text() + "\n")

@@ -313,6 +313,39 @@ def test_a_damaged_ledger_is_one_line(
     assert "is damaged; put a backup in its place" in refusal(lambda: numbers(place))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "DROP TABLE events", "DROP TABLE identity", "DROP TRIGGER rows_delete",
+        "DELETE FROM identity", "DROP TRIGGER events_delete; DELETE FROM events",
+        "UPDATE requests SET received = 'yesterday'", "UPDATE requests SET due = '2026-02-30'",
+        "UPDATE requests SET received = x'ff'", "UPDATE requests SET subject = CAST(x'ff' AS TEXT)",
+        "UPDATE identity SET actor = x'ff'", "UPDATE identity SET only_one = 2",
+        "INSERT INTO runs VALUES (1, 'o', 'm', '[', NULL, NULL, NULL, NULL, 'a', 'b', 'c')",
+        "INSERT INTO runs VALUES (1, 'o', 'm', '{}', NULL, NULL, NULL, NULL, 'a', 'b', 'c')",
+        "INSERT INTO run_requests VALUES (7, 7)", "CREATE TABLE more (x)",
+    ],
+)  # fmt: skip
+def test_a_ledger_that_something_else_changed_is_damaged(
+    change: str, asked: Asked, place: LedgerPlace, subjects: list[Path]
+) -> None:
+    asked(subjects[0])
+    connection = sqlite3.connect(place.path)
+    connection.executescript(f"PRAGMA ignore_check_constraints = ON; {change}")
+    connection.commit()
+    connection.close()
+    assert "is damaged; put a backup in its place" in refusal(lambda: numbers(place))
+
+
+def test_an_empty_file_becomes_a_ledger_by_adding_only(
+    asked: Asked, place: LedgerPlace, subjects: list[Path]
+) -> None:
+    place.path.touch()
+    assert "is no ledger" in refusal(lambda: numbers(place))
+    assert place.path.read_bytes() == b""
+    assert asked(subjects[0]).request.id == 1
+
+
 def test_without_its_secret_a_ledger_is_read_but_takes_no_rows(
     asked: Asked, place: LedgerPlace, subjects: list[Path], tmp_path: Path
 ) -> None:

@@ -75,6 +75,18 @@ def test_a_fault_names_the_directory_or_file_and_the_mend(fault: str, copied: Pa
         assert word in message
 
 
+@pytest.mark.parametrize("layers", [100_000, 10**9, 1e9, float("inf")])
+def test_more_layers_than_tensors_are_refused_before_a_model_is_made(
+    layers: float, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    monkeypatch.setattr("expunge.models.loading.skeleton_of", lambda *_, **__: pytest.fail("made"))
+    for changed in (config | {"num_hidden_layers": layers}, {"text_config": {"n_layer": layers}}):
+        (copied / "config.json").write_text(json.dumps(changed))
+        message = refusal(lambda: check_model(str(copied)))
+        assert message.startswith(f"{copied / 'config.json'}: says {layers} layers, but the files")
+
+
 def test_a_missing_shard_is_named_and_counted(sharded: Path) -> None:
     names = sorted(set(json.loads((sharded / INDEX).read_text())["weight_map"].values()))
     (sharded / names[1]).unlink()

@@ -161,6 +161,13 @@ def test_the_password_comes_from_a_file_or_the_environment(
         )
 
 
+def test_a_directory_that_is_gone_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "the current directory is gone" in refusal(lambda: check(ServeInputs("run")))
+
+
 def test_no_option_takes_the_password_itself(run_cli: Cli) -> None:
     code, _, err = run_cli("serve", "run", "--password", "secret")
     assert code == 2

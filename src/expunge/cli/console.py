@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from expunge.terminal import plain_console
+from expunge.terminal import plain_console, speaks
 from expunge.training.progress import Silent
 
 
@@ -49,11 +48,6 @@ class ConsoleProgress:
         if name not in self._tasks or self._bars.tasks[self._tasks[name]].total != total:
             self._tasks[name] = self._bars.add_task(name, total=total, terms=terms)
         self._bars.update(self._tasks[name], completed=done, terms=terms)
-
-
-def speaks() -> bool:
-    """Whether this process speaks to the user: of those that accelerate launch started, the first."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from expunge.cli.console import progress_on_stderr, speaks
+from expunge.cli.console import progress_on_stderr
 from expunge.cli.options import parse, take_flag
 from expunge.evaluation.findings import findings
 from expunge.evaluation.measuring import MeasureInputs, measure
 from expunge.evaluation.scorecard import Scorecard
 from expunge.reporting.tables import scorecard_table, table_console
+from expunge.terminal import speaks
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -15,8 +16,8 @@ from typing import NoReturn, TextIO
 
 import expunge
 from expunge.disk import explained
-from expunge.errors import ExpungeError, is_out_of_memory, place_of
-from expunge.terminal import plain_streams
+from expunge.errors import ExpungeError, InputError, is_out_of_memory, place_of
+from expunge.terminal import plain_streams, speaks
 
 COMMANDS = {
     "demo": ("expunge.cli.demo", "unlearn the built-in benchmark, end with scorecards and reports"),
@@ -103,6 +104,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     try:
+        _check_launch()
         if given[0] not in COMMANDS:
             raise _unknown_command(given)
         code = import_module(COMMANDS[given[0]][0]).main(given[1:])
@@ -111,7 +113,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except ExpungeError as error:
         if debug:
             raise
-        if _is_first():  # the other processes of a launch meet the same
+        if speaks():  # the other processes of a launch meet the same
             sys.stderr.write(f"expunge: {' '.join(str(error).split())}\n")
         else:
             _let_the_first_speak()
@@ -119,7 +121,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt as stop:
         if debug:
             raise
-        if _is_first():
+        if speaks():
             sys.stderr.write("expunge: interrupted; what was unfinished has been removed\n")
         return 143 if isinstance(stop, _Terminated) else 130
     except Exception as error:
@@ -155,9 +157,12 @@ def entry() -> NoReturn:
     sys.exit(code)
 
 
-def _is_first() -> bool:
-    """Whether this is the first, or only, process of a launch: the one that speaks."""
-    return os.environ.get("RANK", "0") == "0"
+def _check_launch() -> None:
+    """Raises InputError where what a launcher sets for each process is no number."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        value = os.environ.get(name, "0")
+        if not re.fullmatch("[0-9]{1,6}", value):
+            raise InputError(f"{name}={value[:20]}: is no number of processes; unset the variable")
 
 
 def _let_the_first_speak() -> None:
@@ -196,8 +201,6 @@ def _help() -> str:
 
 def _unknown_command(given: Sequence[str]) -> ExpungeError:
     import difflib
-
-    from expunge.errors import InputError
 
     name = given[0]
     if name.startswith("-"):

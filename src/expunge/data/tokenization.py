@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from expunge.data.chat_templates import check_template
 from expunge.data.columns import Kind
 from expunge.data.rows import Row, document_of
 from expunge.errors import InputError
@@ -92,13 +93,16 @@ def encode_rows(
     """Tokenises `rows`; `eos` appends the end-of-text token and counts it as part of the answer.
 
     Forgotten rows carry no EOS: pushing its probability down would teach a model never to stop.
-    Raises InputError for outputs without a token and, unless windowed, rows beyond the context.
+    Raises InputError for outputs without a token, for a chat template that does not render and, unless
+    windowed, for rows beyond the context.
     """
     if not tokenizer.is_fast:
         raise InputError(
             f"{type(tokenizer).__name__}: gives no character offsets;"
             " use a tokenizer with a tokenizer.json"
         )
+    if policy.chat_template and tokenizer.chat_template:
+        check_template(tokenizer)
     rows = list(rows)
     whole = []
     for row in rows:

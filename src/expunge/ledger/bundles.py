@@ -28,7 +28,7 @@ import expunge
 from expunge.data.fingerprints import handed_out
 from expunge.data.rows import listed
 from expunge.disk import check_writable, write_whole
-from expunge.errors import InputError, RunError
+from expunge.errors import ExpungeError, InputError, RunError
 from expunge.ledger.leaks import rows_in
 from expunge.ledger.material import forget_rows
 from expunge.ledger.records import (
@@ -61,8 +61,8 @@ SUMS, SIGNATURE, PUBLIC_KEY = "SHA256SUMS", "SHA256SUMS.sig", "public-key.pem"
 _BESIDE = ("scores.json", "report.html", "report.json")
 _REPORT = ("run/report.html", "run/report.json")
 _EARLIEST = (1980, 1, 1, 0, 0, 0)
-_LARGEST = 2**28
-"""Bytes of one file that `check_bundle` reads: evidence is small, a zip bomb is not."""
+_LARGEST, _MOST = 2**28, 64
+"""Bytes and number of the files that `check_bundle` reads: evidence is small, a zip bomb is not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,13 +280,14 @@ def _read_bundle(bundle: str) -> dict[str, bytes]:
                 )
             if len(set(names)) < len(names):
                 raise RunError(f"{bundle}: holds two files of one name")
-            large = [member.filename for member in members if member.file_size > _LARGEST]
-            if large:
-                raise RunError(f"{bundle}: {large[0]!r} is larger than any evidence")
+            if len(members) > _MOST or sum(member.file_size for member in members) > _LARGEST:
+                raise RunError(f"{bundle}: holds more than any evidence; it was not unpacked")
             return {member.filename: archive.read(member) for member in members}
+    except ExpungeError:
+        raise
     except OSError as error:
-        raise InputError(f"{bundle}: {error.strerror}; name a bundle") from None
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError):
+        raise InputError(f"{bundle}: {error.strerror or error}; name a bundle") from None
+    except Exception:  # each way of packing has errors of its own for what it cannot unpack
         raise InputError(f"{bundle}: is no zip file, or a damaged one; fetch it again") from None
 
 
@@ -320,9 +321,9 @@ def _check_record(bundle: str, files: Mapping[str, bytes]) -> dict[str, Any]:
         manifest = record["runs"][-1]["manifest_sha256"] if record["runs"] else None
         audit = record["verdicts"][-1]["audit_sha256"] if record["verdicts"] else None
         number, state = record["request"]["id"], record["request"]["state"]
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         raise RunError(f"{bundle}: {RECORD} is not a request's record") from None
-    if not isinstance(number, int) or not isinstance(state, str):
+    if type(number) is not int or not isinstance(state, str):
         raise RunError(f"{bundle}: {RECORD} is not a request's record")
     for name, recorded in ((MANIFEST, manifest), (AUDIT, audit)):
         found = hashlib.sha256(files[name]).hexdigest() if name in files else None
@@ -350,7 +351,7 @@ def _is_bundle(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return {SUMS, RECORD} <= set(archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # what it cannot read is none
         return False
 
 

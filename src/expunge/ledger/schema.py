@@ -103,3 +103,38 @@ def migrate(connection: sqlite3.Connection) -> None:
             connection.execute(statement)
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+
+_FAULTS = (
+    "PRAGMA foreign_key_check",
+    "SELECT 1 WHERE (SELECT count(*) FROM identity) <> 1",
+    "SELECT 1 FROM requests WHERE id NOT IN (SELECT request FROM events)",
+    "SELECT 1 FROM requests WHERE date(received, '0 days') IS NOT received"
+    " OR date(due, '0 days') IS NOT due",
+    "SELECT 1 FROM runs WHERE json_type(retain) <> 'array' OR json_type(model_before) <> 'object'"
+    " OR json_type(model_after) <> 'object'",
+    "SELECT 1 FROM verdicts WHERE json_type(model_sha256) <> 'object'"
+    " OR json_type(original_sha256) <> 'object'",
+)
+"""What finds nothing in a ledger that expunge alone has written."""
+
+
+def is_whole(connection: sqlite3.Connection) -> bool:
+    """Whether tables, types and records are as expunge writes them. Raises sqlite3.Error too."""
+    new = sqlite3.connect(":memory:", isolation_level=None)
+    migrate(new)
+    tables = "SELECT type, name, sql FROM sqlite_schema ORDER BY name"
+    if connection.execute(tables).fetchall() != new.execute(tables).fetchall():
+        return False
+    columns = new.execute(
+        "SELECT m.name, p.name, p.type FROM sqlite_schema m, pragma_table_info(m.name) p"
+        " WHERE m.type = 'table'"
+    ).fetchall()
+    new.close()
+    types = [
+        f"SELECT 1 FROM {table} WHERE typeof({column}) NOT IN (lower('{kind}'), 'null')"
+        for table, column, kind in columns
+        if kind
+    ]
+    whole = connection.execute("PRAGMA integrity_check(1)").fetchone() == ("ok",)
+    return whole and not any(connection.execute(each).fetchone() for each in (*_FAULTS, *types))

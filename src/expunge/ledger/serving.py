@@ -118,7 +118,7 @@ def serve(
     place = LedgerPlace(inputs.ledger, inputs.secret, inputs.by)
     with open_ledger(place):
         pass  # a wrong name is said before a lock is made beside it
-    with serving_lock(place.path):
+    with serving_lock(place):
         with open_ledger(place) as ledger:
             plan = _planned(ledger, inputs, progress)
         if plan is None:

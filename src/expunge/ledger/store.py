@@ -6,6 +6,7 @@ as a whole or not at all, and a process that is killed leaves what was committed
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import os
 import socket
@@ -18,10 +19,9 @@ from pathlib import Path
 
 import expunge
 from expunge.data.fingerprints import SECRET_BYTES, make_secret, secret_check
-from expunge.disk import held
 from expunge.errors import InputError, RunError
 from expunge.ledger.dates import now
-from expunge.ledger.schema import APPLICATION_ID, MIGRATIONS, migrate, version_of
+from expunge.ledger.schema import APPLICATION_ID, MIGRATIONS, is_whole, migrate, version_of
 
 PATIENCE = 30.0
 """Seconds that a change waits for another process to finish its own."""
@@ -124,17 +124,27 @@ def open_ledger(place: LedgerPlace, *, create: bool = False) -> Iterator[Ledger]
         uri = f"{path.absolute().as_uri()}?mode=rw"
         connection = sqlite3.connect(uri, uri=True, timeout=PATIENCE, isolation_level=None)
         try:
-            _prepare(connection, place)
+            try:
+                _prepare(connection, place)
+            except UnicodeDecodeError:  # of SQLite's own message, which quotes what it found
+                raise _damaged(path) from None
             yield Ledger(connection, place)
         finally:
             connection.close()
 
 
 @contextmanager
-def serving_lock(path: Path) -> Iterator[None]:
+def serving_lock(place: LedgerPlace) -> Iterator[None]:
     """Held by the one process that serves a ledger's requests; a killed one lets it go."""
-    busy = f"--ledger {path}: another process is serving its requests; wait for it"
-    with held(path.with_name(path.name + ".serving"), busy):
+    _read_secret(place)
+    # On the secret: a file of its own would stay behind, and SQLite locks the ledger by itself.
+    with place.secret_path.open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"--ledger {place.path}: another process is serving its requests; wait for it"
+            ) from None
         yield
 
 
@@ -166,10 +176,15 @@ def _explained(path: Path, name: str) -> InputError | RunError:
             f"--ledger {path}: the file or its directory cannot be written to; change the"
             " permissions (SQLite writes a log beside it even to read)"
         )
-    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        return InputError(f"--ledger {path}: is damaged; put a backup in its place")
+    # Python gives no name where text is not UTF-8, SQLite this one where a table is missing.
+    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or name in ("", "SQLITE_ERROR"):
+        return _damaged(path)
     # Its message may quote what was to be written.
-    return RunError(f"{path}: SQLite refuses ({name or 'no reason given'}); nothing was changed")
+    return RunError(f"{path}: SQLite refuses ({name}); nothing was changed")
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(f"--ledger {path}: is damaged; put a backup in its place")
 
 
 def _check_file(path: Path, *, create: bool) -> None:
@@ -187,7 +202,7 @@ def _check_file(path: Path, *, create: bool) -> None:
     except PermissionError:
         raise InputError(f"--ledger {path}: cannot be read; change its permissions") from None
     # An empty file is what a process leaves that was killed as it made the ledger.
-    if header not in (b"", _HEADER):
+    if header != _HEADER and not (create and header == b""):
         raise InputError(f"--ledger {path}: is no ledger; name another file")
 
 
@@ -212,6 +227,8 @@ def _prepare(connection: sqlite3.Connection, place: LedgerPlace) -> None:
                 migrate(connection)
                 _identify(ledger)
     connection.execute("PRAGMA synchronous = FULL")
+    if not is_whole(connection):
+        raise _damaged(place.path)
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:

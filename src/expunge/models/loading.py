@@ -62,6 +62,7 @@ def check_model(name: str, *, trust_remote_code: bool = False) -> CheckedModel:
     if lora is not None:
         directory = _base_of(directory, lora)
     files = check_model_files(directory, adapter)
+    _check_depth(directory / "config.json", files)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # the libraries raise many types for a wrong value
@@ -107,6 +108,19 @@ def _check_generation(path: Path) -> None:
             each is None or (type(each) is int and abs(each) < _MOST_IDS) for each in ids
         ):
             raise InputError(f"{path}: {name} {value!r} is no token id; write its number")
+
+
+def _check_depth(config: Path, files: ModelFiles) -> None:
+    """Raises InputError for more layers than tensors: to build the model would take minutes."""
+    said = read_json(config)
+    for part in (said, *(part for part in said.values() if isinstance(part, dict))):
+        for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
+            depth = part.get(name)
+            if isinstance(depth, int | float) and depth > len(files.tensors):
+                raise InputError(
+                    f"{config}: says {depth} layers, but the files hold {len(files.tensors)} tensors;"
+                    " give the one that was saved with them"
+                )
 
 
 def load_model(checked: CheckedModel, dtype: Dtype, device: str) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from expunge.data.chat_templates import check_template
 from expunge.data.rows import RowSet
 from expunge.errors import InputError, install
 from expunge.evaluation.score_files import read_scores
@@ -114,6 +115,12 @@ def check(inputs: ServeInputs) -> Checked:
     # Gradio draws the page, uvicorn and FastAPI come with it.
     if importlib.util.find_spec("gradio") is None:
         raise InputError(f"serve: needs gradio, which is not installed; {install('web')}")
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # Gradio looks for files there
+        raise InputError(
+            "serve: the current directory is gone; change to one that is there"
+        ) from None
     password = read_password(inputs)
     material = gather(
         ReportInputs(
@@ -142,6 +149,8 @@ def check(inputs: ServeInputs) -> Checked:
         raise InputError(
             f"--chat-template: the tokenizer of {unlearned.name} has none; leave the option out"
         )
+    elif template:
+        check_template(unlearned.tokenizer)
     before, after = _records(inputs, material.rows)
     return Checked(
         inputs=inputs,
