@@ -40,7 +40,7 @@ from unittest import mock
 MARKS = ("<!-- hostile inputs: begin -->", "<!-- hostile inputs: end -->")
 CANARY = "zebrafish"
 """Is in every text of a row, and must be in nothing that is printed."""
-_MEMORY = 24 * 2**30
+_MEMORY = 12 * 2**30
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _DEEP, _DIGITS = "@deep@", "@digits@"
 VALUES: Sequence[Any] = (

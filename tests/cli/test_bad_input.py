@@ -441,6 +441,17 @@ def test_a_process_of_its_own_adds_no_line_of_a_library(places: dict[str, Path])
     assert json.loads((places["model"] / "config.json").read_text())  # and it was left alone
 
 
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/full", "/dev/urandom"])
+def test_a_device_without_end_is_not_read(device: str, run_cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(device)
+    for place in (device, str(tmp_path / "link")):
+        for words in (["compare", place], ["run", "x", "--config", place], ["plan", f"--config={place}"],
+                      ["requests", "verify-bundle", "x", "--public-key", place]):  # fmt: skip
+            code, _, err = run_cli(*words)
+            assert (code, err.count("\n")) == (2, 1)
+            assert f"{place} is a device that never ends; name a file" in err
+
+
 def test_an_empty_word_is_no_path_of_this_directory(run_cli: Cli) -> None:
     for words in (("--forget", ""), ("--forget=",), ("--method", " "), ("--preset", "")):
         code, out, err = run_cli("plan", "model", *words)

@@ -699,6 +699,16 @@ def test_a_request_has_an_end(masked: str) -> None:
     assert post(f"{masked}/gradio_api/queue/join", json.dumps(body).encode()) == 413
 
 
+def test_generations_are_asked_for_through_the_queue_alone(masked: str) -> None:
+    with urlopen(f"{masked}/config", timeout=10) as answer:
+        dependencies = json.load(answer)["dependencies"]
+    queued_ones = [each for each in dependencies if each["queue"] is not False]
+    assert len(queued_ones) >= 2
+    for each in queued_ones:
+        body = {"data": [None] * len(each["inputs"]), "fn_index": each["id"]}
+        assert post(f"{masked}/gradio_api/run/predict", json.dumps(body).encode()) == 404
+
+
 def test_passwords_are_not_guessed_in_parallel(locked: str) -> None:
     guesses = [urlencode({"username": "x", "password": f"wrong{n}"}).encode() for n in range(40)]
     form = "application/x-www-form-urlencoded"

@@ -11,7 +11,9 @@ import dataclasses
 import difflib
 import io
 import math
+import os
 import re
+import stat
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +38,7 @@ def parse(
     import tyro
 
     arguments, config = take_option(arguments, "--config")
+    check_words([*arguments, *([] if config is None else ["--config", config])])
     arguments = named(arguments, positional)
     if config is not None:
         arguments = [*as_arguments(yaml_fields(Path(config)), config, command), *arguments]
@@ -68,7 +71,8 @@ def _check_numbers(parsed: Any) -> None:
 def check_words(arguments: Sequence[str]) -> None:
     """Raises InputError for words that no option takes: empty ones, and names of no file system.
 
-    An empty word is a shell's variable that was not set; as a path it would be this directory.
+    An empty word is a shell's variable that was not set; as a path it would be this directory. A device
+    such as /dev/zero has no end.
     """
     option = "the first word"
     for argument in arguments:
@@ -86,6 +90,17 @@ def check_words(arguments: Sequence[str]) -> None:
             raise InputError(
                 f"{option}: has a name of {longest} bytes, more than a file system takes; shorten it"
             )
+        if option not in _FREE_TEXT and _is_endless(value):
+            raise InputError(f"{option}: {value} is a device that never ends; name a file")
+
+
+def _is_endless(value: str) -> bool:
+    try:
+        found = Path(value).stat()
+    except (OSError, ValueError):
+        return False
+    is_memory = stat.S_ISCHR(found.st_mode) and os.major(found.st_rdev) == 1  # zero, full, random
+    return is_memory and found.st_rdev != Path(os.devnull).stat().st_rdev
 
 
 def named(arguments: Sequence[str], positional: str) -> list[str]:

@@ -27,6 +27,8 @@ GREEDY, SAMPLE = "greedy", "sample"
 _PAUSE = 0.05
 """Least seconds between two pictures of an answer that is being written."""
 _DEFAULT_TOKENS = 64
+_MOST_WAITING = 32
+"""Calls that wait in the queue; one more is refused."""
 _MODELS = "models"
 """All generations wait in one queue, for both models share one process."""
 
@@ -179,6 +181,8 @@ def build(checked: Checked, pair: Pair) -> gr.Blocks:
             _compare_tab(checked)
         # The browser has gone, so nobody reads what is being written.
         page.unload(_stopper(desk))
+    # No generation past the queue, and no queue without end.
+    page.queue(api_open=False, max_size=_MOST_WAITING)
     return page
 
 
