@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -160,6 +161,9 @@ class Guard:
             _LOG.warning("a request was not answered (%s)", place_of(error))
             if not begun:
                 await _refuse(send, 500, "Internal error.")
+            else:
+                with suppress(RuntimeError):  # of an answer whose length was promised
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _body(receive: Receive) -> bytes | None:

@@ -109,7 +109,7 @@ def server_of(checked: Checked, pair: Pair, temporary: str) -> uvicorn.Server:
         uvicorn.Config(
             Guard(inside, hosts, {index: len(each.inputs) for index, each in page.fns.items()}),
             log_level="warning",
-            use_colors=False,
+            log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,
