@@ -337,6 +337,16 @@ def test_a_launch_without_numbers_is_refused(
     assert f"{name}={value[:20]}: is no number of processes; unset the variable" in err
 
 
+def test_a_process_of_its_own_ends_without_a_number_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "expunge", "compare", "nowhere"],
+        env=os.environ | {"WORLD_SIZE": "abc"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
 def test_a_launch_without_an_address_is_refused(
     run_cli: Cli, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,7 +150,7 @@ def entry() -> NoReturn:
     (https://github.com/pytorch/pytorch/issues/190489; destroying the groups makes it rarer only).
     """
     code = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("0", "1"):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
