@@ -1,4 +1,4 @@
-"""A chat template that fails or never ends is refused, and a right one is not."""
+"""A chat template that never ends is refused, and a right one is not."""
 
 from __future__ import annotations
 
@@ -30,21 +30,11 @@ def test_an_endless_template_is_refused(
     endless = copy.deepcopy(tokenizer)
     endless.chat_template = _LOOPS[name]
     started, traced = time.monotonic(), sys.gettrace()
-    assert "the tokenizer's chat template does not end; mend it" in refusal(
+    assert "the tokenizer's chat template goes on for 0.3 seconds; mend it" in refusal(
         lambda: check_template(endless)
     )
     assert time.monotonic() - started < 10
     assert sys.gettrace() is traced
-
-
-@pytest.mark.parametrize(
-    "template",
-    ["{{ 1 / 0 }}", "{% for %}", "{{ raise_exception('no') }}", "{{ nothing.at.all }}", "{{ x }"],
-)
-def test_a_failing_template_is_refused(template: str, tokenizer: Any) -> None:
-    failing = copy.deepcopy(tokenizer)
-    failing.chat_template = template
-    assert "the tokenizer's chat template fails (" in refusal(lambda: check_template(failing))
 
 
 def test_a_right_template_is_taken(tokenizer: Any) -> None:

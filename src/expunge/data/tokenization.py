@@ -93,7 +93,7 @@ def encode_rows(
     """Tokenises `rows`; `eos` appends the end-of-text token and counts it as part of the answer.
 
     Forgotten rows carry no EOS: pushing its probability down would teach a model never to stop.
-    Raises InputError for outputs without a token, for a chat template that does not render and, unless
+    Raises InputError for outputs without a token, for a chat template that does not end and, unless
     windowed, for rows beyond the context.
     """
     if not tokenizer.is_fast:
