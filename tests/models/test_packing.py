@@ -193,27 +193,6 @@ def test_attention_against_its_definition(
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("device_type", "way"), [(None, "_row_by_row"), ("cuda", "_padded")])
-def test_attention_is_arranged_for_the_device_or_for_the_one_that_is_planned_for(
-    device_type: str | None, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used: list[str] = []
-    for name in ("_row_by_row", "_padded"):
-        original = getattr(packing, name)
-
-        def noted(*given: Any, name: str = name, original: Any = original) -> torch.Tensor:
-            used.append(name)
-            return original(*given)
-
-        monkeypatch.setattr(packing, name, noted)
-    token = packing.arranged_for.set(device_type)
-    try:
-        together(model_of("llama"), rows_of())
-    finally:
-        packing.arranged_for.reset(token)
-    assert set(used) == {way}
-
-
 def test_positions_start_anew_with_every_row() -> None:
     found = positions_of([3, 1, 2], torch.device("cpu"))
     assert found.tolist() == [0, 1, 2, 0, 0, 1]

@@ -77,7 +77,7 @@ def test_pages_that_are_given_back_lose_nothing(
     monkeypatch.setattr(mmap, "mmap", Map)
     tokens = 3 * mmap.PAGESIZE // (WIDTH * 4)
     # Two rows of ten tokens are below it, three are not.
-    monkeypatch.setattr(states, "_DROP_AFTER", 25 * WIDTH * 4)
+    monkeypatch.setattr(states, "DROP_AFTER", 25 * WIDTH * 4)
     whole = random_states(tokens)
     file = StateFile(path, tokens, WIDTH, torch.float32)
     for start in range(0, tokens, 10):

@@ -242,13 +242,13 @@ class LayerPass:
         """The same after an exchanged prompt."""
         return float(torch.stack(self._corrupted).mean())
 
-    def run(self, progress: Callable[[str, int, int], None], *, largest_only: bool = False) -> None:
-        """Every pass, or of each side only the largest, which is enough to plan for."""
+    def run(self, progress: Callable[[str, int, int], None]) -> None:
+        """Every pass."""
         done, total = 0, sum(self.rows.values())
         with self._loaded():
             for side, rows in self._sides.items():
                 chunks = self._chunks(rows, self._variants if side == "forget" else 1)
-                for chunk in chunks[:1] if largest_only else chunks:
+                for chunk in chunks:
                     self._read(side, chunk)
                     done += len(chunk)
                     progress("layers", done, total)

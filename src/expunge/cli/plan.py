@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from expunge.cli.options import take_flag, take_option
 from expunge.cli.run import parsed
+from expunge.errors import InputError
 from expunge.methods.base import Method
 from expunge.models.loading import resolve_device
+from expunge.training.memory import Phase
 from expunge.training.options import TrainingOptions
-from expunge.training.planning import GIB, GPUS, Phase, Plan, alternatives, budget_of, plan
+from expunge.training.planning import GIB, GPUS, Plan, alternatives, budget_of, plan
 from expunge.training.run import RunInputs, check_run
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ _ABOUT = (
     " phase, disk, steps, and whether it fits. Rows are read and checked; no weights are read and"
     " nothing is written.\n\n"
     f"--on names a GPU ({', '.join(GPUS)}) or a size such as 24GB; without it, it is this machine."
-    " --json prints JSON, in bytes."
+    " --sharded N plans for each of N processes that share the weights (FSDP2). --json prints JSON, in"
+    " bytes."
 )
 
 
@@ -42,6 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     arguments, _ = take_flag(list(arguments), "--quiet")
     arguments, as_json = take_flag(arguments, "--json")
     arguments, on = take_option(arguments, "--on")
+    arguments, shards = take_option(arguments, "--sharded")
     settings, _ = parsed(arguments, "expunge plan", PlanInputs, _ABOUT)
     inputs = cast("PlanInputs", settings.inputs)
     device = inputs.device
@@ -53,14 +57,23 @@ def main(arguments: Sequence[str]) -> int:
         cast("TrainingOptions", settings.training),
         writes=bool(inputs.output),
     )
-    found = plan(checked, prepared, inputs.dtype, budget)
-    # A plan of its own each, and so as slow: what is found is printed as it is found.
-    others = iter(()) if found.fits else alternatives(checked, prepared, inputs.dtype, budget)
+    given = checked, prepared, inputs.dtype, budget, _processes(shards)
+    found = plan(*given)
+    others = iter(()) if found.fits else alternatives(*given)
     if as_json:
         sys.stdout.write(json.dumps(_json(found, others), indent=2) + "\n")
     else:
         _print(found, others)
     return 0
+
+
+def _processes(shards: str | None) -> int:
+    """How many processes share the weights. Raises InputError."""
+    if shards is None:
+        return 1
+    if not shards.isdecimal() or int(shards) < 1:
+        raise InputError(f"--sharded {shards}: give a number of processes, such as 8")
+    return int(shards)
 
 
 def _json(found: Plan, others: Iterable[tuple[str, Plan]]) -> dict[str, Any]:

@@ -12,11 +12,10 @@ updated model, whose norms then grow by up to beta an epoch.
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -140,10 +139,6 @@ class AdaptiveRMU(SteeringSettings):
             value = getattr(self, option)
             if isinstance(value, int) and value < 1:
                 raise InputError(f"--method.{option} {value}: must be 1 or more")
-
-    def rehearsed(self) -> Self:
-        """Directions are judged one after the other: the third takes no more than the second."""
-        return dataclasses.replace(self, draws=min(2, self.draws))
 
     def draw_directions(self, context: Context) -> Directions:
         """Directions for the tasks of the forget set."""

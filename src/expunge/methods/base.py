@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -166,8 +166,13 @@ class Context:
 
     def generator(self, purpose: str) -> torch.Generator:
         """A CPU generator of its own for each purpose, so that draws do not depend on each other."""
-        digest = sum(ord(c) * 131**i for i, c in enumerate(purpose)) % 2**31
-        return torch.Generator().manual_seed(self.seed * 2**31 + digest)
+        return generator_of(self.seed, purpose)
+
+
+def generator_of(seed: int, purpose: str) -> torch.Generator:
+    """The generator of a purpose, a function of the seed."""
+    digest = sum(ord(c) * 131**i for i, c in enumerate(purpose)) % 2**31
+    return torch.Generator().manual_seed(seed * 2**31 + digest)
 
 
 class Objective(Protocol):
@@ -285,10 +290,6 @@ class Method(Protocol):
 
     def sharded_weights(self, layout: DecoderLayout) -> Sequence[str]:
         """Names of weights in the decoder's layers that are trained in full and may be sharded."""
-
-    def rehearsed(self) -> Self:
-        """These settings for a rehearsal of the memory: what only repeats itself is left out, of what is
-        drawn the most is taken."""
 
     def start(self, context: Context) -> Objective:
         """Makes the model ready and returns the objective."""

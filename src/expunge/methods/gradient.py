@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -95,10 +95,6 @@ class TokenSettings:
     def sharded_weights(self, layout: DecoderLayout) -> Sequence[str]:
         """None: an adapter is trained, or weights whose values from before are exchanged with them."""
         return ()
-
-    def rehearsed(self) -> Self:
-        """As they are: nothing in a start repeats itself."""
-        return self
 
     def check(self, layout: DecoderLayout) -> None:
         """Raises InputError where the model has none of the linear maps to train."""

@@ -48,7 +48,7 @@ _SURPRISE_WIDTH = 1.0
 """A factor of e in how many deviations a token lies from what is expected."""
 _SURPRISE_WEIGHT = 3.0
 _WRITTEN_RATIO = 0.75
-_TOP = 64
+TOP = 64
 """Next tokens whose probability in the target is kept, of a continued row; the rest count as one."""
 
 
@@ -269,7 +269,7 @@ class LogOddsObjective(GradientObjective):
         for batch in self._context.passes(unlisted, None):
             with torch.no_grad(), self._context.autocast():
                 logits = self.counted_logits(batch, "all")
-            top = functional.log_softmax(logits.float(), -1).topk(min(_TOP, logits.shape[-1] - 1))
+            top = functional.log_softmax(logits.float(), -1).topk(min(TOP, logits.shape[-1] - 1))
             counts = batch.mask("all")[:, 1:].sum(1).tolist()
             values, ids = top.values.cpu().split(counts), top.indices.int().cpu().split(counts)
             for row, *of_row in zip(batch.row_ids, values, ids, strict=True):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import nn
@@ -132,10 +132,6 @@ class SteeringSettings:
     def sharded_weights(self, layout: DecoderLayout) -> Sequence[str]:
         """None: three layers are in memory, and every process has them."""
         return ()
-
-    def rehearsed(self) -> Self:
-        """As they are: nothing in a start repeats itself."""
-        return self
 
     def layer_in(self, layout: DecoderLayout) -> int:
         """The layer to steer; where it is yet to be chosen, the deepest that can be."""

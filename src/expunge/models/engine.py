@@ -119,12 +119,10 @@ class SegmentEngine:
         *,
         measures: bool,
         processes: Processes | None = None,
-        state_file: Callable[[Path, int, int, torch.dtype], StateFile] = StateFile,
     ) -> None:
         """`measures`: whether `next_tokens` will be asked for, which takes the layers above.
 
-        Several processes fill one cache together and each read all of it. `state_file` opens the
-        files of hidden states.
+        Several processes fill one cache together and each read all of it.
 
         Raises NotASegment.
         """
@@ -138,7 +136,6 @@ class SegmentEngine:
         self._cache: CacheLayout | None = None
         self._trained: Mapping[str, nn.Parameter] = {}
         self._frozen: Mapping[str, torch.Tensor] = {}
-        self._state_file = state_file
         self.pass_tokens = pass_tokens_on(parts.device.type)
 
     def check(self, examples: Sequence[Example]) -> dict[str, float]:
@@ -234,9 +231,9 @@ class SegmentEngine:
                 begun = prefix.take(cache, self._first, directory / "below")
             begun = self._processes.gather(begun)[0]
         dtype, width = cache.dtype, cache.width
-        self._below = self._state_file(directory / "below", cache.tokens, width, dtype)
-        self._targets = self._state_file(directory / "targets", cache.trained, width, dtype)
-        self._norms = self._state_file(directory / "norms", cache.trained, 1, torch.float32)
+        self._below = StateFile(directory / "below", cache.tokens, width, dtype)
+        self._targets = StateFile(directory / "targets", cache.trained, width, dtype)
+        self._norms = StateFile(directory / "norms", cache.trained, 1, torch.float32)
         groups = self._groups(begun)
         trained = sum(slot.start < cache.trained for slot in cache.slots.values())
         total = len(cache.slots) * len(groups) + trained

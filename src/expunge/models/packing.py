@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 _NAME = "expunge_packed"
 _lengths: ContextVar[tuple[int, ...]] = ContextVar("lengths")
-arranged_for: ContextVar[str | None] = ContextVar("arranged_for", default=None)
-"""Device type that attention is arranged for; None: that of the tensors."""
 
 
 class NotASegment(Exception):
@@ -71,8 +69,7 @@ def _packed_attention(
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     window = sliding_window or max(lengths)
-    device_type = arranged_for.get() or query.device.type
-    rows = _row_by_row if device_type == "cpu" else _padded
+    rows = _row_by_row if query.device.type == "cpu" else _padded
     return rows(query, key, value, lengths, scaling, window).transpose(1, 2), None
 
 

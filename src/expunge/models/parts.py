@@ -96,7 +96,7 @@ class StreamedModel:
                     _set(self.model, name, nn.Parameter(value, requires_grad=False))
 
     def _read(self, stored: StoredTensor) -> torch.Tensor:
-        """A parameter's value; a plan overrides it, to read nothing."""
+        """A parameter's value. Raises InputError where it is not finite."""
         value = read_tensor(stored).to(self.device, self._dtype)
         if stored not in self._finite:
             check_finite(value, stored)

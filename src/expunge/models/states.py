@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-_DROP_AFTER = 64 * 2**20
+DROP_AFTER = 64 * 2**20
 
 
 class StateFile:
@@ -51,7 +51,7 @@ class StateFile:
     def _forget_pages(self, numbers: int) -> None:
         """Gives pages back to the system's cache now and then; the data stays."""
         self._touched += numbers * self._array.dtype.itemsize
-        if self._touched > _DROP_AFTER and hasattr(mmap, "MADV_DONTNEED"):
+        if self._touched > DROP_AFTER and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
             self._touched = 0
 

@@ -1,7 +1,6 @@
 """What a run will take, said before it: memory by part and phase, disk, steps, and whether it fits.
 
-Memory between the checks and the writing comes from a rehearsal of the run itself (rehearsal.py);
-what is added here is what no tensor shows: the process, an accelerator's own share, the writing.
+Memory is a formula of shapes (memory.py); here are the budget it must fit and what would take less.
 """
 
 from __future__ import annotations
@@ -21,18 +20,17 @@ from expunge.errors import InputError
 from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.base import Method
 from expunge.methods.libu import LIBU
+from expunge.models.decoder import skeleton_of
 from expunge.models.loading import CheckedModel
-from expunge.models.parts import give_back_freed_memory
+from expunge.models.packing import NotASegment
+from expunge.models.parts import give_back_freed_memory, why_not_streamed
+from expunge.models.segment import Segment
 from expunge.training.layer_choice import extreme_layers, is_open, with_layer
-from expunge.training.metering import COPIES
+from expunge.training.memory import Formula, Phase
 from expunge.training.options import TrainingOptions, resolved, size_in_bytes
 from expunge.training.preparation import Prepared
-from expunge.training.rehearsal import Rehearsal, rehearse
-from expunge.training.stand_ins import FILES
+from expunge.training.unlearning import plan_cache
 
-PROCESS = "the process itself"
-CONTEXT = "CUDA context and kernels"
-ROUNDING = "rounding of the GPU's allocator"
 GIB = 2**30
 GPUS = {
     "h200-141": 139.8,
@@ -49,10 +47,8 @@ _LEANER: Mapping[str, Sequence[type[LIBU] | type[AdaptiveRMU]]] = {
     "libu": (AdaptiveRMU,),
 }
 """Methods to propose where one does not fit: what erases best first."""
-_CONTEXT = 600 * 2**20
-"""Assumed, for no figure here is measured on a GPU."""
-_ROUNDING = 0.05
-"""Assumed share of the allocator's blocks that no tensor fills."""
+_IMPORTED = 60 * 2**20
+"""Bytes of the libraries that a run imports and a plan does not."""
 
 
 @dataclass(frozen=True)
@@ -63,27 +59,6 @@ class Budget:
     bytes: int
     device_type: str
     """cpu, cuda or mps."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """The highest moment of one phase, in bytes by part."""
-
-    name: str
-    parts: Mapping[str, int]
-    """Of the memory that the model runs in."""
-    cpu_parts: Mapping[str, int]
-    """Of CPU memory, where that is another."""
-
-    @property
-    def bytes(self) -> int:
-        """Everything in the memory that the model runs in."""
-        return sum(self.parts.values())
-
-    @property
-    def cpu_bytes(self) -> int:
-        """Everything in CPU memory, where that is another."""
-        return sum(self.cpu_parts.values())
 
 
 @dataclass(frozen=True)
@@ -114,6 +89,8 @@ class Plan:
     output_bytes: int
     state_bytes: int
     time_limit: str | None
+    shards: int
+    """Processes that share the weights and the rows of a step; memory is that of one."""
     warnings: Sequence[str]
 
     @property
@@ -194,8 +171,10 @@ def machine_memory() -> int:
     return min(total, int(text)) if text.isdigit() else total
 
 
-def plan(checked: CheckedModel, prepared: Prepared, dtype: str, budget: Budget) -> Plan:
-    """Rehearses the run and adds up what it takes. No weights are read and nothing is written.
+def plan(
+    checked: CheckedModel, prepared: Prepared, dtype: str, budget: Budget, shards: int = 1
+) -> Plan:
+    """What the run takes, of each of `shards` processes. No weights are read and nothing is written.
 
     Which layer `auto` chooses only the weights can say: both ends are planned for, and the one that
     takes more is given.
@@ -203,7 +182,8 @@ def plan(checked: CheckedModel, prepared: Prepared, dtype: str, budget: Budget) 
     if is_open(prepared):
         ends = extreme_layers(checked.layout)
         plans = [
-            _planned(checked, with_layer(prepared, end), dtype, budget, prepared) for end in ends
+            _planned(checked, with_layer(prepared, end), dtype, budget, shards, chooses=True)
+            for end in ends
         ]
         worst = max(range(len(ends)), key=lambda index: plans[index].peak.bytes)
         said = (
@@ -211,35 +191,49 @@ def plan(checked: CheckedModel, prepared: Prepared, dtype: str, budget: Budget) 
             f" {min(ends)} to {max(ends)} takes more; the run chooses one by the weights"
         )
         return dataclasses.replace(plans[worst], warnings=[*plans[worst].warnings, said])
-    return _planned(checked, prepared, dtype, budget, None)
+    return _planned(checked, prepared, dtype, budget, shards)
 
 
 def _planned(
-    checked: CheckedModel, prepared: Prepared, dtype: str, budget: Budget, chosen: Prepared | None
+    checked: CheckedModel,
+    prepared: Prepared,
+    dtype: str,
+    budget: Budget,
+    shards: int,
+    *,
+    chooses: bool = False,
 ) -> Plan:
-    """The plan of a run whose layer is known; `chosen` is the run that chooses it, if one does."""
-    rehearsal = rehearse(checked, prepared, getattr(torch, dtype), budget.device_type, chosen)
-    process = _process_bytes()
-    accelerator = budget.device_type == "cuda"  # others share the memory of the processor
-    phases = [
-        Phase(
-            peak.phase,
-            _on_accelerator(peak.device) if accelerator else {PROCESS: process, **peak.device},
-            {PROCESS: process, **peak.cpu} if accelerator else {},
-        )
-        for peak in rehearsal.peaks
-    ]
-    writing = {PROCESS: process, **_writing(checked, rehearsal)}
-    phases.append(Phase("write", {} if accelerator else writing, writing if accelerator else {}))
-    used, cache, measured = prepared.used, rehearsal.cache, prepared.validation.sides
+    """The plan of a run whose layer is known; `chooses` says whether the run looks for it first."""
+    torch_dtype = getattr(torch, dtype)
+    layers = prepared.method.trained_layers(checked.layout)
+    cache, streamed, why = None, False, None
+    if layers is not None:
+        skeleton = skeleton_of(checked.config, trust_remote_code=checked.trust_remote_code)
+        try:
+            Segment(skeleton, checked.layout, *layers)
+            cache = plan_cache(prepared, checked.layout.width, torch_dtype)
+            streamed = why_not_streamed(skeleton, own_code=checked.trust_remote_code) is None
+        except NotASegment as reason:
+            why = str(reason)
+    formula = Formula(
+        checked,
+        prepared,
+        torch_dtype,
+        budget.device_type,
+        cache,
+        streamed=streamed,
+        chooses=chooses,
+        shards=shards,
+    )
+    used, measured = prepared.used, prepared.validation.sides
     return Plan(
         model=checked.name,
         method=prepared.method.name,
         dtype=dtype,
         budget=budget,
-        path=rehearsal.path,
-        why_whole=rehearsal.why_whole,
-        phases=phases,
+        path="whole model" if layers is None else "hooks" if cache is None else "segment",
+        why_whole=why,
+        phases=formula.phases(_process_bytes()),
         rows={"forget": _rows(prepared.forget), "retain": _rows(prepared.retain)},
         tokens={"forget": _tokens(prepared.forget), "retain": _tokens(prepared.retain)},
         measured_rows=sum(map(len, measured)) if prepared.measures else 0,
@@ -251,29 +245,31 @@ def _planned(
         cache_rows=0 if cache is None else len(cache.slots),
         rows_recomputed=0 if cache is None else cache.missing,
         output_bytes=checked.files.bytes,
-        state_bytes=rehearsal.state_bytes,
+        state_bytes=formula.state_bytes,
         time_limit=used["time_limit"],
+        shards=shards,
         warnings=prepared.warnings,
     )
 
 
 def alternatives(
-    checked: CheckedModel, prepared: Prepared, dtype: str, budget: Budget
+    checked: CheckedModel, prepared: Prepared, dtype: str, budget: Budget, shards: int = 1
 ) -> Iterator[tuple[str, Plan]]:
     """What would take less, one change at a time, all of them together, and at last by another method
     with its own defaults: options and plan."""
     together: list[str] = []
     all_prepared, all_dtype = prepared, dtype
     for option, changed, changed_dtype in _changes(prepared, dtype):
-        yield option, plan(checked, _prepared(prepared, checked, changed), changed_dtype, budget)
+        other = _prepared(prepared, checked, changed)
+        yield option, plan(checked, other, changed_dtype, budget, shards)
         together.append(option)
         all_prepared = _prepared(all_prepared, checked, changed)
         all_dtype = changed_dtype if changed_dtype != dtype else all_dtype
     if len(together) > 1:
-        yield " ".join(together), plan(checked, all_prepared, all_dtype, budget)
+        yield " ".join(together), plan(checked, all_prepared, all_dtype, budget, shards)
     for method in _LEANER.get(prepared.method.name, ()):
         other = _of_method(prepared, checked, method())
-        yield f"--method {method.name}", plan(checked, other, dtype, budget)
+        yield f"--method {method.name}", plan(checked, other, dtype, budget, shards)
 
 
 def _changes(prepared: Prepared, dtype: str) -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -318,32 +314,11 @@ def _prepared(prepared: Prepared, checked: CheckedModel, changed: Mapping[str, A
     return dataclasses.replace(prepared, method=method, options=options, used=used)
 
 
-def _on_accelerator(parts: Mapping[str, int]) -> dict[str, int]:
-    return {CONTEXT: _CONTEXT, ROUNDING: round(_ROUNDING * sum(parts.values())), **parts}
-
-
-def _writing(checked: CheckedModel, rehearsal: Rehearsal) -> dict[str, int]:
-    """CPU memory while the result is written and read again; the model that was trained is gone.
-
-    Tensors are compared in pairs. A model that was read part by part is tried out part by part.
-    """
-    stored = checked.files.tensors
-    largest = max(tensor.bytes for tensor in stored.values())
-    result = {name: 4 * torch.Size(shape).numel() for name, shape in rehearsal.result.items()}
-    # The new and the old tensor, both in float32 as well, and their difference.
-    replacing = max((2 * size + 3 * size for size in result.values()), default=0)
-    reloaded = 0 if rehearsal.streamed else sum(tensor.bytes for tensor in stored.values())
-    return {
-        COPIES: sum(result.values()),
-        FILES: max(replacing, 2 * largest, reloaded + largest),
-    }
-
-
 def _process_bytes() -> int:
-    """This process's memory, which has read and tokenised the rows and imported what a run does."""
+    """This process's memory, which has read and tokenised the rows, and what a run imports beside."""
     gc.collect()
     give_back_freed_memory()
-    return int(psutil.Process().memory_info().rss)
+    return int(psutil.Process().memory_info().rss) + _IMPORTED
 
 
 def _rows(examples: Sequence[Example]) -> int:
