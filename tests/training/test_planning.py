@@ -85,7 +85,8 @@ def planned(checked: Callable[..., Any]) -> Callable[..., Plan]:
         shards: int = 1,
         **options: Any,
     ) -> Plan:
-        return plan(*checked(method, model, **options), dtype, budget, shards)
+        given = checked(method, model, **options)
+        return plan(given[0], given[1], dtype, budget, shards)
 
     return make
 
@@ -117,7 +118,7 @@ def test_every_method_can_be_planned_and_its_parts_add_up(
 ) -> None:
     given = checked(METHODS[name]())
     for budget in (CPU, GPU):
-        found = plan(*given, "float32", budget)
+        found = plan(given[0], given[1], "float32", budget)
         shown = json.loads(json.dumps(found.to_json()))
         for phase in shown["phases"]:
             assert phase["bytes"] == sum(phase["parts"].values())
@@ -411,7 +412,7 @@ def test_what_would_fit_is_found_by_planning_it(checked: Callable[..., Any]) -> 
 def test_a_plan_takes_no_time(checked: Callable[..., Any]) -> None:
     given = checked(Spectral(), max_steps=10_000)
     started = time.process_time()
-    plan(*given, "float32", CPU)
+    plan(given[0], given[1], "float32", CPU)
     assert time.process_time() - started < 2
 
 
