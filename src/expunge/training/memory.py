@@ -4,6 +4,7 @@
     trained      4 t                       t trained numbers, float32
     optimiser    4 m t                     m moments
     gradients    4 t, or those of the largest matrix where each one moves in the backward pass
+    whitening    2 sum of n^2               n inputs of a trained matrix, of `spectral`; 6 at the start
     activations  K b s l x                 x padded tokens of a step, l layers, s numbers that the linear
                                            maps of a layer take and give of a token
                  b d l x + K b s x'        with gradient checkpointing: x' tokens of the largest pass
@@ -184,7 +185,8 @@ class Formula:
         numbers = self._shapes.numbers
         yield "load", {WEIGHTS: self._item * numbers // self._shards, FILES: read}
         held = self._held(numbers)
-        yield "start", {**held, **self._start()}
+        moments = {REFERENCE: held[REFERENCE] + 4 * self._shapes.white}
+        yield "start", {**held, **moments, **self._start()}
         held |= {OPTIMIZER: self._shared(self._optimizer()), COPIES: self._best() + self._said()}
         yield "train", {**held, **self._step()}
         if self._prepared.measures:
@@ -261,9 +263,10 @@ class Formula:
         return (1 if muon else 2) * self._trained
 
     def _reference(self) -> int:
-        """The target's log-odds of the user's tokens."""
+        """The target's log-odds of the user's tokens, and what makes inputs white, in bfloat16."""
         rows = (self._prepared.forget, self._listed) if self._in_backward else ()
-        return 4 * sum(tokens_of(side, packed=False) for side in rows)
+        odds = 4 * sum(tokens_of(side, packed=False) for side in rows)
+        return odds + 2 * self._shapes.white
 
     def _said(self) -> int:
         """The likeliest tokens after those that the target wrote."""

@@ -17,6 +17,7 @@ from expunge.methods.base import generator_of
 from expunge.methods.gradient import GradientSettings
 from expunge.methods.localized_gradient_difference import LocalizedGradientDifference
 from expunge.methods.npo_merging import NPOMerging
+from expunge.methods.spectral import Spectral
 from expunge.models.decoder import DecoderLayout, map_sizes, skeleton_of
 from expunge.models.loading import CheckedModel
 from expunge.training.loop import micro_batches, part
@@ -47,6 +48,8 @@ class Shapes:
     """Numbers of each trained tensor."""
     changed: Sequence[int]
     """Numbers of each weight that the result changes."""
+    white: int
+    """Numbers of what makes the inputs of trained matrices white (`methods.whitening`)."""
 
     @property
     def numbers(self) -> int:
@@ -64,6 +67,10 @@ def shapes_of(checked: CheckedModel, method: Any) -> Shapes:
     weights = _trained_weights(method, model, layout)
     rank = getattr(method, "rank", 0) if method.has_adapter else 0
     trained = [p.numel() for p in weights]
+    inputs = [
+        map_sizes(model.get_submodule(name))[1]
+        for name in (layout.linears(method.targets) if _is_whitened(method) else ())
+    ]
     head = (model.get_output_embeddings() or model.get_input_embeddings()).weight
     kinds = {*maps, tuple(head.shape)}
     if rank:
@@ -81,7 +88,13 @@ def shapes_of(checked: CheckedModel, method: Any) -> Shapes:
         vocabulary=checked.config.get_text_config().vocab_size,
         trained=trained,
         changed=[p.numel() for p in weights],
+        white=sum(size**2 for size in inputs if size <= layout.width),
     )
+
+
+def _is_whitened(method: Any) -> bool:
+    """Whether the method steps in coordinates of its own."""
+    return isinstance(method, Spectral) and method.damping is not None
 
 
 def _trained_weights(method: Any, model: Any, layout: DecoderLayout) -> list[nn.Parameter]:
