@@ -122,7 +122,6 @@ SUPPORTED: dict[str, Family] = {
     "olmo": Family("OLMo"),
     "olmo2": Family("OLMo 2"),
     "olmo3": Family("OLMo 3"),
-    "olmo_hybrid": Family("OLMo Hybrid", _LINEAR_ATTENTION, cached=False),
     "openai-gpt": Family("GPT"),
     "opt": Family("OPT, Galactica", {"word_embed_proj_dim": 16}),
     "persimmon": Family("Persimmon"),

@@ -210,8 +210,8 @@ def hidden_states(
 
 
 def states_of(output: Any) -> torch.Tensor:
-    """What a decoder layer gives: its output, in older transformers the first of a tuple."""
-    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    """What a decoder layer gives: its output, in some families the first of several."""
+    states: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
     return states
 
 
@@ -248,7 +248,7 @@ def last_layer_gives(
 
 def with_states(output: Any, states: torch.Tensor) -> Any:
     """A decoder layer's output with other hidden states, in the form that it has."""
-    return (states, *output[1:]) if isinstance(output, tuple) else states
+    return type(output)((states, *output[1:])) if isinstance(output, tuple | list) else states
 
 
 @contextmanager
