@@ -84,16 +84,15 @@ def test_json_is_whole_and_agrees_with_the_options(plan: Callable[..., str]) -> 
     assert found["rows"]["forget"] == 8
 
 
-@pytest.mark.slow
 def test_what_does_not_fit_is_no_error_and_comes_with_what_would(plan: Callable[..., str]) -> None:
     method = ("--method", "adaptive-rmu", "--method.layer", "2")
     options = (*method, "--on", "600MB", "--device", "auto")
     out = plan(*options)
     assert "does not fit 600MB" in out
-    assert "with --select last: 0.6 GiB, does not fit either" in out
+    assert "with --select last: 0.7 GiB, does not fit either" in out
     found = json.loads(plan(*options, "--json"))
     assert not found["fits"]
-    assert [other["fits"] for other in found["alternatives"]] == [False] * 4 + [False]
+    assert [other["fits"] for other in found["alternatives"]] == [False] * 5
 
 
 def test_presets_and_yaml_are_those_of_a_run(plan: Callable[..., str], tmp_path: Path) -> None:
@@ -157,3 +156,11 @@ def test_help_tells_of_gpus_and_of_the_options_of_a_run(run_cli: Cli) -> None:
     assert code == 0
     for word in ("--on", "rtx4090-24", "--json", "--method.momentum", "--micro-batch-size"):
         assert word in out
+
+
+def test_shards_are_planned_for_and_checked(run_cli: Cli, plan: Callable[..., str]) -> None:
+    found = json.loads(plan("--on", "h100-80", "--device", "auto", "--sharded", "8", "--json"))
+    assert (found["shards"], found["method"]) == (8, "spectral")
+    for wrong in ("0", "two", "-1"):
+        code, _, err = run_cli("plan", "model", "--forget", "f", "--sharded", wrong)
+        assert (code, err.count("--sharded")) == (2, 1)

@@ -45,7 +45,8 @@ def main(arguments: Sequence[str]) -> int:
     arguments, _ = take_flag(list(arguments), "--quiet")
     arguments, as_json = take_flag(arguments, "--json")
     arguments, on = take_option(arguments, "--on")
-    arguments, shards = take_option(arguments, "--sharded")
+    arguments, sharded = take_option(arguments, "--sharded")
+    shards = _processes(sharded)
     settings, _ = parsed(arguments, "expunge plan", PlanInputs, _ABOUT)
     inputs = cast("PlanInputs", settings.inputs)
     device = inputs.device
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         cast("TrainingOptions", settings.training),
         writes=bool(inputs.output),
     )
-    given = checked, prepared, inputs.dtype, budget, _processes(shards)
+    given = checked, prepared, inputs.dtype, budget, shards
     found = plan(*given)
     others = iter(()) if found.fits else alternatives(*given)
     if as_json:

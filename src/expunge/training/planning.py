@@ -6,7 +6,6 @@ Memory is a formula of shapes (memory.py); here are the budget it must fit and w
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -316,7 +315,6 @@ def _prepared(prepared: Prepared, checked: CheckedModel, changed: Mapping[str, A
 
 def _process_bytes() -> int:
     """This process's memory, which has read and tokenised the rows, and what a run imports beside."""
-    gc.collect()
     give_back_freed_memory()
     return int(psutil.Process().memory_info().rss) + _IMPORTED
 
