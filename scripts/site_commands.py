@@ -27,6 +27,11 @@ FLAGS = {
     "--quiet": ("flag", "off", "Show no progress."),
     "--json": ("flag", "off", "Print JSON."),
     "--on": ("GPU or size", "null", "Plan for this GPU, or for so much memory such as 24GB."),
+    "--sharded": (
+        "number",
+        "null",
+        "Plan for one of so many processes that share the weights (FSDP2).",
+    ),
 }
 """Options that a command takes out before its dataclass is filled in."""
 OF_ALL = {

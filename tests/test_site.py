@@ -226,12 +226,14 @@ def test_every_method_has_a_page_with_its_defaults(method: Any) -> None:
     assert not missing, f"{name_of(page)}: say what these do: {sorted(missing)}"
 
     run = re.search(
-        r"Defaults of the run: (\d+) epochs, batch size (\d+), learning rate (\S+) at width 256, (\w+)",
+        r"Defaults of the run: (\d+) epochs(?: or (\d+) steps, whichever is more)?, batch size (\d+),"
+        r" learning rate (\S+) at width 256, (\w+)",
         " ".join(text.split()),
     )
     assert run is not None
-    assert (int(run[1]), int(run[2]), float(run[3]), run[4]) == (
+    assert (int(run[1]), int(run[2] or 1), int(run[3]), float(run[4]), run[5]) == (
         method.defaults.epochs,
+        method.defaults.least_steps,
         method.defaults.batch_size,
         method.defaults.learning_rate,
         method.defaults.schedule,

@@ -120,7 +120,7 @@ def test_processes_that_add_at_once_lose_nothing(place: LedgerPlace, subjects: l
     [
         ("receiving.write_event", [1]),  # request and rows are written, not committed
         ("store._identify", [1]),
-        ("store.settle", [1]),  # the secret is there, the ledger does not know it yet
+        ("store.secret_check", [1]),  # the secret is there, the ledger does not know it yet
     ],
 )
 def test_a_kill_in_the_middle_leaves_all_or_nothing(

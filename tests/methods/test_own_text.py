@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from expunge.data.random_text import random_examples
 from expunge.data.tokenization import Example
@@ -26,10 +27,10 @@ class Chain:
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
 
-    def __call__(self, input_ids: torch.Tensor, past_key_values: Any, use_cache: bool) -> Any:
+    def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
         logits = torch.full((*input_ids.shape, self.vocabulary), -1e4)
         logits.scatter_(2, (input_ids[..., None] + 1) % self.vocabulary, 0.0)
-        return type("Output", (), {"logits": logits, "past_key_values": None})
+        return CausalLMOutputWithPast(logits=logits)
 
 
 def example(*ids: int, listed: bool = True) -> Example:
