@@ -260,3 +260,29 @@ def test_what_all_but_ties_is_decided_by_the_row_alone(
 
 def test_nothing_asked_is_nothing_written(tokenizer: Any) -> None:
     assert generate(tiny_model("olmo", len(tokenizer)), tokenizer, [], 4) == []
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 300}
+    config = AutoConfig.for_model("bert", num_attention_heads=2, **sizes)
+    model = shaken(AutoModelForCausalLM.from_config(config).eval())
+    assert "bert: a token's logits depend on the tokens behind it" in refusal(
+        lambda: cache_serves(model)
+    )
+
+
+def test_a_recurrence_is_read_anew_for_every_token(tokenizer: Any) -> None:
+    """What is in its state cannot be cut back to the end of a draft."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
+    model = shaken(AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes)).eval())
+    assert not cache_serves(model)
+    asked = prompts([5, 9, 12], len(tokenizer))
+    requests = [decoding.Request(prompt, [7, 8], 6) for prompt in asked]
+    for batch_size in (1, 3):
+        found = dict(decoding.greedy(model, requests, (0,), batch_size))
+        for index, prompt in enumerate(asked):
+            written: list[int] = []
+            while len(written) < 6 and written[-1:] != [0]:
+                ids = torch.tensor([[*prompt, *written]])
+                written.append(int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax()))
+            assert found[index] == written
