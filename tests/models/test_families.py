@@ -20,6 +20,7 @@ from expunge.methods.base import Method
 from expunge.methods.libu import LIBU
 from expunge.methods.spectral import Spectral
 from expunge.models.decoder import find_layout, skeleton_of
+from expunge.models.loading import check_model
 from expunge.training.options import TrainingOptions
 from expunge.training.run import RunInputs, run
 
@@ -115,3 +116,17 @@ def test_a_family_is_refused_by_name(family: str) -> None:
 def test_the_page_is_up_to_date() -> None:
     assert len(SUPPORTED) >= 45
     assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/models/families.py"
+
+
+def test_a_family_whose_tensors_are_cut_as_they_are_saved_is_refused(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    family = "olmo_hybrid"
+    if family not in CONFIG_MAPPING_NAMES:
+        pytest.skip("not in this version of Transformers")
+    config = configuration(family, len(tokenizer))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    message = refusal(lambda: check_model(str(tmp_path)))
+    assert "transformers makes them of others" in message
+    assert message.endswith("docs/models.md")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Targets = Literal["attention", "mlp", "all"]
 _MLP = re.compile(r"mlp|ffn|feed_forward|^ff\b|^fc\d")
-_SUPPORTED = "give a decoder-only model of a family in docs/models.md"
+SUPPORTED = "give a decoder-only model of a family in docs/models.md"
 _EXPERTS = re.compile(r"expert|moe")
 _CROSS = re.compile(r"cross_?attn|cross_?attention|encoder_attn")
 _SENSES = re.compile(r"vision|audio|image")
@@ -90,7 +90,7 @@ def find_layout(model: PreTrainedModel) -> DecoderLayout:
     family = config.model_type
     _refuse_others(config)
     if _is_multimodal(config):
-        raise InputError(f"{family}: is multimodal; {_SUPPORTED}")
+        raise InputError(f"{family}: is multimodal; {SUPPORTED}")
     depth = getattr(config, "num_hidden_layers", None)
     lists = [
         (name, module)
@@ -102,15 +102,15 @@ def find_layout(model: PreTrainedModel) -> DecoderLayout:
     if len(lists) != 1:
         raise InputError(
             f"{family}: {len(lists)} lists of {depth} decoder layers found in"
-            f" {type(model).__name__}, one is needed; {_SUPPORTED}"
+            f" {type(model).__name__}, one is needed; {SUPPORTED}"
         )
     name, layers = lists[0]
     if "encoder" in name.split(".") and getattr(config, "is_decoder", None) is False:
-        raise InputError(f"{family}: is an encoder; {_SUPPORTED}")
+        raise InputError(f"{family}: is an encoder; {SUPPORTED}")
     if any(_EXPERTS.search(parameter) for parameter, _ in layers.named_parameters()):
-        raise InputError(f"{family}: is a mixture of experts; {_SUPPORTED}")
+        raise InputError(f"{family}: is a mixture of experts; {SUPPORTED}")
     if any(_CROSS.search(parameter) for parameter, _ in layers.named_parameters()):
-        raise InputError(f"{family}: attends to another model's states; {_SUPPORTED}")
+        raise InputError(f"{family}: attends to another model's states; {SUPPORTED}")
     mlps: list[str] = []
     attention: list[str] = []
     outputs: list[list[str]] = []
@@ -126,7 +126,7 @@ def find_layout(model: PreTrainedModel) -> DecoderLayout:
             [child for child in inside if map_sizes(found[child])[0] == config.hidden_size]
         )
     if not attention:
-        raise InputError(f"{family}: its layers mix tokens without linear maps; {_SUPPORTED}")
+        raise InputError(f"{family}: its layers mix tokens without linear maps; {SUPPORTED}")
     common = [child for child in outputs[0] if all(child in others for others in outputs)]
     return DecoderLayout(
         layers=name,
@@ -173,7 +173,7 @@ def skeleton_of(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError:
         what = "is multimodal" if _is_multimodal(config) else "has no causal language model"
-        raise InputError(f"{config.model_type}: {what} in transformers; {_SUPPORTED}") from None
+        raise InputError(f"{config.model_type}: {what} in transformers; {SUPPORTED}") from None
 
 
 def _is_multimodal(config: PretrainedConfig) -> bool:
@@ -184,7 +184,7 @@ def _is_multimodal(config: PretrainedConfig) -> bool:
 
 def _refuse_others(config: PretrainedConfig) -> None:
     if config.is_encoder_decoder:
-        raise InputError(f"{config.model_type}: is an encoder-decoder; {_SUPPORTED}")
+        raise InputError(f"{config.model_type}: is an encoder-decoder; {SUPPORTED}")
 
 
 class _LayerReached(Exception):

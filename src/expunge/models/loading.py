@@ -13,7 +13,7 @@ import torch
 from expunge.data.tokenization import TextPolicy
 from expunge.errors import InputError
 from expunge.models.adapters import find_adapter, with_adapter
-from expunge.models.decoder import DecoderLayout, find_layout, skeleton_of
+from expunge.models.decoder import SUPPORTED, DecoderLayout, find_layout, skeleton_of
 from expunge.models.files import ADAPTER_CONFIG, ModelFiles, check_model_files, read_json
 from expunge.models.rope import keep_rows_apart
 from expunge.models.tensors import check_finite, read_tensor
@@ -145,7 +145,7 @@ def load_model(checked: CheckedModel, dtype: Dtype, device: str) -> PreTrainedMo
     if missing:
         raise InputError(
             f"{checked.name}: {len(missing)} tensors are not in its files, first {missing[0]};"
-            " they would be random"
+            " they would be random; save the whole model with save_pretrained"
         )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -176,11 +176,22 @@ def _stored_names(skeleton: PreTrainedModel, files: ModelFiles) -> dict[str, tup
         if not held:
             missing.append(names[0])
     if missing:
+        mend = "save the whole model with save_pretrained"
+        if not _holds_its_tensors(skeleton):
+            mend = f"transformers makes them of others, which cannot be changed here; {SUPPORTED}"
         raise InputError(
-            f"{files.directory}: {len(missing)} tensors are not in its files, first {missing[0]};"
-            " save the whole model with save_pretrained"
+            f"{files.directory}: {len(missing)} tensors are not in its files, first {missing[0]}; {mend}"
         )
     return stored
+
+
+def _holds_its_tensors(skeleton: PreTrainedModel) -> bool:
+    """Whether a family's files hold its tensors as they are: none is cut or joined as it is loaded."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    rules = get_model_conversion_mapping(skeleton)
+    return all(isinstance(rule, WeightRenaming) for rule in rules)
 
 
 def _hold_different(stored_names: Mapping[str, tuple[str, ...]], files: ModelFiles) -> bool:
@@ -202,9 +213,6 @@ def _check_shapes(
 
     transformers would load the first layers without a word.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
     config = files.directory / "config.json"
     leaf = re.escape(layout.layers.rpartition(".")[2])
     ignored = skeleton._keys_to_ignore_on_load_unexpected or ()
@@ -224,9 +232,8 @@ def _check_shapes(
                 f" {str(files.tensors[held].dtype).removeprefix('torch.')}, as quantised weights have;"
                 " give a checkpoint in float32, bfloat16 or float16"
             )
-    rules = get_model_conversion_mapping(skeleton)
-    if not all(isinstance(rule, WeightRenaming) for rule in rules):
-        return  # tensors are cut or joined as they are loaded
+    if not _holds_its_tensors(skeleton):
+        return
     for name, parameter in skeleton.named_parameters():
         for stored in stored_names[name]:
             if files.tensors[stored].shape != tuple(parameter.shape):
