@@ -728,13 +728,14 @@ def state_of(root: Path) -> dict[str, str]:
     return found
 
 
-def tried(case: Case, root: Path, seconds: int) -> tuple[str, int | None, str]:
-    """Runs the command: the fault that it shows or "", its exit code, what it printed."""
+def tried(case: Case, root: Path, directory: Path, seconds: int) -> tuple[str, int | None, str]:
+    """Runs the command in a directory: the fault that it shows or "", exit code, what it printed."""
     from expunge.cli.main import main
 
     before = state_of(root)
     out, err = io.StringIO(), io.StringIO()
-    environment = dict(os.environ)
+    environment, stood = dict(os.environ), Path.cwd()
+    os.chdir(directory)  # where a name alone would be written
     code: int | None = None
     fault = ""
 
@@ -762,6 +763,7 @@ def tried(case: Case, root: Path, seconds: int) -> tuple[str, int | None, str]:
         signal.setitimer(signal.ITIMER_PROF, 0)
         for each, before_it in zip((signal.SIGPROF, signal.SIGALRM), old, strict=True):
             signal.signal(each, before_it)
+        os.chdir(stood)
         os.environ.clear()
         os.environ.update(environment)
         tempfile.tempdir = None
@@ -888,7 +890,7 @@ def _trial(arguments: argparse.Namespace, place: Path) -> tuple[Counter[tuple[st
         directory.mkdir()
         case = MAKERS[kind][0](world, draw, directory)
         started = time.monotonic()
-        fault, code, told = tried(case, place, arguments.seconds)
+        fault, code, told = tried(case, place, directory, arguments.seconds)
         outcome = "fault" if fault else {0: "right", 1: "said", 2: "refused"}[code or 0]
         counts[case.kind, outcome] += 1
         if fault or arguments.only is not None:

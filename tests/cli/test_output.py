@@ -50,6 +50,17 @@ def test_a_reader_that_has_left_is_no_error(
     assert capsys.readouterr().err == ""
 
 
+def test_output_that_cannot_be_written_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["run", "--help"], ["--version"]):
+        with Path("/dev/full").open("w") as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            assert main(command) == 1
+        said = capsys.readouterr().err
+        assert (said.count("\n"), said.count("No space left on device")) == (1, 1)
+
+
 class OutOfMemoryError(Exception):
     """As torch's."""
 

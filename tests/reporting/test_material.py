@@ -100,6 +100,7 @@ def test_a_candidate_or_tensor_that_is_amiss_is_no_report(run: Path) -> None:
         lambda m: m["selection"]["candidates"].append(3),
         lambda m: m["changed_tensors"][0].pop("norm"),
         lambda m: m["changed_tensors"][0].update(norm="much"),
+        lambda m: m["changed_tensors"][-1].update(changed_share="\x00"),
         lambda m: m.update(changed_tensors=[3]),
     ):
         manifest = json.loads(json.dumps(whole))

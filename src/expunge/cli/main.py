@@ -66,8 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         with plain_streams():
-            code = _run(arguments)
-        sys.stdout.flush()
+            return _flushed(_run(arguments))
     except BrokenPipeError:
         if not _is_unread(sys.stdout):
             raise
@@ -75,6 +74,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # What is buffered would fail again as Python ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 141
+
+
+def _flushed(code: int) -> int:
+    """The exit code once all is written; a full disk is said once."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if code == 0:
+            sys.stderr.write(f"expunge: standard output: {error.strerror}; write it elsewhere\n")
+        return code or 1
     return code
 
 

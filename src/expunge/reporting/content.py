@@ -26,7 +26,7 @@ def content(material: Material) -> dict[str, Any]:
             "weights": weights(material),
             "record": record(material),
         }
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(
             f"{material.directory / MANIFEST}: is not as this version of expunge run writes it"
         ) from None

@@ -140,7 +140,8 @@ def layers(material: Material) -> dict[str, Any] | None:
 def weights(material: Material) -> dict[str, Any]:
     """Changed tensors, and by layer the norm of their change relative to that of the tensors."""
     tensors = [
-        {key: each[key] for key in ("name", "dtype", "norm", "change_norm", "changed_share")}
+        {key: each[key] for key in ("name", "dtype")}
+        | {key: float(each[key]) for key in ("norm", "change_norm", "changed_share")}
         for each in material.manifest["changed_tensors"]
     ]
     by_layer: dict[int, list[Mapping[str, Any]]] = {}
