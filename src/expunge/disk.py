@@ -11,6 +11,7 @@ import errno
 import fcntl
 import fnmatch
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -42,6 +43,10 @@ def settle(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+PART = re.compile(r"\.expunge-[0-9a-f]{16}")
+"""Name of what `whole` has begun to write."""
 
 
 @contextmanager

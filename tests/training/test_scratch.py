@@ -246,3 +246,13 @@ def test_a_result_is_as_closed_as_the_target(tmp_path: Path) -> None:
         assert out.stat().st_mode & 0o777 == directory
         for path in (out / "m.safetensors", out / "adapter" / "a"):
             assert path.stat().st_mode & 0o777 == made
+
+
+def test_a_run_that_was_killed_as_it_began_to_write_is_gone_on_with(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    root = tmp_path / ".out.unfinished"
+    root.mkdir(mode=0o700)
+    for name in ("lock", ".expunge-0123456789abcdef"):
+        (root / name).touch()
+    with scratch_beside(output, {"seed": 1}, resume=True, overwrite=False) as scratch:
+        assert not list(scratch.root.glob(".expunge-*"))

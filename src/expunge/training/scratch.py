@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from expunge.disk import check_writable, check_written, held, own, remove, settle, write_whole
+from expunge.disk import PART, check_writable, check_written, held, own, remove, settle, write_whole
 from expunge.errors import InputError, NothingKept, RunError
 from expunge.processes import Processes
 from expunge.training.manifest import MANIFEST
@@ -155,9 +155,11 @@ def _recorded(output: Path) -> list[str]:
 
 
 def _is_of_a_run(root: Path) -> bool:
-    """Whether a run made a directory: one that was killed at once left a lock and no more."""
-    if [path.name for path in root.iterdir()] == ["lock"]:
-        return not (root / "lock").is_symlink()
+    """Whether a run made a directory: one that was killed at once left a lock, and what it had begun to
+    write, and no more."""
+    entries = list(root.iterdir())
+    if all(path.name == "lock" or PART.fullmatch(path.name) for path in entries):
+        return not any(path.is_symlink() for path in entries)
     try:
         return "format" in json.loads((root / _ASKED).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
