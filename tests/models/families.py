@@ -47,6 +47,8 @@ class Family:
     sizes: dict[str, Any] = field(default_factory=dict)
     cached: bool = True
     """Whether answers are written from cached keys and values; a recurrence is read anew each time."""
+    adapted: bool = True
+    """Whether PEFT puts low-rank adapters on its maps."""
     steered: bool = True
     """Whether its layers have an MLP that RMU and Adaptive RMU can train."""
 
@@ -65,8 +67,8 @@ SUPPORTED: dict[str, Family] = {
     "ernie4_5": Family("ERNIE 4.5 0.3B"),
     "exaone4": Family("EXAONE 4.0", {"sliding_window_pattern": 2}),
     "falcon": Family("Falcon"),
-    "falcon_h1": Family("Falcon-H1", _MAMBA | {"mamba_d_ssm": 32}, cached=False),
-    "falcon_mamba": Family("Falcon Mamba", cached=False, steered=False),
+    "falcon_h1": Family("Falcon-H1", _MAMBA | {"mamba_d_ssm": 32}, cached=False, adapted=False),
+    "falcon_mamba": Family("Falcon Mamba", cached=False, adapted=False, steered=False),
     "gemma": Family("Gemma"),
     "gemma2": Family("Gemma 2"),
     "gemma3_text": Family("Gemma 3 1B and 270M"),
@@ -77,6 +79,7 @@ SUPPORTED: dict[str, Family] = {
             **{"laurel_rank": 4, "num_kv_shared_layers": 0, "altup_num_inputs": 2},
             **{"activation_sparsity_pattern": [0.0] * LAYERS, "intermediate_size": [32] * LAYERS},
         },
+        steered=False,
     ),
     "glm": Family("GLM-4 9B"),
     "glm4": Family("GLM-4-0414"),
@@ -105,11 +108,12 @@ SUPPORTED: dict[str, Family] = {
         cached=False,
     ),
     "llama": Family("Llama 1 to 3, TinyLlama, Vicuna, SmolLM, Yi"),
-    "mamba": Family("Mamba", cached=False, steered=False),
+    "mamba": Family("Mamba", cached=False, adapted=False, steered=False),
     "mamba2": Family(
         "Mamba 2, Codestral Mamba",
         {"num_heads": 4, "n_groups": 1, "state_size": 8},
         cached=False,
+        adapted=False,
         steered=False,
     ),
     "minicpm3": Family("MiniCPM3"),
@@ -122,7 +126,7 @@ SUPPORTED: dict[str, Family] = {
     "olmo": Family("OLMo"),
     "olmo2": Family("OLMo 2"),
     "olmo3": Family("OLMo 3"),
-    "openai-gpt": Family("GPT"),
+    "openai-gpt": Family("GPT", cached=False),
     "opt": Family("OPT, Galactica", {"word_embed_proj_dim": 16}),
     "persimmon": Family("Persimmon"),
     "phi": Family("Phi-1, Phi-1.5, Phi-2"),
@@ -236,12 +240,13 @@ works was measured on OLMo alone ([limits](limits.md)).
 ## Unlearned: {unlearned} families
 
 `spectral` and `libu` train the linear maps of attention, of what stands in its place (convolution,
-recurrence) and of the MLP. `rmu` and `adaptive-rmu` need an MLP in every layer. *Answers* are written
+recurrence) and of the MLP. PEFT puts no adapter on Mamba's. `rmu` and `adaptive-rmu` need an MLP in
+every layer that writes to one residual stream. *Answers* are written
 from cached keys and values, or anew: the row is read from its beginning for every token, which takes
 longer and gives the same.
 
-| `model_type` | known as | `spectral`, `libu` | `adaptive-rmu` | answers |
-|---|---|---|---|---|
+| `model_type` | known as | `spectral` | `libu` | `adaptive-rmu` | answers |
+|---|---|---|---|---|---|
 {supported}
 
 ## Refused by name: {refused} families
@@ -258,8 +263,8 @@ multimodal one is unlearned where it is saved alone.
 def page() -> str:
     """docs/models.md."""
     supported = [
-        f"| `{family}` | {row.known} | yes | {'yes' if row.steered else 'refused: no MLP'}"
-        f" | {'cached' if row.cached else 'anew'} |"
+        f"| `{family}` | {row.known} | yes | {'yes' if row.adapted else 'refused'}"
+        f" | {'yes' if row.steered else 'refused'} | {'cached' if row.cached else 'anew'} |"
         for family, row in sorted(SUPPORTED.items())
     ]
     others = [

@@ -128,6 +128,8 @@ def find_layout(model: PreTrainedModel) -> DecoderLayout:
     if not attention:
         raise InputError(f"{family}: its layers mix tokens without linear maps; {SUPPORTED}")
     common = [child for child in outputs[0] if all(child in others for others in outputs)]
+    if hasattr(config, "altup_num_inputs"):  # Gemma 3n's layers hand on several streams, not one
+        common = []
     return DecoderLayout(
         layers=name,
         count=len(layers),

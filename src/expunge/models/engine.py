@@ -129,9 +129,10 @@ class SegmentEngine:
         self._parts, self._layout, self._autocast = parts, layout, autocast
         self._first, self._last, self._measures = first, last, measures
         self._names = module_names(parts.model, layout)
-        self._segment = Segment(parts.model, layout, first, last)
-        self._upper = Segment(parts.model, layout, first, layout.count - 1)
-        self._prefix = Segment(parts.model, layout, 0, first - 1)
+        with _cut_off():
+            self._segment = Segment(parts.model, layout, first, last)
+            self._upper = Segment(parts.model, layout, first, layout.count - 1)
+            self._prefix = Segment(parts.model, layout, 0, first - 1)
         self._processes = processes or OneProcess()
         self._cache: CacheLayout | None = None
         self._trained: Mapping[str, nn.Parameter] = {}

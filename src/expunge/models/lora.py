@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from expunge.errors import InputError
 from expunge.models.decoder import DecoderLayout, Targets, is_turned
 from expunge.models.sharding import is_sharded, whole
 
@@ -54,7 +55,13 @@ class Adapter:
         # PEFT draws A from the global generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            inject_adapter_in_model(self.config, model)
+            try:
+                inject_adapter_in_model(self.config, model)
+            except ValueError as error:
+                raise InputError(
+                    f"{model.config.model_type}: takes no low-rank adapter on its {shape.targets} maps"
+                    f" ({str(error).partition('. ')[0]}); choose --method spectral"
+                ) from None
         self.layers: dict[str, Any] = {
             name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
         }
