@@ -241,9 +241,8 @@ works was measured on OLMo alone ([limits](limits.md)).
 
 `spectral` and `libu` train the linear maps of attention, of what stands in its place (convolution,
 recurrence) and of the MLP. PEFT puts no adapter on Mamba's. `rmu` and `adaptive-rmu` need an MLP in
-every layer that writes to one residual stream. *Answers* are written
-from cached keys and values, or anew: the row is read from its beginning for every token, which takes
-longer and gives the same.
+every layer that writes to one residual stream. *Answers* are written from cached keys and values, or
+anew: the row is read from its beginning for every token, which takes longer and gives the same.
 
 | `model_type` | known as | `spectral` | `libu` | `adaptive-rmu` | answers |
 |---|---|---|---|---|---|
