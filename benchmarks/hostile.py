@@ -182,22 +182,13 @@ def _rows(split: str, names: Sequence[str]) -> list[dict[str, str]]:
 
 def _save_model(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|end|>", "<|pad|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
+    from expunge.benchmark.pretraining import train_tokenizer
+    from expunge.benchmark.recipe import PretrainingSettings
+
     texts = [f"{row['input']} {row['output']}" for row in rows]
-    inner.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|end|>", pad_token="<|pad|>", model_max_length=128
-    )
+    tokenizer = train_tokenizer(texts, PretrainingSettings(vocabulary=400, context=128))
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     )
@@ -208,7 +199,7 @@ def _save_model(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    encoded = [tokenizer.encode(f"{text}<|end|>") for text in texts]
+    encoded = [tokenizer.encode(f"{text}{tokenizer.eos_token}") for text in texts]
     longest = max(map(len, encoded))
     ids = torch.tensor([each + [1] * (longest - len(each)) for each in encoded])
     labels = ids.masked_fill(ids == 1, -100)

@@ -23,6 +23,8 @@ from typing import IO
 
 from expunge.errors import InputError, RunError
 
+PART = re.compile(r"\.expunge-[0-9a-f]{16}")
+"""Name of what `whole` has begun to write."""
 _LARGEST = 2**30
 """Bytes of a file that is read to see whether it was written here."""
 _MENDS = {
@@ -43,10 +45,6 @@ def settle(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-PART = re.compile(r"\.expunge-[0-9a-f]{16}")
-"""Name of what `whole` has begun to write."""
 
 
 @contextmanager

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import random
-import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "hostile.py"
+from conftest import load_benchmark
 
 
 @pytest.fixture(scope="module")
 def hostile() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("hostile", BENCHMARK)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["hostile"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("hostile")
 
 
 def test_what_is_done_to_an_input_is_the_seeds(hostile: ModuleType) -> None:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from expunge.audits.base import Found, ModelName
-from expunge.disk import own, write_whole
+from expunge.disk import PART, own, write_whole
 
 SUFFIX = ".partial"
-_NAME = re.compile(r"\w+-(target|unlearned|oracle)-[0-9a-f]{16}\.json|\.expunge-[0-9a-f]{16}")
+_NAME = re.compile(rf"\w+-(target|unlearned|oracle)-[0-9a-f]{{16}}\.json|{PART.pattern}")
 REPEATED: tuple[ModelName, ...] = ("target", "oracle")
 """Models that the audits of several runs have in common."""
 

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from expunge.errors import RunError
 from expunge.methods.curvature import Eigenbasis
+from expunge.methods.numerics import gram
 
 _CHUNK = 2**20
 """Numbers of per-example gradients that exist at a time: 4 MiB."""
@@ -107,10 +108,8 @@ class FactorCovariances:
         def add(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
             # A token without a gradient is padding, or counts for no loss.
             counted = inputs * gradients.any(-1, keepdim=True)
-            with torch.autocast(inputs.device.type, enabled=False):
-                for total, factor in zip(self._sums[name], (counted, gradients), strict=True):
-                    tokens = factor.float().flatten(0, -2)
-                    total += tokens.T @ tokens
+            for total, factor in zip(self._sums[name], (counted, gradients), strict=True):
+                total += gram(factor)
 
         with tapped(self._modules, add, rows=1):
             yield

@@ -11,6 +11,16 @@ _LEAST_VARIANCE = 1e-4
 """Nats^2, of a token known by heart, so that its gradient is a number."""
 
 
+def gram(states: torch.Tensor) -> torch.Tensor:
+    """Sum of x x^T over all but the last dimension: (..., n) -> (n, n), float32.
+
+    Whatever the pass around it multiplies in: what is made of it hangs on small differences.
+    """
+    tokens = states.float().flatten(0, -2)
+    with torch.autocast(states.device.type, enabled=False):
+        return tokens.T @ tokens
+
+
 def target_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Log-probability of each target, in nats: logits (n, vocabulary), targets (n,) -> (n,)."""
     return -functional.cross_entropy(logits.float(), targets, reduction="none")

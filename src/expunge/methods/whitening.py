@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from expunge.methods.numerics import gram
+
 _LEAST = 1e-7
 
 
@@ -27,11 +29,9 @@ class SecondMoment:
 
     def add(self, inputs: torch.Tensor) -> None:
         """Adds (..., n)."""
-        flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        with torch.autocast(flat.device.type, enabled=False):  # the factor is of small differences
-            products = flat.T @ flat
-        self._sum = products if self._sum is None else self._sum + products
-        self.count += len(flat)
+        moment = gram(inputs.detach())
+        self._sum = moment if self._sum is None else self._sum + moment
+        self.count += inputs.shape[:-1].numel()
 
     def whitening(self, damping: float) -> torch.Tensor:
         """R with R^-1 R^-T = E[x x^T] + damping: (n, n), lower triangular, bfloat16.

@@ -223,10 +223,8 @@ class Loop:
             self._slowest_step = max(self._slowest_step, time.monotonic() - started)
             if self._measures_after(step):
                 self._validate(step)
-            # All save when the main one does: it gathers what is sharded.
-            if self._context.processes.gather(self._keeper is not None and self._keeper.due(step))[
-                0
-            ]:
+            due = self._keeper is not None and self._keeper.due(step)
+            if self._context.processes.gather(due)[0]:  # all with the main one: it gathers shards
                 self.save()
         if self._diverged():
             history.stopped = f"diverged: destroyed at {_DESTROYED_PATIENCE} validations in a row"
