@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -26,6 +27,7 @@ from expunge.ledger.store import Ledger, LedgerPlace, open_ledger
 Asked = Callable[..., Added]
 _ADD = """
 import sys
+import threading
 from expunge.ledger.receiving import NewRequest, add
 from expunge.ledger.store import LedgerPlace
 add(LedgerPlace(sys.argv[1], by=sys.argv[3]), NewRequest(forget=sys.argv[2]))
@@ -99,6 +101,30 @@ def test_history_and_rows_are_never_changed(
             with pytest.raises(sqlite3.IntegrityError, match="never changed"):
                 ledger.connection.execute(command)
         assert read_request(ledger, 1).state == "open"
+
+
+def test_a_ledger_made_while_it_is_looked_at_is_no_other_database(
+    place: LedgerPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make() -> None:
+        with open_ledger(place, create=True):
+            pass
+
+    owner, others = store._owner, []
+
+    def slowly(connection: sqlite3.Connection) -> int:
+        found = owner(connection)
+        if not others:  # the first to look; the other one looks as well
+            others.append(threading.Thread(target=make))
+            others[0].start()
+            others[0].join(0.3)
+        return found
+
+    monkeypatch.setattr(store, "_owner", slowly)
+    make()
+    others[0].join()
+    with open_ledger(place) as ledger:
+        assert ledger.secret()
 
 
 def test_processes_that_add_at_once_lose_nothing(place: LedgerPlace, subjects: list[Path]) -> None:

@@ -208,8 +208,10 @@ def _check_file(path: Path, *, create: bool) -> None:
 
 def _prepare(connection: sqlite3.Connection, place: LedgerPlace) -> None:
     connection.execute("PRAGMA foreign_keys = ON")
-    version, owner = version_of(connection), _owner(connection)
-    if owner != APPLICATION_ID and (version or owner or _has_tables(connection)):
+    ledger = Ledger(connection, place)
+    with ledger.reading():  # one state: another process may be making the ledger meanwhile
+        version, owner, tables = version_of(connection), _owner(connection), _has_tables(connection)
+    if owner != APPLICATION_ID and (version or owner or tables):
         raise InputError(
             f"--ledger {place.path}: is a database of something else; name another file"
         )
@@ -220,7 +222,6 @@ def _prepare(connection: sqlite3.Connection, place: LedgerPlace) -> None:
         )
     if version < len(MIGRATIONS):
         _write_ahead(connection)
-        ledger = Ledger(connection, place)
         with ledger.change():
             # Another process may have been first while this one waited.
             if version_of(connection) < len(MIGRATIONS):
