@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from expunge.methods import numerics
 from expunge.methods.losses import (
     adaptive_target,
     cross_entropy,
@@ -25,6 +26,7 @@ from expunge.methods.numerics import (
     row_means,
     row_sums,
     target_log_odds,
+    target_log_probs,
     target_surprise,
     token_log_probs,
 )
@@ -329,3 +331,35 @@ def test_surprise_has_a_gradient_where_a_token_is_known_by_heart_or_masked() -> 
     assert logits.grad is not None
     assert bool(torch.isfinite(logits.grad).all())
     assert float(logits.grad.abs().max()) <= 2
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 20])
+def test_pieces_give_values_and_gradients_of_the_whole(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(20, 11, generator=generator) * 3
+    targets = torch.randint(11, (20,), generator=generator)
+    reference = torch.randn(20, 11, generator=generator)
+    top = top_of(reference, 4)
+
+    def everything() -> torch.Tensor:
+        inputs = logits.clone().requires_grad_()
+        values = [
+            target_log_probs(inputs, targets),
+            target_log_odds(inputs, targets),
+            target_surprise(inputs, targets),
+            *next_token_moments(inputs),
+            token_kl(inputs, reference),
+            top_kl(inputs, *top),
+        ]
+        torch.stack(
+            [(index + 1) * value.sum() for index, value in enumerate(values)]
+        ).sum().backward()
+        assert inputs.grad is not None
+        return torch.cat([torch.stack(values, 1).detach(), inputs.grad], 1)
+
+    monkeypatch.setattr(numerics, "_PIECE", {"cpu": 1000})
+    whole = everything()
+    monkeypatch.setattr(numerics, "_PIECE", {"cpu": 11 * rows})
+    assert everything().equal(whole)

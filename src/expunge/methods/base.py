@@ -16,7 +16,7 @@ from expunge.data.sampling import Sampling
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
 from expunge.methods.calibration import NeverSeen
-from expunge.methods.numerics import target_surprise, token_log_probs
+from expunge.methods.numerics import by_pieces, target_log_probs, target_surprise
 from expunge.models.decoder import DecoderLayout
 from expunge.models.engine import SegmentEngine
 from expunge.processes import OneProcess, Processes
@@ -149,11 +149,14 @@ class Context:
         logits = self.model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         ).logits
-        right = logits[:, :-1].argmax(-1) == batch.input_ids[:, 1:]
-        surprise = logits.new_zeros(0)
+        # The last place predicts nothing, but without it the logits would have to be copied.
+        targets = batch.input_ids.roll(-1, dims=1)
+        asked = torch.zeros_like(targets).bool()
         if where is not None:
-            surprise = target_surprise(logits[:, :-1][where], batch.input_ids[:, 1:][where])
-        return token_log_probs(logits, batch.input_ids), right, surprise
+            asked[:, :-1] = where
+        found = _next_tokens(*(values.flatten(0, 1) for values in (logits, targets, asked)))
+        log_probs, right, surprise = (part.view_as(targets)[:, :-1] for part in found)
+        return log_probs, right, surprise[asked[:, :-1]]
 
     def passes(self, examples: Sequence[Example], phase: str | None) -> Iterator[Batch]:
         """The examples batch by batch on the device; a phase's name tells its progress."""
@@ -167,6 +170,16 @@ class Context:
     def generator(self, purpose: str) -> torch.Generator:
         """A CPU generator of its own for each purpose, so that draws do not depend on each other."""
         return generator_of(self.seed, purpose)
+
+
+@by_pieces
+def _next_tokens(
+    logits: torch.Tensor, targets: torch.Tensor, asked: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each target's log-probability, whether it is the likeliest, and its surprise where asked."""
+    surprise = torch.zeros_like(targets, dtype=torch.float32)
+    surprise[asked] = target_surprise(logits[asked], targets[asked])
+    return target_log_probs(logits, targets), logits.argmax(-1) == targets, surprise
 
 
 def generator_of(seed: int, purpose: str) -> torch.Generator:

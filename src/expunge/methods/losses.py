@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from expunge.methods.numerics import masked_mean, weighted_mean
+from expunge.methods.numerics import by_pieces, masked_mean, weighted_mean
 
 _LEAST_REST = 1e-7
 """Probability of all tokens that are not kept; below, it is rounding."""
@@ -36,13 +36,15 @@ def huber(values: torch.Tensor, wanted: torch.Tensor, width: float) -> torch.Ten
     return functional.huber_loss(values, wanted, reduction="none", delta=width) / width
 
 
+@by_pieces
 def token_kl(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:
-    """KL(reference || model) of next-token distributions: (..., vocabulary) twice -> (...)."""
+    """KL(reference || model) of next-token distributions: (n, vocabulary) twice -> (n,)."""
     log_p = functional.log_softmax(logits.float(), dim=-1)
     log_q = functional.log_softmax(reference_logits.float(), dim=-1)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
+@by_pieces
 def top_kl(logits: torch.Tensor, reference: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """KL(reference || model) where all tokens but the chosen ones count as one: (n, vocabulary) -> (n,).
 

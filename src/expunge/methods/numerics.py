@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
+
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 _LEAST_LOG = -1e4
 """Nats; in the place of -inf, whose product with 0 is no number."""
 _LEAST_VARIANCE = 1e-4
 """Nats^2, of a token known by heart, so that its gradient is a number."""
+_PIECE = {"cpu": 2**22}
+"""Logits in a piece, by the kind of device: on a CPU what a piece takes stays in its caches."""
+_LARGE_PIECE = 2**25
+
+
+def piece_rows(device_type: str, vocabulary: int) -> int:
+    """Rows of logits that `by_pieces` takes at once."""
+    return max(1, _PIECE.get(device_type, _LARGE_PIECE) // vocabulary)
+
+
+def by_pieces(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of logits (n, vocabulary) and of others (n, ...), row by row, a piece of rows at once.
+
+    It gives a tensor (n, ...), or several. Float32 logits and what a softmax makes of them are by far
+    the largest tensors of a pass: here they are one piece's, and backward computes each piece again.
+    """
+
+    @wraps(function)
+    def in_pieces(logits: torch.Tensor, *others: torch.Tensor) -> Any:
+        rows = piece_rows(logits.device.type, logits.shape[-1])
+        if len(logits) <= rows:
+            return function(logits, *others)
+        run = function
+        if logits.requires_grad and torch.is_grad_enabled():
+            run = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+        pieces = zip(*(values.split(rows) for values in (logits, *others)), strict=True)
+        found = [run(*piece) for piece in pieces]
+        if isinstance(found[0], torch.Tensor):
+            return torch.cat(found)
+        return tuple(torch.cat(part) for part in zip(*found, strict=True))
+
+    return in_pieces
 
 
 def gram(states: torch.Tensor) -> torch.Tensor:
@@ -21,11 +58,13 @@ def gram(states: torch.Tensor) -> torch.Tensor:
         return tokens.T @ tokens
 
 
+@by_pieces
 def target_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Log-probability of each target, in nats: logits (n, vocabulary), targets (n,) -> (n,)."""
     return -functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
+@by_pieces
 def target_log_odds(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """log(p / (1 - p)) of each target: logits (n, vocabulary), targets (n,) -> (n,).
 
@@ -38,6 +77,7 @@ def target_log_odds(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     return logits.gather(1, chosen)[:, 0] - others
 
 
+@by_pieces
 def next_token_moments(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation of log p under p itself, in nats: (n, vocabulary) -> (n,) and (n,).
 
@@ -47,6 +87,7 @@ def next_token_moments(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return mean, variance.sqrt()
 
 
+@by_pieces
 def target_surprise(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """How much less likely each target is than the distribution itself expects of a token.
 

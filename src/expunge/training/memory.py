@@ -9,7 +9,8 @@
                                            maps of a layer take and give of a token
                  b d l x + K b s x'        with gradient checkpointing: x' tokens of the largest pass
     casts        2 t a pass                of trained weights to bfloat16, kept until the backward pass
-    logits       c v                       counted tokens, vocabulary, times what the loss keeps
+    logits       b c v                     c counted tokens, vocabulary v, and a gradient for each loss
+                 4 k p v                   k float32 copies of p tokens, a piece of them (`by_pieces`)
 
 No weights are read and nothing is simulated. The constants are those of `benchmarks/plan.py`.
 """
@@ -30,6 +31,7 @@ from expunge.methods.libu import LIBU
 from expunge.methods.libu_published import PublishedLIBU
 from expunge.methods.log_odds import TOP, LogOddsSettings
 from expunge.methods.npo_merging import NPOMerging
+from expunge.methods.numerics import piece_rows
 from expunge.methods.steering import TRAINED_LAYERS
 from expunge.methods.token_npo import TokenNPO
 from expunge.models.engine import CacheLayout, pass_tokens_on
@@ -324,13 +326,19 @@ class Formula:
         ]
         if log_odds:
             lens = 2 if method.lens_weight > 0 and self._shapes.layers > 1 else 1
-            matched = 5 if self._matches else 0
-            kept = [lens + matched, 1, 2]  # as many float32 copies
+            kept, copies = [lens, 1, 1], [lens + (5 if self._matches else 0), 1, 2]
         else:
             divergence = isinstance(method, KLMinimization) or getattr(method, "kl_weight", 0) > 0
-            kept = [1, 3 if divergence else 1, 1]
-        numbers = sum(n * copies for n, copies in zip(counts, kept, strict=False))
-        return 4 * self._shapes.vocabulary * (numbers + 2 * max(counts))
+            kept = [1, 2 if divergence else 1, 1]
+            copies = [1, 3 if divergence else 1, 1]
+        whole = sum(n * times for n, times in zip(counts, kept, strict=False)) + 3 * max(counts)
+        pieces = [self._pieces(n, k + 2) for n, k in zip(counts, copies, strict=False)]
+        return self._item * self._shapes.vocabulary * whole + sum(pieces)
+
+    def _pieces(self, tokens: int, copies: int) -> int:
+        """So many float32 copies of the logits of one piece of the tokens."""
+        vocabulary = self._shapes.vocabulary
+        return 4 * copies * vocabulary * min(tokens, piece_rows(self._device_type, vocabulary))
 
     @property
     def _matches(self) -> bool:
@@ -348,7 +356,8 @@ class Formula:
         batches = [collate(rows, range(len(rows)), self._prepared.pad_id) for rows in sides]
         tokens = max(batch.input_ids.numel() for batch in batches)
         counted = max(int(batch.mask(method.tokens)[:, 1:].sum()) for batch in batches)
-        logits = {LOGITS: self._shapes.vocabulary * counted * (self._item + 8)}
+        whole = self._item * counted * self._shapes.vocabulary
+        logits = {LOGITS: whole + self._pieces(counted, 2)}
         if not isinstance(method, (LIBU, PublishedLIBU)):
             return {**self._pass(tokens), **logits}
         bases = 0
@@ -366,12 +375,14 @@ class Formula:
         padded = max((len(rows) * len(rows[-1]) for rows in batches), default=0)
         if self._cache is not None:
             tokens = max((sum(map(len, rows)) for rows in batches), default=0)
-            copies = self._item
+            copies = 0
         else:
             tokens = padded
-            # As float32, as log-probabilities; of matched tokens five more.
-            copies = self._item + 4 + (4 if self._rounds else 0) + (20 if self._matches else 0)
-        return {**self._pass(tokens), LOGITS: self._shapes.vocabulary * tokens * copies}
+            copies = (
+                7 if self._matches else 2
+            )  # log-probabilities, and the surprise of matched tokens
+        whole = self._item * tokens * self._shapes.vocabulary
+        return {**self._pass(tokens), LOGITS: whole + self._pieces(tokens, copies)}
 
 
 def _longest(examples: Sequence[Example], count: int) -> list[Example]:
