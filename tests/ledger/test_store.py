@@ -110,7 +110,8 @@ def test_a_ledger_made_while_it_is_looked_at_is_no_other_database(
         with open_ledger(place, create=True):
             pass
 
-    owner, others = store._owner, []
+    owner = store._owner
+    others: list[threading.Thread] = []
 
     def slowly(connection: sqlite3.Connection) -> int:
         found = owner(connection)

@@ -132,6 +132,7 @@ def test_a_ceiling_follows_the_never_seen_loss_and_stays_near_it(make_context: C
 
     objective.calibrate(far(context, 0.0))
     assert ceilings() == {4.0}
+    assert objective.calibration["ceiling"] == 4.0  # rows of no kind that was never seen go as far
     objective.calibrate(far(context, 5.0))
     assert ceilings() == {3.0}  # 1 of 4 nats too far, all of it back
     for _ in range(9):

@@ -77,9 +77,11 @@ def test_a_step_takes_seven_retain_rows_for_each_forget_row() -> None:
     assert len({row for step in (1, 2, 3) for row in retain.indices(step)}) == 40
 
 
-def test_an_epoch_has_a_step_for_every_rest_of_a_chunk() -> None:
+def test_an_epoch_has_a_step_for_every_rest_of_a_chunk(
+    make_context: Callable[..., Context],
+) -> None:
     method = ChunkedGradientDifference(chunk_size=10)
-    used = resolved(method, TrainingOptions(batch_size=4, epochs=2), 256, 25)
+    used = resolved(method, TrainingOptions(batch_size=4, epochs=2), make_context().layout, 25)
     assert used["steps_per_epoch"] == 3 + 3 + 2
     assert used["steps"] == 16
 

@@ -100,7 +100,7 @@ def planned_evenly(checked: Callable[..., Any]) -> Callable[..., Plan]:
     ) -> Plan:
         model, prepared = checked(method, select="last", batch_size=rows, **more)
         some = random_examples([20] * 16, 50)
-        used = resolved(method, prepared.options, WIDTH, len(some))
+        used = resolved(method, prepared.options, model.layout, len(some))
         even = dataclasses.replace(prepared, forget=some, retain=some, used=used)
         return plan(model, even, dtype, GPU, shards)
 
@@ -423,3 +423,12 @@ def test_budgets_are_gpus_sizes_or_this_machine() -> None:
     assert budget_of(None, "auto", "cpu").bytes > 2**28
     assert "rtx4090-24" in refusal(lambda: budget_of("a big one", "auto", "cpu"))
     assert "--device is cpu" in refusal(lambda: budget_of("t4-16", "cpu", "cpu"))
+
+
+@pytest.mark.parametrize(("layers", "scale"), [(4, 1.0), (8, 1.0), (32, 0.25)])
+def test_the_default_rate_of_full_weights_falls_with_width_and_depth(
+    layers: int, scale: float
+) -> None:
+    defaults = Spectral.defaults
+    assert defaults.learning_rate_at(1024, layers) == defaults.learning_rate / 4 * scale
+    assert LIBU.defaults.learning_rate_at(1024, layers) == LIBU.defaults.learning_rate / 4

@@ -113,6 +113,7 @@ def _command(method: Any, inputs: type[Any], about: str) -> type[Any]:
         ],
     )
     defaults = method.defaults
+    by_depth = f" x min(1, {defaults.depth} / layers)" if defaults.depth else ""
     least = f" or {defaults.least_steps} steps" if defaults.least_steps > 1 else ""
     command.__doc__ = (
         f"{about}\n\n"
@@ -122,6 +123,6 @@ def _command(method: Any, inputs: type[Any], about: str) -> type[Any]:
         f"{', '.join(method.presets) or 'none'}). --config FILE reads options from YAML; flags"
         " override them.\n\n"
         f"Defaults of {method.name}: {defaults.epochs} epochs{least}, batch size {defaults.batch_size},"
-        f" learning rate {defaults.learning_rate:g} x 256 / hidden size."
+        f" learning rate {defaults.learning_rate:g} x 256 / hidden size{by_depth}."
     )
     return command

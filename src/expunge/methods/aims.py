@@ -38,7 +38,7 @@ class Aims:
     """The loss that every forget row should have, and how its tokens share it."""
 
     def __init__(self, ceiling: float) -> None:
-        """`ceiling` is that of rows that are not calibrated, nats a token."""
+        """`ceiling` is that of all rows before any is calibrated, nats a token."""
         self._ceiling = ceiling
         self._ceilings: dict[str, float] = {}
         self._tokens: dict[str, TokenSpread] = {}
@@ -47,6 +47,8 @@ class Aims:
         """Moves each aim by what was missed, and keeps it near what is wanted: one that is far off
         would go on pushing long after the losses have arrived. All tokens of a row without a pair have
         one aim."""
+        # Of rows that have no never-seen ones of their kind: no further than any other goes.
+        self._ceiling = min(self._ceiling, rows.scale)
         for row, loss in rows.losses.items():
             wanted = rows.wanted[row]
             start = self._ceilings.get(row)
@@ -91,7 +93,11 @@ class Aims:
 
     def facts(self) -> dict[str, Any]:
         """Its state beside the tensors, as JSON can hold it."""
-        return {"ceilings": dict(self._ceilings), "matched": list(self._tokens)}
+        return {
+            "ceiling": self._ceiling,
+            "ceilings": dict(self._ceilings),
+            "matched": list(self._tokens),
+        }
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -106,6 +112,7 @@ class Aims:
 
     def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Puts back what `facts` and `tensors` gave."""
+        self._ceiling = facts["ceiling"]
         self._ceilings = dict(facts["ceilings"])
         self._tokens = {
             row: TokenSpread(tensors["aims.losses"][index], tensors["aims.surprise"][index])

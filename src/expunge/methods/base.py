@@ -86,6 +86,9 @@ class RunDefaults:
     batch_size: int
     learning_rate: float
     """At a hidden size of 256; scaled by 256 / hidden size (arXiv 2203.03466, Adam)."""
+    depth: int | None = None
+    """Layers from which the learning rate is also scaled by depth / layers, as each of them adds its
+    step to the same states; None: never."""
     schedule: Schedule = "constant"
     least_steps: int = 1
     """More epochs are made of a forget set that is too small for as many."""
@@ -96,9 +99,10 @@ class RunDefaults:
         """The default number of epochs where one takes so many steps."""
         return max(self.epochs, -(-self.least_steps // steps_an_epoch))
 
-    def learning_rate_at(self, width: int) -> float:
-        """The default learning rate for a model of this hidden size."""
-        return self.learning_rate * _REFERENCE_WIDTH / width
+    def learning_rate_at(self, width: int, layers: int) -> float:
+        """The default learning rate for a model of this hidden size and so many layers."""
+        by_depth = 1.0 if self.depth is None else min(1.0, self.depth / layers)
+        return self.learning_rate * _REFERENCE_WIDTH / width * by_depth
 
 
 @dataclass(frozen=True)

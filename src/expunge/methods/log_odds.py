@@ -111,7 +111,7 @@ class LogOddsObjective(GradientObjective):
         self._forget_before = self._odds_before(context.forget, settings.tokens)
         self._ask_about_held()
         self.written_weight = settings.random_weight * self._balance()
-        """Of one written token, where one of the user's has 1."""
+        """Of one written token, where a row of the user's has 1."""
 
     def _ask_about_held(self) -> None:
         """Keeps what the target says of the rows that are to stay."""
@@ -119,17 +119,9 @@ class LogOddsObjective(GradientObjective):
         self._said = self._said_before()
 
     def _balance(self) -> float:
-        """The counted tokens of a step's retain rows for each of its written rows', over the whole run.
-
-        However short the user's rows are, what is held beside them does not drown them.
-        """
-        counts: dict[bool, list[int]] = {True: [], False: []}
-        for example in self._context.retain:
-            counts[example.listed].append(sum(example.token_mask[1:]))
-        if not all(counts.values()):
-            return 0.0
-        ours, written = (sum(side) / len(side) for side in (counts[True], counts[False]))
-        return ours / (_WRITTEN_RATIO * written)
+        """A step's retain rows for each counted token of its written rows, over the whole run."""
+        written = [sum(e.token_mask[1:]) for e in self._context.retain if not e.listed]
+        return len(written) / (_WRITTEN_RATIO * sum(written)) if sum(written) else 0.0
 
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """The two terms of L, each a mean over its tokens."""
@@ -205,7 +197,7 @@ class LogOddsObjective(GradientObjective):
         return torch.minimum(before, odds), torch.cat([aim.surprise for aim in wanted])
 
     def _drift(self, retain: Batch) -> torch.Tensor:
-        """How far retain text is from what the target says of it, mean over counted tokens.
+        """How far retain text is from what the target says of it, mean over rows (`_weights`).
 
         The user's tokens by their log-odds; those that the target wrote by KL(target || model). Each
         kind in a pass of its own: they differ in length, and padding costs as much as tokens.
@@ -216,7 +208,8 @@ class LogOddsObjective(GradientObjective):
             log_odds, mask = self._log_odds(rows, "all")
             before = self._retain_before[list(rows.indices), : mask.shape[1]][mask]
             weight = 0.0 if rows.is_idle else 1.0  # 0: others wait for its backward pass too
-            total = total + weight * huber(log_odds, before, RETAIN_WIDTH).sum()
+            drift = huber(log_odds, before, RETAIN_WIDTH) * self._weights(rows)[mask]
+            total = total + weight * drift.sum()
         if rows := written or (self._idle_row(retain) if self._said else None):
             logits = self.counted_logits(rows, "all")
             if rows.is_idle:
@@ -227,6 +220,20 @@ class LogOddsObjective(GradientObjective):
                 unlike = top_kl(logits, top, ids.long()).sum()
                 total = total + self.written_weight * unlike
         return total / (self.retain_size(retain) or 1.0)
+
+    @staticmethod
+    def _weights(batch: Batch) -> torch.Tensor:
+        """Of the user's tokens in the retain term, (rows, tokens - 1): each row's sum to 1.
+
+        Half of it is the answer's and half the prompt's, if a row has both: an answer of three tokens
+        would count for nothing beside stories.
+        """
+        counted = batch.mask("all")[:, 1:]
+        answer = batch.answer_mask[:, 1:]
+        parts = torch.stack([counted & answer, counted & ~answer]).float()
+        sizes = parts.sum(2, keepdim=True)
+        shares = parts / sizes.clamp(min=1)
+        return shares.sum(0) / (sizes > 0).sum(0).clamp(min=1)
 
     def _log_odds(self, batch: Batch, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """The log-odds of the counted tokens, and where they are, (rows, tokens - 1)."""
@@ -299,10 +306,12 @@ class LogOddsObjective(GradientObjective):
         return int(batch.mask(self._settings.tokens)[:, 1:].sum())
 
     def retain_size(self, batch: Batch) -> float:
-        """The retain term is a mean over tokens, of which the written ones may weigh otherwise."""
+        """The retain term is a mean over rows, of which the written ones weigh by their tokens."""
         counts = batch.mask("all")[:, 1:].sum(1).tolist()
-        weights = [1.0 if e.listed else self.written_weight for e in batch.examples]
-        return sum(n * weight for n, weight in zip(counts, weights, strict=True))
+        return sum(
+            float(n > 0) if example.listed else n * self.written_weight
+            for n, example in zip(counts, batch.examples, strict=True)
+        )
 
     def notes(self) -> Mapping[str, Any]:
         """How many numbers are trained, and the loss up to which a token is pushed, nats."""

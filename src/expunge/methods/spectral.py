@@ -46,6 +46,7 @@ class Spectral(LogOddsSettings):
         epochs=8,
         batch_size=16,
         learning_rate=3e-3,
+        depth=8,
         schedule="trapezoid",
         candidates=8,
         least_steps=64,

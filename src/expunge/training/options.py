@@ -12,6 +12,7 @@ from expunge.data.sampling import steps_an_epoch
 from expunge.data.tokenization import LongRows
 from expunge.errors import InputError, check_seed
 from expunge.methods.base import Method, Schedule
+from expunge.models.decoder import DecoderLayout
 
 _TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -34,7 +35,8 @@ class TrainingOptions:
     batch_size: int | None = None
     """Rows a step and side."""
     learning_rate: float | None = None
-    """Learning rate; the default is the method's at width 256, scaled by 256 / width."""
+    """Learning rate; the default is the method's at width 256, scaled by 256 / width, and for
+    spectral by 8 / layers where there are more."""
     schedule: Schedule | None = None
     """Course of the learning rate over the run: constant, a cosine down to 0, or constant and then down
     to 0 in the last 40% of the steps (trapezoid)."""
@@ -139,7 +141,7 @@ def size_in_bytes(limit: str) -> float:
 
 
 def resolved(
-    method: Method, options: TrainingOptions, width: int, forget_examples: int
+    method: Method, options: TrainingOptions, layout: DecoderLayout, forget_examples: int
 ) -> dict[str, Any]:
     """Every option of the loop with the method's defaults filled in."""
     defaults = method.defaults
@@ -158,7 +160,8 @@ def resolved(
         "steps": steps,
         "steps_per_epoch": per_epoch,
         "batch_size": batch_size,
-        "learning_rate": options.learning_rate or defaults.learning_rate_at(width),
+        "learning_rate": options.learning_rate
+        or defaults.learning_rate_at(layout.width, layout.count),
         "schedule": options.schedule or defaults.schedule,
         "max_grad_norm": options.max_grad_norm,
         "seed": options.seed,

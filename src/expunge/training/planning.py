@@ -293,7 +293,7 @@ def _of_method(prepared: Prepared, checked: CheckedModel, method: Method) -> Pre
     return dataclasses.replace(
         prepared,
         method=method,
-        used=resolved(method, prepared.options, checked.layout.width, len(prepared.forget)),
+        used=resolved(method, prepared.options, checked.layout, len(prepared.forget)),
         retain=[e for e in prepared.retain if e.listed or method.random_rows],
         validation=dataclasses.replace(prepared.validation, tokens=method.matches_tokens),
     )
@@ -309,7 +309,7 @@ def _prepared(prepared: Prepared, checked: CheckedModel, changed: Mapping[str, A
     method = dataclasses.replace(
         method, **{name: value for name, value in changed.items() if name not in known}
     )
-    used = resolved(method, options, checked.layout.width, len(prepared.forget))
+    used = resolved(method, options, checked.layout, len(prepared.forget))
     return dataclasses.replace(prepared, method=method, options=options, used=used)
 
 

@@ -230,7 +230,7 @@ def prepare_encoded(
     return Prepared(
         method=method,
         options=options,
-        used=resolved(method, options, layout.width, len(forgotten)),
+        used=resolved(method, options, layout, len(forgotten)),
         text=sets.text,
         forget=forgotten,
         retain=[*kept, *held],
