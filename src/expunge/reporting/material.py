@@ -79,6 +79,8 @@ class ReportInputs:
     """The run's retain set, for the same."""
     requested: str | None = None
     """Date of the erasure request, as YYYY-MM-DD."""
+    subject: str | None = None
+    """Your reference of whoever asked, shown as it is: a case number, no name."""
     output: str | None = None
     """Directory for report.html, report.md and report.json; null: RUN."""
     card: bool = True
