@@ -21,7 +21,7 @@ from expunge.data.rows import Row, as_rows
 from expunge.data.sampling import EpochBatches
 from expunge.data.tokenization import TextPolicy
 from expunge.models.loading import check_model
-from expunge.training.memory import Phase
+from expunge.training.memory import WEIGHTS, Phase
 
 Cli = Callable[..., tuple[int, str, str]]
 SMALL = Budget(
@@ -240,12 +240,13 @@ def test_every_weight_is_planned_for_with_16_bytes_and_an_adapter_with_what_it_h
     weights = sum(p.numel() for p in subject.reader.model.parameters())
     layers = subject.checked.layout.linears()
     maps = [subject.reader.model.get_submodule(name) for name in layers]
-    adapter = sum(32 * (each.in_features + each.out_features) for each in maps)  # type: ignore[operator]
+    adapter = sum(32 * (each.in_features + each.out_features) for each in maps)
     sizes = memory.Sizes(30, 30, 1, SMALL)
-    for tuned, expected in (("full", 16 * weights), ("lora", 16 * adapter)):
+    expected_of: dict[Tuned, int] = {"full": 16 * weights, "lora": 16 * adapter}
+    for tuned, expected in expected_of.items():
         ask, tune = memory.audit_phases(subject.checked, "float32", "cpu", sizes, tuned)
         assert tune.parts[memory.TUNED] == expected
-        assert ask.parts[memory.WEIGHTS] == 4 * weights
+        assert ask.parts[WEIGHTS] == 4 * weights
     none = replace(sizes, longest_tuned=0)
     assert len(memory.audit_phases(subject.checked, "bfloat16", "cpu", none, "full")) == 1
 

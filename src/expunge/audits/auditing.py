@@ -74,16 +74,16 @@ def audit(
     }
     sets = read_sets(inputs, given)
     requests = requests_of(inputs, sets, checked, policies)
-    free = free_memory(device)
-    kind = torch.device(device).type
-    plan = planned(inputs, requests, checked["target"], policies["target"], kind, free)
-    check_memory(plan, checked["target"].name, device, free)
+    dtypes = {name: inputs.dtype or stored_dtype(model) for name, model in checked.items()}
+    target, free, kind = checked["target"], free_memory(device), torch.device(device).type
+    widest = max(dtypes.values(), key=lambda name: getattr(torch, name).itemsize)
+    plan = planned(inputs, requests, target, policies["target"], widest, kind, free)
+    check_memory(plan, target.name, device, free)
     tuned = plan.tuned
     requests = [replace(each, case=replace(each.case, tuned=tuned)) for each in requests]
     progress.message(f"audit: {plan.peak / 2**30:.1f} GiB at most, one model at a time (computed)")
     users_secret()  # which hashes need at the end
     digests = {name: model.files.sha256() for name, model in checked.items()}
-    dtypes = {name: inputs.dtype or stored_dtype(model) for name, model in checked.items()}
     partial = Partial(
         None if inputs.output is None else Path(inputs.output),
         None if inputs.cache is None else Path(inputs.cache),

@@ -176,13 +176,13 @@ def planned(
     requests: Sequence[Request],
     checked: CheckedModel,
     policy: TextPolicy,
+    dtype: Dtype,
     device_type: str,
     free: int,
 ) -> PlannedAudit:
     """What attacks by tuning train in every model, and the memory of the audit."""
     ways: tuple[Tuned, ...] = ("full", "lora") if inputs.tuning == "auto" else (inputs.tuning,)
     sizes = _sizes(inputs, requests, checked, policy)
-    dtype = inputs.dtype or stored_dtype(checked)
     return plan_audit(checked, dtype, device_type, sizes, ways, free)
 
 

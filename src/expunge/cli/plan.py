@@ -80,7 +80,7 @@ def _audit(
     inputs: PlanInputs, training: TrainingOptions, checked: CheckedModel, budget: Budget
 ) -> PlannedAudit:
     """What an audit of the result takes: its tensors are as large as the target's."""
-    from expunge.audits.inputs import AuditInputs, planned, read_sets, requests_of
+    from expunge.audits.inputs import AuditInputs, planned, read_sets, requests_of, stored_dtype
     from expunge.models.loading import text_policy
 
     if inputs.retain is None:
@@ -98,7 +98,8 @@ def _audit(
         checked, chat_template=training.chat_template, long_rows=training.long_rows
     )
     requests = requests_of(given, read_sets(given, {}), {"target": checked}, {"target": policy})
-    return planned(given, requests, checked, policy, budget.device_type, budget.bytes)
+    dtype = stored_dtype(checked)
+    return planned(given, requests, checked, policy, dtype, budget.device_type, budget.bytes)
 
 
 def _processes(shards: str | None) -> int:
