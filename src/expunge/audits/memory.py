@@ -1,9 +1,9 @@
 """Memory of an audit, said before its first attack: the formula of a run (`training.memory`) for what it
 does to each model, one model at a time.
 
-    ask     b n + K b s x + k d l b x + c x v    b bytes a number, x tokens of a batch, k keys and values
-    tune    16 n + K 4 s l x + 3 (4 x v)         every weight, its gradient and two moments in float32
-            b n + 16 a + K b s l x + ...         or the a numbers of an adapter alone
+    ask     b n + K b s x + 2 b d l x + b x v    b bytes a number, x tokens of a batch, width d
+    tune    16 n + K 4 s l x + 4 (4 x v)         every weight, its gradient and two moments in float32
+            b n + 16 a + K b s l x + 4 b x v     or the a numbers of an adapter alone
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from expunge.audits.budgets import Budget
 from expunge.audits.tuning import BYTES_A_PARAMETER, LORA
 from expunge.evaluation.batches import rows_within
 from expunge.methods.gradient_ascent import GradientAscent
+from expunge.methods.numerics import piece_rows
 from expunge.models.loading import CheckedModel, Dtype
 from expunge.training.memory import (
     ACTIVATIONS,
@@ -41,10 +42,10 @@ from expunge.training.sizes import shapes_of
 
 TUNED = "what is tuned, its gradients and moments"
 CACHE = "keys and values"
-_READ = 12
-"""Bytes a logit beside its own: float32, its log-probability and what their moments take."""
-_TUNED = 12
-"""Bytes a counted logit of a tuning step: float32, what the loss keeps, and the gradient."""
+_READ, _TUNED = 1, 4
+"""Copies of a pass's logits in its dtype: reading keeps them, tuning also what their gradient takes."""
+_PIECE = 3
+"""Float32 copies of the logits of one piece of the tokens (`by_pieces`)."""
 _FREED = 0.4
 """On a processor: pieces that are freed between kept ones and not given back, as a share of the
 activations, measured on one model of 8 layers and width 512; beside an adapter also its own share."""
@@ -81,7 +82,7 @@ def audit_phases(
         WEIGHTS: item * shapes.numbers,
         ACTIVATIONS: round(KEPT_OF_LAYER * item * shapes.flow * tokens),
         CACHE: 2 * item * shapes.width * shapes.layers * tokens,
-        LOGITS: (item + _READ) * shapes.vocabulary * tokens,
+        LOGITS: _logits(item, shapes.vocabulary, tokens, _READ, device_type),
     }
     phases = [_phase("ask", ask, gpu=gpu)]
     if not sizes.longest_tuned:
@@ -96,7 +97,8 @@ def audit_phases(
         largest = max(shapes.trained)
         kept, freed = KEPT_IN_BFLOAT16 if item < 4 else kept, _FREED + FREED_BESIDE_ADAPTER
     graph = round(kept * item * shapes.flow * (shapes.layers + 1) * tokens)
-    passed = {ACTIVATIONS: graph, LOGITS: _TUNED * shapes.vocabulary * tokens}
+    logits = _logits(item, shapes.vocabulary, tokens, _TUNED, device_type)
+    passed = {ACTIVATIONS: graph, LOGITS: logits}
     # PyTorch moves all numbers at once on a GPU, one tensor at a time elsewhere.
     move = held // 4 if gpu else 4 * STEP_NUMBERS * largest
     if move > sum(passed.values()):
@@ -106,6 +108,11 @@ def audit_phases(
         products = PRODUCT_BYTES * min(MOST_PRODUCTS, 3 * shapes.maps * sizes.budget.steps)
         tune |= {KEPT: round(freed * graph), PRODUCTS: products}
     return [*phases, _phase("tune", tune, gpu=gpu)]
+
+
+def _logits(item: int, vocabulary: int, tokens: int, copies: int, device_type: str) -> int:
+    piece = min(tokens, piece_rows(device_type, vocabulary))
+    return vocabulary * (copies * item * tokens + 4 * _PIECE * piece)
 
 
 def _phase(name: str, parts: Mapping[str, int], *, gpu: bool) -> Phase:
