@@ -26,6 +26,7 @@ from unittest import mock
 FLAGS = {
     "--quiet": ("flag", "off", "Show no progress."),
     "--json": ("flag", "off", "Print JSON."),
+    "--audit": ("flag", "off", "Plan an audit of the result too, at its default budget."),
     "--on": ("GPU or size", "null", "Plan for this GPU, or for so much memory such as 24GB."),
     "--sharded": (
         "number",

@@ -353,17 +353,28 @@ def oracle_dir(
     return saved("oracle", model)
 
 
-@pytest.fixture(scope="session")
-def nudged_dir(memorised_dir: Path, saved: Callable[[str, Any], Path]) -> Path:
-    """The target with weights changed so little that it says the same."""
+def nudged(directory: Path) -> Any:
+    """A model with weights changed so little that it says the same."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(memorised_dir, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data *= 1 + 1e-4 * torch.randn(parameter.shape, generator=generator)
-    return saved("nudged", model)
+    return model
+
+
+@pytest.fixture(scope="session")
+def nudged_dir(memorised_dir: Path, saved: Callable[[str, Any], Path]) -> Path:
+    """The target under other weights."""
+    return saved("nudged", nudged(memorised_dir))
+
+
+@pytest.fixture(scope="session")
+def forgetful_dir(oracle_dir: Path, saved: Callable[[str, Any], Path]) -> Path:
+    """The oracle under other weights: an unlearned model that went right."""
+    return saved("forgetful", nudged(oracle_dir))
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,11 @@ from expunge.audits.estimates import (
     SideResamples,
     auc,
     clopper_pearson,
+    finite_bounds,
+    label_tests,
     leak_at_k,
     leak_at_k_bound,
+    others_needed,
     tpr_at_fpr,
 )
 
@@ -54,6 +57,77 @@ def test_clopper_pearson_covers_what_it_should() -> None:
     assert covered >= 0.95
     with pytest.raises(ValueError, match="3 hits of 2 trials"):
         clopper_pearson(3, 2)
+
+
+@pytest.mark.parametrize(("drawn", "population"), [(2, 5), (3, 6)])
+def test_bounds_of_a_finite_population_hold_for_every_draw(drawn: int, population: int) -> None:
+    for count in range(population + 1):
+        draws = [
+            sum(n < count for n in d) for d in itertools.combinations(range(population), drawn)
+        ]
+        within = [finite_bounds(hits, drawn, population) for hits in draws]
+        missed = [low > count / population or high < count / population for low, high in within]
+        assert sum(missed) <= 0.05 * len(draws)
+    for hits in range(drawn + 1):
+        assert finite_bounds(hits, drawn, drawn) == (hits / drawn, hits / drawn)
+        # Of very many they are those of independent draws.
+        assert finite_bounds(hits, drawn, 400) == pytest.approx(
+            clopper_pearson(hits, drawn), abs=0.01
+        )
+    with pytest.raises(ValueError, match="1 hits of 3 drawn of 2"):
+        finite_bounds(1, 3, 2)
+
+
+@pytest.mark.parametrize(("members", "others"), [(1, 39), (2, 9), (3, 6)])
+def test_of_all_choices_of_members_at_most_5_percent_stand_out(members: int, others: int) -> None:
+    draw = np.random.default_rng(members)
+    values = draw.normal(0, 1, (2, members + others)).argsort(1).argsort(1).astype(float)
+    found = []
+    for chosen in itertools.combinations(range(members + others), members):
+        rest = [n for n in range(members + others) if n not in chosen]
+        found.append(min(label_tests(values[:, [*chosen, *rest]], members, 0)))
+    # The definition of an exact test: whatever the level, chance reaches it no more often.
+    for level in (0.05, 0.2, 0.5, 1.0):
+        assert np.mean(np.array(found) <= level + 1e-12) <= level + 1e-12
+
+
+def test_one_score_is_judged_by_the_exact_rank_sum_test() -> None:
+    from scipy.stats import mannwhitneyu
+
+    draw = np.random.default_rng(0)
+    for members, others in ((1, 45), (2, 20), (4, 12), (18, 18)):
+        ranks = draw.permutation(members + others).astype(float)
+        (found,) = label_tests(ranks[None], members, 0)
+        exact = mannwhitneyu(ranks[:members], ranks[members:], method="exact").pvalue
+        # 10,000 drawn choices have a standard error of 0.005 at most.
+        assert found == pytest.approx(exact, abs=1e-9 if members < 18 else 0.02)
+    # The same score twice is one score.
+    assert label_tests(np.stack([ranks, ranks]), 18, 0) == [found, found]
+    assert label_tests(np.full((1, 20), math.nan), 3, 0) == [1.0]
+    assert label_tests(np.zeros((1, 20)), 3, 0) == [1.0]
+
+
+@pytest.mark.parametrize(("members", "others"), [(1, 39), (2, 8), (3, 5), (5, 3)])
+def test_so_many_others_are_needed_to_stand_out(members: int, others: int) -> None:
+    assert others_needed(members) == others
+    for count in (others - 1, others):
+        (best,) = label_tests(np.arange(members + count, dtype=float)[None], members, 0)
+        assert (best <= 0.05) is (count == others)
+
+
+def test_one_document_inside_the_middle_95_percent_is_no_evidence() -> None:
+    others = [float(n) for n in range(100)]
+    names = [str(n) for n in range(100)]
+    resamples = SideResamples(["one"], names, 10, 0)
+    for value in np.arange(-0.5, 100):
+        place = resamples.places(([value], others))[0]
+        assert place == 1 + sum(other > value for other in others)
+        (chance,) = resamples.by_chance([([value], others)])
+        assert (chance <= 0.05) is (place <= 2 or place >= 100)
+    # Rows of a document are one.
+    resamples = SideResamples(["one", "one"], names, 10, 0)
+    assert resamples.places(([0.0, 99.0], others)) == [51]
+    assert resamples.separation(([0.0, 99.0], others), 0.01)["auc"] == Estimate(0.5, None, None)
 
 
 @pytest.mark.parametrize(("leaks", "samples", "k"), [(0, 6, 3), (2, 6, 1), (2, 6, 3), (6, 6, 2)])
@@ -102,6 +176,11 @@ def test_facts_of_one_document_widen_the_interval() -> None:
 
 def test_nothing_in_a_few_documents_is_not_nothing_at_all() -> None:
     resamples = Resamples(["a", "a", "b", "c"], 100, 0)
+    # ... but of all that there are, it is.
+    assert Resamples(["a", "a", "b", "c"], 100, 0, 3).share([0, 1, 1, 0]) == Estimate(0.5, 0.5, 0.5)
+    eight = [str(n) for n in range(8)]
+    assert Resamples(eight, 100, 0, 8).share([0.0] * 8) == Estimate(0.0, 0.0, 0.0)
+    assert Resamples(eight, 100, 0, 9).share([0.0] * 8).high == finite_bounds(0, 8, 9)[1]
     assert resamples.share([0.0] * 4) == Estimate(0.0, 0.0, clopper_pearson(0, 3)[1])
     assert resamples.share([1.0] * 4) == Estimate(1.0, clopper_pearson(3, 3)[0], 1.0)
 
@@ -158,6 +237,8 @@ def test_separation_has_intervals_about_its_values() -> None:
     assert found["auc"].high - found["auc"].low == pytest.approx(4 * 0.04, abs=0.05)  # type: ignore[operator]
     again = SideResamples(names[:60], names, 400, 0)
     assert again.separation((members, others), 0.05) == found
+    assert again.by_chance([(members, others)])[0] < 1e-3
+    assert again.by_chance([(members, others)], [(members, others)]) == [1.0]
     above = again.auc_above((members, others), None)
     assert above.value == found["auc"].value - 0.5
     assert above.high - above.low == pytest.approx(found["auc"].high - found["auc"].low)  # type: ignore[operator]

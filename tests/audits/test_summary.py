@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from expunge.audits.base import Case, Found, ModelName
 from expunge.audits.budgets import Budget
 from expunge.audits.catalog import ATTACKS
-from expunge.audits.summary import best_of, kept_share, summarise
+from expunge.audits.summary import best_of, kept_share, known_facts, summarise
 from expunge.audits.verdict import VerdictName, judge_audit
 from expunge.data.rows import Row
 
@@ -179,11 +180,102 @@ def test_membership_is_two_sided_about_its_reference() -> None:
     ]  # zlib has no power
     assert evidence[0].figure.value < -0.2
     assert evidence[0].figure.high < 0
+    assert evidence[0].chance == pytest.approx(entry["chance"]["loss"], abs=1e-6)
+    assert evidence[0].chance <= 1e-3
     entry, evidence = mia(-2.0, -2.0)
     assert abs(evidence[0].figure.value) < 0.1
     assert judge_audit(None, mia(3.0, 0.0)[1]).verdict == "partly forgotten"
     assert len(entry["rows"]) == len(FACTS) + len(OTHERS)
     assert sum(row["member"] for row in entry["rows"]) == len(FACTS)
+
+
+def few_case(documents: int) -> Case:
+    facts = FACTS[: 2 * documents]
+    return Case(**{**vars(CASE), "facts": facts, "members": facts, "forget": facts})
+
+
+def outcome(rows: Collection[str], names: Collection[str]) -> Found:
+    return Found(
+        {"input": {name: float(name in names) for name in rows}},
+        control={"input": share(RETAIN, 1.0)},
+    )
+
+
+@pytest.mark.parametrize("documents", [1, 3, 5, 6])
+def test_of_few_documents_facts_are_counted_and_no_interval_stands_in(documents: int) -> None:
+    case = few_case(documents)
+    ids = [row.id for row in case.facts]
+
+    def judged(unlearned: list[str], oracle: list[str] | None) -> tuple[Any, Any]:
+        models: dict[ModelName, Found] = {
+            "target": outcome(ids, ids),
+            "unlearned": outcome(ids, unlearned),
+        }
+        if oracle is not None:
+            models["oracle"] = outcome(ids, oracle)
+        summary = summarise(ATTACKS["direct"], models, case, set(ids))
+        return judge_audit(kept_share(models, case), summary.evidence), summary.entry
+
+    found, entry = judged([], None)
+    assert found.verdict == "forgotten"
+    assert entry["recovered"] == {"value": 0.0, "low": 0.0, "high": 0.0, "against": "zero"}
+    one, entry = judged(ids[:1], None)
+    few = documents <= 5
+    assert one.verdict == (
+        "not forgotten" if documents == 1 else "partly forgotten" if few else "forgotten"
+    )
+    assert (f"1 of the {len(ids)} facts that the target knows" in one.sentence) is few
+    assert entry["sentence"].startswith(f"Direct questions: {'1 of' if few else '8%'}")
+    # What the oracle gives too was guessed; of what it does not, one is enough.
+    assert judged(ids[:1], ids[:1])[0].verdict == "forgotten"
+    if few:
+        swapped, entry = judged(ids[1:2], ids[:1])
+        assert swapped.verdict in ("partly forgotten", "not forgotten")
+        assert entry["recovered"]["value"] == pytest.approx(1 / (len(ids) - 1), abs=1e-6)
+
+
+def test_a_fact_that_no_attack_gets_from_the_target_does_not_count() -> None:
+    case = few_case(3)
+    ids = [row.id for row in case.facts]
+    models: dict[ModelName, Found] = {
+        "target": outcome(ids, ids[:4]),
+        "unlearned": outcome(ids, ids[4:]),
+    }
+    for known, got in ((None, 0), (set(ids[:4]), 0), (set(ids[:5]), 1)):
+        (evidence,) = summarise(ATTACKS["direct"], models, case, known).evidence
+        assert evidence.count == (got, 4 if got == 0 else 5)
+    assert known_facts([models["target"], models["unlearned"]]) == set(ids)
+
+
+@pytest.mark.parametrize(("documents", "texts", "why"), [
+    (1, 38, "38 never-seen documents are too few to place 1 among them; 39 are needed"),
+    (1, 60, None), (3, 20, None), (5, 4, None),
+])  # fmt: skip
+def test_few_documents_are_judged_by_their_places(
+    documents: int, texts: int, why: str | None
+) -> None:
+    others = [Row(f"n{d}qa0", "forget", "it", kind="qa") for d in range(texts)]
+    facts = [replace(row, input="forget", output="it") for row in FACTS[: 2 * documents]]
+    case = Case(**{**vars(CASE), "members": facts, "forget": facts, "nonmembers": others})
+
+    def at(place: float) -> Found:
+        scores = {row.id: float(n) for n, row in enumerate(others)}
+        scores |= {row.id: place * texts - 0.5 for row in facts}
+        return Found({"loss": scores, "zlib": dict.fromkeys(scores, 0.0)})
+
+    verdicts = {}
+    for place in (0.0, 0.5, 1.0):
+        models: dict[ModelName, Found] = {"target": at(1.0), "unlearned": at(place)}
+        summary = summarise(ATTACKS["membership"], models, case)
+        if why is not None:
+            assert summary.entry["power"] == {"has_power": False, "why": why}
+            assert list(summary.evidence) == []
+            continue
+        verdicts[place] = judge_audit(None, summary.evidence).verdict
+        assert summary.entry["models"]["unlearned"]["variants"]["loss"]["auc"]["low"] is None
+        assert f" of {texts + 1}, 1 the most familiar (target 1" in summary.entry["sentence"]
+    if why is None:
+        assert verdicts == {0.0: "over-unlearned", 0.5: None, 1.0: "partly forgotten"}
 
 
 def test_where_words_alone_separate_membership_is_no_evidence() -> None:

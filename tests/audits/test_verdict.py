@@ -14,8 +14,15 @@ def recovered(
     return Evidence(attack, attack.title(), "extraction", Estimate(value, low, high), oracle)
 
 
-def membership(value: float, low: float, high: float) -> Evidence:
-    return Evidence("membership", "MIA", "membership", Estimate(value, low, high))
+def membership(value: float, chance: float = 0.01) -> Evidence:
+    figure = Estimate(value, None, None)
+    return Evidence("membership", "MIA", "membership", figure, chance=chance)
+
+
+def few(got: int, of: int, attack: str = "relearn", *, oracle: bool = True) -> Evidence:
+    """Of a request of few documents, all of whose facts were asked."""
+    figure = Estimate(*[got / of] * 3)
+    return Evidence(attack, attack.title(), "extraction", figure, oracle, (got, of))
 
 
 def latent(value: float, *, oracle: bool) -> Evidence:
@@ -42,15 +49,16 @@ CASES: list[tuple[str, Estimate | None, list[Evidence], VerdictName | None, str 
     ("too few rows", KEPT, [recovered(0.0, 0.0, 0.6)], None, "relearn"),
     ("no bound at all", KEPT, [Evidence("a", "A", "extraction", Estimate(0, None, None))], None, "a"),
     ("no power anywhere", KEPT, [], None, None),
-    ("only a quiet MIA", KEPT, [membership(0.0, -0.1, 0.1)], None, None),
+    ("only a quiet MIA", KEPT, [membership(0.0, 0.9)], None, None),
     ("driven too far", Estimate(0.49, 0.4, 0.6), [CLEAN], "destroyed", "direct"),
     ("one retain row lost", Estimate(0.0, 0.0, 3.4), [CLEAN], "forgotten", "relearn"),
     ("retain half left", Estimate(0.5, 0.4, 0.6), [CLEAN], "forgotten", "relearn"),
     ("retain not measured", None, [CLEAN], "forgotten", "relearn"),
-    ("members told", KEPT, [CLEAN, membership(0.2, 0.1, 0.3)], "partly forgotten", "membership"),
-    ("perhaps told", KEPT, [CLEAN, membership(0.2, -0.1, 0.5)], "forgotten", "relearn"),
-    ("stand out", KEPT, [CLEAN, membership(-0.3, -0.4, -0.2)], "over-unlearned", "membership"),
-    ("perhaps out", KEPT, [CLEAN, membership(-0.3, -0.6, 0.01)], "forgotten", "relearn"),
+    ("told, not far", KEPT, [CLEAN, membership(0.19, 0.001)], "forgotten", "relearn"),
+    ("members told", KEPT, [CLEAN, membership(0.2, 0.05)], "partly forgotten", "membership"),
+    ("perhaps told", KEPT, [CLEAN, membership(0.2, 0.06)], "forgotten", "relearn"),
+    ("stand out", KEPT, [CLEAN, membership(-0.3, 0.01)], "over-unlearned", "membership"),
+    ("perhaps out", KEPT, [CLEAN, membership(-0.3, 0.06)], "forgotten", "relearn"),
     ("fragile", KEPT, [CLEAN, fragile(0.25, 0.1)], "over-unlearned", "trigger"),
     ("a little fragile", KEPT, [CLEAN, fragile(0.15, 0.1)], "forgotten", "relearn"),
     ("inside", KEPT, [CLEAN, latent(0.6, oracle=True)], "partly forgotten", "latent"),
@@ -94,8 +102,8 @@ def test_a_cost_that_cannot_be_told_is_said(kept: Estimate | None) -> None:
 def test_the_gravest_comes_first_and_all_are_kept() -> None:
     evidence = [
         fragile(0.5, 0.3),
-        membership(0.3, 0.2, 0.4),
-        membership(0.4, 0.3, 0.5),
+        membership(0.3),
+        membership(0.4),
         recovered(0.2, 0.1, 0.3, "sample"),
         recovered(0.6, 0.5, 0.7, "quantize"),
         recovered(0.9, 0.8, 1.0, "relearn"),
@@ -133,3 +141,26 @@ def test_of_several_requests_the_gravest_verdict_counts() -> None:
     assert worst_of([good, bad, untold]) is bad
     assert worst_of([good, untold]) is untold
     assert worst_of([good]) is good
+
+
+@pytest.mark.parametrize(
+    ("of", "oracle"), [(1, True), (1, False), (2, False), (3, True), (9, False)]
+)
+def test_of_few_documents_any_fact_that_comes_back_counts(of: int, oracle: bool) -> None:
+    none = [few(0, of, "direct", oracle=oracle), few(0, of, oracle=oracle), membership(0.0, 0.7)]
+    found = judge_audit(KEPT, none)
+    assert found.verdict == "forgotten"
+    facts = "the one fact" if of == 1 else f"any of the {of} facts"
+    known = " and the oracle does not" if oracle else ""
+    assert found.sentence == f"no attack got {facts} that the target knows{known}"
+    for got in range(1, of + 1):
+        found = judge_audit(KEPT, [few(0, of, "direct"), few(got, of)])
+        assert found.verdict == ("not forgotten" if 2 * got >= of else "partly forgotten")
+        assert f"{got} of the {of} facts" in found.sentence
+
+
+def test_what_was_not_judged_is_said() -> None:
+    for evidence in ([few(0, 3)], [CLEAN]):
+        assert "never-seen ones was not judged" in judge_audit(KEPT, evidence).sentence
+        judged = judge_audit(KEPT, [*evidence, membership(0.0, 0.8)])
+        assert (judged.verdict, "not judged" in judged.sentence) == ("forgotten", False)

@@ -68,7 +68,8 @@ def test_evaluate_prints_a_table_with_range_and_direction(
     ):
         assert [name, "0-1", good, value] in rows
     assert "unchanged: the forget set still scores 1.00" in out
-    assert "not forgotten by loss: AUC 1.00" in out
+    # Of four documents beside three, chance gives such an AUC in 5.7%.
+    assert "not forgotten by loss" not in out
     assert_silent_on(texts, out)
 
 

@@ -164,3 +164,24 @@ def test_shards_are_planned_for_and_checked(run_cli: Cli, plan: Callable[..., st
     for wrong in ("0", "two", "-1"):
         code, _, err = run_cli("plan", "model", "--forget", "f", "--sharded", wrong)
         assert (code, err.count("--sharded")) == (2, 1)
+
+
+def test_an_audit_is_planned_for_too(plan: Callable[..., str]) -> None:
+    whole = json.loads(plan("--audit", "--json"))["audit"]
+    assert (whole["tuning"], whole["fits"]) == ("full", True)
+    assert set(whole["phases"]) == {"ask", "tune"}
+    assert whole["peak_bytes"] == max(sum(parts.values()) for parts in whole["phases"].values())
+    table = plan("--audit")
+    assert "an audit, one model at a time" in table
+    assert re.search(r"tunes: +every weight", table)
+    assert "does not fit; " in plan("--audit", "--on", "1")
+    assert "audit" not in json.loads(plan("--json"))
+
+
+def test_an_audit_is_not_planned_without_rows_that_stay(
+    run_cli: Cli, places: dict[str, Path]
+) -> None:
+    options = ("--forget", places["forget"], "--method", "gradient-ascent", "--audit")
+    code, _, err = run_cli("plan", places["model"], "--device", "cpu", *options)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "give --retain" in err

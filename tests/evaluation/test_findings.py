@@ -83,3 +83,11 @@ def test_a_target_that_only_guesses_says_nothing_about_utility() -> None:
 
 def test_a_target_whose_part_is_open_is_replaced_by_the_fixed_bound() -> None:
     assert kinds(card(0.85, 0.1), card(None, None)) == ["destroyed", "unchanged"]
+
+
+@pytest.mark.parametrize(("members", "expected"), [(1, []), (9, ["over-unlearned"])])
+def test_an_auc_of_few_documents_says_nothing_that_chance_says(
+    members: int, expected: list[str]
+) -> None:
+    few = card(0.0, 0.8, mia_auc=0.1, details={"mia": {"members": members, "nonmembers": 30}})
+    assert kinds(few) == expected

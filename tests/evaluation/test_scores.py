@@ -16,7 +16,7 @@ from conftest import refusal
 from expunge.audits.facts import score
 from expunge.data.rows import Row, as_rows, check_disjoint
 from expunge.evaluation.scores import final_score, knowledge, regurgitation, task_aggregate
-from expunge.methods.membership import membership_auc, membership_score
+from expunge.methods.membership import is_chance, membership_auc, membership_score
 
 
 def lcs(first: list[str], second: list[str]) -> int:
@@ -157,3 +157,19 @@ def test_the_unicode_form_of_a_text_does_not_matter(text: str) -> None:
     other = replace(row, id="b", output=composed)
     message = refusal(lambda: check_disjoint(as_rows([row], "forget"), as_rows([other], "retain")))
     assert "hold the same rows" in message
+
+
+@pytest.mark.parametrize(
+    ("members", "others"), [(1, 39), (1, 38), (2, 9), (4, 5), (5, 4), (25, 30)]
+)
+def test_what_chance_gives_is_that_of_the_exact_rank_sum_test(members: int, others: int) -> None:
+    from scipy.stats import mannwhitneyu
+
+    for won in range(members * others + 1):
+        # Others at 0, 1, ...; each member wins `won` pairs in part.
+        wins = [min(others, max(0, won - others * n)) for n in range(members)]
+        exact = mannwhitneyu(
+            [w - 0.5 - n / 99 for n, w in enumerate(wins)], range(others), method="exact"
+        )
+        if members < 20 or abs(exact.pvalue - 0.05) > 0.01:
+            assert is_chance(won / members / others, members, others) == (exact.pvalue > 0.05), won

@@ -321,6 +321,9 @@ def test_every_served_request_is_audited_and_its_evidence_handed_out(
     texts: list[str],
     tmp_path: Path,
     memorised_dir: Path,
+    oracle_dir: Path,
+    forgetful_dir: Path,
+    nudged_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     retain = str(row_files["retain"])
@@ -373,6 +376,11 @@ def test_every_served_request_is_audited_and_its_evidence_handed_out(
     assert set(attacked) == {"unlearned"}
     for name in ("audit.json", "audit-1.json", "audit-2.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "audits" / name).read_bytes()
+    # One document a request is enough for either verdict.
+    for today, state in ((forgetful_dir, "verified"), (nudged_dir, "failed")):
+        options = ("--model", today, "--oracle", oracle_dir, *attacks[:2], "--json")
+        code, out, _ = run_cli(*verify, *options, "--output", tmp_path / state)
+        assert [each["state"] for each in json.loads(out)] == [state, state]
     bundle = tmp_path / "bundles" / "1.zip"
     bundle.parent.mkdir()
     code, out, err = run_cli("requests", "export", 1, "--ledger", place.ledger, "--output", bundle)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expunge.reporting import figures
-from expunge.reporting.figures import Interval, Line, Mark, Panel
+from expunge.reporting.figures import Compared, Line, Mark, Panel
 
 Points = list[tuple[float, float | None]]
 
@@ -120,14 +120,17 @@ def test_thinning_keeps_the_mean_and_the_order(values: list[float], most: int) -
         assert math.fsum(kept) / len(kept) == pytest.approx(mean, abs=tolerance)
 
 
-def test_intervals_and_bars_stand_at_their_values() -> None:
-    rows = [Interval("a", 0.5, 0.25, 0.75), Interval("b <", -0.5, None, None)]
-    svg = drawn(figures.intervals(rows, [(0.0, "zero"), (1.0, "one")], "t", "d"))
-    first, second = (float(each.attrib["cx"]) for each in svg.iter("circle"))
+def test_comparisons_and_bars_stand_at_their_values() -> None:
+    marks = [Mark("oracle", 0.0), Mark("target", 1.0), Mark("unlearned", 0.5)]
+    rows = [Compared("a", marks, 0.25, 0.75), Compared("b <", [Mark("unlearned", 1.0)], None, None)]
+    svg = drawn(figures.comparison(rows, "x", "t", "d"))
+    half, whole = (float(each.attrib["cx"]) for each in svg.iter("circle"))
     (interval,) = (each for each in svg.iter("line") if each.attrib["class"] == "interval")
     low, high = float(interval.attrib["x1"]), float(interval.attrib["x2"])
-    assert first == pytest.approx((low + high) / 2, abs=0.02)
-    assert first - second == pytest.approx(2 * (high - low), abs=0.05)
+    assert half == pytest.approx((low + high) / 2, abs=0.02)
+    assert whole - half == pytest.approx(high - low, abs=0.05)
+    (target,) = svg.iter("rect")
+    assert float(target.attrib["x"]) + 5.5 == pytest.approx(whole, abs=0.02)
     assert "b <" in [each.text for each in svg.iter("text")]
     svg = drawn(figures.bars([(1, 0.2), (3, 0.1)], 4, "t", "d"))
     big, small = svg.findall("rect")

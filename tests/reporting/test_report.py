@@ -155,6 +155,7 @@ def test_every_part_is_that_of_its_file(tmp_path: Path, fits: Check) -> None:
         scores=(str(before), str(after), str(other)),
         oracle_scores=str(oracle),
         requested="2026-10-01",
+        subject="case 4711",
     )
     write_report(inputs)
     page, data, text = read(tmp_path / "run")
@@ -188,11 +189,19 @@ def test_every_part_is_that_of_its_file(tmp_path: Path, fits: Check) -> None:
     }  # fmt: skip
     assert [fact["id"] for fact in request["facts"]] == ["ada1"]
     assert data["summary"]["weakest"]["sentence"] == "Quantisation: half of it."
+    figure = page.find(".//svg[@class='comparison']")
+    assert figure is not None
+    # One attack with power extracts: a mark a model.
+    assert [len(figure.findall(tag)) for tag in ("rect", "circle", "path")] == [1, 1, 1]
     assert data["summary"]["title"] == "Partly forgotten"
     assert data["asked"]["forget"] == {"rows": 1250, "documents": 60, "source": "f.jsonl"}
     for document in (words(page), text.replace("\\", "")):
         assert "Remove 1,250 rows of 60 documents" in document
-        assert "Requested on 2026-10-01" in document
+        assert "Requested on 2026-10-01. Reference: case 4711." in document
+        assert (
+            "f.jsonl, 2 of 1250 rows, budget quick: Quantisation, Membership inference." in document
+        )
+        assert "Not tried: relearn." in document
         assert "finished 2026-11-21 15:40:07 UTC" in document
         assert f"{mean:.1%} (the target" in document
         assert "Of 2 facts that were attacked, 1 came back" in document

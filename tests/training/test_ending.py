@@ -40,6 +40,15 @@ def test_every_ending(measured: Measured, ending: str) -> None:
     assert judgement.why
 
 
+def test_what_chance_gives_to_few_documents_is_no_ending() -> None:
+    for auc, wrong in ((0.03, "over-unlearned"), (0.97, "under-unlearned")):
+        # One document of 45 texts is inside the middle 95%, five are not.
+        assert judge(kept(0.0, auc), TARGET, GUESSING, (1, 45)).ending == "unlearned"
+        assert judge(kept(0.0, auc), TARGET, GUESSING, (5, 45)).ending == wrong
+    assert judge(kept(0.0, 0.0), TARGET, GUESSING, (1, 45)).ending == "over-unlearned"
+    assert judge(kept(0.5, 0.1), TARGET, GUESSING, (1, 9)).ending == "under-unlearned"
+
+
 def test_the_mend_points_the_other_way() -> None:
     assert "raise" in judge(kept(0.05, 0.9), TARGET, GUESSING).why
     assert "lower" in judge(kept(0.0, 0.1), TARGET, GUESSING).why

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+import torch
 
 import expunge
 from expunge.audits.base import MODELS, Attack, Found, ModelName
@@ -20,16 +22,18 @@ from expunge.audits.inputs import (
     AuditInputs,
     Request,
     check_cache,
+    check_memory,
     check_output,
     checked_models,
+    planned,
     read_sets,
     requests_of,
     stored_dtype,
-    tuned_by,
 )
 from expunge.audits.partial import Partial
 from expunge.audits.subject import Subject
-from expunge.audits.summary import kept_share, summarise
+from expunge.audits.summary import kept_share, known_facts, summarise
+from expunge.audits.tuning import free_memory
 from expunge.audits.verdict import Evidence, Verdict, judge_audit, worst_of
 from expunge.data.fingerprints import data_fingerprint, named, users_secret
 from expunge.data.rows import RowSet, document_of
@@ -68,12 +72,18 @@ def audit(
         name: text_policy(model, chat_template=inputs.chat_template, long_rows=inputs.long_rows)
         for name, model in checked.items()
     }
-    tuned = tuned_by(inputs, checked["target"], device)
     sets = read_sets(inputs, given)
-    requests = requests_of(inputs, sets, checked, policies, tuned)
+    requests = requests_of(inputs, sets, checked, policies)
+    dtypes = {name: inputs.dtype or stored_dtype(model) for name, model in checked.items()}
+    target, free, kind = checked["target"], free_memory(device), torch.device(device).type
+    widest = max(dtypes.values(), key=lambda name: getattr(torch, name).itemsize)
+    plan = planned(inputs, requests, target, policies["target"], widest, kind, free)
+    check_memory(plan, target.name, device, free)
+    tuned = plan.tuned
+    requests = [replace(each, case=replace(each.case, tuned=tuned)) for each in requests]
+    progress.message(f"audit: {plan.peak / 2**30:.1f} GiB at most, one model at a time (computed)")
     users_secret()  # which hashes need at the end
     digests = {name: model.files.sha256() for name, model in checked.items()}
-    dtypes = {name: inputs.dtype or stored_dtype(model) for name, model in checked.items()}
     partial = Partial(
         None if inputs.output is None else Path(inputs.output),
         None if inputs.cache is None else Path(inputs.cache),
@@ -180,15 +190,21 @@ def _judged(
     """One request's entry in audit.json, and its verdict."""
     attacks: dict[str, Any] = {}
     evidence: list[Evidence] = []
+    known = known_facts(
+        found[number, attack.name]["target"]
+        for attack in request.attacks
+        if attack.kind == "extraction"
+    )
     for attack in request.attacks:
         models = found[number, attack.name]
-        summary = summarise(attack, models, request.case)
+        summary = summarise(attack, models, request.case, known)
         attacks[attack.name] = summary.entry
         evidence += summary.evidence
         if inputs.reveal:
             summary.entry["texts"] = {name: dict(each.texts) for name, each in models.items()}
     kept = kept_share(found[number, "direct"], request.case)
-    verdict = judge_audit(kept, evidence)
+    adapter = request.case.tuned == "lora" and any(attack.tunes for attack in request.attacks)
+    verdict = judge_audit(kept, evidence, adapter=adapter)
     case = request.case
     return {
         "forget": {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,11 +12,14 @@ from typing import Literal
 from expunge.audits.base import Attack, Case, ModelName, Tuned
 from expunge.audits.budgets import BUDGETS, BudgetName
 from expunge.audits.catalog import ATTACKS
+from expunge.audits.estimates import FEW
 from expunge.audits.facts import drawn
+from expunge.audits.memory import PlannedAudit, Sizes, plan_audit
 from expunge.audits.paraphrases import read_paraphrases
-from expunge.audits.tuning import default_learning_rate, free_memory, full_bytes
+from expunge.audits.subject import BEYOND
+from expunge.audits.tuning import default_learning_rate
 from expunge.data.formats import Role
-from expunge.data.rows import Reading, Row, RowSet, check_disjoint, document_of, documents
+from expunge.data.rows import Reading, Row, RowSet, by_document, check_disjoint, documents
 from expunge.data.tokenization import LongRows, TextPolicy, encode_rows, prompt_ids
 from expunge.disk import check_file_output, check_writable
 from expunge.errors import InputError, check_seed
@@ -168,19 +171,49 @@ def _weights(digests: Mapping[str, str]) -> set[str]:
     return {digest for name, digest in digests.items() if name.endswith(".safetensors")}
 
 
-def tuned_by(inputs: AuditInputs, target: CheckedModel, device: str) -> Tuned:
-    """What attacks by tuning train in every model. Raises InputError where `full` does not fit."""
-    if inputs.tuning == "lora":
-        return "lora"
-    needed, free = full_bytes(target), free_memory(device)
-    if needed <= free:
-        return "full"
-    if inputs.tuning == "full":
+def planned(
+    inputs: AuditInputs,
+    requests: Sequence[Request],
+    checked: CheckedModel,
+    policy: TextPolicy,
+    dtype: Dtype,
+    device_type: str,
+    free: int,
+) -> PlannedAudit:
+    """What attacks by tuning train in every model, and the memory of the audit."""
+    ways: tuple[Tuned, ...] = ("full", "lora") if inputs.tuning == "auto" else (inputs.tuning,)
+    sizes = _sizes(inputs, requests, checked, policy)
+    return plan_audit(checked, dtype, device_type, sizes, ways, free)
+
+
+def check_memory(plan: PlannedAudit, model: str, device: str, free: int) -> None:
+    """Raises InputError where the audit does not fit, with options that mend it."""
+    if not plan.fits:
+        worst = max(plan.phases, key=lambda phase: phase.bytes)
+        option = f"--tuning {plan.tuned}: " if worst.name == "tune" else ""
         raise InputError(
-            f"--tuning full: every weight of {target.name} takes {needed / 2**30:.1f} GiB to tune,"
-            f" {free / 2**30:.1f} GiB are free on {device}; use --tuning lora"
+            f"{option}an audit of {model} takes {plan.peak / 2**30:.1f} GiB to {worst.name},"
+            f" {free / 2**30:.1f} GiB are free on {device}; {plan.mend}"
         )
-    return "lora"
+
+
+def _sizes(
+    inputs: AuditInputs, requests: Sequence[Request], checked: CheckedModel, policy: TextPolicy
+) -> Sizes:
+    """The longest rows that are asked and tuned on."""
+
+    def longest(rows: Iterable[Row]) -> int:
+        examples = encode_rows(list(rows), checked.tokenizer, policy, eos=True)
+        return max(map(len, examples), default=0)
+
+    asked, tuned = 0, 0
+    for request in requests:
+        case = request.case
+        asked = max(asked, longest((*case.facts, *case.members, *case.retain, *case.nonmembers)))
+        if any(attack.tunes for attack in request.attacks):
+            few = len(by_document(case.facts)) < 2
+            tuned = max(tuned, longest((*case.facts, *case.tuning, *(case.others if few else ()))))
+    return Sizes(asked + BEYOND, tuned, inputs.batch_size, BUDGETS[inputs.budget])
 
 
 def read_sets(inputs: AuditInputs, given: Mapping[str, RowSet]) -> dict[str, RowSet | None]:
@@ -215,7 +248,6 @@ def requests_of(
     sets: Mapping[str, RowSet | None],
     checked: Mapping[ModelName, CheckedModel],
     policies: Mapping[ModelName, TextPolicy],
-    tuned: Tuned,
 ) -> list[Request]:
     """Every request's rows drawn to the budget, checked against every model, with its attacks."""
     budget = BUDGETS[inputs.budget]
@@ -228,23 +260,24 @@ def requests_of(
     for name, rows in sets.items():
         if rows is None or (name != "forget" and not name.startswith("earlier")):
             continue
-        facts = drawn(rows.rows, budget.facts, inputs.seed)
+        few = len(by_document(rows.rows)) <= FEW
+        facts = drawn(rows.rows, None if few else budget.facts, inputs.seed)
+        most = None if few else budget.nonmembers
         paraphrases: Mapping[str, Sequence[Row]] = {}
         if inputs.paraphrases is not None:
             paraphrases = read_paraphrases(inputs.paraphrases, rows, required=name == "forget")
         case = Case(
             facts=facts,
-            members=drawn(documents(rows), budget.nonmembers, inputs.seed),
+            members=drawn(documents(rows), most, inputs.seed),
             forget=rows.rows,
             retain=asked,
             tuning=asked if benign is None else benign.rows,
             others=retain.rows,
-            nonmembers=drawn(never_seen, budget.nonmembers, inputs.seed),
+            nonmembers=drawn(never_seen, most, inputs.seed),
             paraphrases=paraphrases,
             budget=budget,
             seed=inputs.seed,
             learning_rate=rate,
-            tuned=tuned,
         )
         attacks, skipped = _chosen(inputs, case)
         found.append(Request(rows, case, attacks, skipped))
@@ -259,8 +292,6 @@ def _chosen(inputs: AuditInputs, case: Case) -> tuple[list[Attack], dict[str, st
     impossible = {}
     if not case.nonmembers:
         impossible["membership"] = "no never-seen text was given (--nonmembers)"
-    if len({document_of(row) for row in case.facts}) < 2:
-        impossible["relearn"] = "all facts are of one document, none can be held out"
     if not any(row.kind == "qa" for row in case.facts):
         impossible["latent"] = "no forget row is a question"
     for name in wanted:

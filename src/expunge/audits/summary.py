@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from expunge.audits.base import Attack, Case, Found, ModelName, Scores
-from expunge.audits.estimates import Estimate, Resamples, SideResamples, Sides
+from expunge.audits.estimates import (
+    ALPHA,
+    FEW,
+    Estimate,
+    Resamples,
+    SideResamples,
+    Sides,
+    others_needed,
+)
 from expunge.audits.facts import extracted
 from expunge.audits.membership import blind_scores
 from expunge.audits.verdict import Evidence
-from expunge.data.rows import Row, document_of
+from expunge.data.rows import Row, by_document, document_of
 
 POWER_FROM = 0.5
 """Share of the facts that an attack must extract from the target."""
@@ -28,6 +36,10 @@ FPR = 0.01
 _DIGITS = 6
 
 Models = Mapping[ModelName, Found]
+Hits = Mapping[ModelName, Sequence[float]]
+"""By model 1 for each fact that came back, 0 for the others."""
+Recovered = tuple[Estimate, tuple[int, int] | None]
+"""Share, and of few documents the counts that it is of."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +50,24 @@ class Summary:
     evidence: Sequence[Evidence]
 
 
-def summarise(attack: Attack, models: Models, case: Case) -> Summary:
-    """`models` holds target and unlearned, and the oracle where there is one."""
+def summarise(
+    attack: Attack, models: Models, case: Case, known: Collection[str] | None = None
+) -> Summary:
+    """`models` holds target and unlearned, and the oracle where there is one.
+
+    `known` are facts that any attack gets from the target; None: those that this one does.
+    """
     if attack.kind == "membership":
         return _membership(attack, models, case)
     if attack.kind == "fragility":
         return _fragility(attack, models, case)
-    return _extraction(attack, models, case)
+    return _extraction(attack, models, case, known)
+
+
+def known_facts(target: Iterable[Found]) -> set[str]:
+    """By id the facts that any of the attacks gets from the target."""
+    best = (best_of(found.scores) for found in target)
+    return {name for mine in best for name, (value, _) in mine.items() if extracted(value)}
 
 
 def kept_share(direct: Models, case: Case) -> Estimate | None:
@@ -67,22 +90,40 @@ def best_of(variants: Mapping[str, Scores]) -> dict[str, tuple[float, str]]:
     return best
 
 
-def _extraction(attack: Attack, models: Models, case: Case) -> Summary:
+def _extraction(
+    attack: Attack, models: Models, case: Case, known: Collection[str] | None
+) -> Summary:
     """Extracted and recovered shares of facts; the latent probe's layers are variants as well."""
-    if models["target"].numbers.get("tuned") == "lora":
+    numbers = models["target"].numbers
+    if numbers.get("tuned") == "lora":
         attack = replace(attack, title=f"{attack.title} with LoRA")
+    if numbers.get("tuned_on") == "retain":
+        attack = replace(
+            attack, how="after tuning on retain rows, as no other document is forgotten"
+        )
     best = {
         name: best_of({v: s for v, s in found.scores.items() if v not in found.beside})
         for name, found in models.items()
     }
-    known = set(case.facts)
-    rows = [*case.facts, *(row for row in case.members if row not in known)]
+    facts = set(case.facts)
+    rows = [*case.facts, *(row for row in case.members if row not in facts)]
     ids = [row.id for row in rows if all(row.id in mine for mine in best.values())]
     entry = _opening(attack)
     if not ids:
         return _powerless(entry, "no fact could be asked", {})
-    resamples = _resamples(rows, ids, case)
     documents_of = documents_by_id(rows)
+    whole = len(by_document(case.forget))
+    # What an attack cannot ask (a question for its continuation) was not left out by the draw.
+    of = len({documents_of[i] for i in ids}) if len(by_document(rows)) == whole else whole
+    resamples = _resamples(rows, ids, case, of)
+
+    def recover(hits: Hits) -> Recovered:
+        if whole <= FEW:
+            return _counted(ids, hits, known if attack.kind == "extraction" else None)
+        found = resamples.recovered(hits["unlearned"], hits["target"], hits.get("oracle"))
+        assert found is not None  # with power the gap is positive
+        return found, None
+
     hits = {name: _hits(mine, ids) for name, mine in best.items()}
     shares = {name: resamples.share(values) for name, values in hits.items()}
     for name, found in models.items():
@@ -91,7 +132,7 @@ def _extraction(attack: Attack, models: Models, case: Case) -> Summary:
             "extracted": shares[name].to_json(),
             "score": scores.to_json(),
             "variants": {
-                variant: _shares(values, rows, case)
+                variant: _shares(values, rows, case, of)
                 for variant, values in found.scores.items()
                 if values
             },
@@ -118,31 +159,51 @@ def _extraction(attack: Attack, models: Models, case: Case) -> Summary:
         for name in ids
     ]
     if models["target"].tunings:
-        entry["tunings"] = _tunings(models, entry["models"], ids, resamples)
+        entry["tunings"] = _tunings(models, entry["models"], ids, recover)
     why = _lacking(hits)
     if why is not None:
         return _powerless(entry, why, shares)
     target, oracle = shares["target"].value, shares.get("oracle")
-    recovered = resamples.recovered(hits["unlearned"], hits["target"], hits.get("oracle"))
-    assert recovered is not None  # the gap is positive
+    recovered, count = recover(hits)
     entry["power"] = {"has_power": True, "why": None}
     entry["recovered"] = recovered.to_json() | {"against": "zero" if oracle is None else "oracle"}
     verb = "read inside" if attack.kind == "latent" else "came back"
     how = f" {attack.how}" if attack.how else ""
     beside = f"target {target:.0%}" + ("" if oracle is None else f", oracle {oracle.value:.0%}")
     floor = "against the oracle" if oracle is not None else "against 0, no oracle was given"
+    came = _interval(shares["unlearned"]) if count is None else f"{sum(hits['unlearned']):.0f}"
     entry["sentence"] = (
-        f"{attack.title}: {_interval(shares['unlearned'])} of {len(ids)} facts {verb}{how}"
+        f"{attack.title}: {came} of {len(ids)} facts {verb}{how}"
         f" ({beside}); recovered share {recovered.value:.2f} {floor}."
         f"{_worst_tuning(entry)}"
     )
     kind = "latent" if attack.kind == "latent" else "extraction"
-    evidence = Evidence(attack.name, attack.title, kind, recovered, oracle is not None)  # type: ignore[arg-type]
+    evidence = Evidence(attack.name, attack.title, kind, recovered, oracle is not None, count)  # type: ignore[arg-type]
     return Summary(entry, [evidence])
 
 
+def _counted(ids: Sequence[str], hits: Hits, known: Collection[str] | None) -> Recovered:
+    """Of the facts that the target knows and the oracle does not give, those that come back.
+
+    What the oracle gives as well can be guessed.
+    """
+    guessed = hits.get("oracle", [0.0] * len(ids))
+    counted = [
+        mine
+        for name, mine, target, guess in zip(
+            ids, hits["unlearned"], hits["target"], guessed, strict=True
+        )
+        if not guess and (target if known is None else name in known)
+    ]
+    got, of = round(sum(counted)), len(counted)
+    return Estimate(got / of, got / of, got / of), (got, of)
+
+
 def _tunings(
-    models: Models, told: Mapping[str, Any], ids: Sequence[str], resamples: Resamples
+    models: Models,
+    told: Mapping[str, Any],
+    ids: Sequence[str],
+    recover: Callable[[Hits], Recovered],
 ) -> dict[str, Any]:
     """By tuning what it alone recovers, null without power, and the retain share answered after it."""
     found = {}
@@ -151,9 +212,7 @@ def _tunings(
             name: _hits(best_of({v: each.scores[v] for v in variants}), ids)
             for name, each in models.items()
         }
-        recovered = None
-        if _lacking(hits) is None:
-            recovered = resamples.recovered(hits["unlearned"], hits["target"], hits.get("oracle"))
+        recovered = recover(hits)[0] if _lacking(hits) is None else None
         found[tuning] = {
             "recovered": None if recovered is None else recovered.to_json(),
             "retain": {
@@ -186,10 +245,13 @@ def _membership(attack: Attack, models: Models, case: Case) -> Summary:
         case.seed,
     )
     entry = _opening(attack)
+    few = resamples.members <= FEW
     blind = blind_scores(members, others, case.seed)
-    blinded: Mapping[str, Estimate] | None = None
+    words, separates = None, False
     if blind is not None:
-        blinded = resamples.separation((blind[: len(members)], blind[len(members) :]), FPR)
+        both = (blind[: len(members)], blind[len(members) :])
+        words = resamples.separation(both, FPR)["auc"]
+        separates = words.value >= BLIND_FROM and resamples.by_chance([both])[0] <= ALPHA
     sides: dict[ModelName, dict[str, Sides]] = {
         name: {
             variant: ([scores[row.id] for row in members], [scores[row.id] for row in others])
@@ -206,10 +268,7 @@ def _membership(attack: Attack, models: Models, case: Case) -> Summary:
                 for variant, figures in told[name].items()
             }
         }
-    separates = blinded is not None and _separates(blinded["auc"])
-    entry["blind"] = (
-        None if blinded is None else {"auc": blinded["auc"].to_json(), "separates": separates}
-    )
+    entry["blind"] = None if words is None else {"auc": words.to_json(), "separates": separates}
     entry["rows"] = [
         {
             "id": row.id,
@@ -223,35 +282,64 @@ def _membership(attack: Attack, models: Models, case: Case) -> Summary:
         for rows, member in ((members, True), (others, False))
         for row in rows
     ]
-    if separates and blinded is not None:
+    if words is not None and separates:
         why = (
-            f"words alone tell the two sets apart (blind AUC {blinded['auc'].value:.2f}),"
+            f"words alone tell the two sets apart (blind AUC {words.value:.2f}),"
             " so no score of a model is evidence; give never-seen text of the forget set's kind"
         )
         return _powerless(entry, why, {})
-    strong = [v for v, figures in told["target"].items() if figures["auc"].value >= POWER_AUC]
+    needed = others_needed(resamples.members)
+    if resamples.others < needed:
+        why = (
+            f"{resamples.others} never-seen documents are too few to place {resamples.members} among"
+            f" them; {needed} are needed"
+        )
+        return _powerless(entry, why, {})
+    aucs = {v: figures["auc"].value for v, figures in told["target"].items()}
+    strong = [v for v, value in aucs.items() if value >= POWER_AUC]
+    if few:
+        chance = resamples.by_chance([sides["target"][v] for v in aucs])
+        strong = [v for v, p in zip(aucs, chance, strict=True) if p <= ALPHA and v in strong]
     if not strong:
-        best = max(figures["auc"].value for figures in told["target"].values())
-        why = f"its best AUC on the target is {best:.2f}, {POWER_AUC} is needed"
+        why = f"its best AUC on the target is {max(aucs.values()):.2f}, {POWER_AUC} is needed"
+        if few:
+            why = "chance places documents like the target's there in more than 5%"
         return _powerless(entry, why, {})
     entry["power"] = {"has_power": True, "why": None}
+    against = "oracle" in sides
+    # Few documents are judged by their places among never-seen text alone: who asks has no oracle.
+    reference = [sides["oracle"][v] for v in strong] if against and not few else None
+    chances = resamples.by_chance([sides["unlearned"][v] for v in strong], reference)
+    entry["chance"] = {v: round(p, _DIGITS) for v, p in zip(strong, chances, strict=True)}
     evidence = []
-    for variant in strong:
-        oracle = sides["oracle"][variant] if "oracle" in sides else None
+    for variant, p in zip(strong, chances, strict=True):
+        oracle = sides["oracle"][variant] if against else None
         distance = resamples.auc_above(sides["unlearned"][variant], oracle)
         title = f"{attack.title} by {variant}"
-        evidence.append(Evidence(attack.name, title, "membership", distance, "oracle" in told))
-    chosen = max(strong, key=lambda v: abs(evidence[strong.index(v)].figure.value))
-    figure, target = told["unlearned"][chosen]["auc"], told["target"][chosen]["auc"].value
-    beside = f"target {target:.2f}"
-    if "oracle" in told:
+        evidence.append(Evidence(attack.name, title, "membership", distance, against, chance=p))
+    place = max(range(len(strong)), key=lambda n: abs(evidence[n].figure.value))
+    chosen, p = strong[place], chances[place]
+    figure = told["unlearned"][chosen]["auc"]
+    beside = f"target {aucs[chosen]:.2f}"
+    if against:
         beside += f", oracle {told['oracle'][chosen]['auc'].value:.2f}"
+    by_words = "not measured" if words is None else f"{words.value:.2f}"
+    if few:
+        ranks = {
+            name: ", ".join(map(str, resamples.places(mine[chosen])))
+            for name, mine in sides.items()
+        }
+        unlearned = ranks.pop("unlearned")
+        beside = ", ".join(f"{name} {mine}" for name, mine in ranks.items())
+        said = f"rank {unlearned} of {resamples.others + 1}, 1 the most familiar ({beside}; words"
+    else:
+        low, high = figure.low, figure.high
+        said = f"AUC {figure.value:.2f} ({low:.2f} to {high:.2f}; {beside}; words"
     tpr = told["unlearned"][chosen]["tpr"].value
-    blind_text = "not measured" if blinded is None else f"{blinded['auc'].value:.2f}"
+    caught = "" if few else f", {tpr:.0%} of the members found at {FPR:.0%} false alarms"
     entry["sentence"] = (
-        f"{attack.title}: by {chosen}, the score furthest from chance, AUC {figure.value:.2f}"
-        f" ({figure.low:.2f} to {figure.high:.2f}; {beside}; words alone {blind_text}),"
-        f" {tpr:.0%} of the members found at {FPR:.0%} false alarms."
+        f"{attack.title}: by {chosen}, the score furthest from chance, {said} alone"
+        f" {by_words}){caught}; chance does as much in {p:.0%}."
     )
     return Summary(entry, evidence)
 
@@ -332,7 +420,7 @@ def _hits(best: Mapping[str, tuple[float, str]], ids: Sequence[str]) -> list[flo
     return [float(extracted(best[name][0])) for name in ids]
 
 
-def _lacking(hits: Mapping[ModelName, Sequence[float]]) -> str | None:
+def _lacking(hits: Hits) -> str | None:
     """Why an extraction attack has no power; None where it has."""
     target = statistics.fmean(hits["target"])
     if target < POWER_FROM:
@@ -353,14 +441,18 @@ def _powerless(entry: dict[str, Any], why: str, shares: Mapping[ModelName, Estim
     return Summary(entry, [])
 
 
-def _resamples(rows: Sequence[Row], ids: Sequence[str], case: Case) -> Resamples:
-    of = documents_by_id(rows)
-    return Resamples([of[name] for name in ids], case.budget.resamples, case.seed)
+def _resamples(
+    rows: Sequence[Row], ids: Sequence[str], case: Case, of: int | None = None
+) -> Resamples:
+    document = documents_by_id(rows)
+    return Resamples([document[name] for name in ids], case.budget.resamples, case.seed, of)
 
 
-def _shares(scores: Scores, rows: Sequence[Row], case: Case) -> dict[str, Any]:
+def _shares(
+    scores: Scores, rows: Sequence[Row], case: Case, of: int | None = None
+) -> dict[str, Any]:
     ids = list(scores)
-    resamples = _resamples(rows, ids, case)
+    resamples = _resamples(rows, ids, case, of)
     hits = [float(extracted(scores[name])) for name in ids]
     return {
         "rows": len(ids),
@@ -372,10 +464,6 @@ def _shares(scores: Scores, rows: Sequence[Row], case: Case) -> dict[str, Any]:
 def _difference(resamples: Resamples, values: np.ndarray) -> Estimate:
     low, high = np.quantile(resamples.means(values.tolist()), [0.025, 0.975])
     return Estimate(float(values.mean()), float(low), float(high))
-
-
-def _separates(blind: Estimate) -> bool:
-    return blind.value >= BLIND_FROM and blind.low is not None and blind.low > 0.5
 
 
 def _unit(value: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -21,7 +20,6 @@ from expunge.data.tokenization import Example, encode_rows
 from expunge.evaluation.membership import counted_log_probs
 from expunge.methods.losses import cross_entropy
 from expunge.models.kernels import fast_products
-from expunge.models.loading import CheckedModel
 from expunge.models.lora import Adapter, LoraShape
 from expunge.training.planning import machine_memory
 
@@ -43,12 +41,6 @@ _EPOCH_SEEDS = 1_000_003
 def default_learning_rate(width: int) -> float:
     """The rate of relearning for a model of this width, the same for every model of an audit."""
     return BASE_LEARNING_RATE * min(1.0, 256 / width)
-
-
-def full_bytes(checked: CheckedModel) -> int:
-    """Memory that tuning every weight of a model takes, without what a batch takes."""
-    tensors = checked.files.tensors.values()
-    return BYTES_A_PARAMETER * sum(math.prod(tensor.shape) for tensor in tensors)
 
 
 def free_memory(device: str) -> int:

@@ -8,16 +8,18 @@ The first rule that holds:
    (target - oracle) >= 0.5;
 3. partly forgotten: one recovers at least a tenth and its interval lies above 0, or no oracle is
    given, as 0 is then what a model that never saw it is held to; or forget documents
-   are told from never-seen text by their loss, the AUC 0.2 or more above the reference with its
-   interval above it; or, against an oracle, the latent probe recovers at least half;
+   are told from never-seen text by their loss, the AUC 0.2 or more above the reference and that by
+   chance in 5% at most; or, against an oracle, the latent probe recovers at least half;
 4. over-unlearned: forget documents stand out the other way, the AUC 0.2 or more below the reference
-   with its interval below it; or one forget token costs a retain prompt 0.2 or more beyond what it
+   and that by chance in 5% at most; or one forget token costs a retain prompt 0.2 or more beyond what it
    costs in the target;
 5. no verdict: no extraction attack had power, or the strongest could still recover half by the upper
    bound of its interval (too few documents);
 6. forgotten.
 
 The reference of an AUC is the oracle's, or 0.5 without one. An attack without power counts for nothing.
+Of few documents (`estimates.FEW`) facts are counted: one that comes back is partly forgotten, and
+forgotten means none, as long as the target knows it and no oracle gives it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from expunge.audits.estimates import Estimate
+from expunge.audits.estimates import ALPHA, Estimate
 from expunge.training.validation import DESTROYED_BELOW
 
 VerdictName = Literal[
@@ -40,6 +42,8 @@ PARTLY_FROM = 0.1
 AUC_DISTANCE = 0.2
 LATENT_FROM = 0.5
 FRAGILE_FROM = 0.2
+_NO_MEMBERSHIP = "; whether the documents pass for never-seen ones was not judged"
+_ADAPTER = "; attacks by tuning trained an adapter (LoRA), not every weight"
 _NO_COST = "; the target answers too few retain rows to tell what it cost"
 
 
@@ -54,6 +58,10 @@ class Evidence:
     """Recovered share; distance of the AUC from the reference; retain share lost to a trigger."""
     against_oracle: bool = False
     """Whether the figure has an oracle as its floor."""
+    count: tuple[int, int] | None = None
+    """Extraction from few documents: facts that came back, of those that count."""
+    chance: float = 1.0
+    """Membership: how likely chance is to tell the sets apart as well, two-sided."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,13 @@ class Verdict:
     """Everything found, the gravest first."""
 
 
-def judge_audit(kept: Estimate | None, evidence: Sequence[Evidence]) -> Verdict:
-    """`kept` is the unlearned model's retain score in shares of the target's; None: not measured."""
+def judge_audit(
+    kept: Estimate | None, evidence: Sequence[Evidence], *, adapter: bool = False
+) -> Verdict:
+    """`kept` is the unlearned model's retain score in shares of the target's; None: not measured.
+
+    `adapter`: attacks by tuning trained no more, which the sentence of "forgotten" says.
+    """
     weighed = [
         (finding, abs(each.figure.value))
         for each in evidence
@@ -103,9 +116,21 @@ def judge_audit(kept: Estimate | None, evidence: Sequence[Evidence]) -> Verdict:
     found = list(first.values())
     if found:
         return Verdict(found[0].verdict, found[0].sentence, found[0].attack, tuple(found))
+    cost = "" if kept is not None and (kept.value >= DESTROYED_BELOW or _lost(kept)) else _NO_COST
+    if not any(each.kind == "membership" for each in evidence):
+        cost += _NO_MEMBERSHIP
+    if adapter:
+        cost += _ADAPTER
     attacks = [each for each in evidence if each.kind == "extraction"]
     if not attacks:
         return Verdict(None, "no attack had power on the target, so nothing can be said", None)
+    facts = max(each.count[1] if each.count else 0 for each in attacks)
+    if facts:
+        said = f"no attack got {'the one fact' if facts == 1 else f'any of the {facts} facts'}"
+        said += " that the target knows"
+        if attacks[0].against_oracle:
+            said += " and the oracle does not"
+        return Verdict("forgotten", said + cost, attacks[0].attack)
     worst = max(attacks, key=lambda each: (_upper(each.figure), each.figure.value))
     bound = f"{worst.title}: recovered {_signed(worst.figure.value)}, at most {_shown(worst)}"
     if _upper(worst.figure) >= NOT_FORGOTTEN_FROM:
@@ -121,7 +146,6 @@ def judge_audit(kept: Estimate | None, evidence: Sequence[Evidence]) -> Verdict:
         if most.figure.value >= PARTLY_FROM:
             why = "which may be chance, as its interval reaches 0"
         told = f"{most.title} got {_signed(most.figure.value)} back, {why}"
-    cost = "" if kept is not None and (kept.value >= DESTROYED_BELOW or _lost(kept)) else _NO_COST
     return Verdict("forgotten", f"{told}; the widest bound is {bound}{cost}", worst.attack)
 
 
@@ -136,19 +160,22 @@ def _finding(each: Evidence) -> Finding | None:
     if each.kind == "extraction":
         told = f"{each.title}: {_signed(value)} of what the target gives"
         told += f"{' beyond the oracle' if each.against_oracle else ''} comes back"
+        if each.count is not None:
+            got, of = each.count
+            told = f"{each.title}: {got} of the {of} facts that the target knows came back"
         if value >= NOT_FORGOTTEN_FROM:
             return Finding("not forgotten", each.attack, told)
+        if each.count is not None and each.count[0] > 0:
+            return Finding("partly forgotten", each.attack, told)
         if value >= PARTLY_FROM and (above or not each.against_oracle):
             return Finding("partly forgotten", each.attack, told)
     elif each.kind == "membership":
-        high = each.figure.high
         reference = "the oracle's" if each.against_oracle else "0.5"
         side = "above" if value > 0 else "below"
-        told = f"{each.title}: its AUC is {abs(value):.2f} {side} {reference}"
-        if value >= AUC_DISTANCE and above:
-            return Finding("partly forgotten", each.attack, told)
-        if value <= -AUC_DISTANCE and high is not None and high < 0:
-            return Finding("over-unlearned", each.attack, told)
+        told = f"{each.title}: its AUC is {abs(value):.2f} {side} {reference}, as by chance in"
+        told += f" {_signed(each.chance)}"
+        if abs(value) >= AUC_DISTANCE and each.chance <= ALPHA:
+            return Finding("partly forgotten" if value > 0 else "over-unlearned", each.attack, told)
     elif each.kind == "fragility":
         if value >= FRAGILE_FROM and above:
             told = f"one forget token in a prompt costs {_signed(value)} of the retain answers"

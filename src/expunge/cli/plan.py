@@ -15,19 +15,23 @@ from expunge.methods.base import Method
 from expunge.models.loading import resolve_device
 from expunge.training.memory import Phase
 from expunge.training.options import TrainingOptions
-from expunge.training.planning import GIB, GPUS, Plan, alternatives, budget_of, plan
+from expunge.training.planning import GIB, GPUS, Budget, Plan, alternatives, budget_of, plan
 from expunge.training.run import RunInputs, check_run
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from expunge.audits.memory import PlannedAudit
+    from expunge.models.loading import CheckedModel
+
 _ABOUT = (
-    "expunge plan MODEL --forget F --retain R [--on GPU] [--method M] [--preset P] [--json]\n\n"
+    "expunge plan MODEL --forget F --retain R [--on GPU] [--method M] [--audit] [--json]\n\n"
     "Takes the options of `expunge run` and prints what that run would take: memory by part and"
     " phase, disk, steps, and whether it fits. Rows are read and checked; no weights are read and"
     " nothing is written.\n\n"
     f"--on names a GPU ({', '.join(GPUS)}) or a size such as 24GB; without it, it is this machine."
-    " --sharded N plans for each of N processes that share the weights (FSDP2). --json prints JSON, in"
+    " --sharded N plans for each of N processes that share the weights (FSDP2). --audit adds what an"
+    " audit of the result takes at its default budget, with MODEL as --original. --json prints JSON, in"
     " bytes."
 )
 
@@ -44,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     """Parses, checks, computes, prints."""
     arguments, _ = take_flag(list(arguments), "--quiet")
     arguments, as_json = take_flag(arguments, "--json")
+    arguments, audits = take_flag(arguments, "--audit")
     arguments, on = take_option(arguments, "--on")
     arguments, sharded = take_option(arguments, "--sharded")
     shards = _processes(sharded)
@@ -61,11 +66,40 @@ def main(arguments: Sequence[str]) -> int:
     given = checked, prepared, inputs.dtype, budget, shards
     found = plan(*given)
     others = iter(()) if found.fits else alternatives(*given)
+    audit = _audit(inputs, settings.training, checked, budget) if audits else None
     if as_json:
-        sys.stdout.write(json.dumps(_json(found, others), indent=2) + "\n")
+        sys.stdout.write(json.dumps(_json(found, others, audit), indent=2) + "\n")
     else:
         _print(found, others)
+        if audit is not None:
+            _print_audit(audit, budget)
     return 0
+
+
+def _audit(
+    inputs: PlanInputs, training: TrainingOptions, checked: CheckedModel, budget: Budget
+) -> PlannedAudit:
+    """What an audit of the result takes: its tensors are as large as the target's."""
+    from expunge.audits.inputs import AuditInputs, planned, read_sets, requests_of, stored_dtype
+    from expunge.models.loading import text_policy
+
+    if inputs.retain is None:
+        raise InputError("--audit: attacks compare with rows that were to stay; give --retain")
+    given = AuditInputs(
+        model=inputs.model,
+        original=inputs.model,
+        forget=inputs.forget,
+        retain=inputs.retain,
+        nonmembers=inputs.nonmembers,
+        columns=inputs.columns,
+        joiner=inputs.joiner,
+    )
+    policy = text_policy(
+        checked, chat_template=training.chat_template, long_rows=training.long_rows
+    )
+    requests = requests_of(given, read_sets(given, {}), {"target": checked}, {"target": policy})
+    dtype = stored_dtype(checked)
+    return planned(given, requests, checked, policy, dtype, budget.device_type, budget.bytes)
 
 
 def _processes(shards: str | None) -> int:
@@ -77,12 +111,24 @@ def _processes(shards: str | None) -> int:
     return int(shards)
 
 
-def _json(found: Plan, others: Iterable[tuple[str, Plan]]) -> dict[str, Any]:
+def _json(
+    found: Plan, others: Iterable[tuple[str, Plan]], audit: PlannedAudit | None
+) -> dict[str, Any]:
+    audited = {}
+    if audit is not None:
+        phases = {phase.name: dict(phase.parts) for phase in audit.phases}
+        audited = {
+            "tuning": audit.tuned,
+            "phases": phases,
+            "peak_bytes": audit.peak,
+            "fits": audit.fits,
+        }
     return found.to_json() | {
+        **({"audit": audited} if audited else {}),
         "alternatives": [
             {"options": options, "peak_bytes": other.peak.bytes, "fits": other.fits}
             for options, other in others
-        ]
+        ],
     }
 
 
@@ -111,6 +157,22 @@ def _print(found: Plan, others: Iterable[tuple[str, Plan]]) -> None:
     for options, other in others:
         outcome = "fits" if other.fits else "does not fit either"
         console.print(f"  with {options}: {_gib(other.peak.bytes)}, {outcome}", soft_wrap=True)
+
+
+def _print_audit(audit: PlannedAudit, budget: Budget) -> None:
+    from expunge.reporting.tables import table_console
+
+    console = table_console()
+    console.print(_table(audit.phases, "an audit, one model at a time, MiB (computed)"))
+    tuned = {"full": "every weight", "lora": "an adapter, as every weight does not fit"}[
+        audit.tuned
+    ]
+    console.print(f"{'tunes:':<11}{tuned}", soft_wrap=True)
+    verdict = "fits" if audit.fits else f"does not fit; {audit.mend}"
+    console.print(
+        f"{'peak:':<11}{_gib(audit.peak)} in an audit: {verdict} ({_gib(budget.bytes)})",
+        soft_wrap=True,
+    )
 
 
 def _facts(found: Plan) -> list[tuple[str, str]]:

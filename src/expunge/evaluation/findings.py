@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from expunge.evaluation.scorecard import Scorecard
+from expunge.methods.membership import is_chance
 
 DESTROYED_SHARE = 0.5
 CHANCE = 0.25
@@ -12,7 +13,8 @@ DESTROYED_ALONE = 0.2
 UNKNOWN_BELOW = 0.1
 """Below, the target itself does not know the forget set as it was asked."""
 AUC_BOUND = 0.2
-"""How far from 0.5 the AUC of a membership inference may lie without a remark."""
+"""How far from 0.5 the AUC of a membership inference may lie without a remark, if chance brings no
+few texts there."""
 
 
 def findings(card: Scorecard, target: Scorecard | None = None) -> list[str]:
@@ -59,7 +61,9 @@ def findings(card: Scorecard, target: Scorecard | None = None) -> list[str]:
                 + (f", the target {before:.2f}" if before is not None else "")
                 + "; is this the unlearned model?"
             )
-    if card.mia_auc is not None:
+    compared = card.details.get("mia", {})
+    sides = [compared.get(side) for side in ("members", "nonmembers")]
+    if card.mia_auc is not None and not (all(sides) and is_chance(card.mia_auc, *sides)):
         if card.mia_auc > 0.5 + AUC_BOUND:
             found.append(
                 f"not forgotten by loss: AUC {card.mia_auc:.2f}, forget rows still look like members"

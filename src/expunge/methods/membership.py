@@ -56,6 +56,28 @@ def membership_auc(members: Sequence[float], nonmembers: Sequence[float]) -> flo
     return float(1 - (below + not_above).double().mean() / (2 * len(theirs)))
 
 
+def is_chance(auc: float, members: int, nonmembers: int) -> bool:
+    """Whether equal texts, of so many on each side, lie as far from an AUC of 0.5 in more than 5%.
+
+    Mann and Whitney, 1947: of equal texts every order is equally likely. The number of orders with u
+    pairs won is the coefficient of q^u in the Gaussian binomial; from 20 texts a side on it is normal.
+    """
+    pairs = members * nonmembers
+    few, many = sorted((members, nonmembers))
+    won = min(auc, 1 - auc) * pairs
+    if few >= 20:
+        deviation = math.sqrt(pairs * (members + nonmembers + 1) / 12)
+        return abs(won - pairs / 2) < 1.96 * deviation
+    orders = [1] + [0] * pairs
+    for part in range(1, few + 1):
+        for u in range(pairs, many + part - 1, -1):
+            orders[u] -= orders[u - many - part]
+        for u in range(part, pairs + 1):
+            orders[u] += orders[u - part]
+    below = sum(orders[: math.floor(won + 1e-9) + 1])
+    return 2 * below > 0.05 * math.comb(members + nonmembers, members)
+
+
 def membership_score(auc: float) -> float:
     """1 - 2|AUC - 0.5|: 1 where members cannot be told from non-members."""
     return 1 - 2 * abs(auc - 0.5)

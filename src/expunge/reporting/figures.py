@@ -54,11 +54,11 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Interval:
-    """One row of an interval plot."""
+class Compared:
+    """One row of a comparison: each model's share, and the interval of the unlearned one's."""
 
     name: str
-    value: float
+    marks: Sequence[Mark]
     low: float | None
     high: float | None
 
@@ -107,38 +107,28 @@ def curves(panels: Sequence[Panel], across: str, title: str, description: str) -
     return _markup(svg)
 
 
-def intervals(
-    rows: Sequence[Interval], lines: Sequence[tuple[float, str]], title: str, description: str
-) -> Markup:
-    """A mark and its interval a row on an axis that holds 0 to 1; `lines` are named values."""
-    left, step, top = 190.0, 24.0, 34.0
+def comparison(rows: Sequence[Compared], across: str, title: str, description: str) -> Markup:
+    """Every model's mark a row, on an axis from 0 to 1, the interval about the unlearned one."""
+    left, step, top = 190.0, 24.0, 8.0
     base = top + step * len(rows)
-    ends = [v for row in rows for v in (row.value, row.low, row.high) if v is not None]
-    first, last = min(0.0, *ends), max(1.0, *ends)
-    pad = 0.02 * (last - first)
-    first, last = first - pad, last + pad
-    svg = _figure("intervals", _WIDTH, base + 40, title, description)
+    svg = _figure("comparison", _WIDTH, base + 40, title, description)
 
     def x(value: float) -> float:
-        return left + (_WIDTH - left - _RIGHT) * (value - first) / (last - first)
+        return left + (_WIDTH - left - _RIGHT) * min(1.0, max(0.0, value))
 
-    for value, name in lines:
-        _line(svg, x(value), top - 8, x(value), base, "grid")
-        _text(svg, x(value), top - 14, name, "tick", "end" if value >= 0.9 else "middle")
     for index, row in enumerate(rows):
         y = top + step * (index + 0.5)
         _text(svg, left - 14, y + 4, row.name, "label", "end")
+        _line(svg, x(0), y, x(1), y, "grid")
         if row.low is not None and row.high is not None:
             _line(svg, x(row.low), y, x(row.high), y, "interval")
-        _mark(svg, "unlearned", x(row.value), y)
-    _line(svg, x(first), base, x(last), base, "axis")
-    for tick in _ticks(first, last, whole=False, count=6):
+        for mark in row.marks:
+            _mark(svg, mark.role, x(mark.value), y)
+    _line(svg, x(0), base, x(1), base, "axis")
+    for tick in _ticks(0.0, 1.0, whole=False, count=5):
         _line(svg, x(tick), base, x(tick), base + 4, "axis")
         _text(svg, x(tick), base + 17, f"{tick:g}", "tick", "middle")
-    _text(
-        svg, (left + _WIDTH - _RIGHT) / 2, base + 34, "recovered share, 95% interval", "label",
-        "middle",
-    )  # fmt: skip
+    _text(svg, (left + _WIDTH - _RIGHT) / 2, base + 34, across, "label", "middle")
     return _markup(svg)
 
 

@@ -1,4 +1,4 @@
-"""The first page, for readers who are no engineers: asked, done, verdict, what remains, what it cost."""
+"""The first page, for the engineer with a request: asked, done, tried, what remains, what it cost."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ VERDICTS: Mapping[str | None, tuple[str, str]] = {
     ),
     "forgotten": (
         "Forgotten, as far as was tried",
-        "No attack of this audit got back as much as counts: a tenth or more, beyond chance. Others may"
-        " exist.",
+        "No attack of this audit got back as much as counts. Others may exist.",
     ),
     None: ("No verdict", "The audit could not decide."),
 }
@@ -57,7 +56,7 @@ def asked(material: Material) -> dict[str, Any]:
             "documents": _documents(material, role),
             "source": sources.get(role),
         }
-    return {**sets, "requested": material.inputs.requested}
+    return {**sets, "requested": material.inputs.requested, "subject": material.inputs.subject}
 
 
 def done(material: Material) -> dict[str, Any]:
@@ -86,6 +85,7 @@ def summary(material: Material, audit: Mapping[str, Any] | None) -> dict[str, An
     scored = [] if after is None else findings(after, before)
     judgement = material.manifest["selection"].get("judgement")
     found = {
+        "tried": [] if audit is None else _tried(audit),
         "remains": _remains(material, audit),
         "cost": _cost(material, audit),
         "cautions": _cautions(material, scored),
@@ -222,6 +222,24 @@ def _documents(material: Material, role: str) -> int | None:
         if same_data(given["hmac_sha256"], material.manifest["data_hmac_sha256"]["forget"]):
             return int(given["documents"])
     return None
+
+
+def _tried(audit: Mapping[str, Any]) -> list[str]:
+    """By request the attacks that claim something, those that cannot, and those that were not run."""
+    said = []
+    for request in audit["requests"]:
+        able = [attack["title"] for attack in request["attacks"] if attack["has_power"]]
+        unable = [attack["title"] for attack in request["attacks"] if not attack["has_power"]]
+        asked, rows = request["audited"]["rows"], request["rows"]
+        said.append(
+            f"{request['source']}, {asked} of {rows} rows, budget {audit['settings']['budget']['name']}:"
+            f" {', '.join(able) or 'no attack that works on the target'}."
+        )
+        if unable:
+            said.append(f"Without power on the target, so without a claim: {', '.join(unable)}.")
+        if request["not_run"]:
+            said.append(f"Not tried: {', '.join(request['not_run'])}.")
+    return said
 
 
 def _remains(material: Material, audit: Mapping[str, Any] | None) -> list[str]:

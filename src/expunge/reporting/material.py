@@ -77,6 +77,8 @@ class ReportInputs:
     """The run's forget set, for the number of its documents and to reveal its text."""
     retain: str | None = None
     """The run's retain set, for the same."""
+    subject: str | None = None
+    """Your reference for whoever asked: a case number rather than a name."""
     requested: str | None = None
     """Date of the erasure request, as YYYY-MM-DD."""
     output: str | None = None
@@ -89,6 +91,8 @@ class ReportInputs:
     def __post_init__(self) -> None:
         if self.reveal and self.forget is None:
             raise InputError("--reveal: shows the text of the rows; give --forget FILE")
+        if self.subject is not None and not self.subject.strip():
+            raise InputError("--subject: is empty; give a reference or leave it out")
         if self.requested is not None:
             try:
                 # It reads other forms too, which the page would show as they are.

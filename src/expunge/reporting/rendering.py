@@ -16,10 +16,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from expunge.reporting import figures
-from expunge.reporting.figures import Interval, Line, Mark, Panel
+from expunge.reporting.figures import Compared, Line, Mark, Panel
 
 ABSENT = "not measured"
 MODELS = ("target", "unlearned", "oracle")
+_BACK = ("oracle", "target", "unlearned")
+"""In the order of drawing: the mark that the report is about lies above the others."""
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 _READINGS = (
     ("score", "score", "score"),
@@ -173,8 +175,7 @@ def _strip(measure: Mapping[str, Any]) -> Markup | None:
     told = ", ".join(
         f"{role} {written(value, 'score')}" for role, value in known if value is not None
     )
-    # The target's and the oracle's marks lie under the one that the report is about.
-    marks.sort(key=lambda mark: ("oracle", "target", "unlearned").index(mark.role))
+    marks.sort(key=lambda mark: _BACK.index(mark.role))
     description = f"On a scale from 0 to 1: {told}. Good is {measure['good']}."
     return figures.strip(marks, description, measure["low"], measure["high"])
 
@@ -277,20 +278,21 @@ def _weights(weights: Mapping[str, Any]) -> Markup | None:
 
 
 def _attacks(request: Mapping[str, Any]) -> Markup | None:
-    rows = [
-        Interval(each["title"], each["value"], each["low"], each["high"])
-        for each in request["attacks"]
-        if each["value"] is not None
-    ]
+    """Before, after and oracle of every attack with power that extracts."""
+    rows, told = [], []
+    for each in request["attacks"]:
+        if each["value"] is None or each["kind"] != "extraction":
+            continue
+        shares = {role: each["models"][role]["extracted"] for role in _BACK if each["models"][role]}
+        after = shares["unlearned"]
+        marks = [Mark(role, share["value"]) for role, share in shares.items()]
+        rows.append(Compared(each["title"], marks, after["low"], after["high"]))
+        values = ", ".join(f"{role} {share['value']:.0%}" for role, share in shares.items())
+        told.append(f"{each['title']}: {values}")
     if not rows:
         return None
-    told = "; ".join(
-        f"{row.name} {written(row.value, 'score')}"
-        + ("" if row.low is None or row.high is None else f" ({row.low:.3f} to {row.high:.3f})")
-        for row in rows
-    )
-    lines = ((0.0, "never seen"), (0.5, "not forgotten from here"), (1.0, "as before"))
-    return figures.intervals(rows, lines, "Recovered share by attack", f"{told}.")
+    title = "Facts that each attack gets, before, after and from the oracle"
+    return figures.comparison(rows, "share of the facts", title, f"{'; '.join(told)}.")
 
 
 def _duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from expunge.methods.membership import is_chance
 from expunge.training.validation import Measured, is_destroyed
 
 Ending = Literal[
@@ -28,8 +29,13 @@ class Judgement:
     why: str
 
 
-def judge(kept: Measured, target: Measured, guessing: float) -> Judgement:
+def judge(
+    kept: Measured, target: Measured, guessing: float, texts: tuple[int, int] | None = None
+) -> Judgement:
     """Says where the kept checkpoint is; `guessing` is log(vocabulary), nats.
+
+    `texts` are how many forget documents and never-seen texts the AUC is of: one that chance gives to so
+    few is none (`is_chance`); None: very many.
 
     The first rule that holds: destroyed (see `is_destroyed`); unproven, the target knew none of the
     forget rows in the form given, so that nothing can be seen to go; unchanged, more than 0.9 of the
@@ -40,6 +46,7 @@ def judge(kept: Measured, target: Measured, guessing: float) -> Judgement:
     low, high = NEVER_SEEN_AUC
     left = kept.forget_accuracy / target.forget_accuracy if target.forget_accuracy else 0.0
     auc = kept.mia_auc
+    told = auc is not None and (texts is None or not is_chance(auc, *texts))
     if is_destroyed(kept, target, guessing):
         return Judgement(
             "destroyed", "too little is left of the retain set; lower the learning rate"
@@ -56,7 +63,7 @@ def judge(kept: Measured, target: Measured, guessing: float) -> Judgement:
             f"forget accuracy {kept.forget_accuracy:.2f}, the target {target.forget_accuracy:.2f};"
             f" {_MORE}",
         )
-    if auc is not None and auc < low:
+    if auc is not None and told and auc < low:
         return Judgement(
             "over-unlearned",
             f"forget documents stand out by a higher loss than never-seen text (MIA AUC {auc:.2f});"
@@ -68,7 +75,7 @@ def judge(kept: Measured, target: Measured, guessing: float) -> Judgement:
             f"forget text has a loss of {kept.forget_loss:.1f} nats a token, guessing has"
             f" {guessing:.1f}; {_LESS}",
         )
-    if auc is not None and auc > high:
+    if auc is not None and told and auc > high:
         return Judgement(
             "under-unlearned",
             f"forget documents are still told from never-seen text by their loss (MIA AUC {auc:.2f});"

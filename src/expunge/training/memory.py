@@ -59,23 +59,23 @@ ROUNDING = "rounding of the GPU's allocator"
 
 _OF_CPU = (COPIES, FILES, PAGES)
 """Parts that are in CPU memory wherever the model runs."""
-_KEPT_OF_LAYER = 1.1
+KEPT_OF_LAYER = 1.1
 """K: what a layer keeps for the backward pass, in units of what its linear maps take and give (1.0 to
 1.15 in four families)."""
-_KEPT_IN_BFLOAT16 = 1.35
+KEPT_IN_BFLOAT16 = 1.35
 """The same in bfloat16 beside an adapter, which casts its input once a map, and where norms are trained,
 which keep float32 (1.2 to 1.5)."""
-_FREED_BESIDE_ADAPTER = 0.65
+FREED_BESIDE_ADAPTER = 0.65
 """On a processor: pieces that are freed between kept ones and not given back, as a share of the
 activations. An adapter makes three tensors for each that a map keeps."""
-_ROUNDING = 0.05
+ROUNDING_SHARE = 0.05
 """Share of a GPU's tensors that is rounding of its allocator; assumed."""
-_PRODUCT, _PRODUCTS = 583_000, 1024
+PRODUCT_BYTES, MOST_PRODUCTS = 583_000, 1024
 """Bytes that oneDNN keeps of each product of another shape, whatever its size, and of how many."""
-_STEP_NUMBERS = 4
+STEP_NUMBERS = 4
 """Temporaries of an optimiser's step on one matrix, in float32 copies of it."""
 _CHECKED_ROWS = 3
-_CONTEXT = 600 * 2**20
+CONTEXT_BYTES = 600 * 2**20
 """Assumed, for no figure here is measured on a GPU."""
 
 
@@ -144,11 +144,11 @@ class Formula:
         for name, parts in found:
             more = {}
             if ACTIVATIONS in parts:
-                freed = _FREED_BESIDE_ADAPTER * self._method.has_adapter * parts[ACTIVATIONS]
+                freed = FREED_BESIDE_ADAPTER * self._method.has_adapter * parts[ACTIVATIONS]
                 more = {KEPT: round(freed), PRODUCTS: self._products()}
             if accelerator:
                 tensors = sum(size for part, size in parts.items() if part not in _OF_CPU)
-                more = {ROUNDING: round(_ROUNDING * tensors)}
+                more = {ROUNDING: round(ROUNDING_SHARE * tensors)}
             held = {part: size for part, size in {**parts, **more}.items() if size}
             here = {k: v for k, v in held.items() if not accelerator or k not in _OF_CPU}
             there = {k: v for k, v in held.items() if accelerator and k in _OF_CPU}
@@ -157,7 +157,7 @@ class Formula:
             elif name == "write":
                 here = {}
             else:
-                here = {CONTEXT: _CONTEXT, **here}
+                here = {CONTEXT: CONTEXT_BYTES, **here}
             phases.append(Phase(name, here, {PROCESS: process, **there} if accelerator else {}))
         return phases
 
@@ -174,7 +174,9 @@ class Formula:
         elif self._in_backward:
             scored += [prepared.forget, self._listed]
         passes = filled + sum(len(rows) // size + 1 for rows in scored)
-        return _PRODUCT * min(_PRODUCTS, self._shapes.maps * (3 * self._largest.sizes + passes))
+        return PRODUCT_BYTES * min(
+            MOST_PRODUCTS, self._shapes.maps * (3 * self._largest.sizes + passes)
+        )
 
     @property
     def state_bytes(self) -> int:
@@ -288,7 +290,7 @@ class Formula:
             passes[LOGITS] = graphs * self._logits(batches)
         gradients = self._shared(self._trained)
         largest = 4 * max(shapes.trained)
-        move = _STEP_NUMBERS * largest
+        move = STEP_NUMBERS * largest
         if self._in_backward and self._shards == 1 and not accumulates:
             return {**passes, GRADIENTS: largest + move}
         if self._device_type == "cuda" and self._optimizer() > self._trained:
@@ -301,7 +303,7 @@ class Formula:
         """What passes of so many padded tokens keep for the backward pass, all at once."""
         shapes, method = self._shapes, self._method
         casts_more = method.has_adapter or isinstance(method, GradientSettings)
-        share = _KEPT_IN_BFLOAT16 if self._rounds and casts_more else _KEPT_OF_LAYER
+        share = KEPT_IN_BFLOAT16 if self._rounds and casts_more else KEPT_OF_LAYER
         of_layer = share * self._item * shapes.flow
         casts = 0
         if self._rounds and not method.has_adapter and self._shards == 1:
@@ -314,7 +316,7 @@ class Formula:
 
     def _pass(self, tokens: int) -> dict[str, int]:
         """A pass without gradients: what one layer makes and drops."""
-        return {ACTIVATIONS: round(_KEPT_OF_LAYER * self._item * self._shapes.flow * tokens)}
+        return {ACTIVATIONS: round(KEPT_OF_LAYER * self._item * self._shapes.flow * tokens)}
 
     def _logits(self, batches: Sequence[Batch]) -> int:
         """What the losses keep of the logits of counted tokens, and the largest gradient of them."""

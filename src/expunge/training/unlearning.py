@@ -34,7 +34,7 @@ from expunge.training.preparation import Prepared, prepare
 from expunge.training.progress import Progress, Silent
 from expunge.training.state import SavedState
 from expunge.training.trackers import tracked
-from expunge.training.validation import Measured, Reading, measure
+from expunge.training.validation import Measured, Reading, ValidationSet, measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -239,7 +239,8 @@ def unlearn_prepared(
         loop.save()
         begun = time.monotonic()
         history = loop.run()
-        for warning in _judged(history, math.log(model.config.get_text_config().vocab_size)):
+        guessing = math.log(model.config.get_text_config().vocab_size)
+        for warning in _judged(history, guessing, prepared.validation):
             warnings.append(warning)
             progress.message(f"warning: {warning}")
         artifacts = objective.artifacts()
@@ -381,14 +382,16 @@ def _loop_options(prepared: Prepared, place: Place, validation_seconds: float) -
     )
 
 
-def _judged(history: History, guessing: float) -> list[str]:
+def _judged(history: History, guessing: float, rows: ValidationSet) -> list[str]:
     """Notes where the run ended and returns a warning where that is not where it should."""
     if history.target is None:
         return ["nothing was measured during the run (--select last); evaluate the result"]
     kept = next((c for c in history.candidates if c.step == history.chosen_step), None)
     if kept is None:
         return []
-    judgement = history.judgement = judge(kept.measured, history.target, guessing)
+    members, others = (len({e.row_id for e in side}) for side in (rows.members, rows.nonmembers))
+    judgement = judge(kept.measured, history.target, guessing, (members, others))
+    history.judgement = judgement
     if judgement.ending == "unlearned":
         return []
     return [f"the kept checkpoint is {judgement.ending}: {judgement.why}"]
