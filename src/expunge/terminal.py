@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import IO, TYPE_CHECKING, Any
 
+from expunge.processes import launched
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
@@ -22,7 +24,7 @@ def speaks() -> bool:
 
     A RANK alone is what a scheduler left behind.
     """
-    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") in ("0", "1")
+    return os.environ.get("RANK", "0") == "0" or launched() == 1
 
 
 def plain(text: str) -> str:
@@ -49,6 +51,24 @@ def plain_streams() -> Iterator[None]:
     """Standard output and error for the body."""
     with redirect_stdout(_Plain(sys.stdout)), redirect_stderr(_Plain(sys.stderr)):
         yield
+
+
+@contextmanager
+def native_lines_dropped() -> Iterator[None]:
+    """What compiled code prints on standard error in the body, as of a panic of Rust's, goes nowhere."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no standard error
+        yield
+        return
+    sys.stderr.flush()
+    try:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def own_stdout() -> redirect_stdout[Any]:
