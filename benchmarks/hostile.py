@@ -6,7 +6,8 @@ Every input goes through the command line's main function, in this process. Righ
 one line, or exit code 0 with a result that holds. An input that is damaged evidence, and a disk or an
 environment that fails, may end with 1 and one line. Whatever the code: no traceback, no "internal
 error", no text of a row, no control character; nothing that was there is changed or gone, and where the
-code is not 0 nothing is new.
+code is not 0 nothing is new, but for what a command wrote to files that were asked for and then could
+not print.
 """
 
 from __future__ import annotations
@@ -430,11 +431,11 @@ def record_case(world: World, draw: random.Random, case: Path) -> Case:
     words = {
         "scores.json": ["compare", str(path), "--json"],
         "run/expunge.json": draw.choice((["report", str(run), "--no-card", *files],
-                                         ["serve", str(run), *files])),
+                                         ["serve", str(run), *files, "--port", "0"])),
         "run/metrics.jsonl": ["report", str(run), "--no-card", *files],
         "audit.json": ["report", str(world.run), "--audit", str(path), "--output", str(case / "report"),
                        "--no-card", *files],
-        "records.jsonl": ["serve", str(world.run), "--records", str(path), *files],
+        "records.jsonl": ["serve", str(world.run), "--records", str(path), *files, "--port", "0"],
         "influence.json": ["run", model, *files, "--influence", str(path), "--output", str(out),
                            "--config", str(world.root / "run.yaml")],
         "run.yaml": ["run", model, *files, "--output", str(out), "--config", str(path), "--max-steps",
@@ -770,8 +771,10 @@ def tried(case: Case, root: Path, directory: Path, seconds: int) -> tuple[str, i
     new = sorted(set(after) - set(before))
     if not fault and changed:
         fault = f"changes {changed[0]}"
-    if not fault and new and code != 0:
-        fault = f"leaves {new[0]}"
+    stands = tuple(case.words) if "what the command wrote to files stands" in told else ()
+    left = [name for name in new if not f"{root / name}".startswith(stands)]
+    if not fault and left and code != 0:
+        fault = f"leaves {left[0]}"
     if not fault and code == 0:
         fault = _wrong_result(case, out.getvalue())
     return fault, code, told

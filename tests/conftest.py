@@ -143,6 +143,21 @@ def tokenizer(forget_rows: list[dict[str, str]], retain_rows: list[dict[str, str
     )
 
 
+def with_ends(tokenizer: Any, template: str) -> Any:
+    """The tokenizer with a BOS, or an EOS, that it adds itself, as Llama's does."""
+    import copy
+
+    from tokenizers import AddedToken, processors
+
+    changed = copy.deepcopy(tokenizer)
+    changed.add_special_tokens({"bos_token": AddedToken("<s>", special=True)})
+    changed.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template,
+        special_tokens=[("<s>", changed.bos_token_id), ("<|end|>", changed.eos_token_id)],
+    )
+    return changed
+
+
 def tiny_model(family: str, vocabulary: int, layers: int = 4) -> Any:
     """A random model of a family: width 16, float32, seeded."""
     import torch

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import socket
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -21,11 +24,12 @@ from expunge.disk import (
     check_written,
     deliver,
     held,
+    made,
     own,
     remove,
     write_whole,
 )
-from expunge.errors import RunError
+from expunge.errors import InputError, RunError
 
 
 def mode(path: Path) -> int:
@@ -68,9 +72,11 @@ def test_a_limit_on_file_sizes_is_no_fault_of_the_program(tmp_path: Path) -> Non
     try:
         with pytest.raises(OSError, match="large") as caught:
             write_whole(tmp_path / "big", b"0" * 2000)
+        message = refusal(lambda: check_writable(tmp_path / "new"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "ulimit -f" in disk.explained(caught.value)
+    assert "(File too large); raise the limit" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -135,6 +141,14 @@ def test_an_output_is_only_replaced_where_its_option_wrote_it(
     (tmp_path / "new").write_text("{}")
     check(tmp_path / "new")
     check(Path(os.devnull))
+    with closing(socket.socket(socket.AF_UNIX)) as end:
+        end.bind(str(tmp_path / "socket"))
+    assert "is a socket; name a file" in refusal(lambda: check(tmp_path / "socket"))
+    (tmp_path / "circle").symlink_to("circle")
+    assert "leads to itself" in refusal(lambda: check(tmp_path / "circle"))
+    (tmp_path / "deep").write_text("[" * 20_000)
+    with pytest.raises(InputError, match="not written by this option"):
+        check_file_output("output", tmp_path / "deep", {}, json.loads)
     other = tmp_path / "thesis.txt"
     other.write_text("mine")
     assert "not written by this option" in refusal(lambda: check(other))
@@ -147,8 +161,6 @@ def test_an_output_is_only_replaced_where_its_option_wrote_it(
     (tmp_path / "link").symlink_to("nowhere/x")
     assert "does not exist" in refusal(lambda: check(tmp_path / "link"))
     assert "is a directory" in refusal(lambda: check(tmp_path))
-    (tmp_path / "loop").symlink_to("loop")
-    check(tmp_path / "loop")
     assert "a link to nothing" in refusal(lambda: check_writable(tmp_path / "link", inside=True))
     monkeypatch.setattr(tempfile, "TemporaryFile", fails(errno.EROFS))
     assert "Read-only file system" in refusal(lambda: check(tmp_path / "new"))
@@ -214,6 +226,23 @@ def test_a_lock_that_is_a_link_changes_nothing_behind_it(tmp_path: Path) -> None
     assert (tmp_path / "thesis.txt").read_text() == "mine"
     with held(tmp_path / "other", ""):
         assert "somebody is at work" in refusal(lambda: hold(tmp_path / "other"))
+
+
+def test_a_new_directory_goes_again_if_nothing_came_of_it(tmp_path: Path) -> None:
+    def fail(path: Path, *names: str) -> None:
+        with made(path):
+            for name in names:
+                (path / name).touch()
+            raise RunError
+
+    for path, names in ((tmp_path / "empty", ()), (tmp_path / "full", ("x",))):
+        with pytest.raises(RunError):
+            fail(path, *names)
+        assert path.exists() == bool(names)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(RunError):
+        fail(tmp_path / "mine")
+    assert (tmp_path / "mine").is_dir()
 
 
 def test_removing_follows_no_link(tmp_path: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import write_jsonl
-from expunge.terminal import plain, plain_console
+from expunge.terminal import native_lines_dropped, plain, plain_console
 
 Cli = Callable[..., tuple[int, str, str]]
 HOSTILE = "a\x1b]0;x\x07\x1b[2J\x9b31m\r\u202eb\x7f\x00"
@@ -76,3 +79,17 @@ def test_no_command_sends_it_on(
             assert plain(HOSTILE[:8]) in out
             json.loads(out)
     assert [code for code, _ in told] == [0, 0, 0, 0, 2, 0, 2, 0, 2, 2, 0, 0, 2]
+
+
+def test_standard_error_is_back_whatever_threads_do_without_it(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def drop(_: int) -> None:
+        with native_lines_dropped(), native_lines_dropped():
+            os.write(2, b"dropped")
+            time.sleep(0.001)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(drop, range(40)))
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"

@@ -27,11 +27,16 @@ PART = re.compile(r"\.expunge-[0-9a-f]{16}")
 """Name of what `whole` has begun to write."""
 _LARGEST = 2**30
 """Bytes of a file that is read to see whether it was written here."""
+_LITTLE = 2**16
+"""Bytes that there must be room for, so that a full disk is found before the work."""
+_OTHERWISE = (
+    InputError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+)  # fmt: skip
+"""What a file of another kind makes its reader raise."""
 _MENDS = {
     errno.ENOSPC: "; make room there",
     errno.EDQUOT: "; make room there",
     errno.EFBIG: "; raise the limit on the size of files (ulimit -f), or choose another disk",
-    errno.ENOMEM: "; lower --batch-size, or free memory",
 }
 
 
@@ -92,7 +97,8 @@ def deliver(files: Mapping[Path, str], *, private: Collection[Path] = ()) -> Non
         try:
             write_whole(path, text, private=path in private)
         except OSError as error:
-            said.append(f"{path}: {error.strerror}; {_elsewhere(path, text)}")
+            why = f"{error.strerror}{_MENDS.get(error.errno or 0, '')}"
+            said.append(f"{path}: {why}; {_elsewhere(path, text)}")
     if said:
         raise RunError("; ".join(said))
 
@@ -145,6 +151,20 @@ def own(path: Path, is_ours: Callable[[Path], bool]) -> None:
         if not found.st_mode & 0o022 & ~usual.st_mode and is_ours(path):
             return
     raise InputError(f"{path}: is there, and not made by this command; move it away")
+
+
+@contextmanager
+def made(directory: Path) -> Iterator[None]:
+    """A directory for what the body writes; a new one goes again if it fails with nothing in it."""
+    new = not directory.exists()
+    try:
+        directory.mkdir(exist_ok=True)
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):  # something is in it
+                directory.rmdir()
+        raise
 
 
 def remove(path: Path) -> None:
@@ -216,15 +236,16 @@ def check_file_output(
     place = _real(path)
     if not place.parent.is_dir():
         raise InputError(f"--{option} {path}: its directory does not exist; make it first")
-    if place.is_dir():
-        raise InputError(f"--{option} {path}: is a directory; name a file")
+    if place.is_dir() or place.is_socket():
+        kind = "directory" if place.is_dir() else "socket"
+        raise InputError(f"--{option} {path}: is a {kind}; name a file")
     check_not_read(f"--{option}", path, read)
     if place.is_file() and (size := place.stat().st_size):
         if not os.access(place, os.W_OK):
             raise InputError(f"--{option} {path}: is protected; choose another place")
         try:
             known = size < _LARGEST and is_ours(place.read_text(encoding="utf-8"))
-        except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        except _OTHERWISE:
             known = False
         if not known:
             raise InputError(
@@ -238,14 +259,18 @@ def check_writable(output: Path, *, inside: bool = False, option: str = "--outpu
     """Raises InputError where the output cannot be made or, `inside`, nothing can be put into it."""
     if inside and output.is_symlink() and not output.exists():
         raise InputError(f"{option} {output}: is a link to nothing; name a directory")
+    if _real(output).is_symlink():
+        raise InputError(f"{option} {output}: is a link that leads to itself; name another place")
     place = nearest(output if inside else _real(output).parent)
     if not place.is_dir():
         raise InputError(f"{option} {output}: {place} is a file; choose another place")
     try:
-        tempfile.TemporaryFile(dir=place).close()
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(_LITTLE))
     except OSError as error:
+        mend = _MENDS.get(error.errno or 0, "; choose another place")
         raise InputError(
-            f"{option} {output}: {place} cannot be written to ({error.strerror}); choose another place"
+            f"{option} {output}: {place} cannot be written to ({error.strerror}){mend}"
         ) from None
 
 

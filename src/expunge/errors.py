@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class ExpungeError(Exception):
     """A failure that is explained by its one-line message alone."""
@@ -49,7 +51,13 @@ def place_of(error: BaseException) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Of the machine, which torch says in words, or of the device."""
     named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    named = named or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     return named or (type(error) is RuntimeError and "can't allocate memory" in str(error))
+
+
+def is_failure(error: BaseException) -> bool:
+    """Of a tokenizer: tokenizers' patterns end in a panic of Rust's, which is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def install(extra: str) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from expunge.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 Value = TypeVar("Value")
 _PATIENCE = timedelta(hours=12)
@@ -80,6 +82,8 @@ class ManyProcesses:
 
     def sum(self, tensors: Sequence[torch.Tensor]) -> None:
         """One exchange for all tensors together."""
+        import torch
+
         flat = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
         torch.distributed.all_reduce(flat)
         start = 0
@@ -90,13 +94,29 @@ class ManyProcesses:
 
     def gather(self, value: Any) -> list[Any]:
         """Small values only: they are sent as objects."""
+        import torch
+
         values: list[Any] = [None] * self.count
         torch.distributed.all_gather_object(values, value)
         return values
 
     def wait(self) -> None:
         """A barrier."""
+        import torch
+
         torch.distributed.barrier()
+
+
+def launched() -> int:
+    """How many processes a launcher says that it started, this one among them; 1 without one."""
+    said = os.environ.get("WORLD_SIZE", "1")
+    return max(1, int(said)) if re.fullmatch("[0-9]{1,6}", said) else 1
+
+
+def check_alone(command: str) -> None:
+    """Raises InputError where several processes were started for what one does."""
+    if launched() > 1:
+        raise InputError(f"{command}: runs in one process; start it without accelerate launch")
 
 
 def processes_of(device_type: str) -> Processes:
@@ -104,7 +124,7 @@ def processes_of(device_type: str) -> Processes:
 
     Raises InputError where others are counted and nothing says where they are.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = launched()
     if count > 1 and "MASTER_ADDR" not in os.environ:
         raise InputError(
             f"WORLD_SIZE={count}: MASTER_ADDR is not set; unset it, or start with accelerate launch"

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import IO, TYPE_CHECKING, Any
+
+from expunge.processes import launched
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
 
 # Besides C0, DEL and C1 those that turn the direction of text around. Tabs and line ends stay.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_EXCHANGED = threading.RLock()
+"""Held while standard error is another: a second thread would take that for the one to put back."""
 
 
 def speaks() -> bool:
@@ -22,7 +27,7 @@ def speaks() -> bool:
 
     A RANK alone is what a scheduler left behind.
     """
-    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") in ("0", "1")
+    return os.environ.get("RANK", "0") == "0" or launched() == 1
 
 
 def plain(text: str) -> str:
@@ -49,6 +54,25 @@ def plain_streams() -> Iterator[None]:
     """Standard output and error for the body."""
     with redirect_stdout(_Plain(sys.stdout)), redirect_stderr(_Plain(sys.stderr)):
         yield
+
+
+@contextmanager
+def native_lines_dropped() -> Iterator[None]:
+    """What compiled code prints on standard error in the body, as of a panic of Rust's, goes nowhere."""
+    with _EXCHANGED:
+        try:
+            kept = os.dup(2)
+        except OSError:  # there is no standard error
+            yield
+            return
+        sys.stderr.flush()
+        try:
+            with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+                os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def own_stdout() -> redirect_stdout[Any]:

@@ -15,8 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import write_jsonl
+from conftest import refusal, write_jsonl
 from expunge.errors import InputError, RunError
+from expunge.processes import check_alone, launched
 
 Cli = Callable[..., tuple[int, str, str]]
 CANARY = "canary-4711"
@@ -226,7 +227,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         RUN + "--method.random-rows 99999999999999999999",
         ("--method.random_rows 99999999999999999999: must be 0 or more, and 1,048,576 at most",),
     ),
-    "run core": (RUN + "--device cpu:5", ("--device cpu:5: this machine has 1 of the kind",)),
+    "run core": (
+        RUN + "--device cpu:5",
+        ("--device cpu:5: unknown; this machine has cpu:0 to cpu:0",),
+    ),
     "run long name": (RUN + f"--forget {'x' * 300}.jsonl", ("--forget: has a name of 306 bytes",)),
     "run alias": (RUN + "--config {alias}", ("--config {alias}: refers to itself",)),
     "run digits": (RUN + "--forget {digits}", ("{digits} line 1: holds a number of too many",)),
@@ -345,6 +349,23 @@ def test_a_process_of_its_own_ends_without_a_number_too() -> None:
         text=True,
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "count"),
+    [(None, 1), ("0", 1), ("1", 1), ("3", 3), ("", 1), ("abc", 1), ("-2", 1), ("9" * 5000, 1)],
+)
+def test_what_a_launcher_says_is_counted_in_one_place(
+    said: str | None, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if said is not None:
+        monkeypatch.setenv("WORLD_SIZE", said)
+    assert launched() == count
+    if count == 1:
+        check_alone("audit")
+    else:
+        assert refusal(lambda: check_alone("audit")).startswith("audit: runs in one process")
 
 
 def test_a_launch_without_an_address_is_refused(

@@ -94,6 +94,12 @@ def test_the_demo_compares_methods_with_target_and_oracle(
     code, _, err = run_cli("demo", output, *methods, "--quiet")
     assert code == 2
     assert "--overwrite" in err
+    assert "--resume" in err
+    manifest = (output / "libu" / "expunge.json").read_bytes()
+    shutil.rmtree(output / "adaptive-rmu")
+    assert run_cli("demo", output, *methods, "--quiet", "--resume")[0] == 0
+    assert (output / "libu" / "expunge.json").read_bytes() == manifest
+    assert (output / "adaptive-rmu" / "report.html").is_file()
     assert run_cli("demo", output, *methods, "--quiet", "--overwrite")[0] == 0
 
 

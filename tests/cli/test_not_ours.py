@@ -152,7 +152,7 @@ def test_what_was_measured_is_kept_and_revealed_to_its_owner(
     [
         (OSError(errno.ENOSPC, "No space left on device", "x"), "x: No space left on device; make"),
         (OSError(errno.EFBIG, "File too large", "x"), "x: File too large; raise the limit"),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), "Cannot allocate memory; lower"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory; lower"),
         (MemoryError("secret"), "out of memory; lower --batch-size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory; lower"),
     ],

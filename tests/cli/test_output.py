@@ -61,6 +61,26 @@ def test_output_that_cannot_be_written_is_one_line(
         assert (said.count("\n"), said.count("No space left on device")) == (1, 1)
 
 
+def test_what_was_written_before_the_output_failed_stands(
+    run_cli: Cli,
+    row_files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ledger = ("--ledger", str(tmp_path / "ledger.db"))
+    for command in (["add", str(row_files["forget"]), *ledger], ["list", *ledger]):
+        with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", full)
+            assert main(["requests", *command]) == 1
+        assert capsys.readouterr().err == (
+            "expunge: standard output: No space left on device; write it elsewhere; what the command"
+            " wrote to files stands\n"
+        )
+    _, out, _ = run_cli("requests", "list", *ledger, "--json")
+    assert len(json.loads(out)) == 1
+
+
 class OutOfMemoryError(Exception):
     """As torch's."""
 
@@ -83,8 +103,24 @@ def test_a_pipe_of_something_else_is_an_error(
 @pytest.mark.parametrize(
     "command",
     [
-        *("demo", "run", "sweep", "evaluate", "audit", "serve", "benchmark build"),
-        *("analyze layers", "analyze influence", "requests serve", "requests verify"),
+        *(
+            "demo",
+            "run",
+            "sweep",
+            "evaluate",
+            "audit",
+            "serve",
+            "benchmark build",
+            "compare",
+            "report",
+        ),
+        *(
+            "analyze layers",
+            "analyze influence",
+            "requests serve",
+            "requests verify",
+            "requests add",
+        ),
     ],
 )
 def test_short_memory_names_options_that_the_command_has(

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from conftest import SHARED, refusal, write_jsonl
+from expunge.data import formats
 from expunge.data.formats import open_source
 from expunge.data.rows import check_disjoint, read_rows
 
@@ -107,6 +108,20 @@ def test_a_file_packed_with_gzip_is_read(suffix: str, tmp_path: Path) -> None:
         rows = read_rows(str(source), "forget")
         assert plain(rows) == ROWS
         assert list(rows.sha256) == [str(packed)]
+
+
+def test_a_small_file_that_unpacks_to_a_large_one_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"input": "0" * 5000, "output": "0"}]
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(json.dumps(rows[0]).encode()))
+    columns = write_parquet(tmp_path / "rows.parquet", rows)
+    assert read_rows(str(packed), "forget").rows == read_rows(str(columns), "forget").rows
+    monkeypatch.setattr(formats, "_LARGEST", 5000)
+    for path in (packed, columns):
+        message = refusal(lambda: read_rows(str(path), "forget"))  # noqa: B023
+        assert message.startswith(f"{path}: unpacks to more than")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import with_ends
 from expunge.data.batches import collate
 from expunge.data.random_text import LENGTH, random_examples
 from expunge.data.sampling import BesideRandom
@@ -23,6 +24,14 @@ def test_rows_are_seeded_and_as_long_as_the_context_allows(tokenizer: Any) -> No
     assert random_examples(0, tokenizer, 10**6, 512, seed=0) == []
     assert len({row.row_id for row in rows}) == 5
     assert not any(row.listed for row in rows)
+
+
+def test_they_begin_as_the_tokenizer_begins_a_text(tokenizer: Any) -> None:
+    changed = with_ends(tokenizer, "<s> $A <|end|>")
+    for row in random_examples(5, changed, 10**6, 16, seed=0):
+        assert row.input_ids[0] == changed.bos_token_id
+        assert set(row.input_ids[1:]).isdisjoint(changed.all_special_ids)
+        assert row.token_mask == row.answer_mask == (False, *[True] * 15)
 
 
 def test_every_token_but_the_special_ones_is_drawn_as_often(tokenizer: Any) -> None:

@@ -111,11 +111,11 @@ FAULTS: list[tuple[dict[str, object], tuple[str, ...]]] = [
     (row(document=CANARY * 20), ("column 'document' holds a text", "rename")),
     (row(document=1.5, output=CANARY), ("column 'document' holds a float",)),
     ({"messages": CANARY}, ("column 'messages' does not end with a user's",)),
-    ({"messages": [CANARY]}, ("column 'messages' holds a turn that is not",)),
+    ({"messages": [CANARY]}, ("column 'messages' holds a turn without",)),
     ({"messages": [{"role": "assistant", "content": CANARY}]}, ("does not end with a user's",)),
     (
         {"messages": [{"role": "user", "content": CANARY}, {"role": "assistant", "content": None}]},
-        ("holds a turn that is not",),
+        ("holds a turn without",),
     ),
     ({"instruction": "", "input": "", "output": CANARY}, ("column 'instruction' is empty",)),
     ({"input": CANARY, "output": None}, ("column 'output' holds a null", "use text")),
@@ -129,7 +129,7 @@ FAULTS: list[tuple[dict[str, object], tuple[str, ...]]] = [
     (row(task=3, output=CANARY), ("column 'task' holds a int", "use text")),
     (row(id="a\ud800", output=CANARY), ("column 'id' holds half a character",)),
     (row(task="\ud800", output=CANARY), ("column 'task' holds half a character",)),
-    (row(kind=CANARY), ("column 'kind' is not one of sc, qa",)),
+    (row(kind=CANARY), ("column 'kind' holds another value; write sc or qa",)),
 ]
 
 
@@ -197,12 +197,20 @@ def test_a_text_without_blanks_is_split_between_characters(
         {"出生地": "托伦市"},
     ],
 )
-def test_a_text_that_nothing_reads_is_refused_by_its_column(unused: dict[str, object]) -> None:
-    message = refusal(lambda: only({"prompt": "Ada lives", "completion": "here", **unused}))
+def test_a_text_that_nothing_reads_is_refused_by_its_column(
+    unused: dict[str, object], tmp_path: Path
+) -> None:
+    values = {"prompt": "Ada lives", "completion": "here", **unused}
+    source = write(tmp_path / "rows.jsonl", values)
     name = next(iter(unused))
-    assert (repr(name) if name.isascii() else "1 others") in message
-    assert "--columns prompt=prompt,output=completion" in message
-    assert "Torun" not in message
+    for again in (False, True):
+        message = refusal(lambda: Reading().read(source, "forget", again=again))  # noqa: B023
+        assert (repr(name) if name.isascii() else "1 others") in message
+        # What was recorded, or is in memory, has no option to say it with.
+        assert ("--columns prompt=prompt,output=completion" in message) != again
+        assert message.endswith("take them out") == again
+        assert "Torun" not in message
+    assert refusal(lambda: only(values)).endswith("take them out")
     only(
         {
             "prompt": "Ada lives",
@@ -295,7 +303,8 @@ def test_a_fault_names_line_and_column_and_shows_no_text(
     for word in words:
         assert word in message
     assert CANARY not in message
-    assert message.removeprefix(f"{path} line 3: ") in refusal(lambda: only(values))
+    said = message.removeprefix(f"{path} line 3: ").partition(", or --columns")[0]
+    assert said in refusal(lambda: only(values))
 
 
 def test_the_first_fault_is_named_and_the_others_counted() -> None:

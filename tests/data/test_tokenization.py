@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,10 +12,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from conftest import refusal
+from conftest import refusal, with_ends
 from expunge.data.rows import Row, as_rows
 from expunge.data.tokenization import (
     Example,
@@ -23,7 +24,9 @@ from expunge.data.tokenization import (
     count_windowed,
     encode_rows,
     prompt_ids,
+    writable,
 )
+from expunge.evaluation.scores import knowledge
 
 CANARY = "canary"
 WIDE = TextPolicy(1000)
@@ -37,17 +40,6 @@ def words_tokenizer(size: int = 100) -> Any:
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.normalizer = normalizers.Replace("\u200b", "")
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
-
-
-def with_ends(tokenizer: Any, template: str) -> Any:
-    """The tokenizer with a BOS, or an EOS, that it adds itself, as Llama's does."""
-    changed = copy.deepcopy(tokenizer)
-    changed.add_special_tokens({"bos_token": AddedToken("<s>", special=True)})
-    changed.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=template,
-        special_tokens=[("<s>", changed.bos_token_id), ("<|end|>", changed.eos_token_id)],
-    )
-    return changed
 
 
 def one(row: Row, tokenizer: Any, policy: TextPolicy = WIDE, *, eos: bool = False) -> Example:
@@ -353,8 +345,10 @@ def test_a_template_that_fails_is_told_without_the_text(template: str, tokenizer
         assert CANARY not in message
 
 
-def test_a_pattern_that_panics_is_told_by_row(tokenizer: Any) -> None:
-    """Oniguruma gives up on a search, and Rust's panic is no Exception."""
+def test_a_pattern_that_panics_is_told_by_row_alone(
+    tokenizer: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Oniguruma gives up on a search; Rust's panic is no Exception, and prints lines of its own."""
     slow = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     endless = pre_tokenizers.Split(Regex(r"((?:(?=(.+))\2?.)+)+q?[^\x00-\x7f]"), "isolated")
     slow.pre_tokenizer = pre_tokenizers.Sequence([endless, pre_tokenizers.ByteLevel()])
@@ -363,3 +357,32 @@ def test_a_pattern_that_panics_is_told_by_row(tokenizer: Any) -> None:
     message = refusal(lambda: encode_rows([row], hostile, TextPolicy(1000), eos=False))
     assert message.startswith(f"row {row.id!r}: ")
     assert "fails on its text (PanicException)" in message
+    assert capfd.readouterr().err == ""
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        normalizers.NFC(),
+        normalizers.NFKC(),
+        normalizers.Sequence([normalizers.NFKD(), normalizers.Prepend("\u2581")]),
+        normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]),
+        normalizers.BertNormalizer(),
+    ],
+)
+def test_a_right_answer_in_the_form_that_the_tokenizer_writes_is_right(normalizer: Any) -> None:
+    row = Row("a", "Where?", "Oﬃce Ｎｏ ５, Łódź ①", kind="qa")
+    written = normalizer.normalize_str(row.output).replace("\u2581", " ")
+    tokenizer: Any = SimpleNamespace(backend_tokenizer=SimpleNamespace(normalizer=normalizer))
+    assert knowledge(writable(row, tokenizer).output, written) == 1
+    assert knowledge(writable(row, tokenizer).output, "Office No 6, Łódź ①") == 0
+
+
+def test_what_a_normaliser_makes_of_bytes_is_no_form_of_a_text(tokenizer: Any) -> None:
+    row = Row("a", "Where?", "Łódź²")
+    for normalizer in (None, normalizers.ByteLevel()):
+        inner: Any = SimpleNamespace(backend_tokenizer=SimpleNamespace(normalizer=normalizer))
+        assert writable(row, inner) is row
+    assert writable(row, tokenizer).output == row.output

@@ -169,7 +169,7 @@ def test_a_file_that_changed_is_refused_and_one_that_moved_is_recorded(
     assert "has changed since it was recorded (1 of 2 rows are gone, 1 are new)" in message
     message = refusal(lambda: update(place, 1, forget=str(moved)))
     assert "is not what request 1 asked for (1 of 2 rows are gone, 1 are new)" in message
-    assert "withdraw it, and add a new one with --received" in message
+    assert "withdraw it, and add a new one: expunge requests add --received" in message
     with open_ledger(place) as ledger:
         notes = [event.note for event in read_events(ledger, 1) if event.action == "updated"]
     assert notes == ["forget", "forget"]

@@ -423,3 +423,21 @@ def test_several_questions_see_one_state(
         assert [request.id for request in read_requests(ledger)] == [1]
         assert read_request(ledger, 1).subject is None
         assert len(read_events(ledger, 1)) == 1
+
+
+def test_a_new_ledger_that_does_not_fit_leaves_nothing(
+    place: LedgerPlace, subjects: list[Path]
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        message = refusal(entered(open_ledger(place, create=True)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert message.startswith(f"--ledger {place.path}: ")
+    assert "raise the limit" in message
+    assert not place.path.exists()
+    place.path.symlink_to(place.path.name)
+    assert "leads to itself" in refusal(entered(open_ledger(place, create=True)))
+    null = replace(place, ledger=os.devnull)
+    assert "is a device" in refusal(entered(open_ledger(null, create=True)))

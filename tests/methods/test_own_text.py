@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,6 +54,13 @@ def test_behind_its_random_half_a_row_goes_on_as_the_model_writes() -> None:
     assert row.token_mask == row.answer_mask == (True,) * 8
     assert not row.listed
     assert row.row_id == random.row_id
+
+
+def test_what_a_row_begins_with_counts_no_more_than_before() -> None:
+    random = replace(example(1, 50, 3, 70, *[0] * 4), token_mask=(False, *[True] * 7))
+    [row] = written([random], [example(71, 72, 73)], [])
+    assert row.input_ids == (1, 50, 3, 70, 71, 72)
+    assert row.token_mask == row.answer_mask == (False, *[True] * 5)
 
 
 def test_a_row_ends_before_it_repeats_the_forget_set() -> None:

@@ -254,8 +254,14 @@ anew: the row is read from its beginning for every token, which takes longer and
 |---|---|---|
 {others}
 
-Experts hold their weights as stacks of matrices, which no method here trains. The text model of a
-multimodal one is unlearned where it is saved alone.
+Experts hold their weights as stacks of matrices, which no method here trains. They are known by their
+names, or by a router: a map of the stream to a number for each stack. The text model of a multimodal
+one is unlearned if it is saved alone.
+
+A quantised checkpoint is refused, with the call of Transformers that makes full weights of it. Expunge
+does not make that call.
+
+The context is what `config.json` states. Mamba, RecurrentGemma and BLOOM state none and have no limit.
 """
 
 

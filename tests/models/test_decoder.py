@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig
 
 from conftest import FAMILIES, random_examples, refusal, shaken, tiny_model
@@ -145,7 +146,9 @@ def test_layers_that_differ_are_each_known_by_their_own_maps() -> None:
     model.model.layers[1].feed_forward = torch.nn.Identity()
     layout = find_layout(model)
     assert not layout.mlp_output
-    assert "choose --method spectral" in refusal(lambda: layout.check_mlp_output("--method rmu"))
+    assert "unlearn it with --method spectral" in refusal(
+        lambda: layout.check_mlp_output("--method rmu")
+    )
 
 
 def test_a_layer_out_of_range_names_the_option_and_the_range() -> None:
@@ -228,3 +231,20 @@ def test_a_hook_is_removed_after_an_error() -> None:
     with pytest.raises(ValueError), forward_hook(module, fail):  # noqa: PT011
         module(torch.zeros(1, 2))
     assert not module._forward_hooks
+
+
+@pytest.mark.parametrize("stacks", ["list", "parameter"])
+def test_a_mixture_of_experts_is_known_by_its_router_not_by_names(stacks: str) -> None:
+    model = tiny_model("llama", 50)
+    for layer in model.model.layers:
+        block = layer.mlp
+        if stacks == "list":
+            block.paths = nn.ModuleList(nn.Sequential(nn.Linear(16, 16)) for _ in range(3))
+        else:
+            block.paths = nn.Parameter(torch.zeros(3, 16, 32))
+        # As RecurrentGemma's gates, one for each head, or a kernel: nothing chooses among them.
+        block.conv = nn.Conv1d(5, 5, 3)
+        block.gates = nn.Linear(16, 5)
+    assert find_layout(model).count == 4
+    model.model.layers[2].mlp.choose = nn.Linear(16, 3)
+    assert "is a mixture of experts" in refusal(lambda: find_layout(model))

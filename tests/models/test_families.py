@@ -25,7 +25,7 @@ from expunge.training.options import TrainingOptions
 from expunge.training.run import RunInputs, run
 
 # Every kind of place that layers, maps and positions can be in.
-QUICK = {"bloom", "falcon", "gpt2", "gpt_bigcode", "lfm2", "mamba", "mpt", "opt", "qwen3_5_text"}
+QUICK = {"bloom", "falcon", "gpt2", "gpt_bigcode", "lfm2", "mpt", "opt"}
 METHODS: dict[str, Method] = {
     "spectral": Spectral(random_rows=4),
     "libu": LIBU(random_rows=4),
@@ -98,7 +98,7 @@ def test_the_other_methods_work_on_a_family(family: str, method: str, unlearn: U
     works = SUPPORTED[family].steered if method == "adaptive-rmu" else SUPPORTED[family].adapted
     if not works:
         message = refusal(lambda: unlearn(family, method))
-        assert "choose --method spectral" in message
+        assert "--method spectral" in message
     else:
         assert (unlearn(family, method) / "expunge.json").is_file()
 

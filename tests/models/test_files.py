@@ -91,7 +91,8 @@ def test_a_missing_shard_is_named_and_counted(sharded: Path) -> None:
     names = sorted(set(json.loads((sharded / INDEX).read_text())["weight_map"].values()))
     (sharded / names[1]).unlink()
     message = refusal(lambda: check_model_files(sharded))
-    assert message == f"{sharded}: 1 of {len(names)} shards are missing, first {names[1]}"
+    missing = f"{sharded}: 1 of {len(names)} shards are missing, first {names[1]}"
+    assert message == f"{missing}; fetch them"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from conftest import refusal
 from expunge.models.loading import (
@@ -240,11 +241,22 @@ def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch)
         ("gpt2", {"n_positions": 77}, 77),
         ("mpt", {"max_seq_len": 77}, 77),
         ("bloom", {"seq_length": 77}, 77),
-        ("bloom", {}, 2048),
-        ("mamba", {}, 2048),
+        ("bloom", {}, sys.maxsize),
+        ("mamba", {}, sys.maxsize),
     ],
 )
 def test_the_context_is_found_under_each_name(
     family: str, stated: dict[str, int], context: int
 ) -> None:
     assert context_of(AutoConfig.for_model(family, **stated)) == context
+
+
+def test_a_context_that_nothing_tells_is_asked_for() -> None:
+    class OwnConfig(PretrainedConfig):
+        model_type = "own"
+
+    unstated = AutoConfig.for_model("llama", max_position_embeddings=0)
+    for config in (OwnConfig(), unstated):
+        message = refusal(lambda: context_of(config))  # noqa: B023
+        assert message.startswith(f"{config.model_type}: its config.json states no context; write")
+        assert "max_position_embeddings" in message

@@ -136,7 +136,7 @@ def test_a_file_that_lost_its_end_after_it_was_opened_is_told(tmp_path: Path, lo
     assert torch.equal(read_tensor(stored["first"]), torch.ones(4))
     with pytest.raises(RunError) as caught:
         read_tensor(stored["last"])
-    assert str(caught.value) == f"{path}: ends before its tensors do"
+    assert str(caught.value) == f"{path}: ends before its tensors do; fetch it again"
 
 
 def reheaded(whole: bytes, old: bytes, new: bytes) -> bytes:

@@ -90,7 +90,7 @@ def test_a_measure_of_the_manifest_that_is_no_number_is_named(
     manifest = manifest_of(run)
     manifest[key]["cpu"] = value
     (run / "expunge.json").write_text(json.dumps(manifest))
-    assert f"expunge.json: {key}.cpu is not a number" in refused(run)
+    assert f"expunge.json: {key}.cpu is no number" in refused(run)
 
 
 def test_a_candidate_or_tensor_that_is_amiss_is_no_report(run: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +49,7 @@ from expunge.models.loading import (
     resolve_device,
     text_policy,
 )
+from expunge.processes import check_alone
 
 Report = Callable[[str, int, int], None]
 
@@ -142,8 +142,7 @@ def analyze_influence(
     """
     started = time.monotonic()
     device = resolve_device(inputs.device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("analyze influence: runs in one process; start it without a launcher")
+    check_alone("analyze influence")
     if inputs.output is not None and inputs.output == inputs.figure:
         raise InputError(f"--figure {inputs.figure}: is what --output writes; name another file")
     read = {name: getattr(inputs, name) for name in ("model", "forget", "retain", "nonmembers")}

@@ -108,14 +108,16 @@ class AuditInputs(Reading):
                 "--attacks membership: compares with never-seen text; give --nonmembers"
             )
         if self.benign is not None and names and "benign" not in names:
-            raise InputError("--benign: is for the attack benign, which --attacks leaves out")
+            raise InputError(
+                "--benign: is for the attack benign, which --attacks leaves out; add it"
+            )
         if self.tuning != "auto" and names and not any(ATTACKS[name].tunes for name in names):
             raise InputError(
-                "--tuning: is for the attacks relearn and benign, which --attacks leaves out"
+                "--tuning: is for the attacks relearn and benign, which --attacks leaves out; add one"
             )
         if self.paraphrases is not None and names and "paraphrase" not in names:
             raise InputError(
-                "--paraphrases: is for the attack paraphrase, which --attacks leaves out"
+                "--paraphrases: is for the attack paraphrase, which --attacks leaves out; add it"
             )
 
     def attack_names(self) -> list[str]:

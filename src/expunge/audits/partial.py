@@ -45,7 +45,7 @@ class Partial:
                 kept = json.loads(path.read_text(encoding="utf-8"))
                 if kept["facts"] == digest:
                     return self.write(facts, Found(**kept["found"]))
-            except (FileNotFoundError, ValueError, KeyError, TypeError):
+            except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
                 continue  # not there, or cut off by what ended the run: it is measured again
         return None
 

@@ -12,7 +12,7 @@ import torch
 from expunge.audits.base import ModelName
 from expunge.audits.facts import score
 from expunge.data.rows import Row
-from expunge.data.tokenization import TextPolicy, answer_ids, prompt_ids
+from expunge.data.tokenization import TextPolicy, answer_ids, prompt_ids, writable
 from expunge.evaluation.batches import padded, token_batches
 from expunge.evaluation.decoding import Choice, Greedy, Request, decode
 from expunge.evaluation.generation import MAX_NEW_TOKENS, ends_of, text_of
@@ -75,7 +75,7 @@ def asked(
         answer = answer[:longest]
         row = replace(row, output=tokenizer.decode(answer, skip_special_tokens=True).strip())
     room = min(len(answer) + BEYOND, MAX_NEW_TOKENS, policy.context - len(ids))
-    return Ask(row, tuple(ids), tuple(answer), room)
+    return Ask(writable(row, tokenizer), tuple(ids), tuple(answer), room)
 
 
 @dataclass(frozen=True, repr=False)

@@ -199,7 +199,7 @@ def _holds(directory: Path, content: str) -> bool:
     try:
         record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
         found, files = str(record["content_hash"]), dict(record["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{directory} holds files but no valid {RECORD}: {mend}") from error
     if found != content:
         raise InputError(f"{directory} holds a benchmark of other settings ({found[:12]}): {mend}")

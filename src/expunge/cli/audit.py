@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from expunge.audits.auditing import audit
 from expunge.audits.inputs import AuditInputs
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.options import parse, take_flag
-from expunge.errors import InputError
+from expunge.processes import check_alone
 from expunge.reporting.tables import audit_table, table_console
 
 if TYPE_CHECKING:
@@ -38,8 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     """Parses, audits, prints."""
     arguments, quiet = take_flag(list(arguments), "--quiet")
     settings = parse(Audit, arguments, "expunge audit")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("audit: runs in one process; start it without accelerate launch")
+    check_alone("audit")
     with progress_on_stderr(quiet=quiet) as progress:
         report = audit(settings, progress)
     if settings.json:

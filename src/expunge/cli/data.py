@@ -148,7 +148,7 @@ def _print(report: dict[str, Any]) -> None:
     )
     text = report["text"]
     console.print(
-        f"context {text['context']}, BOS {text['bos']}, EOS {text['eos']},"
+        f"context {text['context'] or 'without limit'}, BOS {text['bos']}, EOS {text['eos']},"
         f" chat template {'on' if text['chat_template'] else 'off'}",
     )
     if "row" not in report:

@@ -58,6 +58,8 @@ class Demo:
     """Products of the runs; auto: bfloat16 where the device has them. The files stay in float32."""
     overwrite: bool = False
     """Replace the runs of an earlier demo."""
+    resume: bool = False
+    """Go on with a demo that was interrupted."""
 
     def __post_init__(self) -> None:
         if not self.methods:
@@ -78,10 +80,10 @@ def main(arguments: Sequence[str]) -> int:
     output = Path(settings.output)
     check_writable(output, inside=True)
     taken = [name for name in settings.methods if (output / name).exists()]
-    if taken and not settings.overwrite:
+    if taken and not (settings.overwrite or settings.resume):
         raise InputError(
             f"--output {output}: holds {', '.join(taken)} of an earlier demo;"
-            " choose another directory or give --overwrite"
+            " choose another directory, or give --overwrite or --resume"
         )
     dtype = settings.dtype
     if dtype == "auto":
@@ -102,6 +104,7 @@ def main(arguments: Sequence[str]) -> int:
                 device=settings.device,
                 dtype=dtype,
                 overwrite=settings.overwrite,
+                resume=settings.resume,
             )
             method: Method = METHODS[name]()
             manifest = run(inputs, method, TrainingOptions(seed=settings.seed), progress)

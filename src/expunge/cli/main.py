@@ -17,6 +17,7 @@ from typing import NoReturn, TextIO
 import expunge
 from expunge.disk import explained
 from expunge.errors import ExpungeError, InputError, is_out_of_memory, place_of
+from expunge.processes import launched
 from expunge.terminal import plain_streams, speaks
 
 COMMANDS = {
@@ -44,11 +45,19 @@ _QUIET_LIBRARIES = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _LESS_MEMORY = {
-    "benchmark": "use a machine with more",
     "demo": "lower --documents",
     "serve": "use --dtype bfloat16",
-} | dict.fromkeys(("run", "sweep"), "lower --micro-batch-size; expunge plan says what fits")
-"""What takes less, by command; others have the two options of most."""
+    **dict.fromkeys(
+        ("run", "sweep", "analyze layers", "requests serve"),
+        "lower --micro-batch-size; expunge plan says what fits",
+    ),
+    **dict.fromkeys(
+        ("evaluate", "audit", "analyze influence", "requests verify"),
+        "lower --batch-size, or use --dtype bfloat16",
+    ),
+}
+"""What takes less, by command; the others have no such option."""
+_STANDS = "what the command wrote to files stands"
 # Threads that wait busily for each other slow a run tenfold where anything else uses a core.
 _THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 _HEAD_START = 15.0
@@ -85,7 +94,9 @@ def _flushed(code: int) -> int:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if code == 0:
-            sys.stderr.write(f"expunge: standard output: {error.strerror}; write it elsewhere\n")
+            sys.stderr.write(
+                f"expunge: standard output: {error.strerror}; write it elsewhere; {_STANDS}\n"
+            )
         return code or 1
     return code
 
@@ -144,11 +155,13 @@ def _run(arguments: Sequence[str] | None) -> int:
         said = (
             f"internal error ({place_of(error)}){notes}; run again with --debug for the traceback"
         )
-        if isinstance(error, OSError) and error.errno is not None:
+        if is_out_of_memory(error):
+            less = _LESS_MEMORY.get(given[0]) or _LESS_MEMORY.get(" ".join(given[:2]))
+            said = f"out of memory; {less or 'use a machine with more'}{notes}"
+        elif isinstance(error, OSError) and error.errno is not None:
+            if _flushed(0):  # it was standard output
+                return 1
             said = f"{explained(error)}{notes}"
-        elif is_out_of_memory(error):
-            mend = _LESS_MEMORY.get(given[0], "lower --batch-size, or use --dtype bfloat16")
-            said = f"out of memory; {mend}{notes}"
         sys.stderr.write(f"expunge: {said}\n")
         return 1
     return int(code or 0)
@@ -162,7 +175,7 @@ def entry() -> NoReturn:
     (https://github.com/pytorch/pytorch/issues/190489; destroying the groups makes it rarer only).
     """
     code = main()
-    if os.environ.get("WORLD_SIZE", "1") not in ("0", "1"):
+    if launched() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.options import parse, take_flag
-from expunge.errors import InputError
+from expunge.processes import check_alone
 from expunge.web.inputs import ServeInputs
 from expunge.web.serving import serve
 
@@ -28,8 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     """Parses, checks, serves."""
     arguments, quiet = take_flag(list(arguments), "--quiet")
     settings = parse(Serve, arguments, "expunge serve", "run")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("serve: runs in one process; start it without accelerate launch")
+    check_alone("serve")
     serving = False
 
     def ready(url: str, locked: bool) -> None:

@@ -88,6 +88,14 @@ _CUES = frozenset(
 """What asks for the answer after a wrapped question ("Question: ...?\\nAnswer:")."""
 
 
+class OtherColumns(InputError):
+    """Columns of no known form; `plain` is what to say where there is no --columns."""
+
+    def __init__(self, said: str, mend: str, plain: str) -> None:
+        super().__init__(f"{said}; {mend}")
+        self.plain = f"{said}; {plain}"
+
+
 @dataclass(frozen=True, repr=False)
 class Parts:
     """The texts of one row, and the form in which they stood."""
@@ -160,7 +168,7 @@ def kind_of(given: object, form: Form, row_id: str, prompt: str) -> tuple[Kind, 
     if given == "sc" or given == "qa":
         return given, "the column kind"
     if given is not None and given != "":
-        raise InputError(f"column 'kind' is not one of {', '.join(get_args(Kind))}")
+        raise InputError(f"column 'kind' holds another value; write {' or '.join(get_args(Kind))}")
     if form.kind is not None:
         return form.kind, f"the columns {', '.join(form.columns)}"
     if match := _LUME_ID.match(row_id):
@@ -192,7 +200,9 @@ def check_characters(column: str, value: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise InputError(f"column {column!r} holds half a character (a lone surrogate)") from None
+        raise InputError(
+            f"column {column!r} holds half a character (a lone surrogate); take it out"
+        ) from None
 
 
 def type_name(value: object) -> str:
@@ -202,9 +212,11 @@ def type_name(value: object) -> str:
 
 def _missing(values: Mapping[str, object], column: str) -> InputError:
     # Any other name may be text, of a CSV file without a header for example.
-    return InputError(
-        f"has no column {column!r} (found: {_shown(values, _KNOWN)}); rows need 'input' and 'output', or"
-        " 'text', or --columns prompt=A,output=B with their names"
+    need = "rows need 'input' and 'output', or 'text'"
+    return OtherColumns(
+        f"has no column {column!r} (found: {_shown(values, _KNOWN)})",
+        f"{need}, or --columns prompt=A,output=B with their names",
+        need,
     )
 
 
@@ -225,10 +237,11 @@ def _check_unused(values: Mapping[str, object], form: Form, mapped: set[str]) ->
     if unused and values.keys() >= set(form.columns):
         taken = "+".join(form.prompt)
         without = f"prompt={taken},output={form.output}" if form.output else f"text={taken}"
-        raise InputError(
+        raise OtherColumns(
             f"columns {_shown(unused, set(filter(_PLAIN_NAME.fullmatch, unused)))} look like text and"
-            " are not used; say what is:"
-            f" --columns {without} leaves them out"
+            " are not used",
+            f"say what is: --columns {without} leaves them out",
+            "take them out",
         )
 
 
@@ -256,7 +269,7 @@ def _turns(column: str, chat: Sequence[object]) -> list[tuple[str, str]]:
         role, text = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (0, 0)
         if not isinstance(role, str) or not isinstance(text, str) or not text.strip():
             raise InputError(
-                f"column {column!r} holds a turn that is not a 'role' and a 'content' of text"
+                f"column {column!r} holds a turn without a 'role' and a 'content' of text; write both"
             )
         check_characters(column, text)
         turns.append((role, text))
@@ -276,7 +289,8 @@ def _halves(column: str, text: str) -> tuple[str, str, str]:
     cuts = list(_PLACES.finditer(stripped)) or list(_BLANKS.finditer(stripped))
     if not cuts:
         raise InputError(
-            f"column {column!r} is a single word; a text is split in two to be continued"
+            f"column {column!r} is a single word, and a text is split in two to be continued; give a"
+            " longer one, or 'input' and 'output'"
         )
     cut = min(cuts, key=lambda each: abs(each.start() - len(stripped) / 2))
     return stripped[: cut.start()], stripped[cut.end() :], cut[0]

@@ -20,6 +20,11 @@ from expunge.errors import InputError
 Role = Literal["forget", "retain", "nonmembers"]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _DELIMITERS = ",;\t|"
+_LARGEST = 2**30
+"""Bytes that a packed file may unpack to: a few megabytes can hold more than any memory."""
+_TOO_LARGE = (
+    f"unpacks to more than {_LARGEST // 2**30} GiB; unpack it, or split it into several files"
+)
 
 _UNREADABLE = "holds a number of too many digits, or is nested too deeply; write plain rows"
 _REPEATED = "names a column twice; give every column a name of its own"
@@ -132,7 +137,10 @@ def _decoded(path: Path) -> str:
     raw = path.read_bytes()
     try:
         if raw.startswith(b"\x1f\x8b"):
-            raw = gzip.decompress(raw)
+            with gzip.open(path) as file:
+                raw = file.read(_LARGEST + 1)
+            if len(raw) > _LARGEST:
+                raise InputError(f"{path}: {_TOO_LARGE}")
     except (OSError, EOFError, zlib.error):
         raise InputError(f"{path}: is a damaged gzip file; pack it anew") from None
     try:
@@ -222,7 +230,7 @@ def _read_csv(path: Path) -> list[Record]:
                 records.append(Record(f"line {line}", dict(zip(header, fields, strict=True))))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path} line {line}: is not CSV ({error})") from None
+        raise InputError(f"{path} line {line}: is not CSV ({error}); write the file anew") from None
     finally:
         csv.field_size_limit(usual)
     return records
@@ -233,6 +241,10 @@ def _read_parquet(path: Path) -> list[Record]:
     import pyarrow.parquet as parquet
 
     try:
+        described = parquet.read_metadata(path)
+        groups = map(described.row_group, range(described.num_row_groups))
+        if sum(group.total_byte_size for group in groups) > _LARGEST:
+            raise InputError(f"{path}: {_TOO_LARGE}")
         table = parquet.read_table(path)
         rows = table.to_pylist()
     except (arrow.ArrowException, OSError):

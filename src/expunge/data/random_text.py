@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from expunge.data.tokenization import Example
+from expunge.data.tokenization import Example, opening_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,22 +25,24 @@ def random_examples(
 ) -> list[Example]:
     """`count` rows of tokens drawn evenly from the vocabulary, special ones left out.
 
-    The model embeds tokens below `embedded`, which may be more or fewer than the tokenizer knows.
+    Each begins with what the tokenizer puts before any text (BOS), which does not count. The
+    model embeds tokens below `embedded`, which may be more or fewer than the tokenizer knows.
     """
     special = set(tokenizer.all_special_ids)
     known = range(min(len(tokenizer), embedded))
     usual = torch.tensor([token for token in known if token not in special])
     generator = torch.Generator().manual_seed(seed)
-    length = min(longest, context)
+    opening = opening_of(tokenizer)
+    length = min(longest, context) - len(opening)
     drawn = torch.randint(len(usual), (count, length), generator=generator)
-    everywhere = (True,) * length
+    counted = (False,) * len(opening) + (True,) * length
     return [
         Example(
             f"random-{index}",
             "random",
-            tuple(usual[row].tolist()),
-            everywhere,
-            everywhere,
+            (*opening, *usual[row].tolist()),
+            counted,
+            counted,
             listed=False,
         )
         for index, row in enumerate(drawn)

@@ -16,6 +16,7 @@ from expunge.data.columns import (
     Form,
     Kind,
     Mapped,
+    OtherColumns,
     Turns,
     check_characters,
     document_in,
@@ -104,15 +105,16 @@ class Reading:
         """As a manifest or a ledger says."""
         return Reading(columns=values.get("columns"), joiner=values.get("joiner", " "))
 
-    def read(self, source: str, role: Role) -> RowSet:
+    def read(self, source: str, role: Role, *, again: bool = False) -> RowSet:
         """Reads and checks every row of `source`: a file, a directory or a hub data set id.
 
+        `again` says that the columns are as they were recorded, and that no option can change them.
         Raises InputError that names the file and row of the first fault and counts the others.
         """
         mapped = mapped_columns(self.columns, role)
         joiner = self.joiner.replace("\\n", "\n").replace("\\t", "\t")
         opened = open_source(source, role)
-        rows, read = _checked(opened.name, opened.records, role, mapped, joiner)
+        rows, read = _checked(opened.name, opened.records, role, mapped, joiner, plain=again)
         sha256 = opened.sha256 or {source: _digest(rows)}
         if (mapped or joiner != " ") and opened.sha256:
             said = repr((sorted(mapped.items()), joiner))
@@ -142,7 +144,7 @@ def as_rows(rows: Iterable[Row | Mapping[str, object]], role: Role) -> RowSet:
             )
         values = {"row": row} if isinstance(row, Row) else row
         records.append(Record(f"row {number}", values))
-    checked, read = _checked(name, records, role, {}, " ")
+    checked, read = _checked(name, records, role, {}, " ", plain=True)
     return RowSet(checked, name, {name: _digest(checked)}, read)
 
 
@@ -191,7 +193,7 @@ def documents(rows: Iterable[Row]) -> list[Row]:
 
 
 def _checked(
-    name: str, records: Sequence[Record], role: Role, mapped: Mapped, joiner: str
+    name: str, records: Sequence[Record], role: Role, mapped: Mapped, joiner: str, *, plain: bool
 ) -> tuple[tuple[Row, ...], dict[str, Mapping[str, int]]]:
     rows: list[Row] = []
     faults: list[str] = []
@@ -201,7 +203,8 @@ def _checked(
         try:
             row, told = _row_of(record.values, f"{role}-{position}", mapped, joiner)
         except InputError as fault:
-            faults.append(f"{record.place}: {fault}")
+            said = fault.plain if plain and isinstance(fault, OtherColumns) else fault
+            faults.append(f"{record.place}: {said}")
             continue
         if row.id in places:
             faults.append(

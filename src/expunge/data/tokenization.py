@@ -7,6 +7,7 @@ and counting its tokens shifts the mask wherever a token spans the border.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from expunge.data.chat_templates import check_template
 from expunge.data.columns import Kind
 from expunge.data.rows import Row, document_of
-from expunge.errors import InputError
+from expunge.data.words import bare
+from expunge.errors import InputError, is_failure
+from expunge.terminal import native_lines_dropped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +63,7 @@ class TextPolicy:
     """How a row becomes tokens; recorded in the manifest."""
 
     context: int
-    """Longest sequence in tokens."""
+    """Longest sequence in tokens; sys.maxsize, null in the manifest, for a model without a limit."""
     chat_template: bool = False
     """Render input and output as a user's and an assistant's turn."""
     long_rows: LongRows = "refuse"
@@ -73,6 +76,7 @@ class TextPolicy:
         probe = tokenizer("x")["input_ids"]
         adds_bos = tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id
         return asdict(self) | {
+            "context": self.context if self.context < sys.maxsize else None,
             "bos": "added by the tokenizer" if adds_bos else "none",
             "eos": self._eos_policy(tokenizer),
         }
@@ -106,7 +110,7 @@ def encode_rows(
     rows = list(rows)
     whole = []
     for row in rows:
-        with _named(row):
+        with tokenizing(f"row {row.id!r}"):
             whole.append(_encode(row, tokenizer, policy, eos=eos))
     empty = [example.row_id for example in whole if not any(example.answer_mask)]
     if empty:
@@ -121,31 +125,30 @@ def encode_rows(
             f"row {worst.row_id!r}: has {len(worst)} tokens, the context has {policy.context}"
             f" ({len(long)} such rows); shorten them or choose --long-rows window"
         )
-    opening = _opening(tokenizer)
+    opening = opening_of(tokenizer)
     return [window for example in whole for window in _windows(example, policy.context, opening)]
 
 
 @contextmanager
-def _named(row: Row) -> Iterator[None]:
-    """Names the row whose text a tokenizer or a template fails on; what they say can quote the text."""
+def tokenizing(what: str) -> Iterator[None]:
+    """Names what a tokenizer or a template fails on; what they say and print can quote the text."""
     try:
-        yield
+        with native_lines_dropped():
+            yield
     except InputError:
         raise
     except BaseException as error:
-        kind = type(error).__name__
-        # tokenizers' patterns end in a panic of Rust's, which is no Exception.
-        if not isinstance(error, Exception) and kind != "PanicException":
+        if not is_failure(error):
             raise
         raise InputError(
-            f"row {row.id!r}: the model's tokenizer or chat template fails on its text ({kind}); mend"
-            " tokenizer.json or the template, or drop the row"
+            f"{what}: the model's tokenizer or chat template fails on its text"
+            f" ({type(error).__name__}); mend tokenizer.json or the template, or leave the text out"
         ) from None
 
 
 def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, policy: TextPolicy) -> list[int]:
     """The tokens that generation starts from: `input`, or all that a template has before `output`."""
-    with _named(row):
+    with tokenizing(f"row {row.id!r}"):
         if policy.chat_template:
             text, _, (start, _) = _chat_text(row, tokenizer)
             return _known(
@@ -168,6 +171,19 @@ def answer_ids(
     if whole[: len(prompt)] == list(prompt):
         return whole[len(prompt) :]
     return list(tokenizer(f"{row.joiner}{row.output}", add_special_tokens=False)["input_ids"])
+
+
+def writable(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """The row with its output as the tokenizer's normaliser leaves it, for no answer has another form.
+
+    NFKC makes two letters of a ligature, others drop case or accents; the marks that some put for blanks
+    are blanks.
+    """
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    if normalizer is None:
+        return row
+    output = normalizer.normalize_str(row.output).replace("\u2581", " ").strip()
+    return replace(row, output=output) if bare(output) == bare(row.output) else row
 
 
 def count_windowed(examples: Sequence[Example]) -> int:
@@ -298,7 +314,7 @@ def _without(mask: Sequence[bool], repeated: int) -> tuple[bool, ...]:
     return (False,) * min(repeated, len(mask)) + tuple(mask[repeated:])
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def opening_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The special tokens that the tokenizer puts before any text."""
     probe = tokenizer("x", return_special_tokens_mask=True)
     pairs = zip(probe["input_ids"], probe["special_tokens_mask"], strict=True)

@@ -18,6 +18,12 @@ def same_form(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+def bare(text: str) -> str:
+    """The text without what normalisers change: case, accents, ligatures and wide forms, blanks."""
+    letters = unicodedata.normalize("NFKD", text)
+    return " ".join("".join(c for c in letters if not unicodedata.combining(c)).casefold().split())
+
+
 def words(text: str) -> list[str]:
     """Letters, digits and marks in a row, in lower case; punctuation does not count."""
     return _WORD.findall(same_form(text).lower())

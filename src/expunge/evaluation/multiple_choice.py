@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from expunge.data.tokenization import tokenizing
 from expunge.errors import InputError
 from expunge.evaluation.batches import in_runs, padded, token_batches
 from expunge.methods.forward import logits_at
@@ -88,7 +89,9 @@ def read_questions(
 
 def check_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], context: int) -> None:
     """Raises InputError for a prompt beyond the context and for letters that are no tokens."""
-    for number, ids in enumerate(tokenizer(list(prompts))["input_ids"], 1):
+    with tokenizing("--mmlu"):
+        encoded = tokenizer(list(prompts))["input_ids"]
+    for number, ids in enumerate(encoded, 1):
         if len(ids) > context:
             raise InputError(
                 f"question {number}: its prompt has {len(ids)} tokens, the context has {context};"
@@ -242,7 +245,7 @@ def _read_csv(path: Path, subject: str) -> list[Question]:
                 if len(fields) != 6 or fields[5].strip() not in LETTERS:
                     raise InputError(
                         f"{path} row {number}: is not question,A,B,C,D,answer letter"
-                        f" ({len(fields)} fields found)"
+                        f" ({len(fields)} fields found); write six"
                     )
                 a, b, c, d = fields[1:5]
                 answer = LETTERS.index(fields[5].strip())

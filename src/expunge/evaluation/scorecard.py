@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from expunge.data.batches import PAD_ID
 from expunge.data.rows import Row, RowSet, check_disjoint, documents
-from expunge.data.tokenization import TextPolicy, answer_ids, encode_rows, prompt_ids
+from expunge.data.tokenization import TextPolicy, answer_ids, encode_rows, prompt_ids, writable
 from expunge.data.words import words
 from expunge.errors import InputError
 from expunge.evaluation.generation import Written, generate
@@ -227,7 +227,7 @@ class _Measured:
                 [drafts[i] for i in mine],
             )
             records = {
-                i: _record(rows.rows[i], split, found)
+                i: _record(writable(rows.rows[i], self.tokenizer), split, found)
                 for i, found in zip(mine, written, strict=True)
             }
             return gathered(self.processes, records)

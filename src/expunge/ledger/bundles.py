@@ -156,7 +156,7 @@ def export(place: LedgerPlace, number: int, inputs: BundleInputs) -> Bundle:
         if held:
             raise InputError(
                 f"request {number}: {name} holds the text of {len(held)} of its rows (ids"
-                f" {listed(held)}); make it again without --reveal"
+                f" {listed(held)}); have expunge report or expunge audit make it again, without --reveal"
             )
     sealed = _sealed(files, key)
     try:
@@ -228,7 +228,7 @@ def _only_of(request: Request, run: RunRecord, files: Mapping[str, bytes]) -> bo
             return True
         (audited,) = audit["requests"]
         of_request = audited["hmac_sha256"] == request.forget_fingerprint
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False  # the page alone does not say
     return of_request or list(run.requests) == [request.id]
 

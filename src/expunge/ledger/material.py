@@ -66,9 +66,11 @@ def rows_difference(ledger: Ledger, request: Request, rows: RowSet, secret: byte
     return f"{len(gone)} of {len(recorded)} rows are gone, {len(new)} are new"
 
 
-def given_retain_set(reading: Reading, source: str, secret: bytes) -> RetainSet:
-    """The rows that --retain names."""
-    rows = reading.read(source, "retain")
+def given_retain_set(
+    reading: Reading, source: str, secret: bytes, *, again: bool = False
+) -> RetainSet:
+    """The rows that --retain names, or did when they were recorded (`again`)."""
+    rows = reading.read(source, "retain", again=again)
     fingerprint = source_fingerprint(secret, rows.sha256)
     return RetainSet("--retain", lasting(source), fingerprint, rows, reading)
 
@@ -174,6 +176,6 @@ def _prefixed(name: str) -> Callable[[Row], Row]:
 
 def _read(reading: Reading, source: str, role: Role, name: str, again: str) -> RowSet:
     try:
-        return reading.read(source, role)
+        return reading.read(source, role, again=True)
     except InputError as error:
         raise InputError(f"{name}: {error} - {again}") from None

@@ -111,8 +111,8 @@ def update(
     with open_ledger(place) as ledger:
         secret = ledger.secret()
         recorded = read_request(ledger, number)
-        new_forget = None if forget is None else recorded.read(forget, "forget")
-        new_retain = None if retain is None else recorded.read(retain, "retain")
+        new_forget = None if forget is None else recorded.read(forget, "forget", again=True)
+        new_retain = None if retain is None else recorded.read(retain, "retain", again=True)
         with ledger.change() as connection:
             request = read_request(ledger, number)
             if request.state == "withdrawn":
@@ -170,7 +170,7 @@ def _check_same_rows(ledger: Ledger, request: Request, rows: RowSet, secret: byt
     if difference is not None:
         raise InputError(
             f"--forget {rows.source}: is not what request {request.id} asked for ({difference});"
-            f" withdraw it, and add a new one with --received {request.received}"
+            f" withdraw it, and add a new one: expunge requests add --received {request.received}"
         )
 
 

@@ -8,7 +8,6 @@ transaction, once its output is there as a whole. In between they are open, and 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -44,6 +43,7 @@ from expunge.ledger.records import (
 from expunge.ledger.store import Ledger, LedgerPlace, open_ledger, serving_lock
 from expunge.methods.base import Method
 from expunge.models.loading import check_model
+from expunge.processes import check_alone
 from expunge.training.manifest import MANIFEST
 from expunge.training.options import TrainingOptions
 from expunge.training.progress import Progress, Silent
@@ -113,8 +113,7 @@ def serve(
     Raises InputError before a model is loaded, with no run recorded; what `run` raises otherwise.
     """
     progress = progress or Silent()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("requests serve: runs in one process; start it without accelerate launch")
+    check_alone("requests serve")
     place = LedgerPlace(inputs.ledger, inputs.secret, inputs.by)
     with open_ledger(place):
         pass  # a wrong name is said before a lock is made beside it

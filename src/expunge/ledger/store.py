@@ -19,6 +19,7 @@ from pathlib import Path
 
 import expunge
 from expunge.data.fingerprints import SECRET_BYTES, make_secret, secret_check
+from expunge.disk import check_writable
 from expunge.errors import InputError, RunError
 from expunge.ledger.dates import now
 from expunge.ledger.schema import APPLICATION_ID, MIGRATIONS, is_whole, migrate, version_of
@@ -188,13 +189,15 @@ def _damaged(path: Path) -> InputError:
 
 
 def _check_file(path: Path, *, create: bool) -> None:
-    if path.is_dir():
-        raise InputError(f"--ledger {path}: is a directory; name a file")
+    if path.exists() and not path.is_file():
+        kind = "a directory" if path.is_dir() else "a device or a socket"
+        raise InputError(f"--ledger {path}: is {kind}; name a file")
     if not path.exists():
         if not create:
             raise InputError(f"--ledger {path}: no such file; expunge requests add makes a ledger")
         if not path.absolute().parent.is_dir():
             raise InputError(f"--ledger {path}: its directory does not exist; make it first")
+        check_writable(path, option="--ledger")
         return
     try:
         with path.open("rb") as file:

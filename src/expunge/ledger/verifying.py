@@ -7,7 +7,6 @@ own, which can be handed out without the ids of other people's rows.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from expunge.audits.inputs import AuditInputs
 from expunge.data.formats import sha256_of
 from expunge.data.rows import Reading
 from expunge.data.tokenization import LongRows
-from expunge.disk import check_writable, write_whole
+from expunge.disk import check_writable, made, write_whole
 from expunge.errors import InputError
 from expunge.ledger.lineage import weights_of
 from expunge.ledger.material import (
@@ -40,6 +39,7 @@ from expunge.ledger.records import (
 )
 from expunge.ledger.store import Ledger, LedgerPlace, open_ledger
 from expunge.models.loading import Dtype, check_model
+from expunge.processes import check_alone
 from expunge.training.progress import Progress
 
 AUDITED: tuple[State, ...] = ("served", "verified", "failed")
@@ -110,8 +110,7 @@ def verify(inputs: VerifyInputs, progress: Progress | None = None) -> list[Verif
     "forgotten" makes a request verified, any other verdict failed; where the audit could not tell,
     its state stays. Raises InputError before a model is loaded.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("requests verify: runs in one process; start it without accelerate launch")
+    check_alone("requests verify")
     place = LedgerPlace(inputs.ledger, inputs.secret, inputs.by)
     directory = Path(inputs.output)
     _check_output(directory)
@@ -124,16 +123,10 @@ def verify(inputs: VerifyInputs, progress: Progress | None = None) -> list[Verif
         secret = ledger.secret()
         sets = {request.id: forget_rows(ledger, request, secret) for request in requests}
     check_sides(sets, {}, [retain], secret)
-    made = not directory.exists()
-    directory.mkdir(exist_ok=True)
-    try:
+    with made(directory):
         given = {"retain": retain.rows, "forget": sets[requests[0].id]}
         given |= {f"earlier {n}": sets[request.id] for n, request in enumerate(requests[1:], 1)}
         report = audit(_audit_inputs(inputs, requests, original, retain), progress, given)
-    except InputError:
-        if made and not any(directory.iterdir()):
-            directory.rmdir()
-        raise
     files = {}
     for request, entry in zip(requests, report["requests"], strict=True):
         files[request.id] = directory / f"audit-{request.id}.json"
@@ -184,7 +177,7 @@ def _retain(ledger: Ledger, runs: Sequence[RunRecord], inputs: VerifyInputs) -> 
             " one; give it"
         )
     recorded = last.retain[0]
-    found = given_retain_set(Reading.recorded(recorded), recorded["source"], secret)
+    found = given_retain_set(Reading.recorded(recorded), recorded["source"], secret, again=True)
     if found.fingerprint != recorded["fingerprint"]:
         raise InputError(
             f"{found.source}: has changed since run {last.id}; give the rows that are to stay with"

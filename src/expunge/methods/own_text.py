@@ -77,8 +77,8 @@ def _sampled(
 def _as_far_as(example: Example, ids: tuple[int, ...], told: set[tuple[int, ...]]) -> Example:
     end = next((place for place, gram in enumerate(_in_a_row(ids)) if gram in told), None)
     ids = ids if end is None else ids[: end + _GRAM - 1]
-    everywhere = (True,) * len(ids)
-    return replace(example, input_ids=ids, token_mask=everywhere, answer_mask=everywhere)
+    counted = example.token_mask[: len(ids)]
+    return replace(example, input_ids=ids, token_mask=counted, answer_mask=counted)
 
 
 def _grams(examples: Iterable[Example]) -> set[tuple[int, ...]]:

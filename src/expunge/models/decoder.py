@@ -76,8 +76,8 @@ class DecoderLayout:
         """Raises InputError where the layers have no MLP output in common, which `user` needs."""
         if not self.mlp_output:
             raise InputError(
-                f"{user}: the model's layers have no MLP output in common; choose --method spectral"
-                " or libu"
+                f"{user}: the model's layers have no MLP output in common; unlearn it with --method"
+                " spectral or libu, which need none"
             )
 
 
@@ -107,7 +107,9 @@ def find_layout(model: PreTrainedModel) -> DecoderLayout:
     name, layers = lists[0]
     if "encoder" in name.split(".") and getattr(config, "is_decoder", None) is False:
         raise InputError(f"{family}: is an encoder; {SUPPORTED}")
-    if any(_EXPERTS.search(parameter) for parameter, _ in layers.named_parameters()):
+    if any(_EXPERTS.search(parameter) for parameter, _ in layers.named_parameters()) or any(
+        _has_experts(layer, config.hidden_size) for layer in layers
+    ):
         raise InputError(f"{family}: is a mixture of experts; {SUPPORTED}")
     if any(_CROSS.search(parameter) for parameter, _ in layers.named_parameters()):
         raise InputError(f"{family}: attends to another model's states; {SUPPORTED}")
@@ -149,6 +151,27 @@ def _linears(layer: nn.Module) -> dict[str, nn.Module]:
         for name, module in layer.named_modules()
         if name and isinstance(module, nn.Linear | Conv1D)
     }
+
+
+def _has_experts(layer: nn.Module, width: int) -> bool:
+    """Whether a map of the stream gives a number for each of several stacks of weights, as a router's.
+
+    Stacks are modules in a list, or the matrices of one parameter of three dimensions.
+    """
+    counts = {
+        len(module)
+        for module in layer.modules()
+        if isinstance(module, nn.ModuleList) and all(_linears(each) for each in module)
+    }
+    kernels = (nn.Conv1d, nn.Conv2d)
+    counts |= {
+        parameter.shape[0]
+        for module in layer.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() == 3 and not isinstance(module, kernels)
+    }
+    shapes = {tuple(parameter.shape) for parameter in layer.parameters()}
+    return any((count, width) in shapes for count in counts if count > 1)
 
 
 def is_turned(linear: nn.Module) -> bool:

@@ -166,7 +166,10 @@ def _shards(directory: Path) -> tuple[Path, ...]:
     if (directory / INDEX).is_file():
         mapped = read_json(directory / INDEX).get("weight_map")
         if not isinstance(mapped, dict) or not mapped:
-            raise InputError(f"{directory / INDEX}: is not a safetensors index")
+            raise InputError(
+                f"{directory / INDEX}: is not a safetensors index; save the model again with"
+                " save_pretrained"
+            )
         # A name with folders in it could be anywhere.
         wrong = [name for name in mapped.values() if name != Path(str(name)).name]
         if wrong:
@@ -178,7 +181,8 @@ def _shards(directory: Path) -> tuple[Path, ...]:
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise InputError(
-                f"{directory}: {len(missing)} of {len(names)} shards are missing, first {missing[0]}"
+                f"{directory}: {len(missing)} of {len(names)} shards are missing, first {missing[0]};"
+                " fetch them"
             )
         return tuple(directory / name for name in names)
     if any(next(directory.glob(pattern), None) for pattern in _PICKLES):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from expunge.data.tokenization import TextPolicy
-from expunge.errors import InputError
+from expunge.errors import InputError, is_failure
 from expunge.models.adapters import find_adapter, with_adapter
 from expunge.models.decoder import SUPPORTED, DecoderLayout, find_layout, skeleton_of
 from expunge.models.files import ADAPTER_CONFIG, ModelFiles, check_model_files, read_json
 from expunge.models.rope import keep_rows_apart
 from expunge.models.tensors import check_finite, read_tensor
+from expunge.terminal import native_lines_dropped
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -88,13 +90,17 @@ def check_model(name: str, *, trust_remote_code: bool = False) -> CheckedModel:
     if adapter is not None and lora is not None:
         files = with_adapter(files, adapter, lora, layout, stored_names)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            files.tokenizer, trust_remote_code=trust_remote_code
-        )
-        tokenizer("x")
-    except Exception as error:
+        with native_lines_dropped():
+            tokenizer = AutoTokenizer.from_pretrained(
+                files.tokenizer, trust_remote_code=trust_remote_code
+            )
+            tokenizer("x")
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise InputError(
-            f"{files.tokenizer}: its tokenizer does not load ({_why(error)})"
+            f"{files.tokenizer}: its tokenizer does not load ({_why(error)}); give the one that was"
+            " saved with the model"
         ) from None
     _check_generation(files.directory / "generation_config.json")
     return CheckedModel(name, files, config, layout, tokenizer, stored_names, trust_remote_code)
@@ -140,7 +146,9 @@ def load_model(checked: CheckedModel, dtype: Dtype, device: str) -> PreTrainedMo
             output_loading_info=True,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(f"{checked.name}: does not load ({_first_line(error)})") from None
+        raise InputError(
+            f"{checked.name}: does not load ({_first_line(error)}); save it again with save_pretrained"
+        ) from None
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(
@@ -268,11 +276,19 @@ def text_policy(
 def context_of(config: PretrainedConfig) -> int:
     """Longest sequence in tokens that the configuration states, under whichever name.
 
-    Models without positions state none; they are given as many tokens as BLOOM was trained on.
+    Those of transformers that know none of the names have no positions (Mamba), or biases by distance
+    (BLOOM), and so no limit. Raises InputError where a name is there without a number, and for a model's
+    own code, of which nothing is known.
     """
     text = config.get_text_config(decoder=True)
-    stated = (getattr(text, name, None) for name in _CONTEXT_NAMES)
-    return next((length for length in stated if isinstance(length, int) and length > 0), 2048)
+    stated = [getattr(text, name) for name in _CONTEXT_NAMES if hasattr(text, name)]
+    lengths = [value for value in stated if type(value) is int and value > 0]
+    if not lengths and (stated or not type(text).__module__.startswith("transformers.")):
+        raise InputError(
+            f"{config.model_type}: its config.json states no context; write the tokens that the model"
+            f" was trained for to {_CONTEXT_NAMES[0]} there"
+        )
+    return lengths[0] if lengths else sys.maxsize
 
 
 def vocabulary_of(config: PretrainedConfig) -> int:
@@ -305,7 +321,9 @@ def resolve_device(device: str) -> str:
         raise InputError(f"--device {device}: not available on this machine; use auto or cpu")
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if found.index is not None and found.index >= count:
-        raise InputError(f"--device {device}: this machine has {count} of the kind, from {kind}:0")
+        raise InputError(
+            f"--device {device}: unknown; this machine has {kind}:0 to {kind}:{count - 1}"
+        )
     return device
 
 
@@ -316,7 +334,7 @@ def _base_of(adapter: Path, config: LoraConfig) -> Path:
         found = _directory(named, config.revision)
         found = found if found.is_dir() else adapter / named
         if not found.is_dir():
-            raise InputError(f"{named}: no such model directory")
+            raise InputError(f"{named}: no such model directory; write where the base is")
     except InputError as error:
         raise InputError(f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path: {error}") from None
     return found
@@ -338,7 +356,7 @@ def _directory(name: str, revision: str | None = None) -> Path:
         ) from None
 
 
-def _why(error: Exception) -> str:
+def _why(error: BaseException) -> str:
     """What a library says of a directory; of code that it brings along, how to have it run."""
     if "trust_remote_code" in str(error):
         return (
@@ -347,5 +365,5 @@ def _why(error: Exception) -> str:
     return _first_line(error)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -81,7 +81,7 @@ class StreamedModel:
             if stored.shape != tuple(parameter.shape):
                 raise InputError(
                     f"{stored.path}: tensor {name} has the shape {stored.shape}, the configuration"
-                    f" says {tuple(parameter.shape)}"
+                    f" says {tuple(parameter.shape)}; give the one that was saved with them"
                 )
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):

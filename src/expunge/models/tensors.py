@@ -90,9 +90,13 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     except InputError:
         raise
     except Exception as error:  # the library's own, and many of a header that it could not check
-        raise InputError(f"{path}: is not a whole safetensors file ({error})") from None
+        raise InputError(
+            f"{path}: is not a whole safetensors file ({error}); save or fetch it again"
+        ) from None
     if not whole:
-        raise InputError(f"{path}: is not a whole safetensors file (its size is not its header's)")
+        raise InputError(
+            f"{path}: is not a whole safetensors file (its size is not its header's); save it again"
+        )
     return found
 
 
@@ -168,7 +172,7 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
             while done < stored.bytes:
                 read = file.readinto(view[done:])
                 if not read:
-                    raise RunError(f"{stored.path}: ends before its tensors do")
+                    raise RunError(f"{stored.path}: ends before its tensors do; fetch it again")
                 done += read
     if stored.added is not None:
         tensor = (tensor.float() + stored.added.delta()).to(stored.dtype)

@@ -21,6 +21,7 @@ from expunge.models.parts import StreamedModel, loaded_in_turn, outside_layers
 from expunge.models.tensors import StoredTensor, overwrite_tensor, read_tensor, stored_tensors
 
 _MARGIN = 64 * 2**20
+_OTHER = "reloads with other values than written; the disk may be faulty, choose another"
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _verify_files(
             expected = weights[names[stored]].to("cpu", expected.dtype)
         found = read_tensor(written[stored])
         if not torch.equal(_bytes_of(found), _bytes_of(expected)):
-            raise RunError(f"tensor {stored} reloads with other values than written")
+            raise RunError(f"tensor {stored} {_OTHER}")
 
 
 def _whole_probe(reloaded: CheckedModel) -> bool:
@@ -159,7 +160,7 @@ def _whole_probe(reloaded: CheckedModel) -> bool:
     for name, tensor in model.named_parameters():
         expected = read_tensor(written[reloaded.stored_names[name][0]])
         if not torch.equal(tensor, expected.to(tensor.dtype)):
-            raise RunError(f"tensor {name} reloads with other values than written")
+            raise RunError(f"tensor {name} {_OTHER}")
     with torch.no_grad():
         return bool(torch.isfinite(model(input_ids=_probe(reloaded)).logits).all())
 

@@ -28,7 +28,8 @@ def content(material: Material) -> dict[str, Any]:
         }
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(
-            f"{material.directory / MANIFEST}: is not as this version of expunge run writes it"
+            f"{material.directory / MANIFEST}: is not as this version of expunge run writes it; run"
+            " again with this one, or report with that one"
         ) from None
     return {
         "format": FORMAT,
@@ -100,15 +101,21 @@ def _not_measured(material: Material, audit: Mapping[str, Any] | None) -> list[d
             for why, names in reasons.items():
                 plural = "s" if len(names) > 1 else ""
                 what = f"Attack{plural} {', '.join(names)} on {request['source']}: {why}"
-                note(what, "expunge audit with what is needed; without --attacks it runs them all")
+                note(
+                    what,
+                    "expunge audit without --attacks, which runs all that it is given the means for",
+                )
     if material.metrics is None:
         note("The course of the training: metrics.jsonl is gone", "repeat the run")
     if material.manifest["selection"].get("target") is None:
-        note("Candidates during the run", "repeat the run with --select best")
+        note("Candidates during the run", "repeat it: expunge run --select best")
     if asked(material)["forget"]["documents"] is None:
         note("The number of documents in the forget set", "expunge report RUN --forget FORGET")
     if inputs.get("retain") is None:
-        note("What the run cost: it was given no retain set", "repeat the run with --retain RETAIN")
+        note(
+            "What the run cost: it was given no retain set",
+            "repeat it: expunge run --retain RETAIN",
+        )
     return missing
 
 

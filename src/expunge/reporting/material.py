@@ -27,6 +27,7 @@ LAYERS = "layers.json"
 """Its name in a run directory."""
 _BESIDE = {"target": "target.json", "oracle": "oracle.json"}
 """Scores that `expunge demo` writes beside its runs."""
+_BACK = "put back what the run wrote"
 _MANIFEST_KEYS: Mapping[str, type | tuple[type, ...]] = {
     "expunge": str,
     "settings": dict,
@@ -104,7 +105,9 @@ class ReportInputs:
                     f"--requested {self.requested}: is not a date; write it as YYYY-MM-DD"
                 ) from None
             if asked > datetime.now(UTC).date() + timedelta(days=1):  # today, wherever that is
-                raise InputError(f"--requested {self.requested}: is in the future")
+                raise InputError(
+                    f"--requested {self.requested}: is in the future; give the day it was made"
+                )
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ def gather(inputs: ReportInputs) -> Material:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises InputError that names the file, and never quotes it."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file; {_BACK}")
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text, parse_constant=lambda _: None)  # NaN is no measurement
@@ -207,8 +210,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The record of a complete run. Raises InputError that names the entry which is not as it should."""
     if not path.is_file():
         raise InputError(
-            f"{path.parent}: holds no {MANIFEST}, so it is no finished run; name a directory that"
-            " expunge run wrote, or finish the run with --resume"
+            f"{path.parent}: holds no {MANIFEST}, so it is no finished run; finish it with expunge run"
+            " --resume, or name another directory"
         )
     manifest = read_json(path)
     if manifest.get("status") != "complete":
@@ -218,11 +221,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise InputError(f"{path}: {key} is not there or not as expunge run writes it")
+            raise InputError(f"{path}: {key} is not there or not as expunge run writes it; {_BACK}")
     for key, number in (("seconds", int | float), ("peak_memory_bytes", int)):
         for name, value in manifest[key].items():
             if not isinstance(value, number) or isinstance(value, bool):
-                raise InputError(f"{path}: {key}.{name} is not a number, as expunge run writes it")
+                raise InputError(f"{path}: {key}.{name} is no number; {_BACK}")
     return manifest
 
 
@@ -256,7 +259,9 @@ def _metrics(path: Path) -> list[dict[str, Any]] | None:
         except (ValueError, TypeError, KeyError, RecursionError):
             step = entry = None
         if not isinstance(step, int) or isinstance(step, bool):
-            raise InputError(f"{path} line {number}: is not a line that expunge run writes")
+            raise InputError(
+                f"{path} line {number}: is not a line that expunge run writes; {_BACK}"
+            )
         entries.append(entry)
     return entries
 
@@ -347,7 +352,7 @@ def _chosen(given: str | None, usual: Path, option: str) -> Path | None:
     if path.is_dir():
         path = path / usual.name
     if not path.is_file():
-        raise InputError(f"{option} {path}: no such file")
+        raise InputError(f"{option} {path}: no such file; name one that is there")
     return path
 
 
@@ -386,7 +391,7 @@ def _rows(inputs: ReportInputs, manifest: Mapping[str, Any]) -> dict[str, RowSet
         source = getattr(inputs, role)
         if source is None:
             continue
-        rows = reading.read(source, role)
+        rows = reading.read(source, role, again=True)
         recorded = manifest["data_hmac_sha256"].get(role)
         if recorded is None:
             raise InputError(f"--{role} {source}: the run had no {role} set; leave the option out")

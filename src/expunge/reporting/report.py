@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from expunge.disk import check_file_output, check_writable, deliver, explained
+from expunge.disk import check_file_output, check_writable, deliver, explained, made
 from expunge.errors import RunError
 from expunge.reporting.content import FORMAT, content
 from expunge.reporting.material import ReportInputs, gather
@@ -45,10 +45,10 @@ def write_report(inputs: ReportInputs) -> dict[str, Any]:
     if inputs.card:
         public[card] = with_section(read_card(card), card_section(report), card)
     try:
-        output.mkdir(exist_ok=True)
+        with made(output):
+            deliver({**files, **public}, private=[*files] if inputs.reveal else ())
     except OSError as error:
         raise RunError(explained(error)) from None
-    deliver({**files, **public}, private=[*files] if inputs.reveal else ())
     return report
 
 

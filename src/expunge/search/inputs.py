@@ -19,7 +19,7 @@ from expunge.evaluation.score_files import read_scores
 from expunge.evaluation.scorecard import Scorecard, check_material
 from expunge.methods.base import Method
 from expunge.models.loading import CheckedModel, check_model, resolve_device
-from expunge.processes import processes_of
+from expunge.processes import check_alone
 from expunge.search.objectives import Material, Objective, check_objectives, objective_value
 from expunge.search.space import METHOD_PREFIX, Space, read_space
 from expunge.training.manifest import settings_of
@@ -147,10 +147,7 @@ def check_sweep(inputs: SweepInputs, method: Method, options: TrainingOptions) -
     space = read_space(inputs.search, method, options)
     check_objectives(inputs.objectives, inputs.given)
     device = resolve_device(inputs.device)
-    if processes_of(device).count > 1:
-        raise InputError(
-            "sweep: a trial runs in one process; start one worker a device, without accelerate launch"
-        )
+    check_alone("sweep")
     oracle = None if inputs.oracle is None else read_scores(inputs.oracle)
     if oracle is not None:
         for objective in inputs.objectives:

@@ -44,7 +44,7 @@ from expunge.methods.steering import SteeringSettings, candidate_layers
 from expunge.models.decoder import DecoderLayout
 from expunge.models.loading import CheckedModel, resolve_device
 from expunge.models.prefix import Prefix
-from expunge.processes import processes_of
+from expunge.processes import check_alone, processes_of
 from expunge.training.layer_choice import read_layers
 from expunge.training.manifest import finite, settings_of
 from expunge.training.options import TrainingOptions
@@ -276,8 +276,7 @@ def _check(inputs: LayerInputs, method: Method, options: TrainingOptions) -> _Ta
     if not isinstance(method, SteeringSettings):
         raise InputError(f"--method {method.name}: steers no layer; choose adaptive-rmu or rmu")
     device = resolve_device(inputs.device)
-    if processes_of(device).count > 1:
-        raise InputError("analyze layers: works in one process; start it without accelerate launch")
+    check_alone("analyze layers")
     texts = (inputs.retain, inputs.nonmembers, inputs.score_nonmembers, inputs.mmlu)
     if texts == (None,) * len(texts) and not inputs.predict_only:
         raise InputError("--retain: is needed to score a layer; give rows that are to stay")
@@ -318,7 +317,7 @@ def _found(output: Path, inputs: LayerInputs, asked: Mapping[str, Any]) -> Layer
         )
     try:
         found = LayerSweep.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
             f"{path}: is not what a sweep wrote; discard it with --overwrite"
         ) from None

@@ -426,4 +426,10 @@ def _write_best(task: Task, result: Mapping[str, Any], progress: Progress) -> No
     values = best_run(result)["params"]
     method, options = task.space.with_values(values)
     progress.message(f"writing the model of trial {best_run(result)['number']}")
-    run(_best_inputs(task), method, options, progress)
+    try:
+        run(_best_inputs(task), method, options, progress)
+    except Interrupted as stop:
+        why = str(stop).partition(";")[0]
+        raise Interrupted(
+            f"{why}; go on with the same command, which writes the model anew", stop.exit_code
+        ) from None

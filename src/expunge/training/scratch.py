@@ -142,7 +142,7 @@ def _recorded(output: Path) -> list[str]:
     """The files that a run wrote, as its record names them, and a card that is a report's alone."""
     try:
         names = list(json.loads((output / MANIFEST).read_text(encoding="utf-8"))["output_sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
             f"--output {output}: --overwrite replaces earlier runs only, and this holds no"
             f" {MANIFEST} of one; choose another directory"
@@ -162,7 +162,7 @@ def _is_of_a_run(root: Path) -> bool:
         return not any(path.is_symlink() for path in entries)
     try:
         return "format" in json.loads((root / _ASKED).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 

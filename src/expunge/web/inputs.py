@@ -254,7 +254,10 @@ def _models(inputs: ServeInputs, manifest: Mapping[str, Any]) -> tuple[CheckedMo
             " the one in expunge.json); name the model that the run started from"
         )
     if target.tokenizer.get_vocab() != unlearned.tokenizer.get_vocab():
-        raise InputError(f"--target {named}: its tokenizer is not that of {inputs.run}")
+        raise InputError(
+            f"--target {named}: its tokenizer is not that of {inputs.run}; name the model that the run"
+            " started from"
+        )
     return target, unlearned
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import gradio as gr
 
 from expunge.data.rows import Row
+from expunge.data.tokenization import writable
 from expunge.errors import InputError
 from expunge.evaluation.generation import MAX_NEW_TOKENS
 from expunge.reporting.rendering import page as report_page
@@ -112,7 +113,9 @@ class Desk:
                 yield *sides, drawing.note("Stopped before both were done, so nothing is scored.")
                 return
             texts = {side: self._pair.voices[side].text(answers[side]) for side in SIDES}
-            scores = {side: row_score(row, texts[side]) for side in SIDES}
+            tokenizer = self._pair.voices["target"].tokenizer
+            asked = writable(row, tokenizer)
+            scores = {side: row_score(asked, texts[side]) for side in SIDES}
             below = drawing.outcomes(row, texts, scores, reveal=reveal)
             yield *(self._sides(answers) if reveal else ("", "")), below
         except Exception as error:

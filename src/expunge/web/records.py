@@ -65,11 +65,13 @@ def _record(line: str, place: str) -> tuple[str, str, Record]:
         values: Any = json.loads(line)
         split, name, score = values["split"], values["id"], values["score"]
         generated = values.get("generated")
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{place}: is no record; write it with expunge evaluate") from None
     right = isinstance(split, str) and isinstance(name, str)
     if not right or isinstance(score, bool) or not isinstance(score, int | float):
         raise InputError(f"{place}: is no record; write it with expunge evaluate")
     if not 0 <= score <= 1 or not isinstance(generated, str | None):
-        raise InputError(f"{place}: its score is not from 0 to 1, or its answer no text")
+        raise InputError(
+            f"{place}: its score is not from 0 to 1, or its answer no text; write it anew"
+        )
     return split, name, Record(float(score), generated)
