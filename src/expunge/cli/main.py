@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": ("expunge.cli.demo", "unlearn the built-in benchmark, end with scorecards and reports"),
     "run": ("expunge.cli.run", "unlearn a model: rows to remove, rows to keep, a method"),
     "plan": ("expunge.cli.plan", "say what a run would take: memory, disk, steps, whether it fits"),
+    "oracle": ("expunge.cli.oracle", "train a base on the rows to keep alone, to compare with"),
     "evaluate": ("expunge.cli.evaluate", "measure a model's scorecard"),
     "analyze": ("expunge.cli.analyze", "look before unlearning: analyze layers, analyze influence"),
     "audit": ("expunge.cli.audit", "attack an unlearned model: does forgotten content come back?"),
@@ -47,7 +48,9 @@ _LESS_MEMORY = {
     "benchmark": "use a machine with more",
     "demo": "lower --documents",
     "serve": "use --dtype bfloat16",
-} | dict.fromkeys(("run", "sweep"), "lower --micro-batch-size; expunge plan says what fits")
+} | dict.fromkeys(
+    ("run", "oracle", "sweep"), "lower --micro-batch-size; expunge plan says what fits"
+)
 """What takes less, by command; others have the two options of most."""
 # Threads that wait busily for each other slow a run tenfold where anything else uses a core.
 _THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}

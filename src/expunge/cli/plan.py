@@ -15,7 +15,7 @@ from expunge.methods.base import Method
 from expunge.models.loading import resolve_device
 from expunge.training.memory import Phase
 from expunge.training.options import TrainingOptions
-from expunge.training.planning import GIB, GPUS, Plan, alternatives, budget_of, plan
+from expunge.training.planning import GIB, GPUS, Plan, alternatives, budget_of, plan, retraining
 from expunge.training.run import RunInputs, check_run
 
 if TYPE_CHECKING:
@@ -58,13 +58,13 @@ def main(arguments: Sequence[str]) -> int:
         cast("TrainingOptions", settings.training),
         writes=bool(inputs.output),
     )
-    given = checked, prepared, inputs.dtype, budget, shards
-    found = plan(*given)
+    given = prepared.changed(checked), prepared, inputs.dtype, budget, shards
+    found, exact = plan(*given), retraining(*given)
     others = iter(()) if found.fits else alternatives(*given)
     if as_json:
-        sys.stdout.write(json.dumps(_json(found, others), indent=2) + "\n")
+        sys.stdout.write(json.dumps(_json(found, others, exact), indent=2) + "\n")
     else:
-        _print(found, others)
+        _print(found, others, exact)
     return 0
 
 
@@ -77,16 +77,17 @@ def _processes(shards: str | None) -> int:
     return int(shards)
 
 
-def _json(found: Plan, others: Iterable[tuple[str, Plan]]) -> dict[str, Any]:
+def _json(found: Plan, others: Iterable[tuple[str, Plan]], exact: Plan | None) -> dict[str, Any]:
     return found.to_json() | {
+        "retraining": None if exact is None else exact.to_json(),
         "alternatives": [
             {"options": options, "peak_bytes": other.peak.bytes, "fits": other.fits}
             for options, other in others
-        ]
+        ],
     }
 
 
-def _print(found: Plan, others: Iterable[tuple[str, Plan]]) -> None:
+def _print(found: Plan, others: Iterable[tuple[str, Plan]], exact: Plan | None) -> None:
     from expunge.reporting.tables import table_console
 
     console = table_console()
@@ -111,6 +112,16 @@ def _print(found: Plan, others: Iterable[tuple[str, Plan]]) -> None:
     for options, other in others:
         outcome = "fits" if other.fits else "does not fit either"
         console.print(f"  with {options}: {_gib(other.peak.bytes)}, {outcome}", soft_wrap=True)
+    for each in [] if exact is None else [found, exact]:
+        outcome = "fits" if each.fits else "does not fit"
+        console.print(
+            f"{each.method + ':':<11}{each.epochs:g} passes over {each.rows['forget']} rows,"
+            f" {each.steps} steps, {each.steps * each.step_tokens:,.0f} tokens,"
+            f" {_gib(each.peak.bytes)}, {outcome}",
+            soft_wrap=True,
+        )
+    if exact is not None:
+        console.print("If you can retrain, do: the result never saw the rows (--method retrain).")
 
 
 def _facts(found: Plan) -> list[tuple[str, str]]:

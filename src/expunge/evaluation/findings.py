@@ -59,6 +59,11 @@ def findings(card: Scorecard, target: Scorecard | None = None) -> list[str]:
                 + (f", the target {before:.2f}" if before is not None else "")
                 + "; is this the unlearned model?"
             )
+    if card.details.get("mia", {}).get("calibrated_on"):
+        found.append(
+            "calibrated on the same text: the run was drawn to this never-seen text, so that the AUC"
+            " proves little; give other text with --nonmembers"
+        )
     if card.mia_auc is not None:
         if card.mia_auc > 0.5 + AUC_BOUND:
             found.append(

@@ -160,3 +160,19 @@ def never_seen(
                 chosen = counterparts(ours, theirs).items()
                 pairs |= {row: Pair(spreads[other], spreads[row]) for row, other in chosen}
     return NeverSeen(dict(members), wanted, pairs)
+
+
+def as_before(
+    losses: Mapping[str, float],
+    base: Mapping[str, float],
+    tokens: Mapping[str, RowTokens],
+    base_tokens: Mapping[str, RowTokens],
+) -> NeverSeen:
+    """Compares forget rows with what a model that never saw them, the base, says of the very same.
+
+    Mean losses by row id, and the tokens of the rows that have any, where these are compared too.
+    """
+    pairs = {
+        row: Pair(token_spread(base_tokens[row]), token_spread(tokens[row])) for row in base_tokens
+    }
+    return NeverSeen(dict(losses), {row: base[row] for row in losses}, pairs)
