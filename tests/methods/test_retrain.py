@@ -17,7 +17,7 @@ from conftest import make_rows, refusal, tiny_model, write_jsonl
 from expunge.data.batches import PAD_ID, collate
 from expunge.data.rows import as_rows
 from expunge.data.tokenization import TextPolicy, encode_rows
-from expunge.methods.calibration import POINTS
+from expunge.methods.calibration import POINTS, NeverSeen, RowTokens, as_before
 from expunge.methods.retrain import Retrain
 from expunge.models.loading import check_base, check_model
 from expunge.training.validation import ValidationSet, asked_before, measure
@@ -181,12 +181,43 @@ def test_it_needs_a_base_that_the_target_can_come_from(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_base_says_what_each_forget_row_should_lose(make_context: Callable[..., Any]) -> None:
-    """Against itself it is at distance 0; against another model, row by row, at the mean difference."""
+def test_documents_are_wanted_as_much_dearer_than_to_the_base_as_text_that_it_wrote() -> None:
+    base = {"a": 2.0, "b": 1.0, "q": 3.0, "w0": 4.0, "w1": 2.0}
+    tokens = {row: RowTokens(torch.full((9,), base[row]), torch.zeros(9)) for row in "abq"}
+    now = {row: RowTokens(torch.zeros(9), torch.ones(9)) for row in "abq"}
+    losses = {"a": 0.1, "b": 0.2, "q": 0.3}
+
+    def wanted(*written: float) -> NeverSeen:
+        text = dict(zip(("w0", "w1"), written, strict=True))
+        return as_before(losses, base, text, now, tokens, {"a", "b"})
+
+    found = wanted(5.5, 3.5)
+    assert found.losses == losses
+    assert found.wanted == pytest.approx({"a": 3.5, "b": 2.5, "q": 3.0})
+    for row in "abq":
+        pair = found.pairs[row]
+        assert pair.wanted.losses.tolist() == pytest.approx([found.wanted[row]] * POINTS)
+        assert not pair.wanted.surprise.any()
+        assert not pair.reached.losses.any()
+    assert wanted(4.0, 2.0).wanted == {row: base[row] for row in "abq"}
+    assert wanted(0.0, 0.0).wanted == {"a": 1.0, "b": 0.5, "q": 3.0}  # half, at least
+
+
+def test_the_base_is_asked_about_the_very_rows_and_writes_more_of_their_kind(
+    make_context: Callable[..., Any],
+) -> None:
+    """Against itself it is at distance 0; to another model text that it wrote is dearer."""
     base = make_context()
     rows = ValidationSet(base.forget, base.retain, base.forget, (), "all")
-    asked = asked_before(base, rows)
+    asked = asked_before(base, rows, base.retain)
     assert asked.base is not None
+    text = asked.nonmembers
+    beginnings = {example.input_ids[:6] for example in (*base.retain, *base.forget)}
+    assert len({example.document for example in (*base.retain, *base.forget)}) == len(text) == 8
+    assert {example.input_ids[:6] for example in text} <= beginnings
+    assert {(len(example), sum(example.token_mask)) for example in text} == {(102, 80)}
+    again = asked_before(make_context(), rows, base.retain).nonmembers
+    assert [example.input_ids for example in again] == [example.input_ids for example in text]
     same = measure(base, asked)
     assert same.never_seen is not None
     assert same.measured.never_seen_distance == 0.0
@@ -194,16 +225,11 @@ def test_the_base_says_what_each_forget_row_should_lose(make_context: Callable[.
     other = make_context(layers=2)
     found = measure(other, asked).never_seen
     assert found is not None
-    own = measure(other, ValidationSet(base.forget, (), base.forget, (), "all", asked.base))
-    assert own.never_seen is not None
-    ids = {example.row_id for example in base.forget}
-    assert set(found.losses) == set(found.wanted) == set(found.pairs) == ids
-    assert dict(found.wanted) == asked.base.losses
-    gaps = [abs(found.losses[row] - asked.base.losses[row]) for row in ids]
-    assert found.distance == pytest.approx(sum(gaps) / len(gaps))
-    pair = found.pairs[base.forget[0].row_id]
-    assert pair.wanted.losses.shape == (POINTS,)
-    assert not torch.equal(pair.wanted.losses, pair.reached.losses)
+    assert {*found.losses} == {*found.pairs} == {example.row_id for example in base.forget}
+    rises = {row: found.wanted[row] - asked.base.losses[row] for row in found.wanted}
+    documents = {example.row_id for example in base.forget if example.kind == "sc"}
+    assert {row for row, rise in rises.items() if abs(rise) > 1e-6} == documents
+    assert len({round(rises[row], 5) for row in documents}) == 1
 
 
 @pytest.mark.parametrize("method", ["spectral", "adaptive-rmu", "npo"])

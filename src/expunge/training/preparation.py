@@ -95,6 +95,8 @@ class Prepared:
     """What to try where the target does not know its rows."""
     base: CheckedModel | None = None
     """The model from before the fine-tune, where it is given."""
+    asks_base: bool = False
+    """Whether it says of the forget rows what is wanted of them."""
 
     @property
     def retrains(self) -> bool:
@@ -109,7 +111,7 @@ class Prepared:
             return None
         if not (self.measures and self.validation.members):
             return "ceiling"
-        return "nonmembers" if self.validation.nonmembers else "base"
+        return "base" if self.asks_base else "nonmembers"
 
     def changed(self, target: CheckedModel) -> CheckedModel:
         """The checkpoint that the run changes: the target, or to retrain the base."""
@@ -129,7 +131,7 @@ class Prepared:
                 "forget": len(self.validation.forget),
                 "retain": len(self.validation.retain),
                 "retain_kept_out": self.retain_kept_out,
-                "nonmembers": len(self.validation.nonmembers),
+                "nonmembers": 0 if self.asks_base else len(self.validation.nonmembers),
             },
             "yardstick": self.yardstick,
             "influence": None if self.influence is None else self.influence.describe(),
@@ -263,11 +265,12 @@ def prepare_encoded(
         warnings += [facts.said] if facts.skipped else []
     if retrains:
         forgotten, kept = kept, ()
+    asks_base = has_base and not retrains and not sets.nonmembers
     generator = torch.Generator().manual_seed(options.seed)
     validation = ValidationSet(
         _sample(sets.forget, generator),
         _validation_retain(kept_out, trained_on, generator),
-        sets.members or (sets.forget if has_base and not retrains else ()),
+        sets.forget if asks_base else sets.members,
         _of_every_task(sets.nonmembers, _NEVER_SEEN, generator),
         method.matches_tokens,
     )
@@ -284,6 +287,7 @@ def prepare_encoded(
         warnings=warnings,
         influence=facts,
         other_form=_other_form(options, tokenizer),
+        asks_base=asks_base,
     )
 
 

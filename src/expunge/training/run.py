@@ -96,7 +96,8 @@ class RunInputs(Reading):
     checkpoint is chosen by it."""
     base: str | None = None
     """The model from before the fine-tune. `--method retrain` trains it on the rows to keep; with other
-    methods, and no --calibration, its losses on the forget rows are those that they are to have."""
+    methods, and no --calibration, forget rows are to look as they do to it, and as much dearer as other
+    text of their kind has become."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the frozen weights and of the products; trained tensors are float32 always."""
     device: str = "auto"

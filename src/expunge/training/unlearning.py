@@ -180,7 +180,9 @@ def with_base(
         processes=processes or OneProcess(),
     )
     with fast_products(base.dtype, device):
-        validation = asked_before(context, prepared.validation)
+        validation = asked_before(
+            context, prepared.validation, [row for row in prepared.retain if row.listed]
+        )
     progress.phase("asking the base", 1, 1)
     return replace(prepared, validation=validation)
 

@@ -25,6 +25,7 @@ from expunge.methods.base import Context
 from expunge.methods.calibration import NeverSeen, RowTokens, as_before, joined, never_seen
 from expunge.methods.membership import RowLosses, membership_auc
 from expunge.methods.numerics import unbroken_share
+from expunge.methods.own_text import text_of_kind
 
 DESTROYED_BELOW = 0.5
 _FLOOR = 1e-3
@@ -61,7 +62,14 @@ class ValidationSet:
     tokens: Tokens | None = None
     """Which tokens of members are compared one by one as well; None: none."""
     base: Pass | None = None
-    """What the base says of the members; None where there is none, or not yet."""
+    """What the base says of the members, and of the non-members, which it wrote itself; None where there
+    is none, or not yet."""
+
+    @property
+    def compared(self) -> AbstractSet[str]:
+        """Rows whose tokens are compared; not text that the base wrote, which tells a mean alone."""
+        others = self.nonmembers if self.base is None else ()
+        return frozenset(example.row_id for example in (*self.members, *others))
 
     @property
     def sides(self) -> tuple[Sequence[Example], ...]:
@@ -83,28 +91,28 @@ class Reading:
 def measure(context: Context, rows: ValidationSet) -> Reading:
     """Measures the model as it is."""
     both, retain_rows, nonmembers = rows.sides
-    documents = frozenset(e.row_id for e in (*rows.members, *nonmembers))
+    documents = rows.compared
     either = _pass(context, both, documents, rows.tokens)
     forget = either.of(rows.forget)
     retain = _pass(context, retain_rows) if retain_rows else None
     auc = compared = None
     if rows.members:
         members = either.of(rows.members).losses
-        unseen = rows.base or _pass(context, nonmembers, documents, rows.tokens)
+        unseen = _pass(context, nonmembers, documents, rows.tokens)
         others = unseen.losses
         if all(map(math.isfinite, [*members.values(), *others.values()])):
-            auc = membership_auc(list(members.values()), list(others.values()))
             tasks = {e.row_id: e.task for e in (*rows.members, *nonmembers)}
-            compared = (
-                never_seen(
-                    members,
-                    others,
-                    tasks,
-                    {**either.tokens, **unseen.tokens} if rows.tokens else None,
+            if rows.base is None:
+                both_tokens = {**either.tokens, **unseen.tokens}
+                compared = never_seen(members, others, tasks, both_tokens if rows.tokens else None)
+            else:
+                whole = {example.row_id for example in rows.members if example.kind == "sc"}
+                base = rows.base
+                compared = as_before(
+                    members, base.losses, others, either.tokens, base.tokens, whole or set(members)
                 )
-                if rows.base is None
-                else as_before(members, others, either.tokens, unseen.tokens)
-            )
+                others = compared.wanted
+            auc = membership_auc(list(members.values()), list(others.values()))
     measured = Measured(
         forget.accuracy,
         statistics.fmean(forget.losses.values()),
@@ -117,10 +125,15 @@ def measure(context: Context, rows: ValidationSet) -> Reading:
     return Reading(measured, compared)
 
 
-def asked_before(context: Context, rows: ValidationSet) -> ValidationSet:
-    """The same rows with what the model of `context`, the base, says of the members."""
-    documents = frozenset(example.row_id for example in rows.members)
-    return replace(rows, base=_pass(context, rows.members, documents, rows.tokens))
+def asked_before(context: Context, rows: ValidationSet, kept: Sequence[Example]) -> ValidationSet:
+    """The same rows with what the model of `context`, the base, says of the members, and with text of
+    their kind that it writes behind the beginnings of documents."""
+    generator = context.generator("text of the base")
+    every = [*kept, *rows.members]
+    documents = [example for example in every if example.kind == "sc"] or every
+    text = text_of_kind(context.model, documents, generator, context.autocast)
+    asked = _pass(context, [*rows.members, *text], rows.compared, rows.tokens)
+    return replace(rows, nonmembers=text, base=asked)
 
 
 def is_destroyed(candidate: Measured, target: Measured, guessing: float) -> bool:
