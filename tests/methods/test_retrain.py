@@ -13,11 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import expunge
 from conftest import make_rows, refusal, tiny_model, write_jsonl
 from expunge.data.batches import PAD_ID, collate
 from expunge.data.rows import as_rows
 from expunge.data.tokenization import TextPolicy, encode_rows
 from expunge.methods.calibration import POINTS, NeverSeen, RowTokens, as_before
+from expunge.methods.npo import NPO
 from expunge.methods.retrain import Retrain
 from expunge.models.loading import check_base, check_model
 from expunge.training.validation import ValidationSet, asked_before, measure
@@ -294,6 +296,24 @@ def test_calibration_has_its_old_name_on_the_command_line_and_in_yaml(
             code, out, _ = run_cli("plan", memorised_dir, *rows, "--json", *options)
             assert code == 0
             assert json.loads(out)["measured_rows"] > 16
+
+
+def test_in_python_a_loaded_base_is_the_yardstick_and_calibration_has_two_names(
+    tokenizer: Any,
+    forget_rows: list[dict[str, str]],
+    retain_rows: list[dict[str, str]],
+    nonmember_rows: list[dict[str, str]],
+) -> None:
+    model, base = (tiny_model("olmo", len(tokenizer)) for _ in range(2))
+    common = (model, tokenizer, forget_rows, retain_rows)
+    options: dict[str, Any] = {"max_steps": 1, "learning_rate": 1e-4, "unknown_rows": "unlearn"}
+    found = expunge.unlearn(*common, method=NPO(), base=base, **options)
+    assert found.options["yardstick"] == "base"
+    twice = {"calibration": nonmember_rows, "nonmembers": nonmember_rows}
+    call = partial(expunge.unlearn, *common, method=NPO(), **twice, **options)
+    assert "nonmembers: is the old name of calibration" in refusal(call)
+    call = partial(expunge.unlearn, *common, method=Retrain(), base=base)
+    assert "--method retrain: trains the base, from files" in refusal(call)
 
 
 def test_scores_by_the_text_of_the_calibration_are_warned_of(
