@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, Union
 from unittest import mock
 
+import tyro
+
 FLAGS = {
     "--quiet": ("flag", "off", "Show no progress."),
     "--json": ("flag", "off", "Print JSON."),
@@ -167,11 +169,18 @@ def _taken(module: types.ModuleType) -> Iterator[str]:
 def options_of(command: type[Any], prefix: str = "") -> Iterator[Option]:
     """The options that tyro makes of a dataclass without nested ones."""
     hints = typing.get_type_hints(command)
+    marked = typing.get_type_hints(command, include_extras=True)
     docs = _docs(command)
     for field in dataclasses.fields(command):
         takes = kind_of(hints[field.name])
-        name = f"--{prefix}{field.name}".replace("_", "-")
+        marks = getattr(marked[field.name], "__metadata__", ())
+        if tyro.conf.Suppress in marks:
+            continue
+        plain = next((mark.name for mark in marks), None) or field.name
+        name = f"--{prefix}{plain}".replace("_", "-")
         yield Option(name, takes, default_of(field, takes), docs.get(field.name, ""))
+        for alias in (alias for mark in marks for alias in mark.aliases or ()):
+            yield Option(alias, takes, "null", f"The same as `{name}`, by its old name.")
 
 
 def _docs(command: type[Any]) -> dict[str, str]:

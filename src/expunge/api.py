@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from expunge.data.rows import Row, as_rows
 from expunge.data.tokenization import LongRows, TextPolicy
+from expunge.errors import InputError
 from expunge.evaluation.multiple_choice import read_questions
 from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
 from expunge.methods.base import Method
@@ -30,26 +31,36 @@ def unlearn(
     retain: Rows | None = None,
     *,
     method: Method,
+    calibration: Rows | None = None,
     nonmembers: Rows | None = None,
+    base: PreTrainedModel | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Outcome:
     """Unlearns `forget` from `model` in place and keeps `retain`.
 
     Rows are `expunge.data.rows.Row` or mappings with `input`, `output` and optionally `id`, `task`,
-    `kind`. `options` are the fields of `TrainingOptions`, those of `expunge run`: epochs, max_steps,
-    batch_size, learning_rate, seed, time_limit, ... Raises InputError for wrong rows or settings
-    before the model is touched, RunError where no checkpoint can be kept.
+    `kind`. `calibration`, or by its old name `nonmembers`, is never-seen text that forget rows are to
+    look like; without it the losses of `base`, the model from before the fine-tune, say how. `options`
+    are the fields of `TrainingOptions`, those of `expunge run`: epochs, max_steps, batch_size,
+    learning_rate, seed, time_limit, ... Raises InputError for wrong rows or settings before the model is
+    touched, RunError where no checkpoint can be kept.
     """
-    keep_rows_apart(model)
+    if calibration is not None and nonmembers is not None:
+        raise InputError(
+            "nonmembers: is the old name of calibration, which is given too; leave it out"
+        )
+    for each in (model,) if base is None else (model, base):
+        keep_rows_apart(each)
     return unlearn_model(
         model,
         tokenizer,
         method,
         forget,
         retain,
-        nonmembers,
+        nonmembers if calibration is None else calibration,
         TrainingOptions(**options),
+        base=base,
         progress=progress,
     )
 

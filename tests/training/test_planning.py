@@ -24,6 +24,7 @@ from expunge.methods.gradient_difference import GradientDifference
 from expunge.methods.kl_minimization import KLMinimization
 from expunge.methods.libu import LIBU
 from expunge.methods.npo import NPO
+from expunge.methods.retrain import Retrain
 from expunge.methods.spectral import Spectral
 from expunge.models.decoder import find_layout
 from expunge.models.weights import train_only
@@ -66,6 +67,8 @@ def checked(model_dir: Callable[[str], Path], row_files: dict[str, Path]) -> Cal
             str(row_files["retain"]),
             str(row_files["nonmembers"]),
         )
+        if isinstance(method, Retrain):
+            inputs = dataclasses.replace(inputs, base=inputs.model)
         settings = TrainingOptions(**{"batch_size": 2, "max_steps": 4, **options})
         model_files, _, prepared = check_run(inputs, method, settings, writes=False)
         return model_files, prepared

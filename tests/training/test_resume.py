@@ -31,10 +31,17 @@ BASELINES = (
     "npo-merging",
     "chunked-gradient-difference",
     "localized-gradient-difference",
+    "retrain --base",
+    "spectral --base",
 )
 DROPOUT = ("--method.lora_dropout", 0.3)
 RANDOM = ("--method.random-rows", 8)
-OWN = {"spectral": RANDOM, "adaptive-rmu": (), "libu": (*RANDOM, *DROPOUT)}
+OWN = {
+    "spectral": RANDOM,
+    "spectral --base": RANDOM,
+    "adaptive-rmu": (),
+    "libu": (*RANDOM, *DROPOUT),
+}
 
 
 @pytest.fixture
@@ -87,9 +94,17 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signa
     + [(method, 5) for method in BASELINES],
 )
 def test_an_interrupted_run_continues_to_the_same_bytes(
-    method: str, step: int, start: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    step: int,
+    start: Run,
+    model_dir: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = ("--method", method, *OWN.get(method, DROPOUT))
+    name, _, base = method.partition(" ")
+    options: list[object] = ["--method", name, *OWN.get(method, DROPOUT)]
+    if base:
+        options += [base, model_dir(), "--calibration", "None"]
     assert start(tmp_path / "whole", *options) == (0, "", "")
     out = tmp_path / "out"
     with monkeypatch.context() as patch:

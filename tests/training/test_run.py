@@ -19,7 +19,13 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def start(memorised_dir: Path, row_files: dict[str, Path], run_cli: Cli, tmp_path: Path) -> Run:
+def start(
+    memorised_dir: Path,
+    model_dir: Callable[..., Path],
+    row_files: dict[str, Path],
+    run_cli: Cli,
+    tmp_path: Path,
+) -> Run:
     """Runs a method for two epochs into tmp_path/out; later options override."""
 
     def call(*options: object) -> tuple[int, str, str]:
@@ -29,6 +35,7 @@ def start(memorised_dir: Path, row_files: dict[str, Path], run_cli: Cli, tmp_pat
             *("--forget", row_files["forget"], "--retain", row_files["retain"]),
             # The defaults are for widths of 192 and more.
             *("--output", tmp_path / "out", "--epochs", 2, "--learning-rate", 1e-3, "--quiet"),
+            *(("--base", model_dir()) if "retrain" in options else ()),
             *options,
         )
 
@@ -45,14 +52,19 @@ def files_below(directory: Path) -> list[Path]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_writes_a_model_that_loads(
-    method: str, start: Run, tmp_path: Path, memorised_dir: Path
+    method: str,
+    start: Run,
+    tmp_path: Path,
+    memorised_dir: Path,
+    model_dir: Callable[..., Path],
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert start("--method", method) == (0, "", "")
     out = tmp_path / "out"
     record = manifest(out)
-    before = load_file(memorised_dir / "model.safetensors")
+    origin = model_dir() if method == "retrain" else memorised_dir
+    before = load_file(origin / "model.safetensors")
     after = load_file(out / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed

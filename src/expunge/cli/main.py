@@ -24,6 +24,7 @@ COMMANDS = {
     "demo": ("expunge.cli.demo", "unlearn the built-in benchmark, end with scorecards and reports"),
     "run": ("expunge.cli.run", "unlearn a model: rows to remove, rows to keep, a method"),
     "plan": ("expunge.cli.plan", "say what a run would take: memory, disk, steps, whether it fits"),
+    "oracle": ("expunge.cli.oracle", "train a base on the rows to keep alone, to compare with"),
     "evaluate": ("expunge.cli.evaluate", "measure a model's scorecard"),
     "analyze": ("expunge.cli.analyze", "look before unlearning: analyze layers, analyze influence"),
     "audit": ("expunge.cli.audit", "attack an unlearned model: does forgotten content come back?"),
@@ -48,7 +49,7 @@ _LESS_MEMORY = {
     "demo": "lower --documents",
     "serve": "use --dtype bfloat16",
     **dict.fromkeys(
-        ("run", "sweep", "analyze layers", "requests serve"),
+        ("run", "oracle", "sweep", "analyze layers", "requests serve"),
         "lower --micro-batch-size; expunge plan says what fits",
     ),
     **dict.fromkeys(

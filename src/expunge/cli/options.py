@@ -222,6 +222,8 @@ def option_names(command: type[Any], prefix: str = "") -> Iterator[str]:
         inner = typing.get_args(hints[field.name])[0] if marks else hints[field.name]
         renamed = [mark.name for mark in marks if getattr(mark, "name", None) is not None]
         name = renamed[0] if renamed else field.name
+        for mark in marks:
+            yield from (alias.lstrip("-") for alias in getattr(mark, "aliases", None) or ())
         if dataclasses.is_dataclass(inner) and isinstance(inner, type):
             yield from option_names(inner, f"{prefix}{name}." if name else prefix)
         else:

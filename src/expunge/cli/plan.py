@@ -15,7 +15,16 @@ from expunge.methods.base import Method
 from expunge.models.loading import resolve_device
 from expunge.training.memory import Phase
 from expunge.training.options import TrainingOptions
-from expunge.training.planning import GIB, GPUS, Budget, Plan, alternatives, budget_of, plan
+from expunge.training.planning import (
+    GIB,
+    GPUS,
+    Budget,
+    Plan,
+    alternatives,
+    budget_of,
+    plan,
+    retraining,
+)
 from expunge.training.run import RunInputs, check_run
 
 if TYPE_CHECKING:
@@ -63,14 +72,14 @@ def main(arguments: Sequence[str]) -> int:
         cast("TrainingOptions", settings.training),
         writes=bool(inputs.output),
     )
-    given = checked, prepared, inputs.dtype, budget, shards
-    found = plan(*given)
+    given = prepared.changed(checked), prepared, inputs.dtype, budget, shards
+    found, exact = plan(*given), retraining(*given)
     others = iter(()) if found.fits else alternatives(*given)
     audit = _audit(inputs, settings.training, checked, budget) if audits else None
     if as_json:
-        sys.stdout.write(json.dumps(_json(found, others, audit), indent=2) + "\n")
+        sys.stdout.write(json.dumps(_json(found, others, exact, audit), indent=2) + "\n")
     else:
-        _print(found, others)
+        _print(found, others, exact)
         if audit is not None:
             _print_audit(audit, budget)
     return 0
@@ -112,7 +121,7 @@ def _processes(shards: str | None) -> int:
 
 
 def _json(
-    found: Plan, others: Iterable[tuple[str, Plan]], audit: PlannedAudit | None
+    found: Plan, others: Iterable[tuple[str, Plan]], exact: Plan | None, audit: PlannedAudit | None
 ) -> dict[str, Any]:
     audited = {}
     if audit is not None:
@@ -125,6 +134,7 @@ def _json(
         }
     return found.to_json() | {
         **({"audit": audited} if audited else {}),
+        "retraining": None if exact is None else exact.to_json(),
         "alternatives": [
             {"options": options, "peak_bytes": other.peak.bytes, "fits": other.fits}
             for options, other in others
@@ -132,7 +142,7 @@ def _json(
     }
 
 
-def _print(found: Plan, others: Iterable[tuple[str, Plan]]) -> None:
+def _print(found: Plan, others: Iterable[tuple[str, Plan]], exact: Plan | None) -> None:
     from expunge.reporting.tables import table_console
 
     console = table_console()
@@ -157,6 +167,16 @@ def _print(found: Plan, others: Iterable[tuple[str, Plan]]) -> None:
     for options, other in others:
         outcome = "fits" if other.fits else "does not fit either"
         console.print(f"  with {options}: {_gib(other.peak.bytes)}, {outcome}", soft_wrap=True)
+    for each in [] if exact is None else [found, exact]:
+        outcome = "fits" if each.fits else "does not fit"
+        console.print(
+            f"{each.method + ':':<11}{each.epochs:g} passes over {each.rows['forget']} rows,"
+            f" {each.steps} steps, {each.steps * each.step_tokens:,.0f} tokens,"
+            f" {_gib(each.peak.bytes)}, {outcome}",
+            soft_wrap=True,
+        )
+    if exact is not None:
+        console.print("If you can retrain, do: the result never saw the rows (--method retrain).")
 
 
 def _print_audit(audit: PlannedAudit, budget: Budget) -> None:

@@ -33,10 +33,20 @@ _ABOUT = (
 )
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Parses, runs, says where the result is."""
+def main(
+    arguments: Sequence[str],
+    prog: str = "expunge run",
+    inputs: type[RunInputs] = RunInputs,
+    about: str = _ABOUT,
+    default: str = DEFAULT_METHOD,
+) -> int:
+    """Parses, runs, says where the result is; as `prog` another command does the same."""
     arguments, quiet = take_flag(list(arguments), "--quiet")
-    settings, preset = parsed(arguments, "expunge run", RunInputs, _ABOUT)
+    settings, preset = parsed(arguments, prog, inputs, about, default=default)
+    if inputs is not RunInputs and settings.settings.name != default:
+        raise InputError(f"--method {settings.settings.name}: {prog} takes {default}; leave it out")
+    if not settings.inputs.forget and settings.training.validate_every:
+        raise InputError("--validate-every: needs rows to measure; give --forget, or leave it out")
     with progress_on_stderr(quiet=quiet) as progress:
         manifest = run(
             cast("RunInputs", settings.inputs),

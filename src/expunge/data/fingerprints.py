@@ -23,7 +23,7 @@ SECRET_BYTES = 32
 PLACE = "EXPUNGE_SECRET"
 """The environment variable that names the file with the user's secret."""
 _PATHS = (
-    "model", "forget", "retain", "nonmembers", "score_nonmembers", "mmlu", "influence", "output",
+    "model", "base", "forget", "retain", "nonmembers", "score_nonmembers", "mmlu", "influence", "output",
     "audit", "source",
 )  # fmt: skip
 
@@ -39,7 +39,9 @@ def handed_out(values: Any) -> Any:
     """The same with every path, at whatever depth, by its last part alone."""
     if isinstance(values, Mapping):
         return {
-            key: named(value) if key in _PATHS and isinstance(value, str) else handed_out(value)
+            key: named(value)
+            if key in _PATHS and value and isinstance(value, str)
+            else handed_out(value)
             for key, value in values.items()
         }
     return [handed_out(each) for each in values] if isinstance(values, list | tuple) else values

@@ -62,6 +62,11 @@ def findings(card: Scorecard, target: Scorecard | None = None) -> list[str]:
                 + "; is this the unlearned model?"
             )
     compared = card.details.get("mia", {})
+    if compared.get("calibrated_on"):
+        found.append(
+            "calibrated on the same text: the run was drawn to this never-seen text, so that the AUC"
+            " proves little; give other text with --nonmembers"
+        )
     sides = [compared.get(side) for side in ("members", "nonmembers")]
     if card.mia_auc is not None and not (all(sides) and is_chance(card.mia_auc, *sides)):
         if card.mia_auc > 0.5 + AUC_BOUND:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from expunge.data.fingerprints import data_fingerprint, same_data
 from expunge.data.formats import sha256_of
 from expunge.data.rows import Reading, RowSet
 from expunge.data.tokenization import LongRows, TextPolicy
@@ -23,6 +25,7 @@ from expunge.models.loading import (
     text_policy,
 )
 from expunge.processes import processes_of, refused_together
+from expunge.training.manifest import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,9 @@ def measure(
         progress=progress,
         processes=processes,
     )
+    if material.calibrated_on:
+        mia = {**card.details["mia"], "calibrated_on": True}
+        card = replace(card, details={**card.details, "mia": mia})
     files = {}
     if inputs.output is not None:
         files[Path(inputs.output)] = scores_text(card, inputs.model, weights)
@@ -136,6 +142,8 @@ class _Material:
     members: RowSet | None
     questions: Sequence[Question] | None
     examples: Mapping[str, Sequence[Question]] | None
+    calibrated_on: bool
+    """Whether the run that made the model was calibrated on the very non-members."""
 
 
 def _read_material(inputs: MeasureInputs, checked: CheckedModel, policy: TextPolicy) -> _Material:
@@ -152,7 +160,18 @@ def _read_material(inputs: MeasureInputs, checked: CheckedModel, policy: TextPol
     check_material(
         checked.tokenizer, forget, retain, nonmembers, questions, examples, policy, members
     )
-    return _Material(forget, retain, nonmembers, members, questions, examples)
+    same = nonmembers is not None and _calibrated_on(Path(inputs.model), nonmembers)
+    return _Material(forget, retain, nonmembers, members, questions, examples, same)
+
+
+def _calibrated_on(model: Path, nonmembers: RowSet) -> bool:
+    """Whether the record of the run that made the model names these files."""
+    try:
+        hashes = json.loads((model / MANIFEST).read_text(encoding="utf-8"))["data_hmac_sha256"]
+        used = hashes.get("nonmembers")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of no run
+        return False
+    return isinstance(used, str) and same_data(used, data_fingerprint(nonmembers)) is True
 
 
 def _check_outputs(inputs: MeasureInputs) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,8 @@ POINTS = 128
 """Ranks at which the losses of a document's tokens are compared."""
 _ENOUGH = 8
 """Never-seen rows of a group from which its forget rows are compared with that group alone."""
+_LEAST_SHARE, _LEAST_LOSS = 0.5, 1e-3
+"""Of the base's loss that a row is to have, whatever text of the kind has become; nats."""
 _EVERY = ""
 """The group of forget rows whose own has too few never-seen ones."""
 
@@ -160,3 +163,33 @@ def never_seen(
                 chosen = counterparts(ours, theirs).items()
                 pairs |= {row: Pair(spreads[other], spreads[row]) for row, other in chosen}
     return NeverSeen(dict(members), wanted, pairs)
+
+
+def as_before(
+    losses: Mapping[str, float],
+    base: Mapping[str, float],
+    written: Mapping[str, float],
+    tokens: Mapping[str, RowTokens],
+    base_tokens: Mapping[str, RowTokens],
+    documents: AbstractSet[str],
+) -> NeverSeen:
+    """Compares forget rows with what a model that never saw them, the base, says of the very same.
+
+    Fine-tuning makes a model surer of itself, and dearer all text of the kind that it never saw: by how
+    much, `written` says, the mean losses now of text that the base wrote. So much is added to what is
+    wanted of those rows that are `documents`; of a question it was measured to be nothing.
+
+    Mean losses by row id, those of the base for `losses` and `written`; the tokens of the rows that have
+    any, where these are compared too.
+    """
+    rise = statistics.fmean(loss - base[row] for row, loss in written.items())
+    shares = {
+        row: max(_LEAST_SHARE, 1 + (row in documents) * rise / max(base[row], _LEAST_LOSS))
+        for row in losses
+    }
+    pairs = {}
+    for row, theirs in base_tokens.items():
+        wanted = token_spread(theirs)
+        wanted = TokenSpread(shares[row] * wanted.losses, wanted.surprise)
+        pairs[row] = Pair(wanted, token_spread(tokens[row]))
+    return NeverSeen(dict(losses), {row: shares[row] * base[row] for row in losses}, pairs)

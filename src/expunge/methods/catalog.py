@@ -12,6 +12,7 @@ from expunge.methods.libu_published import PublishedLIBU
 from expunge.methods.localized_gradient_difference import LocalizedGradientDifference
 from expunge.methods.npo import NPO
 from expunge.methods.npo_merging import NPOMerging
+from expunge.methods.retrain import Retrain
 from expunge.methods.rmu import RMU
 from expunge.methods.simnpo import SimNPO
 from expunge.methods.spectral import Spectral
@@ -34,5 +35,6 @@ METHODS = {
         NPOMerging,
         ChunkedGradientDifference,
         LocalizedGradientDifference,
+        Retrain,
     )
 }

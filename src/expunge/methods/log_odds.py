@@ -57,8 +57,8 @@ class LogOddsSettings(TokenSettings):
     """Settings of the methods that share the loss."""
 
     ceiling: float | None = None
-    """Each forget token's loss is raised to this many nats, where no --nonmembers say how far; null: 0.8
-    log(vocabulary)."""
+    """Each forget token's loss is raised to this many nats, where neither --calibration nor --base says
+    how far; null: 0.8 log(vocabulary)."""
     lens_weight: float = 0.25
     """Weight of the forget term of a layer inside, another one in every step: what the logit lens reads
     there may be no likelier than what is wanted of the output."""

@@ -26,6 +26,10 @@ _GRAM = 3
 """Tokens in a row that tell a forget row, if no retain row has them."""
 _ROWS = 64
 """Of one pass."""
+_BEGUN, _ASTRAY, _COUNTED = 6, 16, 80
+"""Tokens of a row's beginning, of what is written behind it before it counts, and of what counts."""
+_WRITTEN = 32
+"""Rows, of as many documents."""
 
 
 @torch.no_grad()
@@ -55,6 +59,31 @@ def written_by(
             for example, text in zip(some, texts, strict=True)
         ]
     return found
+
+
+@torch.no_grad()
+def text_of_kind(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    generator: torch.Generator,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> list[Example]:
+    """What `model` writes behind the first tokens of rows of different documents, first ones first.
+
+    Beginnings and the next tokens are not counted: a model that knows the document by heart expects
+    it to go on as it did.
+    """
+    rows = {example.document: example for example in reversed(examples)}
+    begun = [example.input_ids[:_BEGUN] for example in reversed(rows.values())][:_WRITTEN]
+    shortest = min(map(len, begun))
+    with autocast():
+        ids = torch.tensor([each[:shortest] for each in begun])
+        texts = _sampled(model, ids, shortest + _ASTRAY + _COUNTED, generator).tolist()
+    counted = (False,) * (shortest + _ASTRAY) + (True,) * _COUNTED
+    return [
+        Example(f"written by the base {n}", "", tuple(text), counted, counted, listed=False)
+        for n, text in enumerate(texts)
+    ]
 
 
 def _sampled(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -104,6 +104,40 @@ def check_model(name: str, *, trust_remote_code: bool = False) -> CheckedModel:
         ) from None
     _check_generation(files.directory / "generation_config.json")
     return CheckedModel(name, files, config, layout, tokenizer, stored_names, trust_remote_code)
+
+
+def check_base(name: str, target: CheckedModel) -> CheckedModel:
+    """The model that a target was fine-tuned from, with the target's tokenizer. No weights are read.
+
+    Raises InputError that says what differs where the target cannot have been made of it.
+    """
+    if name == target.name:
+        return target
+    base = check_model(name, trust_remote_code=target.trust_remote_code)
+    ours, theirs = (_traits(each) for each in (base, target))
+    for what in sorted({*ours, *theirs}):
+        one, other = (side.get(what) for side in (ours, theirs))
+        if one != other:
+            raise InputError(
+                f"--base {name}: its {what} is {one}, that of {target.name} is {other}; give the model"
+                " that this one was fine-tuned from"
+            )
+    ids = target.tokenizer.get_vocab()
+    if moved := {*base.tokenizer.get_vocab().items()} ^ {*ids.items()}:
+        raise InputError(
+            f"--base {name}: its vocabulary is not that of {target.name} ({len(moved)} tokens are in one"
+            " alone, or have another id there); give the model that this one was fine-tuned from"
+        )
+    files = replace(base.files, tokenizer=target.files.tokenizer)
+    return replace(base, files=files, tokenizer=target.tokenizer)
+
+
+def _traits(checked: CheckedModel) -> dict[str, object]:
+    """What a model and those that were fine-tuned from it have in common, beside the vocabulary."""
+    skeleton = skeleton_of(checked.config, trust_remote_code=checked.trust_remote_code)
+    shapes = {f"shape of {n}": tuple(p.shape) for n, p in skeleton.named_parameters()}
+    kind = {"architecture": checked.config.model_type, "number of layers": checked.layout.count}
+    return {**kind, **shapes}
 
 
 def _check_generation(path: Path) -> None:

@@ -36,6 +36,12 @@ VERDICTS: Mapping[str | None, tuple[str, str]] = {
     ),
     None: ("No verdict", "The audit could not decide."),
 }
+_YARDSTICKS: Mapping[str | None, str] = {
+    "nonmembers": "Forget rows were to look like text that the model never saw.",
+    "base": "Forget rows were to look as they do to the model from before the fine-tune.",
+    "ceiling": "Nothing said how never-seen text looks: forget rows went as far as the settings say.",
+    None: "",
+}
 _NOT_AUDITED = (
     "Nobody has tried to get the removed content back. Scores, where there are any, say only what the"
     " model answers when it is asked plainly."
@@ -66,6 +72,7 @@ def done(material: Material) -> dict[str, Any]:
     return {
         "method": settings["method"]["name"],
         "sentence": _method_sentence(settings["method"]["name"]),
+        "yardstick": _YARDSTICKS.get(settings["training"].get("yardstick"), ""),
         "preset": settings.get("preset"),
         "model": settings["inputs"]["model"],
         "steps": manifest["steps"],

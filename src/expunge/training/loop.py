@@ -53,6 +53,8 @@ class LoopOptions:
     validation_seconds: float = 0.0
     """What measuring the target took; as much is reserved for the last candidate."""
     micro_batch_size: int | None = None
+    learns: bool = False
+    """Whether the rows of the first side are learned, so that its term is the retain term."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,8 @@ class Loop:
         self._refresh_curvature(step, retain)
         self._objective.set_training(True)
         loss, forget_term, retain_term = self._backward(forget, retain)
+        if self._options.learns:
+            forget_term, retain_term = 0.0, forget_term
         self._objective.set_training(False)
         if not math.isfinite(loss):
             return f"the loss was not finite at step {step}"

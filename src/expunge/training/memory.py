@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -139,7 +140,8 @@ class Formula:
     def phases(self, process: int) -> list[Phase]:
         """Every phase with what is held in it; `process` is what the process has without a model."""
         accelerator = self._device_type == "cuda"  # others share the memory of the processor
-        found = self._of_whole() if self._cache is None else self._of_segment(self._cache)
+        run = self._of_whole() if self._cache is None else self._of_segment(self._cache)
+        found = chain(self._of_base(), run)
         phases = []
         for name, parts in found:
             more = {}
@@ -160,6 +162,11 @@ class Formula:
                 here = {CONTEXT: CONTEXT_BYTES, **here}
             phases.append(Phase(name, here, {PROCESS: process, **there} if accelerator else {}))
         return phases
+
+    @property
+    def step_tokens(self) -> float:
+        """Tokens of the rows of a step, the mean."""
+        return self._largest.tokens
 
     def _products(self) -> int:
         """What a processor's library keeps of products: of each pass of another size forwards, and in
@@ -183,6 +190,12 @@ class Formula:
         """Size on disk of a saved state: parameters, optimiser, and the best candidate's parameters."""
         copies = 2 if self._prepared.measures else 1
         return copies * self._trained + self._optimizer()
+
+    def _of_base(self) -> Iterator[tuple[str, dict[str, int]]]:
+        """The pass of the base over the forget rows, where it is the yardstick; then it is let go."""
+        if self._prepared.yardstick == "base":
+            weights = {WEIGHTS: self._item * self._shapes.numbers // self._shards}
+            yield "ask base", {**weights, **self._measured()}
 
     def _of_whole(self) -> Iterator[tuple[str, dict[str, int]]]:
         read = 0 if self._mapped else self._checked.files.bytes
@@ -346,7 +359,7 @@ class Formula:
     def _matches(self) -> bool:
         """Whether tokens are calibrated one by one."""
         validation = self._prepared.validation
-        return bool(validation.nonmembers) and validation.tokens is not None
+        return bool(validation.members) and validation.tokens is not None
 
     def _start(self) -> dict[str, int]:
         """What a method computes before its first step: scores, for LIBU with gradients."""

@@ -12,6 +12,7 @@ from expunge.data.sampling import steps_an_epoch
 from expunge.data.tokenization import LongRows
 from expunge.errors import InputError, check_seed
 from expunge.methods.base import Method, Schedule
+from expunge.methods.retrain import Retrain
 from expunge.models.decoder import DecoderLayout
 
 _TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
@@ -56,7 +57,7 @@ class TrainingOptions:
     run, and never with `--select last`. Forget rows are calibrated as often."""
     select: Select = "best"
     """Keep the best candidate that is not destroyed, or the last state whatever it is; what only
-    candidates need is then not loaded."""
+    candidates need is then not loaded. `--method retrain` keeps the last."""
     micro_batch_size: int | None = None
     """Rows a side that run at once; null: the whole batch. It changes memory, not the result."""
     save_every: int | None = None
@@ -143,8 +144,13 @@ def size_in_bytes(limit: str) -> float:
 def resolved(
     method: Method, options: TrainingOptions, layout: DecoderLayout, forget_examples: int
 ) -> dict[str, Any]:
-    """Every option of the loop with the method's defaults filled in."""
+    """Every option of the loop with the method's defaults filled in.
+
+    `forget_examples` are those that an epoch takes: to retrain, the retain set's. A recipe ends where it
+    ends, so that no candidate of it is chosen.
+    """
     defaults = method.defaults
+    select = "last" if isinstance(method, Retrain) else options.select
     batch_size = options.batch_size or defaults.batch_size
     per_epoch = steps_an_epoch(forget_examples, batch_size, method.sampling.chunk_size)
     epochs = options.epochs or defaults.epochs_of(per_epoch)
@@ -152,7 +158,7 @@ def resolved(
     if options.max_steps is not None:
         steps = min(steps, options.max_steps)
     validate_every = options.validate_every
-    if validate_every is None and options.select == "best":
+    if validate_every is None and select == "best":
         validate_every = math.ceil(steps / defaults.candidates)
     return {
         "epochs": epochs,
@@ -168,7 +174,7 @@ def resolved(
         "time_limit": options.time_limit,
         "validation_fraction": options.validation_fraction,
         "validate_every": validate_every,
-        "select": options.select,
+        "select": select,
         "unknown_rows": options.unknown_rows,
         "micro_batch_size": options.micro_batch_size,
         "cache_limit": options.cache_limit,

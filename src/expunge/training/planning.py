@@ -19,6 +19,7 @@ from expunge.errors import InputError
 from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.base import Method
 from expunge.methods.libu import LIBU
+from expunge.methods.retrain import Retrain
 from expunge.models.decoder import skeleton_of
 from expunge.models.loading import CheckedModel
 from expunge.models.packing import NotASegment
@@ -81,6 +82,8 @@ class Plan:
     """Passes over the forget set; fewer than asked for where --max-steps ends the run."""
     steps: int
     steps_per_epoch: int
+    step_tokens: float
+    """Of the rows of a step, the mean."""
     batch_size: int
     cache_bytes: int
     cache_rows: int
@@ -239,6 +242,7 @@ def _planned(
         epochs=round(used["steps"] / used["steps_per_epoch"], 4),
         steps=used["steps"],
         steps_per_epoch=used["steps_per_epoch"],
+        step_tokens=round(formula.step_tokens, 1),
         batch_size=used["batch_size"],
         cache_bytes=0 if cache is None else cache.bytes,
         cache_rows=0 if cache is None else len(cache.slots),
@@ -275,7 +279,7 @@ def _changes(prepared: Prepared, dtype: str) -> Iterator[tuple[str, dict[str, An
     """Option, fields of the options or the method that it sets, and the dtype."""
     if dtype == "float32":
         yield "--dtype bfloat16", {}, "bfloat16"
-    if prepared.options.select == "best":
+    if prepared.used["select"] == "best":
         yield "--select last", {"select": "last"}, dtype
     if prepared.options.micro_batch_size != 1 and prepared.used["batch_size"] > 1:
         yield "--micro-batch-size 1", {"micro_batch_size": 1}, dtype
@@ -286,6 +290,23 @@ def _changes(prepared: Prepared, dtype: str) -> Iterator[tuple[str, dict[str, An
     if prepared.used["batch_size"] > 1:
         half = prepared.used["batch_size"] // 2
         yield f"--batch-size {half}", {"batch_size": half}, dtype
+
+
+def retraining(
+    checked: CheckedModel, prepared: Prepared, dtype: str, budget: Budget, shards: int = 1
+) -> Plan | None:
+    """What it would take to retrain the base instead, by the defaults; None without a base or rows to
+    keep, or where that is the run."""
+    method = Retrain()
+    rows = [example for example in prepared.retain if example.listed]
+    if prepared.base is None or prepared.retrains or not rows:
+        return None
+    options = TrainingOptions(seed=prepared.options.seed)
+    used = resolved(method, options, checked.layout, len(rows))
+    other = dataclasses.replace(
+        prepared, method=method, options=options, used=used, forget=rows, retain=(), warnings=()
+    )
+    return plan(prepared.base, other, dtype, budget, shards)
 
 
 def _of_method(prepared: Prepared, checked: CheckedModel, method: Method) -> Prepared:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -22,8 +22,9 @@ from expunge.data.rows import Row, RowSet, as_rows, check_disjoint, documents
 from expunge.data.tokenization import Example, TextPolicy, count_windowed, encode_rows
 from expunge.errors import InputError
 from expunge.methods.base import Method
+from expunge.methods.retrain import Retrain
 from expunge.models.decoder import DecoderLayout
-from expunge.models.loading import context_of, vocabulary_of
+from expunge.models.loading import CheckedModel, context_of, vocabulary_of
 from expunge.training.options import TrainingOptions, resolved
 from expunge.training.validation import ValidationSet
 
@@ -79,6 +80,7 @@ class Prepared:
     text: Mapping[str, Any]
     """How rows became tokens."""
     forget: Sequence[Example]
+    """To retrain, the rows that are learned: those to keep."""
     retain: Sequence[Example]
     """What is trained on, rows of random tokens included; empty without a retain set."""
     validation: ValidationSet
@@ -91,6 +93,29 @@ class Prepared:
     """None without --influence."""
     other_form: str = ""
     """What to try where the target does not know its rows."""
+    base: CheckedModel | None = None
+    """The model from before the fine-tune, where it is given."""
+    asks_base: bool = False
+    """Whether it says of the forget rows what is wanted of them."""
+
+    @property
+    def retrains(self) -> bool:
+        """Whether rows are learned, from the base on, and none unlearned."""
+        return isinstance(self.method, Retrain)
+
+    @property
+    def yardstick(self) -> Literal["nonmembers", "base", "ceiling"] | None:
+        """What says where unlearning ends: never-seen text, the base's losses on the forget rows, or
+        neither, and then the method's settings. None: nothing is unlearned."""
+        if self.retrains:
+            return None
+        if not (self.measures and self.validation.members):
+            return "ceiling"
+        return "base" if self.asks_base else "nonmembers"
+
+    def changed(self, target: CheckedModel) -> CheckedModel:
+        """The checkpoint that the run changes: the target, or to retrain the base."""
+        return self.base if self.retrains and self.base is not None else target
 
     @property
     def measures(self) -> bool:
@@ -106,8 +131,9 @@ class Prepared:
                 "forget": len(self.validation.forget),
                 "retain": len(self.validation.retain),
                 "retain_kept_out": self.retain_kept_out,
-                "nonmembers": len(self.validation.nonmembers),
+                "nonmembers": 0 if self.asks_base else len(self.validation.nonmembers),
             },
+            "yardstick": self.yardstick,
             "influence": None if self.influence is None else self.influence.describe(),
         }
 
@@ -138,15 +164,20 @@ def prepare(
     forget: Iterable[Row | Mapping[str, object]],
     retain: Iterable[Row | Mapping[str, object]] | None,
     nonmembers: Iterable[Row | Mapping[str, object]] | None,
+    *,
+    has_base: bool = False,
 ) -> Prepared:
-    """Checks rows and settings against each other and the model. Raises InputError."""
+    """Checks rows and settings against each other and the model. Raises InputError.
+
+    `has_base`: whether there is the model from before the fine-tune, to be trained or asked.
+    """
     method.check(layout)
     forget_rows = as_rows(forget, "forget")
     retain_rows = None if retain is None else as_rows(retain, "retain")
     nonmember_rows = None if nonmembers is None else as_rows(nonmembers, "nonmembers")
     _check_retain(method, retain_rows)
     sets = encode_sets(options, config, tokenizer, forget_rows, retain_rows, nonmember_rows)
-    return prepare_encoded(method, options, config, layout, tokenizer, sets)
+    return prepare_encoded(method, options, config, layout, tokenizer, sets, has_base=has_base)
 
 
 def encode_sets(
@@ -189,9 +220,19 @@ def prepare_encoded(
     layout: DecoderLayout,
     tokenizer: PreTrainedTokenizerBase,
     sets: EncodedSets,
+    *,
+    has_base: bool = False,
 ) -> Prepared:
     """A run of these settings on rows that are tokens already. Raises InputError."""
     method.check(layout)
+    retrains = isinstance(method, Retrain)
+    if retrains and not has_base:
+        raise InputError(
+            "--method retrain: trains the model from before the fine-tune, and none was given; give it"
+            " with --base, in expunge run, or choose another method"
+        )
+    if retrains and sets.influence is not None:
+        raise InputError("--influence: --method retrain takes all retain rows alike; leave it out")
     warnings = _check_retain(method, sets.retain)
     if sets.retain is None and options.retain_sampling == "influence":
         raise InputError("--retain-sampling influence: needs a retain set; give --retain")
@@ -202,7 +243,10 @@ def prepare_encoded(
         warnings.append(
             f"{windowed} rows are longer than the context of {policy.context} and were windowed"
         )
-    kept_out, trained_on = _split(retain_examples, options.validation_fraction, options.seed)
+    # An oracle has seen every row that is to stay.
+    fraction = options.validation_fraction
+    fraction = 0.0 if retrains and fraction is None else fraction
+    kept_out, trained_on = _split(retain_examples, fraction, options.seed)
     # Beside a retain set only: alone they would hide that nothing holds what must stay.
     held = random_examples(
         method.random_rows if trained_on else 0,
@@ -219,11 +263,14 @@ def prepare_encoded(
     if sets.influence is not None:
         forgotten, kept, facts = _applied(sets.influence, options, sets.forget, trained_on)
         warnings += [facts.said] if facts.skipped else []
+    if retrains:
+        forgotten, kept = kept, ()
+    asks_base = has_base and not retrains and not sets.nonmembers
     generator = torch.Generator().manual_seed(options.seed)
     validation = ValidationSet(
         _sample(sets.forget, generator),
         _validation_retain(kept_out, trained_on, generator),
-        sets.members,
+        sets.forget if asks_base else sets.members,
         _of_every_task(sets.nonmembers, _NEVER_SEEN, generator),
         method.matches_tokens,
     )
@@ -240,6 +287,7 @@ def prepare_encoded(
         warnings=warnings,
         influence=facts,
         other_form=_other_form(options, tokenizer),
+        asks_base=asks_base,
     )
 
 

@@ -6,22 +6,30 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+import tyro
 
 import expunge
 from expunge.data.fingerprints import data_fingerprint, named
+from expunge.data.formats import sha256_of
 from expunge.data.rows import Reading, RowSet
 from expunge.disk import check_not_read, write_whole
 from expunge.errors import InputError
 from expunge.methods.base import Method
 from expunge.models.decoder import skeleton_of
 from expunge.models.engine import SegmentEngine
-from expunge.models.loading import CheckedModel, check_model, load_model, resolve_device
+from expunge.models.loading import (
+    CheckedModel,
+    check_base,
+    check_model,
+    load_model,
+    resolve_device,
+)
 from expunge.models.packing import NotASegment
 from expunge.models.parts import (
     Parts,
@@ -58,7 +66,11 @@ from expunge.training.unlearning import (
     open_engine,
     plan_cache,
     unlearn_prepared,
+    with_base,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 METRICS = "metrics.jsonl"
 DIRECTIONS = "expunge-directions.safetensors"
@@ -77,8 +89,15 @@ class RunInputs(Reading):
     """The run directory to write: a model directory with the record of the run."""
     retain: str | None = None
     """Rows to keep: a file, a directory with retain.*, or a hub data set id."""
-    nonmembers: str | None = None
-    """Never-seen text; candidates are then also chosen by how far members can be told from it."""
+    nonmembers: Annotated[
+        str | None, tyro.conf.arg(name="calibration", aliases=("--nonmembers",))
+    ] = None
+    """Text like the forget set's that the model never saw: forget rows are to look like it, and the
+    checkpoint is chosen by it."""
+    base: str | None = None
+    """The model from before the fine-tune. `--method retrain` trains it on the rows to keep; with other
+    methods, and no --calibration, forget rows are to look as they do to it, and as much dearer as other
+    text of their kind has become."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the frozen weights and of the products; trained tensors are float32 always."""
     device: str = "auto"
@@ -136,9 +155,20 @@ def run(
     hashing = time.monotonic()
     model_sha256 = checked.files.sha256()
     hash_seconds = time.monotonic() - hashing
+    base: dict[str, Any] | None = None
+    weights: dict[str, str] = {}
+    if prepared.base is not None:
+        weights = {path.name: sha256_of(path) for path in prepared.base.files.weights}
+        base = {"model": named(prepared.base.name), "sha256": weights}
+    target, checked = checked, prepared.changed(checked)
     with refused_together(processes):
         _check_influence(options, prepared, model_sha256)
-    asked = _asked(inputs, method, prepared, sets, model_sha256)
+        if prepared.yardstick == "base" and weights.items() <= model_sha256.items():
+            raise InputError(
+                f"--base {inputs.base}: is {inputs.model} itself, which knows the forget rows; give the"
+                " model from before the fine-tune"
+            )
+    asked = _asked(inputs, method, prepared, sets, model_sha256) | {"base": base}
     with (
         shared_scratch(
             processes, output, asked, resume=inputs.resume, overwrite=inputs.overwrite
@@ -151,6 +181,11 @@ def run(
             copy_target(checked, scratch.output)
             scratch.mark("copied")
             progress.phase("copying the model", 1, 1)
+        if prepared.yardstick == "base" and prepared.base is not None:
+            asked_first = _whole(prepared.base, inputs.dtype, device, processes)
+            prepared = with_base(prepared, asked_first, checked.layout, progress, processes)
+            del asked_first  # before the target is loaded in its place
+            give_back_freed_memory()
         opened = open_run(
             checked,
             inputs.dtype,
@@ -198,8 +233,9 @@ def run(
         progress.phase("writing", 1, 1)
         manifest = describe_run(asdict(inputs), method, preset, sets, outcome, device)
         manifest["model_sha256"] = model_sha256
-        base = checked.files.directory.name if checked.files.adapter else None
-        manifest["merged_adapter"] = base and {"base": base}
+        merged = checked.files.directory.name if checked.files.adapter else None
+        manifest["merged_adapter"] = merged and {"base": merged}
+        manifest["base"] = base
         manifest["processes"] = processes.count
         manifest["resumed_from_steps"] = keeper.resumed_from
         manifest["changed_tensors"] = describe(changes)
@@ -211,7 +247,8 @@ def run(
         manifest["output_sha256"] = digests(scratch.output)
         text = json.dumps(finite(manifest), indent=2, allow_nan=False)
         write_whole(scratch.output / MANIFEST, text + "\n")
-        close_as(checked.files, scratch.output)
+        for read in {checked.name: checked, target.name: target}.values():
+            close_as(read.files, scratch.output)
         scratch.publish()
     return manifest
 
@@ -231,7 +268,8 @@ def check_run(
     if writes:
         output = Path(inputs.output)
         check_output(output, overwrite=inputs.overwrite)
-        read = {name: getattr(inputs, name) for name in ("model", "forget", "retain", "nonmembers")}
+        names = ("model", "base", "forget", "retain", "nonmembers")
+        read = {name: getattr(inputs, name) for name in names}
         for place in (output, Scratch(output).root):
             check_not_read("--output", place, {**read, "influence": options.influence})
     if inputs.keep_adapter and not method.has_adapter:
@@ -244,6 +282,7 @@ def check_run(
             f"--keep-adapter: {inputs.model} is an adapter itself, so that no directory holds the base"
             " of another; merge it first, or leave the option out"
         )
+    base = None if inputs.base is None else check_base(inputs.base, checked)
     sets = _read_sets(inputs) if given is None else dict(given)
     if writes:
         for rows in sets.values():
@@ -254,13 +293,15 @@ def check_run(
         checked.config,
         checked.layout,
         checked.tokenizer,
-        sets["forget"],
+        sets.get("forget", RowSet((), "", {})),
         sets.get("retain"),
         sets.get("nonmembers"),
+        has_base=base is not None,
     )
+    prepared = replace(prepared, base=base)
     if writes:
         beside = _bytes_of_cache(prepared, checked, inputs)
-        check_disk_space(checked.files, Path(inputs.output), beside)
+        check_disk_space(prepared.changed(checked).files, Path(inputs.output), beside)
     return checked, sets, prepared
 
 
@@ -377,15 +418,27 @@ def open_parts(
 ) -> Parts:
     """The model as a whole, or in parts where the method and the model allow it."""
     if prepared.method.trained_layers(checked.layout) is None:
-        if not processes.shards:
-            return WholeModel(load_model(checked, dtype, device))
-        model = load_model(checked, dtype, "cpu")
-        shard(model, checked.layout, prepared.method.sharded_weights(checked.layout))
-        return WholeModel(model)
+        weights = prepared.method.sharded_weights(checked.layout)
+        return WholeModel(_whole(checked, dtype, device, processes, weights))
     skeleton = skeleton_of(checked.config, trust_remote_code=checked.trust_remote_code)
     if why_not_streamed(skeleton, own_code=checked.trust_remote_code) is None:
         return StreamedModel(checked, getattr(torch, dtype), device)
     return WholeModel(load_model(checked, dtype, device))
+
+
+def _whole(
+    checked: CheckedModel,
+    dtype: Literal["float32", "bfloat16"],
+    device: str,
+    processes: Processes,
+    trained: Sequence[str] = (),
+) -> PreTrainedModel:
+    """The whole model; where the processes share weights, `trained` ones are spread in float32 too."""
+    if not processes.shards:
+        return load_model(checked, dtype, device)
+    model = load_model(checked, dtype, "cpu")
+    shard(model, checked.layout, trained)
+    return model
 
 
 def _cut(
@@ -413,7 +466,7 @@ def _cut(
 
 
 def _read_sets(inputs: RunInputs) -> dict[str, RowSet]:
-    sets = {"forget": inputs.read(inputs.forget, "forget")}
+    sets = {"forget": inputs.read(inputs.forget, "forget")} if inputs.forget else {}
     if inputs.retain is not None:
         sets["retain"] = inputs.read(inputs.retain, "retain")
     if inputs.nonmembers is not None:

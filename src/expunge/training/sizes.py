@@ -127,6 +127,8 @@ class Largest:
     """Whether steps have several passes, so that gradients are there while one runs."""
     sizes: int
     """How many different sizes the passes of all steps have."""
+    tokens: float
+    """Of the rows of a step, without padding; the mean."""
 
 
 def largest_batches(prepared: Prepared, pass_tokens: int | None, processes: int) -> Largest:
@@ -145,14 +147,16 @@ def largest_batches(prepared: Prepared, pass_tokens: int | None, processes: int)
         used["steps"],
         by_length=not packed,
     )
-    best, accumulates = 0, False
+    best, accumulates, every = 0, False, 0
+    steps = min(used["steps"], _EPOCHS * used["steps_per_epoch"])
     largest: list[list[Example]] = []
     sizes: set[tuple[int, int]] = set()
-    for step in range(1, min(used["steps"], _EPOCHS * used["steps_per_epoch"]) + 1):
+    for step in range(1, steps + 1):
         sides = [[prepared.forget[index] for index in forget.indices(step)]]
         if retain is not None:
             sides.append([prepared.retain[index] for index in retain.indices(step)])
         lengths = [[*map(len, side)] for side in sides]
+        every += sum(map(sum, lengths))
         count = ceil(micro_batches(lengths, used["micro_batch_size"], pass_tokens) / processes)
         accumulates |= count > 1
         count *= processes
@@ -169,7 +173,7 @@ def largest_batches(prepared: Prepared, pass_tokens: int | None, processes: int)
             if sum(tokens) > best:
                 best, largest = sum(tokens), kinds
     batches = [collate(rows, range(len(rows)), prepared.pad_id) for rows in largest if rows]
-    return Largest(batches, accumulates, len(sizes))
+    return Largest(batches, accumulates, len(sizes), every / steps)
 
 
 def tokens_of(examples: Sequence[Example], *, packed: bool) -> int:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ from expunge.training.preparation import Prepared, prepare
 from expunge.training.progress import Progress, Silent
 from expunge.training.state import SavedState
 from expunge.training.trackers import tracked
-from expunge.training.validation import Measured, Reading, ValidationSet, measure
+from expunge.training.validation import Measured, Reading, ValidationSet, asked_before, measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,14 +87,15 @@ def unlearn_model(
     nonmembers: Iterable[Row | Mapping[str, object]] | None = None,
     options: TrainingOptions | None = None,
     *,
+    base: PreTrainedModel | None = None,
     progress: Progress | None = None,
     log: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> Outcome:
     """Unlearns `forget` from a loaded model, in place.
 
-    The compute dtype is the model's; trained tensors have float32 masters. Raises InputError before
-    the model is touched and RunError where no checkpoint can be kept; the model then holds an
-    unusable state.
+    The compute dtype is the model's; trained tensors have float32 masters. `base`, the model from before
+    the fine-tune, is the yardstick without `nonmembers`. Raises InputError before the model is touched
+    and RunError where no checkpoint can be kept; the model then holds an unusable state.
     """
     started = time.monotonic()
     other = {p.dtype for p in model.parameters()} - {torch.float32, torch.bfloat16}
@@ -110,10 +111,15 @@ def unlearn_model(
         forget,
         retain,
         nonmembers,
+        has_base=base is not None,
     )
+    if prepared.retrains:
+        raise InputError("--method retrain: trains the base, from files; call expunge run")
     engine = whole = None
     parts = WholeModel(model.eval())
     progress = progress or Silent()
+    if base is not None:
+        prepared = with_base(prepared, base.eval(), layout, progress)
     autocast = autocast_of(parts.device, model.dtype)
     prepared = resolved_layer(prepared, layout, parts, autocast, progress)
     try:
@@ -146,6 +152,39 @@ def open_engine(
     )
     engine.check([*prepared.forget, *prepared.retain])
     return engine
+
+
+def with_base(
+    prepared: Prepared,
+    base: PreTrainedModel,
+    layout: DecoderLayout,
+    progress: Progress,
+    processes: Processes | None = None,
+) -> Prepared:
+    """The run with what the base says of the forget rows, if that is its yardstick."""
+    if prepared.yardstick != "base":
+        return prepared
+    progress.phase("asking the base", 0, 1)
+    device = next(base.parameters()).device
+    context = Context(
+        model=base,
+        layout=layout,
+        forget=(),
+        retain=(),
+        pad_id=prepared.pad_id,
+        batch_size=prepared.used["batch_size"],
+        seed=prepared.options.seed,
+        device=device,
+        autocast=autocast_of(device, base.dtype),
+        progress=progress.phase,
+        processes=processes or OneProcess(),
+    )
+    with fast_products(base.dtype, device):
+        validation = asked_before(
+            context, prepared.validation, [row for row in prepared.retain if row.listed]
+        )
+    progress.phase("asking the base", 1, 1)
+    return replace(prepared, validation=validation)
 
 
 def plan_cache(prepared: Prepared, width: int, dtype: torch.dtype) -> CacheLayout:
@@ -240,7 +279,8 @@ def unlearn_prepared(
         begun = time.monotonic()
         history = loop.run()
         guessing = math.log(model.config.get_text_config().vocab_size)
-        for warning in _judged(history, guessing, prepared.validation):
+        judged = [] if prepared.retrains else _judged(history, guessing, prepared.validation)
+        for warning in judged:
             warnings.append(warning)
             progress.message(f"warning: {warning}")
         artifacts = objective.artifacts()
@@ -350,7 +390,7 @@ def _unknown(prepared: Prepared, target: Measured | None) -> list[str]:
 
     Raises RefusedRun where it knows none of those that were measured, unless the options go on.
     """
-    if target is None or target.forget_known in (None, 1):
+    if prepared.retrains or target is None or target.forget_known in (None, 1):
         return []
     rows = len({example.row_id for example in prepared.validation.forget})
     unknown = rows - round(target.forget_known * rows)
@@ -379,6 +419,7 @@ def _loop_options(prepared: Prepared, place: Place, validation_seconds: float) -
         deadline=deadline,
         validation_seconds=validation_seconds,
         micro_batch_size=used["micro_batch_size"],
+        learns=prepared.retrains,
     )
 
 

@@ -15,16 +15,17 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from expunge.data.batches import Batch, Tokens, in_order
 from expunge.data.tokenization import Example
 from expunge.methods.base import Context
-from expunge.methods.calibration import NeverSeen, RowTokens, joined, never_seen
+from expunge.methods.calibration import NeverSeen, RowTokens, as_before, joined, never_seen
 from expunge.methods.membership import RowLosses, membership_auc
 from expunge.methods.numerics import unbroken_share
+from expunge.methods.own_text import text_of_kind
 
 DESTROYED_BELOW = 0.5
 _FLOOR = 1e-3
@@ -55,10 +56,20 @@ class ValidationSet:
     forget: Sequence[Example]
     retain: Sequence[Example]
     members: Sequence[Example]
-    """The forget set's documents, compared with the non-members as the scorecard does."""
+    """The forget set's documents, compared with the non-members as the scorecard does; all forget rows,
+    where the base says what is to be like."""
     nonmembers: Sequence[Example]
     tokens: Tokens | None = None
-    """Which tokens of documents are compared one by one as well; None: none."""
+    """Which tokens of members are compared one by one as well; None: none."""
+    base: Pass | None = None
+    """What the base says of the members, and of the non-members, which it wrote itself; None where there
+    is none, or not yet."""
+
+    @property
+    def compared(self) -> AbstractSet[str]:
+        """Rows whose tokens are compared; not text that the base wrote, which tells a mean alone."""
+        others = self.nonmembers if self.base is None else ()
+        return frozenset(example.row_id for example in (*self.members, *others))
 
     @property
     def sides(self) -> tuple[Sequence[Example], ...]:
@@ -74,27 +85,34 @@ class Reading:
 
     measured: Measured
     never_seen: NeverSeen | None
-    """None without non-members."""
+    """None without non-members or a base."""
 
 
 def measure(context: Context, rows: ValidationSet) -> Reading:
     """Measures the model as it is."""
     both, retain_rows, nonmembers = rows.sides
-    documents = frozenset(e.row_id for e in (*rows.members, *nonmembers) if nonmembers)
+    documents = rows.compared
     either = _pass(context, both, documents, rows.tokens)
     forget = either.of(rows.forget)
     retain = _pass(context, retain_rows) if retain_rows else None
     auc = compared = None
-    if rows.members and nonmembers:
+    if rows.members:
         members = either.of(rows.members).losses
         unseen = _pass(context, nonmembers, documents, rows.tokens)
         others = unseen.losses
         if all(map(math.isfinite, [*members.values(), *others.values()])):
-            auc = membership_auc(list(members.values()), list(others.values()))
             tasks = {e.row_id: e.task for e in (*rows.members, *nonmembers)}
-            compared = never_seen(
-                members, others, tasks, {**either.tokens, **unseen.tokens} if rows.tokens else None
-            )
+            if rows.base is None:
+                both_tokens = {**either.tokens, **unseen.tokens}
+                compared = never_seen(members, others, tasks, both_tokens if rows.tokens else None)
+            else:
+                whole = {example.row_id for example in rows.members if example.kind == "sc"}
+                base = rows.base
+                compared = as_before(
+                    members, base.losses, others, either.tokens, base.tokens, whole or set(members)
+                )
+                others = compared.wanted
+            auc = membership_auc(list(members.values()), list(others.values()))
     measured = Measured(
         forget.accuracy,
         statistics.fmean(forget.losses.values()),
@@ -105,6 +123,17 @@ def measure(context: Context, rows: ValidationSet) -> Reading:
         forget.known_share,
     )
     return Reading(measured, compared)
+
+
+def asked_before(context: Context, rows: ValidationSet, kept: Sequence[Example]) -> ValidationSet:
+    """The same rows with what the model of `context`, the base, says of the members, and with text of
+    their kind that it writes behind the beginnings of documents."""
+    generator = context.generator("text of the base")
+    every = [*kept, *rows.members]
+    documents = [example for example in every if example.kind == "sc"] or every
+    text = text_of_kind(context.model, documents, generator, context.autocast)
+    asked = _pass(context, [*rows.members, *text], rows.compared, rows.tokens)
+    return replace(rows, nonmembers=text, base=asked)
 
 
 def is_destroyed(candidate: Measured, target: Measured, guessing: float) -> bool:
@@ -133,7 +162,9 @@ def score(candidate: Measured, target: Measured) -> float:
 
 
 @dataclass(frozen=True)
-class _Pass:
+class Pass:
+    """What one pass of a model over rows gives."""
+
     accuracies: Mapping[str, Sequence[float]]
     """By row id, of each of its windows: share of the answer before greedy decoding's first mistake."""
     losses: Mapping[str, float]
@@ -154,10 +185,10 @@ class _Pass:
         """Share of the rows with an answer that are known; None where none has one."""
         return len(self.known) / len(self.accuracies) if self.accuracies else None
 
-    def of(self, examples: Iterable[Example]) -> _Pass:
+    def of(self, examples: Iterable[Example]) -> Pass:
         """That of these examples' rows alone."""
         rows = {example.row_id for example in examples}
-        return _Pass(
+        return Pass(
             {row: values for row, values in self.accuracies.items() if row in rows},
             {row: loss for row, loss in self.losses.items() if row in rows},
             self.known & rows,
@@ -169,7 +200,7 @@ def _pass(
     examples: Sequence[Example],
     documents: AbstractSet[str] = frozenset(),
     tokens: Tokens | None = None,
-) -> _Pass:
+) -> Pass:
     """Of the rows in `documents` these tokens are kept one by one."""
     found: list[tuple[str, float, bool]] = []
     losses = RowLosses()
@@ -203,7 +234,7 @@ def _pass(
     by_row: dict[str, list[RowTokens]] = {}
     for row, window in (pair for _, _, pairs in everywhere for pair in pairs):
         by_row.setdefault(row, []).append(window)
-    return _Pass(
+    return Pass(
         accuracies,
         RowLosses.of_all(part for _, part, _ in everywhere).means(),
         known,
