@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import expunge
+from expunge.analysis.template_choice import settled
 from expunge.audits.base import MODELS, Attack, Found, ModelName
 from expunge.audits.budgets import BUDGETS
 from expunge.audits.inputs import (
@@ -22,9 +23,9 @@ from expunge.audits.inputs import (
     check_cache,
     check_output,
     checked_models,
+    fitted,
     read_sets,
     requests_of,
-    stored_dtype,
     tuned_by,
 )
 from expunge.audits.partial import Partial
@@ -34,7 +35,13 @@ from expunge.audits.verdict import Evidence, Verdict, judge_audit, worst_of
 from expunge.data.fingerprints import data_fingerprint, named, users_secret
 from expunge.data.rows import RowSet, document_of
 from expunge.disk import deliver
-from expunge.models.loading import resolve_device, text_policy
+from expunge.models.loading import (
+    load_model,
+    resolve_device,
+    resolve_dtype,
+    said_of_dtype,
+    text_policies,
+)
 from expunge.training.manifest import finite
 from expunge.training.progress import Progress, Silent
 
@@ -64,20 +71,31 @@ def audit(
     if inputs.cache is not None:
         check_cache(Path(inputs.cache))
     checked = checked_models(inputs)
-    policies = {
-        name: text_policy(model, chat_template=inputs.chat_template, long_rows=inputs.long_rows)
-        for name, model in checked.items()
-    }
+    # The unlearned model's own record, if a run made it.
+    policies = text_policies(checked["unlearned"], inputs.chat_template, inputs.long_rows)
     tuned = tuned_by(inputs, checked["target"], device)
     sets = read_sets(inputs, given)
     requests = requests_of(inputs, sets, checked, policies, tuned)
     users_secret()  # which hashes need at the end
     digests = {name: model.files.sha256() for name, model in checked.items()}
-    dtypes = {name: inputs.dtype or stored_dtype(model) for name, model in checked.items()}
+    dtypes = {name: resolve_dtype(model, inputs.dtype) for name, model in checked.items()}
+    for line in {
+        line: 0 for m in checked.values() for line in said_of_dtype(m, inputs.dtype, device)
+    }:
+        progress.message(line)
     partial = Partial(
         None if inputs.output is None else Path(inputs.output),
         None if inputs.cache is None else Path(inputs.cache),
         reveal=inputs.reveal,
+    )
+    target = checked["target"]
+    policy = settled(
+        policies,
+        lambda: load_model(target, dtypes["target"], device),
+        target.tokenizer,
+        sets["forget"] or (),
+        sets["retain"],
+        progress.message,
     )
     found: Results = {}
     for name in (n for n in MODELS if n in checked):
@@ -86,7 +104,7 @@ def audit(
             checked[name],
             dtypes[name],
             device,
-            policies[name],
+            fitted(policy, checked[name]),
             inputs.batch_size,
             BUDGETS[inputs.budget].tokens,
         )
@@ -114,7 +132,7 @@ def audit(
                 "seed": inputs.seed,
                 "device": device,
                 "reveal": inputs.reveal,
-                "text": policies["unlearned"].describe(checked["unlearned"].tokenizer),
+                "text": fitted(policy, checked["unlearned"]).describe(target.tokenizer),
             },
             "rows": {
                 name: _described(rows)
@@ -272,7 +290,7 @@ def _facts(
         "seed": case.seed,
         "dtype": subject.dtype,
         "device": device,
-        "chat_template": inputs.chat_template,
+        "chat_template": subject.policy.chat_template,
         "long_rows": inputs.long_rows,
         "reveal": inputs.reveal,
     }

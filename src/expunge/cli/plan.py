@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from expunge.cli.options import take_flag, take_option
 from expunge.cli.run import parsed
 from expunge.errors import InputError
 from expunge.methods.base import Method
-from expunge.models.loading import resolve_device
+from expunge.models.loading import resolve_device, resolve_dtype, said_of_dtype
 from expunge.training.memory import Phase
 from expunge.training.options import TrainingOptions
 from expunge.training.planning import GIB, GPUS, Plan, alternatives, budget_of, plan
@@ -58,7 +58,10 @@ def main(arguments: Sequence[str]) -> int:
         cast("TrainingOptions", settings.training),
         writes=bool(inputs.output),
     )
-    given = checked, prepared, inputs.dtype, budget, shards
+    if on is None:
+        told = said_of_dtype(checked, inputs.dtype, budget.device_type)
+        prepared = replace(prepared, warnings=[*prepared.warnings, *told])
+    given = checked, prepared, resolve_dtype(checked, inputs.dtype), budget, shards
     found = plan(*given)
     others = iter(()) if found.fits else alternatives(*given)
     if as_json:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -21,7 +21,18 @@ from expunge.errors import InputError
 from expunge.methods.base import Method
 from expunge.models.decoder import skeleton_of
 from expunge.models.engine import SegmentEngine
-from expunge.models.loading import CheckedModel, check_model, load_model, resolve_device
+from expunge.models.files import MANIFEST
+from expunge.models.loading import (
+    CheckedModel,
+    Dtype,
+    RunDtype,
+    check_model,
+    load_model,
+    resolve_device,
+    resolve_dtype,
+    said_of_dtype,
+    text_policies,
+)
 from expunge.models.packing import NotASegment
 from expunge.models.parts import (
     Parts,
@@ -43,9 +54,10 @@ from expunge.models.writing import (
     write_checkpoint,
 )
 from expunge.processes import OneProcess, Processes, processes_of, refused_together
+from expunge.training.form import resolved_form
 from expunge.training.keeping import Keeper, plain_errors
 from expunge.training.layer_choice import resolved_layer
-from expunge.training.manifest import MANIFEST, describe_run, digests, finite, settings_of
+from expunge.training.manifest import describe_run, digests, finite, settings_of
 from expunge.training.options import TrainingOptions
 from expunge.training.preparation import Prepared, prepare
 from expunge.training.progress import Progress, Silent
@@ -79,8 +91,9 @@ class RunInputs(Reading):
     """Rows to keep: a file, a directory with retain.*, or a hub data set id."""
     nonmembers: str | None = None
     """Never-seen text; candidates are then also chosen by how far members can be told from it."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the frozen weights and of the products; trained tensors are float32 always."""
+    dtype: RunDtype = "auto"
+    """Dtype of the frozen weights and of the products; trained tensors are float32 always. auto: the one
+    of the model's files, for float16 files float32."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     keep_adapter: bool = False
@@ -151,9 +164,11 @@ def run(
             copy_target(checked, scratch.output)
             scratch.mark("copied")
             progress.phase("copying the model", 1, 1)
+        for line in said_of_dtype(checked, inputs.dtype, device):
+            progress.message(line)
         opened = open_run(
             checked,
-            inputs.dtype,
+            resolve_dtype(checked, inputs.dtype),
             prepared,
             device,
             progress,
@@ -257,6 +272,7 @@ def check_run(
         sets["forget"],
         sets.get("retain"),
         sets.get("nonmembers"),
+        text_policies(checked, options.chat_template, options.long_rows),
     )
     if writes:
         beside = _bytes_of_cache(prepared, checked, inputs)
@@ -320,7 +336,9 @@ def _asked(
 def _bytes_of_cache(prepared: Prepared, checked: CheckedModel, inputs: RunInputs) -> int:
     if prepared.method.trained_layers(checked.layout) is None:
         return 0
-    return plan_cache(prepared, checked.layout.width, getattr(torch, inputs.dtype)).bytes
+    return plan_cache(
+        prepared, checked.layout.width, getattr(torch, resolve_dtype(checked, inputs.dtype))
+    ).bytes
 
 
 @dataclass
@@ -339,7 +357,7 @@ class Opened:
 
 def open_run(
     checked: CheckedModel,
-    dtype: Literal["float32", "bfloat16"],
+    dtype: Dtype,
     prepared: Prepared,
     device: str,
     progress: Progress,
@@ -353,6 +371,9 @@ def open_run(
     parts = open_parts(checked, dtype, prepared, device, processes)
     choosing = time.monotonic()
     autocast = autocast_of(parts.device, parts.model.dtype)
+    prepared = resolved_form(
+        prepared, checked.layout, parts, checked.tokenizer, autocast, progress, processes
+    )
     prepared = resolved_layer(
         prepared,
         checked.layout,
@@ -370,7 +391,7 @@ def open_run(
 
 def open_parts(
     checked: CheckedModel,
-    dtype: Literal["float32", "bfloat16"],
+    dtype: Dtype,
     prepared: Prepared,
     device: str,
     processes: Processes,
@@ -390,7 +411,7 @@ def open_parts(
 
 def _cut(
     checked: CheckedModel,
-    dtype: Literal["float32", "bfloat16"],
+    dtype: Dtype,
     prepared: Prepared,
     device: str,
     parts: Parts,
