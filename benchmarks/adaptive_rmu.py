@@ -177,6 +177,7 @@ def _prepared(arguments: argparse.Namespace) -> tuple[Any, Any]:
             schedule="constant",
             select="last",
             validation_fraction=0,
+            chat_template="off",
         ),
         checked.config,
         checked.layout,

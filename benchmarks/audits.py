@@ -22,8 +22,8 @@ from typing import Any
 from machine import describe_machine
 
 from expunge.audits.catalog import ATTACKS
+from expunge.models.files import MANIFEST
 from expunge.reporting.tables import markdown
-from expunge.training.manifest import MANIFEST
 from methods import Material, replaced
 
 NOTE = """\

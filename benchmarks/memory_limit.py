@@ -67,7 +67,7 @@ def _compare(arguments: argparse.Namespace, scratch: Path) -> None:
         sys.executable, "-m", "expunge", "run", str(model), "--dtype", "bfloat16",
         "--forget", str(scratch / "forget.jsonl"), "--retain", str(scratch / "retain.jsonl"),
         "--method.layer", str(arguments.layer), "--select", "last", "--epochs", "1",
-        "--batch-size", "8", "--output", str(scratch / "out"),
+        "--batch-size", "8", "--unknown-rows", "unlearn", "--output", str(scratch / "out"),
     ]  # fmt: skip
     subprocess.run(command, preexec_fn=limited, env=environment, check=True)
     manifest = json.loads((scratch / "out" / "expunge.json").read_text(encoding="utf-8"))

@@ -34,8 +34,8 @@ from machine import describe_machine
 from expunge.evaluation.score_files import SCORES, read_scores
 from expunge.evaluation.scorecard import Scorecard
 from expunge.methods.catalog import METHODS
+from expunge.models.files import MANIFEST
 from expunge.reporting.tables import markdown
-from expunge.training.manifest import MANIFEST
 
 SECTION = "methods"
 FAILED = "failed.json"

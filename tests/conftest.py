@@ -326,13 +326,15 @@ def learn(
     rows: Sequence[dict[str, str]],
     steps: int,
     learning_rate: float = 2e-2,
+    chat_template: bool = False,
 ) -> Any:
     """Trains all weights on the rows, every row in each step."""
     from expunge.audits.tuning import tuned
     from expunge.data.rows import as_rows
     from expunge.data.tokenization import TextPolicy, encode_rows
 
-    examples = encode_rows(as_rows(rows, "retain"), tokenizer, TextPolicy(128), eos=True)
+    policy = TextPolicy(128, chat_template)
+    examples = encode_rows(as_rows(rows, "retain"), tokenizer, policy, eos=True)
     for _ in tuned(
         model,
         tokenizer,

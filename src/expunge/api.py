@@ -6,13 +6,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from expunge.analysis.template_choice import settled
+from expunge.data.chat_templates import Template, template_of
 from expunge.data.rows import Row, as_rows
 from expunge.data.tokenization import LongRows, TextPolicy
 from expunge.errors import InputError
 from expunge.evaluation.multiple_choice import read_questions
 from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
 from expunge.methods.base import Method
-from expunge.models.loading import context_of, vocabulary_of
+from expunge.models.loading import context_of, policies_of, vocabulary_of
 from expunge.models.rope import keep_rows_apart
 from expunge.training.options import TrainingOptions
 from expunge.training.progress import Progress, Silent
@@ -75,13 +77,15 @@ def evaluate(
     mmlu: str | Path | None = None,
     mmlu_shots: int = 0,
     batch_size: int = 64,
-    chat_template: bool = False,
+    chat_template: Template | bool = "auto",
     long_rows: LongRows = "refuse",
     progress: Progress | None = None,
 ) -> Scorecard:
     """Measures the scorecard of a loaded model; what has no material stays None.
 
-    `mmlu` is a directory in MMLU's format. Raises InputError for wrong rows or questions.
+    `mmlu` is a directory in MMLU's format. `chat_template` is auto, on (True) or off (False); auto:
+    where the model answers a sample of the rows better with it. Raises InputError for wrong rows or
+    questions.
     """
     keep_rows_apart(model)
     forget_rows = as_rows(forget, "forget")
@@ -91,11 +95,18 @@ def evaluate(
     if mmlu is not None:
         questions, examples = read_questions(Path(mmlu), mmlu_shots)
     policy = TextPolicy(
-        context_of(model.config), chat_template, long_rows, vocabulary_of(model.config)
+        context_of(model.config), long_rows=long_rows, vocabulary=vocabulary_of(model.config)
     )
-    check_material(tokenizer, forget_rows, retain_rows, nonmember_rows, questions, examples, policy)
+    policies = policies_of(policy, template_of(chat_template), tokenizer)
+    for policy in policies:
+        check_material(
+            tokenizer, forget_rows, retain_rows, nonmember_rows, questions, examples, policy
+        )
+    model.eval()
+    say = (progress or Silent()).message
+    policy = settled(policies, lambda: model, tokenizer, forget_rows, retain_rows, say)
     return evaluate_model(
-        model.eval(),
+        model,
         tokenizer,
         forget_rows,
         retain_rows,

@@ -160,7 +160,7 @@ def test_overlaps_are_listed_by_id_and_shown_when_asked(
         (("--containment", "2"), ("--containment 2.0", "(0, 1]")),
         (("--batch-size", "0"), ("--batch-size 0",)),
         (("--top", "0"), ("--top 0",)),
-        (("--dtype", "float16"), ("--dtype float16", "bfloat16")),
+        (("--dtype", "float16"), ("'float16'", "bfloat16")),
         (("--reveal", "--json"), ("--reveal", "--json")),
         (("--output", "nowhere/x.json"), ("--output nowhere/x.json", "make it first")),
     ],

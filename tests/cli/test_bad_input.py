@@ -151,7 +151,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--output {list}: is a file; choose a directory",),
     ),
     "run adapter": (RUN + "--keep-adapter", ("--keep-adapter", "leave the option out")),
-    "run chat": (RUN + "--chat-template", ("--chat-template", "leave the option out")),
+    "run chat": (RUN + "--chat-template", ("--chat-template on: the tokenizer has no", "give off")),
     "run no retain": (
         "run {model} --forget {forget} --output {new} --method libu",
         ("--method libu: needs a retain set", "give --retain"),
@@ -167,7 +167,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         EVALUATE + "--nonmembers {nonmembers} --members {long}",
         ("row 'wide'", "128"),
     ),
-    "evaluate chat": (EVALUATE + "--chat-template", ("--chat-template", "leave the option out")),
+    "evaluate chat": (
+        EVALUATE + "--chat-template on",
+        ("--chat-template on: the tokenizer", "off"),
+    ),
     "evaluate option": (EVALUATE + "--retan {retain}", ("--retan", "did you mean --retain?")),
     "evaluate key": (EVALUATE + "--config {evaluate_key}", ("'forgot'", "'forget'")),
     "evaluate type": (EVALUATE + "--batch-size many", ("--batch-size", "'many'")),

@@ -11,7 +11,8 @@ import pytest
 
 from conftest import refusal
 from expunge.data import chat_templates
-from expunge.data.chat_templates import check_template
+from expunge.data.chat_templates import check_template, rendered, template_of
+from expunge.data.tokenization import TextPolicy
 
 _LOOPS = {
     "ranges": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
@@ -41,3 +42,28 @@ def test_a_right_template_is_taken(tokenizer: Any) -> None:
     right = copy.deepcopy(tokenizer)
     right.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     check_template(right)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ strftime_now('%d %b %Y') }}",
+        # Llama 3.2's way.
+        "{% if not date_string is defined %}{% if strftime_now is defined %}"
+        "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{% endif %}{{ date_string }}",
+    ],
+)
+def test_the_date_of_a_template_is_fixed_and_recorded(template: str, tokenizer: Any) -> None:
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = template
+    assert rendered(dated, [{"role": "user", "content": "Hi"}]) == "26 Jul 2024"
+    on, off = (TextPolicy(9, chat_template=on).describe(dated) for on in (True, False))
+    assert (on["date"], off["date"]) == ("2024-07-26", None)
+    dated.chat_template = "{{ messages[0].content }}"
+    assert TextPolicy(9, chat_template=True).describe(dated)["date"] is None
+
+
+def test_a_choice_may_be_true_or_false() -> None:
+    assert [template_of(given) for given in (True, False, "auto")] == ["on", "off", "auto"]
+    wrong: Any = "yes"
+    assert "give one of them" in refusal(lambda: template_of(wrong))

@@ -144,6 +144,15 @@ FORMS: list[tuple[dict[str, object], tuple[str, str, str]]] = [
     ({"instruction": "Say", "input": None, "output": "Hi"}, ("Say", "Hi", "qa")),
     ({"instruction": "Say", "output": "Hi"}, ("Say", "Hi", "qa")),
     ({"messages": [ASKED, SAID]}, ("Where?", "In Torun.", "qa")),
+    (
+        {
+            "conversations": [
+                {"from": "human", "value": "Where?"},
+                {"from": "gpt", "value": "Here."},
+            ]
+        },
+        ("Where?", "Here.", "qa"),
+    ),
     ({"prompt": [ASKED], "completion": [SAID]}, ("Where?", "In Torun.", "qa")),
     ({"id": 3, "document": "Ada lives here now"}, ("Ada lives", "here now", "sc")),
     ({"text": "Who? Ada, she said"}, ("Who? Ada,", "she said", "sc")),
@@ -166,6 +175,11 @@ def test_of_a_chat_the_last_answer_goes_and_what_was_said_before_stays_in_front(
     assert [role for role, _ in read.turns] == ["system", "user", "assistant"]
     assert read.text == "Be brief.\nWhere?\nIn Torun.\nWhere? In Torun."
     assert only({"messages": [ASKED, SAID]}).turns == ()
+    said = [("system", "Be brief."), ("human", "Hi"), ("gpt", "Hello"), ("human", "Where?")]
+    turns = [{"from": who, "value": text} for who, text in [*said, ("gpt", "In Torun.")]]
+    read = only({"conversations": turns})
+    assert [role for role, _ in read.turns] == ["system", "user", "assistant"]
+    assert (read.input, read.output) == ("Where?", "In Torun.")
 
 
 @pytest.mark.parametrize(

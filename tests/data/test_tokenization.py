@@ -271,8 +271,9 @@ def test_a_chat_keeps_its_earlier_turns_before_the_answer(tokenizer: Any) -> Non
     assert prompt.endswith("<user>Who lives in Paris?</>\n<assistant>")
     for chosen in (policy, TextPolicy(1000)):
         example = one(row, changed, chosen)
-        marked = [i for i, flag in zip(example.input_ids, example.answer_mask, strict=True) if flag]
-        assert changed.decode(marked).strip() == "Ada"
+        for mask, text in ((example.answer_mask, "Ada"), (example.token_mask, f"{row.input}Ada")):
+            marked = [i for i, flag in zip(example.input_ids, mask, strict=True) if flag]
+            assert changed.decode(marked).replace("? ", "?").strip() == text
 
 
 @pytest.mark.parametrize("joiner", ["", "\n", " "])
@@ -288,7 +289,7 @@ def test_a_template_that_is_missing_or_rewrites_the_prompt_is_refused(tokenizer:
     policy = TextPolicy(1000, chat_template=True)
     row = Row("a", CANARY, CANARY)
     message = refusal(lambda: encode_rows([row], tokenizer, policy, eos=True))
-    assert message.startswith("--chat-template: the tokenizer has no chat template")
+    assert message.startswith("--chat-template on: the tokenizer has no chat template; give off")
     rewriting = chat(tokenizer, "{{ messages | length }}" + CHATML)
     message = refusal(lambda: encode_rows([row], rewriting, policy, eos=True))
     assert message.startswith("row 'a': the chat template renders the prompt differently")

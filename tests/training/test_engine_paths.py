@@ -172,7 +172,8 @@ def test_a_model_that_cannot_be_cut_is_unlearned_all_the_same(
     family: str, start: Run, tokenizer: Any, tmp_path: Path
 ) -> None:
     model = save(tiny_model(family, len(tokenizer)), tokenizer, tmp_path / "model")
-    out = start("--method.layer", 3, "--select", "last", "--epochs", 1, model=model)
+    options = ("--method.layer", 3, "--unknown-rows", "unlearn", "--epochs", 1)
+    out = start(*options, "--select", "last", model=model)
     record = manifest(out)
     assert record["method_notes"]["hidden_states"] == "hooks"
     (warning,) = [text for text in record["warnings"] if "whole model" in text]
@@ -311,7 +312,8 @@ def test_layers_above_are_never_read_where_nothing_is_measured(
     monkeypatch.setattr(StreamedModel, "load", note)
     # The written model is probed as a whole, so that is left out here.
     monkeypatch.setattr("expunge.training.run.verify_checkpoint", lambda *_, **__: None)
-    start("--method.layer", 2, "--select", "last")
+    # A target that is asked whether it knows the rows is read as a whole, once.
+    start("--method.layer", 2, "--select", "last", "--unknown-rows", "unlearn")
     assert {"model.layers.0", "model.layers.1", "model.layers.2"} <= set(read)
     assert not {"model.layers.3", "lm_head"} & set(read)
     start("--method.layer", 2)

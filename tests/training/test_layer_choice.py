@@ -186,7 +186,7 @@ def test_a_warning_of_the_choice_is_one_of_the_run(
     model = tiny_model("olmo", len(tokenizer))
     for parameter in model.parameters():
         parameter.data.zero_()
-    options = TrainingOptions(epochs=1, select="last")
+    options = TrainingOptions(epochs=1, select="last", unknown_rows="unlearn")
     outcome = unlearn_model(
         model, tokenizer, AdaptiveRMU(), forget_rows, retain_rows, options=options
     )

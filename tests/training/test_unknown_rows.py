@@ -50,10 +50,15 @@ def test_rows_that_the_target_does_not_know_are_refused_and_nothing_is_left(
 
 
 @pytest.mark.parametrize(
-    ("given", "mend"), [(False, "give --chat-template"), (True, "leave --chat")]
+    ("given", "mend"),
+    [
+        (False, "give --chat-template on"),
+        ("on", "give --chat-template off"),
+        ("auto", "rows in the form of its training, or"),
+    ],
 )
 def test_the_other_form_is_named(
-    given: bool, mend: str, tokenizer: Any, forget_rows: Rows, retain_rows: Rows
+    given: Any, mend: str, tokenizer: Any, forget_rows: Rows, retain_rows: Rows
 ) -> None:
     templated = copy.deepcopy(tokenizer)
     templated.chat_template = TEMPLATE
@@ -64,6 +69,26 @@ def test_the_other_form_is_named(
     )
     assert mend in message
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_run_that_measures_nothing_reads_a_sample_for_it(
+    known: bool, memorised_dir: Path, tokenizer: Any, forget_rows: Rows, retain_rows: Rows
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    if known:
+        model = AutoModelForCausalLM.from_pretrained(memorised_dir, dtype=torch.float32)
+        strange = [{"input": f"Of {n} it is said", "output": f"qx{n} vj{n}"} for n in range(3)]
+        rows = [*forget_rows, *strange]
+        warnings = unlearned(model, tokenizer, rows, retain_rows, select="last").warnings
+        assert [w for w in warnings if "does not know 3 of 11 forget rows measured" in w]
+        return
+    model = tiny_model("olmo", len(tokenizer))
+    message = refusal(lambda: unlearned(model, tokenizer, forget_rows, retain_rows, select="last"))
+    assert "does not know 8 of 8 forget rows measured" in message
+    options = {"select": "last", "unknown_rows": "unlearn"}
+    assert unlearned(model, tokenizer, forget_rows, retain_rows, **options).history.target is None
 
 
 def test_some_unknown_rows_are_counted(

@@ -61,7 +61,7 @@ def test_what_is_read_and_found_right(served: dict[str, Path]) -> None:
         ({"compare": ("nowhere",)}, "nowhere: not found; make it with expunge evaluate"),
         ({"target": "nowhere"}, "nowhere: no such model directory"),
         ({"device": "abacus"}, "--device abacus: unknown"),
-        ({"chat_template": True}, "has none; leave the option out"),
+        ({"chat_template": "on"}, "has none; give off"),
         ({"host": "0.0.0.0"}, "--host 0.0.0.0: other machines could reach the page"),
         ({"password_file": "nowhere"}, "--password-file nowhere: No such file"),
     ],

@@ -33,7 +33,9 @@ from expunge.analysis.row_gradients import (
     linear_maps,
     rows_of,
 )
+from expunge.analysis.template_choice import settled
 from expunge.data.batches import PAD_ID, Tokens
+from expunge.data.chat_templates import Template, template_of
 from expunge.data.fingerprints import data_fingerprint, named
 from expunge.data.rows import Reading, RowSet, check_disjoint
 from expunge.data.tokenization import LongRows, encode_rows
@@ -43,11 +45,13 @@ from expunge.methods.curvature import DampingUnit
 from expunge.models.decoder import DecoderLayout, skeleton_of
 from expunge.models.kernels import fast_products
 from expunge.models.loading import (
-    Dtype,
+    RunDtype,
     check_model,
     load_model,
     resolve_device,
-    text_policy,
+    resolve_dtype,
+    said_of_dtype,
+    text_policies,
 )
 from expunge.processes import check_alone
 
@@ -88,12 +92,14 @@ class InfluenceInputs(Reading):
     """Rows a batch; it changes speed and memory, never a number."""
     seed: int = 0
     """Seed of drawn labels."""
-    dtype: Dtype = "float32"
-    """Dtype that the model is loaded and run in; sums are in float32."""
+    dtype: RunDtype = "auto"
+    """Dtype that the model is loaded and run in; auto: the one of its files, for float16 files float32.
+    Sums are in float32."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    chat_template: bool = False
-    """Render rows with the tokenizer's chat template."""
+    chat_template: Template = "auto"
+    """Render rows with the tokenizer's chat template; auto: where the target answers a sample of them
+    better with it."""
     long_rows: LongRows = "refuse"
     """Refuse rows longer than the context, or cut them into windows."""
     trust_remote_code: bool = False
@@ -107,8 +113,7 @@ class InfluenceInputs(Reading):
         if not 0 < self.containment <= 1:
             raise InputError(f"--containment {self.containment}: must be in (0, 1]")
         check_seed(self.seed)
-        if self.dtype == "float16":
-            raise InputError("--dtype float16: gradients overflow in it; use bfloat16 or float32")
+        object.__setattr__(self, "chat_template", template_of(self.chat_template))
 
 
 @dataclass(frozen=True)
@@ -154,19 +159,28 @@ def analyze_influence(
     first, last = layer_range(inputs.layers, checked.layout)
     sets = _read_sets(inputs)
     fingerprints = {name: data_fingerprint(rows) for name, rows in sets.items()}
-    policy = text_policy(checked, chat_template=inputs.chat_template, long_rows=inputs.long_rows)
-    rows: dict[str, list[Windows]] = {
-        # Retained text was trained with its end, forgotten text is counted without, as in a run.
-        name: rows_of(encode_rows(found, checked.tokenizer, policy, eos=name == "retain"))
-        for name, found in sets.items()
-    }
+    policies = text_policies(checked, inputs.chat_template, inputs.long_rows)
+    forms: list[dict[str, list[Windows]]] = [
+        {
+            # Retained text was trained with its end, forgotten text is counted without, as in a run.
+            name: rows_of(encode_rows(found, checked.tokenizer, policy, eos=name == "retain"))
+            for name, found in sets.items()
+        }
+        for policy in policies
+    ]
+    rows, dtype = forms[-1], resolve_dtype(checked, inputs.dtype)
     skeleton = skeleton_of(checked.config, trust_remote_code=checked.trust_remote_code)
     maps = linear_maps(skeleton, checked.layout, first, last)
     if inputs.curvature == "ekfac":
         check_ekfac(maps)
-    cost = cost_of(inputs, skeleton, maps, rows)
-    message(f"influence of rows: {cost}")
-    model = load_model(checked, inputs.dtype, device)
+    cost = cost_of(inputs, skeleton, maps, rows, dtype)
+    for line in [f"influence of rows: {cost}", *said_of_dtype(checked, inputs.dtype, device)]:
+        message(line)
+    model = load_model(checked, dtype, device)
+    policy = settled(
+        policies, lambda: model, checked.tokenizer, sets["forget"], sets.get("retain"), message
+    )
+    rows = forms[policy.chat_template and len(forms) - 1]
     maps = linear_maps(model, checked.layout, first, last)
     passes = RowGradients(model, maps, PAD_ID, inputs.batch_size, inputs.tokens)
     forget, retain = rows["forget"], rows.get("retain", [])
@@ -183,7 +197,11 @@ def analyze_influence(
         model=named(inputs.model),
         model_sha256=checked.files.sha256(),
         data_hmac_sha256=fingerprints,
-        settings=_settings(inputs, first, last),
+        settings={
+            **_settings(inputs, first, last),
+            "dtype": dtype,
+            "chat_template": policy.chat_template,
+        },
         curvature={
             "maps": len(maps),
             "parameters": cost.parameters,
@@ -226,6 +244,7 @@ def cost_of(
     skeleton: torch.nn.Module,
     maps: Mapping[str, torch.nn.Module],
     rows: Mapping[str, Sequence[Windows]],
+    dtype: str,
 ) -> Cost:
     """What the analysis will take, from shapes and row lengths alone."""
     shapes = [block_shape(module) for module in maps.values()]
@@ -237,7 +256,7 @@ def cost_of(
         # Covariances in float32, while the eigenvectors that replace them are computed in float64.
         held += 4 * squares + 2 * 8 * max(out * out + inside * inside for out, inside in shapes)
         held += 4 * squares
-    width = getattr(torch, inputs.dtype).itemsize
+    width = getattr(torch, dtype).itemsize
     model_bytes = width * sum(parameter.numel() for parameter in skeleton.parameters())
     tokens = {name: sum(len(w) for row in side for w in row) for name, side in rows.items()}
     forget, retain = tokens["forget"], tokens.get("retain", 0)
@@ -286,7 +305,7 @@ def _read_sets(inputs: InfluenceInputs) -> dict[str, RowSet]:
 def _settings(inputs: InfluenceInputs, first: int, last: int) -> dict[str, object]:
     names = [
         *("curvature", "labels", "damping", "damping_unit", "tokens", "containment", "seed"),
-        *("dtype", "chat_template", "long_rows"),
+        "long_rows",
     ]
     return {"layers": [first, last]} | {name: getattr(inputs, name) for name in names}
 

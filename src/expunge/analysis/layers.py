@@ -13,8 +13,8 @@ the numbers mean and how they become one score: layer_scores.py.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,8 +26,8 @@ from expunge.data.tokenization import Example
 from expunge.methods.forward import logits_at
 from expunge.methods.numerics import target_log_probs
 from expunge.models.decoder import DecoderLayout, forward_hook, states_of, with_states
-from expunge.models.engine import Autocast, module_names, pass_tokens_on
-from expunge.models.parts import Parts, loaded_in_turn
+from expunge.models.engine import Autocast, pass_tokens_on, read_in_turn
+from expunge.models.parts import Parts
 
 ROWS = 24
 """Rows that are read of each side."""
@@ -245,26 +245,13 @@ class LayerPass:
     def run(self, progress: Callable[[str, int, int], None]) -> None:
         """Every pass."""
         done, total = 0, sum(self.rows.values())
-        with self._loaded():
+        with read_in_turn(self._parts, self._layout):
             for side, rows in self._sides.items():
                 chunks = self._chunks(rows, self._variants if side == "forget" else 1)
                 for chunk in chunks:
                     self._read(side, chunk)
                     done += len(chunk)
                     progress("layers", done, total)
-
-    @contextmanager
-    def _loaded(self) -> Iterator[None]:
-        """Has in memory what every pass needs, and each layer while a pass is in it."""
-        names = module_names(self._parts.model, self._layout)
-        outside = (*names.others, *names.head)
-        layers = [f"{self._layout.layers}.{index}" for index in range(self._layout.count)]
-        try:
-            self._parts.load(*outside)
-            with loaded_in_turn(self._parts, [names.embedding, *layers]):
-                yield
-        finally:
-            self._parts.release(*outside)
 
     def _chunks(self, rows: Sequence[_Row], variants: int) -> list[list[int]]:
         """Indices of rows, longest first, so many at once as a pass should hold."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import expunge
+from expunge.analysis.template_choice import settled
 from expunge.audits.base import MODELS, Attack, Found, ModelName
 from expunge.audits.budgets import BUDGETS
 from expunge.audits.inputs import (
@@ -25,10 +26,10 @@ from expunge.audits.inputs import (
     check_memory,
     check_output,
     checked_models,
+    fitted,
     planned,
     read_sets,
     requests_of,
-    stored_dtype,
 )
 from expunge.audits.partial import Partial
 from expunge.audits.subject import Subject
@@ -38,7 +39,13 @@ from expunge.audits.verdict import Evidence, Verdict, judge_audit, worst_of
 from expunge.data.fingerprints import data_fingerprint, named, users_secret
 from expunge.data.rows import RowSet, document_of
 from expunge.disk import deliver
-from expunge.models.loading import resolve_device, text_policy
+from expunge.models.loading import (
+    load_model,
+    resolve_device,
+    resolve_dtype,
+    said_of_dtype,
+    text_policies,
+)
 from expunge.training.manifest import finite
 from expunge.training.progress import Progress, Silent
 
@@ -68,26 +75,36 @@ def audit(
     if inputs.cache is not None:
         check_cache(Path(inputs.cache))
     checked = checked_models(inputs)
-    policies = {
-        name: text_policy(model, chat_template=inputs.chat_template, long_rows=inputs.long_rows)
-        for name, model in checked.items()
-    }
+    # The unlearned model's own record, if a run made it.
+    policies = text_policies(checked["unlearned"], inputs.chat_template, inputs.long_rows)
     sets = read_sets(inputs, given)
     requests = requests_of(inputs, sets, checked, policies)
-    dtypes = {name: inputs.dtype or stored_dtype(model) for name, model in checked.items()}
+    dtypes = {name: resolve_dtype(model, inputs.dtype) for name, model in checked.items()}
     target, free, kind = checked["target"], free_memory(device), torch.device(device).type
     widest = max(dtypes.values(), key=lambda name: getattr(torch, name).itemsize)
-    plan = planned(inputs, requests, target, policies["target"], widest, kind, free)
+    plan = planned(inputs, requests, target, policies[-1], widest, kind, free)
     check_memory(plan, target.name, device, free)
     tuned = plan.tuned
     requests = [replace(each, case=replace(each.case, tuned=tuned)) for each in requests]
     progress.message(f"audit: {plan.peak / 2**30:.1f} GiB at most, one model at a time (computed)")
     users_secret()  # which hashes need at the end
     digests = {name: model.files.sha256() for name, model in checked.items()}
+    for line in {
+        line: 0 for m in checked.values() for line in said_of_dtype(m, inputs.dtype, device)
+    }:
+        progress.message(line)
     partial = Partial(
         None if inputs.output is None else Path(inputs.output),
         None if inputs.cache is None else Path(inputs.cache),
         reveal=inputs.reveal,
+    )
+    policy = settled(
+        policies,
+        lambda: load_model(target, dtypes["target"], device),
+        target.tokenizer,
+        sets["forget"] or (),
+        sets["retain"],
+        progress.message,
     )
     found: Results = {}
     for name in (n for n in MODELS if n in checked):
@@ -96,7 +113,7 @@ def audit(
             checked[name],
             dtypes[name],
             device,
-            policies[name],
+            fitted(policy, checked[name]),
             inputs.batch_size,
             BUDGETS[inputs.budget].tokens,
         )
@@ -124,7 +141,7 @@ def audit(
                 "seed": inputs.seed,
                 "device": device,
                 "reveal": inputs.reveal,
-                "text": policies["unlearned"].describe(checked["unlearned"].tokenizer),
+                "text": fitted(policy, checked["unlearned"]).describe(target.tokenizer),
             },
             "rows": {
                 name: _described(rows)
@@ -288,7 +305,7 @@ def _facts(
         "seed": case.seed,
         "dtype": subject.dtype,
         "device": device,
-        "chat_template": inputs.chat_template,
+        "chat_template": subject.policy.chat_template,
         "long_rows": inputs.long_rows,
         "reveal": inputs.reveal,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,12 +18,13 @@ from expunge.audits.memory import PlannedAudit, Sizes, plan_audit
 from expunge.audits.paraphrases import read_paraphrases
 from expunge.audits.subject import BEYOND
 from expunge.audits.tuning import default_learning_rate
+from expunge.data.chat_templates import Template, template_of
 from expunge.data.formats import Role
 from expunge.data.rows import Reading, Row, RowSet, by_document, check_disjoint, documents
 from expunge.data.tokenization import LongRows, TextPolicy, encode_rows, prompt_ids
 from expunge.disk import check_file_output, check_writable
 from expunge.errors import InputError, check_seed
-from expunge.models.loading import CheckedModel, Dtype, check_model
+from expunge.models.loading import AnyDtype, CheckedModel, Dtype, check_model, vocabulary_of
 
 FORMAT = "expunge-audit/1"
 """Of audit.json."""
@@ -71,20 +72,22 @@ class AuditInputs(Reading):
     """Add the generated text that came nearest; it can hold forgotten text."""
     batch_size: int = 64
     """Rows a batch; it changes the speed, never a score."""
-    dtype: Dtype | None = None
-    """Dtype that the models run in; null: the one that each is saved in."""
+    dtype: AnyDtype = "auto"
+    """Dtype that the models run in; auto: the one that each is saved in, for float16 files float32."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     seed: int = 0
     """Seed of every draw."""
-    chat_template: bool = False
-    """Render prompts with the tokenizer's chat template."""
+    chat_template: Template = "auto"
+    """Render prompts with the tokenizer's chat template; auto: as the run that made the model recorded,
+    else where the target answers a sample of the rows better with it."""
     long_rows: LongRows = "refuse"
     """Refuse rows longer than the context, or cut them into windows."""
     trust_remote_code: bool = False
     """Run code that the models' directories bring along."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "chat_template", template_of(self.chat_template))
         if self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size}: must be 1 or more")
         check_seed(self.seed)
@@ -249,7 +252,7 @@ def requests_of(
     inputs: AuditInputs,
     sets: Mapping[str, RowSet | None],
     checked: Mapping[ModelName, CheckedModel],
-    policies: Mapping[ModelName, TextPolicy],
+    policies: Sequence[TextPolicy],
 ) -> list[Request]:
     """Every request's rows drawn to the budget, checked against every model, with its attacks."""
     budget = BUDGETS[inputs.budget]
@@ -283,9 +286,15 @@ def requests_of(
         )
         attacks, skipped = _chosen(inputs, case)
         found.append(Request(rows, case, attacks, skipped))
-        for model in checked:
-            _check_rows(case, checked[model], policies[model])
+        for model in checked.values():
+            for policy in policies:
+                _check_rows(case, model, fitted(policy, model))
     return found
+
+
+def fitted(policy: TextPolicy, model: CheckedModel) -> TextPolicy:
+    """The policy with a model's own limits."""
+    return replace(policy, context=model.context, vocabulary=vocabulary_of(model.config))
 
 
 def _chosen(inputs: AuditInputs, case: Case) -> tuple[list[Attack], dict[str, str]]:
@@ -326,20 +335,6 @@ def _check_rows(case: Case, model: CheckedModel, policy: TextPolicy) -> None:
         eos=True,
     )
     encode_rows(case.tuning, model.tokenizer, policy, eos=True)
-
-
-def stored_dtype(model: CheckedModel) -> Dtype:
-    """The floating dtype that most of the checkpoint's numbers are saved in."""
-    sizes: dict[str, int] = {}
-    for tensor in model.files.tensors.values():
-        name = str(tensor.dtype).removeprefix("torch.")
-        if tensor.dtype.is_floating_point:
-            sizes[name] = sizes.get(name, 0) + tensor.bytes
-    most = max(sizes, key=lambda name: sizes[name], default="none")
-    for known in ("float32", "bfloat16", "float16"):
-        if most == known:
-            return known
-    raise InputError(f"{model.name}: is saved in {most}; give --dtype float32")
 
 
 def check_output(inputs: AuditInputs, output: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from expunge.cli.options import parse, take_flag
 from expunge.errors import InputError
 from expunge.evaluation.findings import findings
-from expunge.evaluation.score_files import read_scores
+from expunge.evaluation.score_files import check_one_form, read_scores
 from expunge.evaluation.scorecard import Scorecard
 from expunge.reporting.tables import label_of, markdown_table, scorecard_table, table_console
 
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         cards["oracle"] = read_scores(settings.oracle)
     for run in settings.runs:
         cards[label_of(run, cards)] = read_scores(run)
+    check_one_form(cards)
     show(cards, as_json=settings.json, as_markdown=settings.markdown)
     return 0
 

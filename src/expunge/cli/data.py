@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -40,8 +40,8 @@ class Inspect(Reading):
     """Which side the rows are; retained rows end with EOS, and directories are searched by it."""
     row: str | None = None
     """Id of a row to show token by token."""
-    chat_template: bool = False
-    """Render the row with the tokenizer's chat template."""
+    chat_template: Literal["on", "off"] = "off"
+    """Render the row with the tokenizer's chat template; no weights are read here to choose by."""
     long_rows: LongRows = "refuse"
     """Refuse rows longer than the context, or cut them into windows."""
     trust_remote_code: bool = False
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     checked = check_model(settings.model, trust_remote_code=settings.trust_remote_code)
     rows = settings.read(settings.rows, settings.role)
     policy = text_policy(
-        checked, chat_template=settings.chat_template, long_rows=settings.long_rows
+        checked, chat_template=settings.chat_template == "on", long_rows=settings.long_rows
     )
     eos = settings.role == "retain"
     examples = encode_rows(rows, checked.tokenizer, policy, eos=eos)

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     arguments, quiet = take_flag(list(arguments), "--quiet")
     settings = parse(Evaluate, arguments, "expunge evaluate")
     with progress_on_stderr(quiet=quiet) as progress:
-        card = measure(settings, progress.phase)
+        card = measure(settings, progress.phase, progress.message)
     if speaks():
         _show(card, settings)
     return 0

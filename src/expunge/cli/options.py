@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import math
 import os
 import re
@@ -42,6 +43,7 @@ def parse(
     arguments = named(arguments, positional)
     if config is not None:
         arguments = [*as_arguments(yaml_fields(Path(config)), config, command), *arguments]
+    arguments = _with_template(arguments)
     check_words(arguments)
     captured = io.StringIO()
     try:
@@ -55,6 +57,19 @@ def parse(
         raise InputError(_one_line(captured.getvalue(), prog)) from None
     _check_numbers(parsed)
     return parsed
+
+
+def _with_template(arguments: Sequence[str]) -> list[str]:
+    """`--chat-template` alone stands for on and `--no-chat-template` for off, as YAML's false does."""
+    found = []
+    for argument, following in itertools.pairwise([*arguments, "--"]):
+        name = argument.replace("_", "-")
+        if name == "--no-chat-template":
+            found += ["--chat-template", "off"]
+        else:
+            alone = name == "--chat-template" and following.startswith("-")
+            found += [argument, "on"] if alone else [argument]
+    return found
 
 
 def _check_numbers(parsed: Any) -> None:

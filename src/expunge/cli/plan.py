@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from expunge.cli.options import take_flag, take_option
 from expunge.cli.run import parsed
 from expunge.errors import InputError
 from expunge.methods.base import Method
-from expunge.models.loading import resolve_device
+from expunge.models.loading import (
+    resolve_device,
+    resolve_dtype,
+    said_of_dtype,
+    text_policies,
+)
 from expunge.training.memory import Phase
 from expunge.training.options import TrainingOptions
 from expunge.training.planning import (
@@ -72,7 +77,11 @@ def main(arguments: Sequence[str]) -> int:
         cast("TrainingOptions", settings.training),
         writes=bool(inputs.output),
     )
-    given = prepared.changed(checked), prepared, inputs.dtype, budget, shards
+    if on is None:
+        told = said_of_dtype(checked, inputs.dtype, budget.device_type)
+        prepared = replace(prepared, warnings=[*prepared.warnings, *told])
+    changed = prepared.changed(checked)
+    given = changed, prepared, resolve_dtype(changed, inputs.dtype), budget, shards
     found, exact = plan(*given), retraining(*given)
     others = iter(()) if found.fits else alternatives(*given)
     audit = _audit(inputs, settings.training, checked, budget) if audits else None
@@ -89,8 +98,7 @@ def _audit(
     inputs: PlanInputs, training: TrainingOptions, checked: CheckedModel, budget: Budget
 ) -> PlannedAudit:
     """What an audit of the result takes: its tensors are as large as the target's."""
-    from expunge.audits.inputs import AuditInputs, planned, read_sets, requests_of, stored_dtype
-    from expunge.models.loading import text_policy
+    from expunge.audits.inputs import AuditInputs, planned, read_sets, requests_of
 
     if inputs.retain is None:
         raise InputError("--audit: attacks compare with rows that were to stay; give --retain")
@@ -103,12 +111,10 @@ def _audit(
         columns=inputs.columns,
         joiner=inputs.joiner,
     )
-    policy = text_policy(
-        checked, chat_template=training.chat_template, long_rows=training.long_rows
-    )
-    requests = requests_of(given, read_sets(given, {}), {"target": checked}, {"target": policy})
-    dtype = stored_dtype(checked)
-    return planned(given, requests, checked, policy, dtype, budget.device_type, budget.bytes)
+    policies = text_policies(checked, training.chat_template, training.long_rows)
+    requests = requests_of(given, read_sets(given, {}), {"target": checked}, policies)
+    dtype = resolve_dtype(checked, given.dtype)
+    return planned(given, requests, checked, policies[-1], dtype, budget.device_type, budget.bytes)
 
 
 def _processes(shards: str | None) -> int:

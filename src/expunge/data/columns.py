@@ -52,15 +52,19 @@ _FORMS = (
     Form(("instruction",), "output", "qa"),
     Form(("text",), "labels"),
     Form(("messages",), kind="qa"),
+    Form(("conversations",), kind="qa"),
     Form(("text",), kind="sc"),
     Form(("document",), kind="sc"),
 )
-"""SemEval and LUME, TOFU, TRL, Alpaca with and without an input, KnowUnDo, chats, plain texts, and
-SemEval's member files. Of several that fit, the one that reads most columns is meant."""
+"""SemEval and LUME, TOFU, TRL, Alpaca with and without an input, KnowUnDo, chats (OpenAI's form and
+ShareGPT's), plain texts, and SemEval's member files. Of several that fit, the one that reads most
+columns is meant."""
 _OTHER_WORDINGS = {
     "answer": ("paraphrased_answer", "perturbed_answer", "original_answer", "paraphrased_question")
 }
 """Columns of TOFU's files that repeat a row in other words, by the output that they go with."""
+_SHAREGPT = {"human": "user", "gpt": "assistant"}
+"""Its names of roles."""
 _KNOWN = {*_TARGETS, "response"}.union(*(form.columns for form in _FORMS))
 _PLAIN_NAME = re.compile(r"[A-Za-z_]\w{0,39}", re.ASCII)
 
@@ -151,7 +155,8 @@ def parts_of(values: Mapping[str, object], mapped: Mapped, joiner: str) -> Parts
         _check_unused(values, form, {name for names in mapped.values() for name in names})
     first, output = form.prompt[0], form.output
     chat = [values.get(name) for name in form.columns]
-    if first == "messages" or (output and all(isinstance(turns, list) for turns in chat)):
+    is_chat = output is not None and all(isinstance(turns, list) for turns in chat)
+    if is_chat or first in ("messages", "conversations"):
         *turns, prompt, answer = _turns(first, chat)
         return Parts(prompt[1], answer[1], joiner, Form(form.prompt, output, "qa"), tuple(turns))
     if output is None:
@@ -266,13 +271,15 @@ def _turns(column: str, chat: Sequence[object]) -> list[tuple[str, str]]:
     """Every turn; the last two are what was asked and what goes."""
     turns = []
     for turn in [turn for part in chat if isinstance(part, list) for turn in part]:
-        role, text = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (0, 0)
+        told = turn if isinstance(turn, dict) else {}
+        role, text = told.get("role", told.get("from")), told.get("content", told.get("value"))
         if not isinstance(role, str) or not isinstance(text, str) or not text.strip():
             raise InputError(
-                f"column {column!r} holds a turn without a 'role' and a 'content' of text; write both"
+                f"column {column!r} holds a turn without a 'role' and a 'content', or a 'from' and a"
+                " 'value', of text; write both"
             )
         check_characters(column, text)
-        turns.append((role, text))
+        turns.append((_SHAREGPT.get(role, role), text))
     if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
         raise InputError(
             f"column {column!r} does not end with a user's and an assistant's turn; cut it there"

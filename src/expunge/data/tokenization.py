@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from expunge.data.chat_templates import check_template
+from expunge.data.chat_templates import check_template, date_in, rendered
 from expunge.data.columns import Kind
 from expunge.data.rows import Row, document_of
 from expunge.data.words import bare
@@ -70,6 +70,8 @@ class TextPolicy:
     """Refuse rows beyond the context, or cut them into windows that overlap by a quarter."""
     vocabulary: int | None = None
     """Number of the model's embeddings: no token id may reach it. None: not checked."""
+    template_choice: Mapping[str, Any] | None = None
+    """What `--chat-template auto` decided by; None where it was given, or the tokenizer has none."""
 
     def describe(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """What the manifest says: where BOS comes from, and that retained text ends with EOS."""
@@ -77,6 +79,7 @@ class TextPolicy:
         adds_bos = tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id
         return asdict(self) | {
             "context": self.context if self.context < sys.maxsize else None,
+            "date": date_in(tokenizer) if self.chat_template else None,
             "bos": "added by the tokenizer" if adds_bos else "none",
             "eos": self._eos_policy(tokenizer),
         }
@@ -142,7 +145,8 @@ def tokenizing(what: str) -> Iterator[None]:
             raise
         raise InputError(
             f"{what}: the model's tokenizer or chat template fails on its text"
-            f" ({type(error).__name__}); mend tokenizer.json or the template, or leave the text out"
+            f" ({type(error).__name__}); mend tokenizer.json or the template (--chat-template off goes"
+            " without), or leave the text out"
         ) from None
 
 
@@ -200,7 +204,8 @@ def _encode(
     if policy.chat_template:
         text, (begin, prompt_end), (answer_start, answer_end) = _chat_text(row, tokenizer)
     else:
-        text, begin, prompt_end = row.text, 0, len(row.prompt)
+        text, prompt_end = row.text, len(row.prompt)
+        begin = prompt_end - len(row.input)  # earlier turns are nobody's to forget
         answer_start, answer_end = prompt_end, len(text)
     encoded = tokenizer(
         text,
@@ -259,17 +264,17 @@ def _chat_text(
     """
     if not tokenizer.chat_template:
         raise InputError(
-            "--chat-template: the tokenizer has no chat template; leave the option out"
+            "--chat-template on: the tokenizer has no chat template; give off, or leave it out"
         )
 
-    def rendered(texts: Sequence[str], **options: bool) -> str:
+    def exchange(texts: Sequence[str], *, opens: bool = False) -> str:
         said = [*row.turns, *zip(("user", "assistant"), texts, strict=False)]
         turns = [{"role": role, "content": text} for role, text in said]
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
+        return rendered(tokenizer, turns, add_generation_prompt=opens)
 
-    prompt = rendered([row.input], add_generation_prompt=True)
-    text = rendered([row.input, row.output])
-    before, _, rest = rendered(_MARKS).partition(_MARKS[0])
+    prompt = exchange([row.input], opens=True)
+    text = exchange([row.input, row.output])
+    before, _, rest = exchange(_MARKS).partition(_MARKS[0])
     between, _, after = rest.partition(_MARKS[1])
     # Some templates trim what they are given, on one side or both.
     for asked, told in itertools.product(*((t, t.strip()) for t in (row.input, row.output))):
@@ -280,7 +285,7 @@ def _chat_text(
             return text, *spans
     raise InputError(
         f"row {row.id!r}: the chat template renders the prompt differently before an answer,"
-        " or rewrites the answer; leave --chat-template out"
+        " or rewrites the answer; give --chat-template off"
     )
 
 

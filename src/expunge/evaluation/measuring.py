@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from expunge.analysis.template_choice import settled
+from expunge.data.chat_templates import Template, template_of
 from expunge.data.fingerprints import data_fingerprint, same_data
 from expunge.data.formats import sha256_of
 from expunge.data.rows import Reading, RowSet
@@ -16,16 +18,18 @@ from expunge.errors import InputError
 from expunge.evaluation.multiple_choice import Question, read_questions
 from expunge.evaluation.score_files import is_records, is_scores, records_text, scores_text
 from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
+from expunge.models.files import MANIFEST
 from expunge.models.loading import (
+    AnyDtype,
     CheckedModel,
-    Dtype,
     check_model,
     load_model,
     resolve_device,
-    text_policy,
+    resolve_dtype,
+    said_of_dtype,
+    text_policies,
 )
 from expunge.processes import processes_of, refused_together
-from expunge.training.manifest import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -54,18 +58,20 @@ class MeasureInputs(Reading):
     """Add what was generated to the records; it can hold forgotten text."""
     batch_size: int = 64
     """Rows a batch; it changes the speed, never a score."""
-    dtype: Dtype = "float32"
-    """Dtype that the model is loaded and run in."""
+    dtype: AnyDtype = "auto"
+    """Dtype that the model is loaded and run in; auto: the one of its files, float32 for float16."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    chat_template: bool = False
-    """Render prompts with the tokenizer's chat template."""
+    chat_template: Template = "auto"
+    """Render prompts with the tokenizer's chat template; auto: as the run that made the model recorded,
+    else where the model answers a sample of the rows better with it."""
     long_rows: LongRows = "refuse"
     """Refuse rows longer than the context, or score them in windows."""
     trust_remote_code: bool = False
     """Run code that the model's directory brings along."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "chat_template", template_of(self.chat_template))
         if self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size}: must be 1 or more")
         if self.mmlu_shots < 0:
@@ -81,6 +87,7 @@ class MeasureInputs(Reading):
 def measure(
     inputs: MeasureInputs,
     progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
+    message: Callable[[str], None] = lambda _: None,
 ) -> Scorecard:
     """Checks every input, loads the model, measures it and writes the files that were asked for.
 
@@ -92,13 +99,18 @@ def measure(
     with refused_together(processes):
         _check_outputs(inputs)
         checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
-        policy = text_policy(
-            checked, chat_template=inputs.chat_template, long_rows=inputs.long_rows
-        )
-        material = _read_material(inputs, checked, policy)
+        policies = text_policies(checked, inputs.chat_template, inputs.long_rows)
+        material = _read_material(inputs, checked, policies)
         # Before the work: the directory may be away when the scores are written.
         weights = {path.name: sha256_of(path) for path in checked.files.weights}
-        model = load_model(checked, inputs.dtype, device)
+        model = load_model(checked, resolve_dtype(checked, inputs.dtype), device)
+    for line in said_of_dtype(checked, inputs.dtype, device):
+        message(line)
+    policy = processes.gather(
+        settled(
+            policies, lambda: model, checked.tokenizer, material.forget, material.retain, message
+        )
+    )[0]
     card = evaluate_model(
         model,
         checked.tokenizer,
@@ -130,8 +142,8 @@ def check_measure(inputs: MeasureInputs) -> None:
     """Everything that `measure` can refuse before it loads the model. Raises InputError."""
     _check_outputs(inputs)
     checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
-    policy = text_policy(checked, chat_template=inputs.chat_template, long_rows=inputs.long_rows)
-    _read_material(inputs, checked, policy)
+    policies = text_policies(checked, inputs.chat_template, inputs.long_rows)
+    _read_material(inputs, checked, policies)
 
 
 @dataclass(frozen=True)
@@ -146,7 +158,9 @@ class _Material:
     """Whether the run that made the model was calibrated on the very non-members."""
 
 
-def _read_material(inputs: MeasureInputs, checked: CheckedModel, policy: TextPolicy) -> _Material:
+def _read_material(
+    inputs: MeasureInputs, checked: CheckedModel, policies: Sequence[TextPolicy]
+) -> _Material:
     forget = inputs.read(inputs.forget, "forget")
     retain = None if inputs.retain is None else inputs.read(inputs.retain, "retain")
     nonmembers = members = None
@@ -157,9 +171,10 @@ def _read_material(inputs: MeasureInputs, checked: CheckedModel, policy: TextPol
     questions, examples = None, None
     if inputs.mmlu is not None:
         questions, examples = read_questions(Path(inputs.mmlu), inputs.mmlu_shots)
-    check_material(
-        checked.tokenizer, forget, retain, nonmembers, questions, examples, policy, members
-    )
+    for policy in policies:
+        check_material(
+            checked.tokenizer, forget, retain, nonmembers, questions, examples, policy, members
+        )
     same = nonmembers is not None and _calibrated_on(Path(inputs.model), nonmembers)
     return _Material(forget, retain, nonmembers, members, questions, examples, same)
 

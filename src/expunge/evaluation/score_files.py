@@ -47,6 +47,22 @@ def read_scores(source: str) -> Scorecard:
         raise InputError(f"{path}: is not a scores.json; make it with expunge evaluate") from None
 
 
+def check_one_form(cards: Mapping[str, Scorecard]) -> None:
+    """Raises InputError where some were measured with the chat template and others without."""
+    forms = {name: card.details.get("text") for name, card in cards.items()}
+    told = {
+        name: text["chat_template"]
+        for name, text in forms.items()
+        if isinstance(text, Mapping) and isinstance(text.get("chat_template"), bool)
+    }
+    if len(set(told.values())) > 1:
+        on, off = (next(n for n, used in told.items() if used is state) for state in (True, False))
+        raise InputError(
+            f"{on}: was measured with the chat template, {off} without; measure both again with the same"
+            " expunge evaluate --chat-template on or off"
+        )
+
+
 def records_text(card: Scorecard, *, reveal: bool) -> str:
     """One JSON line a row, with what was generated only to reveal it."""
     shown = ({k: v for k, v in r.items() if reveal or k != "generated"} for r in card.records)

@@ -42,9 +42,9 @@ from expunge.ledger.records import (
 )
 from expunge.ledger.store import Ledger, LedgerPlace, open_ledger, serving_lock
 from expunge.methods.base import Method
+from expunge.models.files import MANIFEST
 from expunge.models.loading import check_model
 from expunge.processes import check_alone
-from expunge.training.manifest import MANIFEST
 from expunge.training.options import TrainingOptions
 from expunge.training.progress import Progress, Silent
 from expunge.training.run import RunInputs, run

@@ -15,6 +15,7 @@ from typing import Any
 from expunge.audits.auditing import audit
 from expunge.audits.budgets import BudgetName
 from expunge.audits.inputs import AuditInputs
+from expunge.data.chat_templates import Template
 from expunge.data.formats import sha256_of
 from expunge.data.rows import Reading
 from expunge.data.tokenization import LongRows
@@ -38,7 +39,7 @@ from expunge.ledger.records import (
     write_event,
 )
 from expunge.ledger.store import Ledger, LedgerPlace, open_ledger
-from expunge.models.loading import Dtype, check_model
+from expunge.models.loading import AnyDtype, check_model
 from expunge.processes import check_alone
 from expunge.training.progress import Progress
 
@@ -75,14 +76,15 @@ class VerifyInputs(Reading):
     verification reads it."""
     batch_size: int = 64
     """Rows a batch; it changes the speed, never a score."""
-    dtype: Dtype | None = None
-    """Dtype that the models run in; null: the one that each is saved in."""
+    dtype: AnyDtype = "auto"
+    """Dtype that the models run in; auto: the one that each is saved in, for float16 files float32."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     seed: int = 0
     """Seed of every draw."""
-    chat_template: bool = False
-    """Render prompts with the tokenizer's chat template."""
+    chat_template: Template = "auto"
+    """Render prompts with the tokenizer's chat template; auto: as the run that made the model recorded,
+    else where the model before it answers a sample of the rows better with it."""
     long_rows: LongRows = "refuse"
     """Refuse rows longer than the context, or cut them into windows."""
     trust_remote_code: bool = False

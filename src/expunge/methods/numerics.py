@@ -14,6 +14,7 @@ _LEAST_LOG = -1e4
 """Nats; in the place of -inf, whose product with 0 is no number."""
 _LEAST_VARIANCE = 1e-4
 """Nats^2, of a token known by heart, so that its gradient is a number."""
+_KNOWN_SHARE, _KNOWN_TOKENS = 0.5, 8
 _PIECE = {"cpu": 2**22}
 """Logits in a piece, by the kind of device: on a CPU what a piece takes stays in its caches."""
 _LARGE_PIECE = 2**25
@@ -146,6 +147,14 @@ def row_sums(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def row_means(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over each row's masked tokens: (rows, tokens) -> (rows,); 0 for rows without any."""
     return row_sums(values, mask) / mask.sum(dim=1).clamp(min=1)
+
+
+def is_known(share: float, length: int) -> bool:
+    """Whether of an answer of `length` tokens enough stands before greedy decoding's first mistake.
+
+    Half of it, or eight tokens: a model that never saw it gets no further but by chance.
+    """
+    return round(share * length) >= min(_KNOWN_TOKENS, _KNOWN_SHARE * length)
 
 
 def unbroken_share(right: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:

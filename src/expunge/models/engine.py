@@ -409,6 +409,23 @@ def _cut_off() -> Iterator[None]:
         raise NotASegment(reason) from error
 
 
+@contextmanager
+def read_in_turn(parts: Parts, layout: DecoderLayout) -> Iterator[None]:
+    """Passes of the whole model in the body: a layer is in memory while a pass is in it."""
+    if not parts.streamed:
+        yield
+        return
+    names = module_names(parts.model, layout)
+    outside = (*names.others, *names.head)
+    layers = [f"{layout.layers}.{index}" for index in range(layout.count)]
+    try:
+        parts.load(*outside)
+        with loaded_in_turn(parts, [names.embedding, *layers]):
+            yield
+    finally:
+        parts.release(*outside)
+
+
 @dataclass(frozen=True)
 class ModuleNames:
     """The modules outside the list of layers, by what they are for."""

@@ -14,6 +14,8 @@ from expunge.models.tensors import StoredTensor, stored_tensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MANIFEST = "expunge.json"
+"""The record of a run, in the directory of its result."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
 _OF_MODEL = ("config.json", "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE")

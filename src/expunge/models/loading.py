@@ -7,15 +7,23 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from expunge.data.tokenization import TextPolicy
+from expunge.data.chat_templates import Template
+from expunge.data.tokenization import LongRows, TextPolicy
 from expunge.errors import InputError, is_failure
 from expunge.models.adapters import find_adapter, with_adapter
 from expunge.models.decoder import SUPPORTED, DecoderLayout, find_layout, skeleton_of
-from expunge.models.files import ADAPTER_CONFIG, ModelFiles, check_model_files, read_json
+from expunge.models.files import (
+    ADAPTER_CONFIG,
+    MANIFEST,
+    ModelFiles,
+    check_model_files,
+    read_json,
+)
+from expunge.models.kernels import quick_dtype
 from expunge.models.rope import keep_rows_apart
 from expunge.models.tensors import check_finite, read_tensor
 from expunge.terminal import native_lines_dropped
@@ -30,6 +38,9 @@ _HUB_FILES = [
 _MOST_IDS = 2**31
 _CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length")
 Dtype = Literal["float32", "bfloat16", "float16"]
+AnyDtype = Literal["auto", "float32", "bfloat16", "float16"]
+RunDtype = Literal["auto", "float32", "bfloat16"]
+"""Of a run: gradients overflow in float16."""
 
 
 @dataclass(frozen=True)
@@ -300,11 +311,79 @@ def _renamed(skeleton: PreTrainedModel, files: ModelFiles) -> dict[str, str]:
     return {new: name for new, name in renamed.items() if new != name}
 
 
-def text_policy(
-    checked: CheckedModel, *, chat_template: bool, long_rows: Literal["refuse", "window"]
-) -> TextPolicy:
+def resolve_dtype(checked: CheckedModel, dtype: AnyDtype) -> Dtype:
+    """`auto` is the dtype that most of the checkpoint's numbers are saved in, for float16 float32.
+
+    Every number of float16 is one of float32; in bfloat16 three of its bits are lost, and in float16
+    gradients overflow. Raises InputError for files in another dtype.
+    """
+    if dtype != "auto":
+        return dtype
+    sizes: dict[str, int] = {}
+    for tensor in checked.files.tensors.values():
+        name = str(tensor.dtype).removeprefix("torch.")
+        if tensor.dtype.is_floating_point:
+            sizes[name] = sizes.get(name, 0) + tensor.bytes
+    most = max(sizes, key=lambda name: sizes[name], default="none")
+    if most in ("float32", "float16"):
+        return "float32"
+    if most == "bfloat16":
+        return "bfloat16"
+    raise InputError(f"{checked.name}: is saved in {most}; give --dtype float32")
+
+
+def said_of_dtype(checked: CheckedModel, given: AnyDtype, device: str) -> list[str]:
+    """What the user is told of the dtype that the model runs in."""
+    dtype, kind = resolve_dtype(checked, given), torch.device(device).type
+    kinds = {tensor.dtype for tensor in checked.files.tensors.values()}
+    said = []
+    if given == "auto" and dtype == "float32" and torch.float16 in kinds:
+        said = ["float16 files run in float32, which holds their numbers exactly (--dtype auto)"]
+    if dtype == "bfloat16" and kind in ("cpu", "cuda") and quick_dtype(kind) != dtype:
+        said = [
+            "warning: this device has no instructions for bfloat16 and is slow in it; --dtype float32 is"
+            " faster and takes twice the memory"
+        ]
+    return said
+
+
+def text_policy(checked: CheckedModel, *, chat_template: bool, long_rows: LongRows) -> TextPolicy:
     """The policy of a run on this model."""
     return TextPolicy(checked.context, chat_template, long_rows, vocabulary_of(checked.config))
+
+
+def text_policies(
+    checked: CheckedModel, template: Template, long_rows: LongRows
+) -> list[TextPolicy]:
+    """The forms that rows may be asked in: one, or two of which the weights decide (`policies_of`).
+
+    `auto` takes what the expunge.json beside the model records. Raises InputError.
+    """
+    policy = text_policy(checked, chat_template=False, long_rows=long_rows)
+    recorded = recorded_template(checked) if template == "auto" else None
+    if recorded or (recorded is False and checked.tokenizer.chat_template):
+        return [replace(policy, chat_template=recorded, template_choice={"by": MANIFEST})]
+    return policies_of(policy, template, checked.tokenizer)
+
+
+def policies_of(
+    policy: TextPolicy, template: Template, tokenizer: PreTrainedTokenizerBase
+) -> list[TextPolicy]:
+    """The policy without and with the chat template, as far as that is open; the longer rows last."""
+    chat = replace(policy, chat_template=True)
+    if template == "auto" and tokenizer.chat_template:
+        return [policy, chat]
+    return [chat if template == "on" else policy]
+
+
+def recorded_template(checked: CheckedModel) -> bool | None:
+    """Whether the run that made the model used the chat template; None where no run made it."""
+    adapter = checked.files.adapter
+    path = (adapter[0].parent if adapter else checked.files.directory) / MANIFEST
+    found: Any = read_json(path) if path.is_file() else {}
+    for name in ("settings", "training", "text", "chat_template"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, bool) else None
 
 
 def context_of(config: PretrainedConfig) -> int:

@@ -8,11 +8,11 @@ from typing import Any
 import expunge
 from expunge.data.fingerprints import named
 from expunge.errors import InputError
+from expunge.models.files import MANIFEST
 from expunge.reporting.attacks import attacks
 from expunge.reporting.details import layers, record, scorecard, training, weights
 from expunge.reporting.first_page import asked, done, measures, summary
 from expunge.reporting.material import Material
-from expunge.training.manifest import MANIFEST
 
 FORMAT = "expunge-report/1"
 

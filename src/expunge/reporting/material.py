@@ -16,9 +16,9 @@ from expunge.data.fingerprints import PLACE, data_fingerprint, named, same_data
 from expunge.data.formats import sha256_of
 from expunge.data.rows import Reading, RowSet
 from expunge.errors import InputError
-from expunge.evaluation.score_files import SCORES, read_scores
+from expunge.evaluation.score_files import SCORES, check_one_form, read_scores
 from expunge.evaluation.scorecard import Scorecard
-from expunge.training.manifest import MANIFEST
+from expunge.models.files import MANIFEST
 from expunge.training.run import DIRECTIONS, METRICS
 
 AUDIT = "audit.json"
@@ -292,6 +292,7 @@ def _cards(inputs: ReportInputs, directory: Path, manifest: Mapping[str, Any]) -
         label = role if role != "other" else _label(measured, file, [each.label for each in cards])
         cards.append(Card(role, label, named(str(file)), measured, card, is_checked))
     order = ("target", "unlearned", "oracle", "other")
+    check_one_form({each.label: each.card for each in cards})
     return sorted(cards, key=lambda each: order.index(each.role))
 
 

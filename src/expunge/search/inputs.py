@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import expunge
+from expunge.data.chat_templates import Template
 from expunge.data.fingerprints import data_fingerprint
 from expunge.data.formats import sha256_of
 from expunge.data.rows import Reading, RowSet
@@ -18,7 +19,16 @@ from expunge.evaluation.multiple_choice import Question, read_questions
 from expunge.evaluation.score_files import read_scores
 from expunge.evaluation.scorecard import Scorecard, check_material
 from expunge.methods.base import Method
-from expunge.models.loading import CheckedModel, check_model, resolve_device
+from expunge.models.loading import (
+    CheckedModel,
+    Dtype,
+    RunDtype,
+    check_model,
+    resolve_device,
+    resolve_dtype,
+    said_of_dtype,
+    text_policies,
+)
 from expunge.processes import check_alone
 from expunge.search.objectives import Material, Objective, check_objectives, objective_value
 from expunge.search.space import METHOD_PREFIX, Space, read_space
@@ -78,8 +88,9 @@ class SweepInputs(Reading):
     """End after so many failed trials in a row."""
     write_best: bool = False
     """At the end run the best settings again and write that model to OUTPUT/best."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the frozen weights, of the products and of the scoring."""
+    dtype: RunDtype = "auto"
+    """Dtype of the frozen weights, of the products and of the scoring; auto: the one of the model's
+    files, for float16 files float32."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     overwrite: bool = False
@@ -129,12 +140,26 @@ class Task:
     device: str
     sets: Mapping[str, RowSet]
     encoded: EncodedSets
+    plain: EncodedSets | None
+    """The rows without the chat template, where the weights decide whether it is on."""
     questions: Sequence[Question] | None
     examples: Mapping[str, Sequence[Question]] | None
     oracle: Scorecard | None
     settings: Mapping[str, Any]
     """What the workers of a study must have in common."""
     warnings: Sequence[str]
+
+    @property
+    def template(self) -> Template:
+        """Whether the chat template is on; auto before a sweep has begun, where the weights decide."""
+        if self.plain is not None:
+            return "auto"
+        return "on" if self.encoded.policy.chat_template else "off"
+
+    @property
+    def dtype(self) -> Dtype:
+        """Of weights, products and scoring."""
+        return resolve_dtype(self.checked, self.inputs.dtype)
 
     @property
     def scored_nonmembers(self) -> RowSet | None:
@@ -158,13 +183,17 @@ def check_sweep(inputs: SweepInputs, method: Method, options: TrainingOptions) -
     checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
     space.check(checked.layout)
     sets = _read_sets(inputs)
-    encoded = encode_sets(
-        options,
-        checked.config,
-        checked.tokenizer,
-        sets["forget"],
-        sets.get("retain"),
-        sets.get("nonmembers"),
+    policies = text_policies(checked, options.chat_template, options.long_rows)
+    *others, encoded = (
+        encode_sets(
+            options,
+            policy,
+            checked.tokenizer,
+            sets["forget"],
+            sets.get("retain"),
+            sets.get("nonmembers"),
+        )
+        for policy in policies
     )
     prepared = prepare_encoded(
         method, options, checked.config, checked.layout, checked.tokenizer, encoded
@@ -172,16 +201,17 @@ def check_sweep(inputs: SweepInputs, method: Method, options: TrainingOptions) -
     questions, examples = None, None
     if inputs.mmlu is not None:
         questions, examples = read_questions(Path(inputs.mmlu), inputs.mmlu_shots)
-    check_material(
-        checked.tokenizer,
-        sets["forget"],
-        sets.get("retain"),
-        sets.get("score_nonmembers", sets.get("nonmembers")),
-        questions,
-        examples,
-        encoded.policy,
-    )
-    warnings = list(prepared.warnings)
+    for policy in policies:
+        check_material(
+            checked.tokenizer,
+            sets["forget"],
+            sets.get("retain"),
+            sets.get("score_nonmembers", sets.get("nonmembers")),
+            questions,
+            examples,
+            policy,
+        )
+    warnings = [*prepared.warnings, *said_of_dtype(checked, inputs.dtype, device)]
     if inputs.nonmembers is not None and inputs.score_nonmembers is None:
         warnings.append(
             "the MIA score is measured on the text that runs are calibrated against; give"
@@ -196,6 +226,7 @@ def check_sweep(inputs: SweepInputs, method: Method, options: TrainingOptions) -
         device=device,
         sets=sets,
         encoded=encoded,
+        plain=others[0] if others else None,
         questions=questions,
         examples=examples,
         oracle=oracle,
@@ -241,7 +272,7 @@ def _settings(
             for name, value in training.items()
             if name not in varied and name not in _COSTS_ONLY
         },
-        "dtype": inputs.dtype,
+        "dtype": resolve_dtype(checked, inputs.dtype),
         "model_sha256": dict(checked.files.sha256()),
         "data_hmac_sha256": {name: data_fingerprint(rows) for name, rows in sets.items()},
         "mmlu": None

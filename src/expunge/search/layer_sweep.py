@@ -42,9 +42,10 @@ from expunge.evaluation.scorecard import Scorecard
 from expunge.methods.base import Method
 from expunge.methods.steering import SteeringSettings, candidate_layers
 from expunge.models.decoder import DecoderLayout
-from expunge.models.loading import CheckedModel, resolve_device
+from expunge.models.loading import CheckedModel, resolve_device, resolve_dtype
 from expunge.models.prefix import Prefix
 from expunge.processes import check_alone, processes_of
+from expunge.training.form import resolved_form
 from expunge.training.layer_choice import read_layers
 from expunge.training.manifest import finite, settings_of
 from expunge.training.options import TrainingOptions
@@ -354,10 +355,13 @@ def _asked(task: _Task) -> dict[str, Any]:
 
 def _prediction(task: _Task, progress: Progress) -> LayerChoice:
     """Reads the target's layers, and drops the target again."""
-    inputs, checked = task.inputs, task.checked
-    parts = open_parts(checked, inputs.dtype, task.prepared, task.device, processes_of(task.device))
+    checked, dtype = task.checked, resolve_dtype(task.checked, task.inputs.dtype)
+    parts = open_parts(checked, dtype, task.prepared, task.device, processes_of(task.device))
     autocast = autocast_of(parts.device, parts.model.dtype)
-    return read_layers(task.prepared, checked.layout, parts, autocast, progress)
+    prepared = resolved_form(
+        task.prepared, checked.layout, parts, checked.tokenizer, autocast, progress
+    )
+    return read_layers(prepared, checked.layout, parts, autocast, progress)
 
 
 def _all_layers(

@@ -210,11 +210,12 @@ def _config(task: Task, trial: Mapping[str, Any]) -> str:
         "output": str((Path(inputs.output) / f"trial-{trial['number']}").absolute()),
         "columns": inputs.columns,
         "joiner": inputs.joiner,
-        "dtype": inputs.dtype,
+        "dtype": task.dtype,
         "device": inputs.device,
         "trust_remote_code": inputs.trust_remote_code,
         "method": settings_of(method),
         **dataclasses.asdict(options),
+        "chat_template": task.template,
     }
     fields = {key: value for key, value in fields.items() if value != []}  # no value for a flag
     values = ", ".join(f"{name} {value:.4f}" for name, value in trial["values"].items())

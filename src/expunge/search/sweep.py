@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ from expunge.search.study import (
     put_in_line,
     take_over,
 )
-from expunge.search.trial import Hopeless, TrialResult, Watch, run_trial, score
+from expunge.search.trial import Hopeless, TrialResult, Watch, run_trial, score, with_form
 from expunge.training.manifest import finite
 from expunge.training.options import TrainingOptions, seconds
 from expunge.training.progress import Progress, Silent
@@ -107,7 +107,8 @@ def sweep(
     with stop_requests() as stop, worker.at_work():
         stop.can_resume = True
         try:
-            stopped = _Session(task, study, worker, stop, progress).work()
+            session = _Session(task, study, worker, stop, progress)
+            stopped = session.work()
         except ExpungeError:
             raise
         except Exception as error:
@@ -116,6 +117,7 @@ def sweep(
             raise RunError(
                 "the study's database failed; go on with the same command when it works again"
             ) from None
+    task = session.task
     result = write_results(task, study, stopped)
     if stop.requested:
         done = result["counts"]["ended"]
@@ -151,6 +153,7 @@ class _Session:
         self.began = time.monotonic()
         take_over(self.study, self.worker, self.progress.message)
         try:
+            self.task = with_form(self.task, self.progress)
             self.target = self._target()
             while self._is_next():
                 if self.stop.requested:
@@ -425,6 +428,7 @@ def _write_best(task: Task, result: Mapping[str, Any], progress: Progress) -> No
     """Runs the best settings once more and writes the model."""
     values = best_run(result)["params"]
     method, options = task.space.with_values(values)
+    options = replace(options, chat_template=task.template)
     progress.message(f"writing the model of trial {best_run(result)['number']}")
     try:
         run(_best_inputs(task), method, options, progress)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from expunge.analysis.template_choice import said_of, settled
 from expunge.evaluation.findings import findings
 from expunge.evaluation.scorecard import Scorecard, evaluate_model
 from expunge.methods.base import Method
@@ -109,7 +110,7 @@ def run_trial(
     Hopeless where the watch ends the run.
     """
     started = time.monotonic()
-    checked, dtype = task.checked, task.inputs.dtype
+    checked, dtype = task.checked, task.dtype
     prepared = prepare_encoded(
         method, options, checked.config, checked.layout, checked.tokenizer, task.encoded
     )
@@ -146,9 +147,29 @@ def run_trial(
     )
 
 
+def with_form(task: Task, progress: Progress) -> Task:
+    """The sweep with its chat template on or off, where the weights decide; else as it is."""
+    if task.plain is None:
+        for line in said_of(task.encoded.policy):
+            progress.message(line)
+        return task
+    tokenizer = task.checked.tokenizer
+    policy = settled(
+        (task.plain.policy, task.encoded.policy),
+        lambda: load_model(task.checked, task.dtype, task.device),
+        tokenizer,
+        *task.encoded.sample,
+        progress.message,
+    )
+    release(task.device)
+    encoded = task.encoded if policy.chat_template else task.plain
+    encoded = replace(encoded, policy=policy, text=policy.describe(tokenizer))
+    return replace(task, encoded=encoded, plain=None)
+
+
 def score(task: Task, weights: Mapping[str, torch.Tensor], progress: Progress) -> Scorecard:
     """The scorecard of the target with `weights` (float32, by name) over its own; none: the target's."""
-    model = load_model(task.checked, task.inputs.dtype, task.device)
+    model = load_model(task.checked, task.dtype, task.device)
     put(model, weights, task.checked)
     card = evaluate_model(
         model,

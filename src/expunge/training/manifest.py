@@ -21,7 +21,6 @@ from expunge.data.rows import RowSet
 from expunge.methods.base import Method
 from expunge.training.unlearning import Outcome
 
-MANIFEST = "expunge.json"
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "safetensors", "tokenizers")
 
 

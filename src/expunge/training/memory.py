@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from expunge.analysis.template_choice import PASS_ANSWERS
 from expunge.data.batches import Batch, collate
 from expunge.data.tokenization import Example
 from expunge.methods.gradient import GradientSettings
@@ -223,8 +224,9 @@ class Formula:
         pages = {PAGES: min(cache.bytes, 2 * DROP_AFTER)}
         embedding = shapes.outside - shapes.head or shapes.outside
         longest = max(map(len, [*self._prepared.forget, *self._prepared.retain]))
-        tokens = self._pass_tokens if self._chooses else _CHECKED_ROWS * longest
-        scores = self._prepared.measures * _CHECKED_ROWS * longest
+        asks = self._prepared.plain is not None or self._prepared.looks
+        tokens = self._pass_tokens if self._chooses or asks else _CHECKED_ROWS * longest
+        scores = max(self._prepared.measures * _CHECKED_ROWS * longest, asks * PASS_ANSWERS)
         logits = {LOGITS: 2 * self._item * scores * shapes.vocabulary}
         yield "check", {**weights(1, shapes.outside), **self._pass(tokens), **logits}
         filled = min(self._pass_tokens + longest, cache.tokens)

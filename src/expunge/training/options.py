@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from expunge.data.chat_templates import Template, template_of
 from expunge.data.sampling import steps_an_epoch
 from expunge.data.tokenization import LongRows
 from expunge.errors import InputError, check_seed
@@ -67,13 +68,14 @@ class TrainingOptions:
     computed each time. 0 caches nothing; null: no limit."""
     cache_dtype: CacheDtype | None = None
     """Dtype of the cached hidden states; null: the one they are computed in."""
-    chat_template: bool = False
-    """Render rows with the tokenizer's chat template."""
+    chat_template: Template = "auto"
+    """Render rows with the tokenizer's chat template; auto: where the target answers a sample of the
+    rows better with it. A target that a run made is asked as that run recorded."""
     long_rows: LongRows = "refuse"
     """Refuse rows longer than the model's context, or cut them into overlapping windows."""
     unknown_rows: Literal["refuse", "unlearn"] = "refuse"
     """Refuse to unlearn where the target knows none of the forget rows in the form given, or go on; the
-    run then never ends as unlearned. With `--select last` this is not looked at."""
+    run then never ends as unlearned. With `--select last` a sample of 32 is read for it."""
     influence: str | None = None
     """An influence.json of `expunge analyze influence` on the same model and rows."""
     retain_sampling: RetainSampling = "uniform"
@@ -91,6 +93,7 @@ class TrainingOptions:
             if value is not None and value < 1:
                 raise InputError(f"--{option.replace('_', '-')} {value}: must be 1 or more")
         check_seed(self.seed)
+        object.__setattr__(self, "chat_template", template_of(self.chat_template))
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise InputError(f"--learning-rate {self.learning_rate}: must be positive")
         if not self.max_grad_norm > 0:

@@ -179,8 +179,14 @@ def plan(
     """What the run takes, of each of `shards` processes. No weights are read and nothing is written.
 
     Which layer `auto` chooses only the weights can say: both ends are planned for, and the one that
-    takes more is given.
+    takes more is given. So is the form with the chat template, where the weights decide on it.
     """
+    if prepared.plain is not None:
+        said = (
+            "--chat-template auto: planned with the template, whose rows are longer; the run reads a"
+            " sample of them both ways to choose"
+        )
+        prepared = dataclasses.replace(prepared, warnings=[*prepared.warnings, said])
     if is_open(prepared):
         ends = extreme_layers(checked.layout)
         plans = [

@@ -16,6 +16,7 @@ from expunge.analysis.influence_file import (
     sampling_weights,
 )
 from expunge.analysis.layers import LayerChoice
+from expunge.analysis.template_choice import evenly
 from expunge.data.batches import PAD_ID
 from expunge.data.random_text import LENGTH, random_examples
 from expunge.data.rows import Row, RowSet, as_rows, check_disjoint, documents
@@ -24,7 +25,7 @@ from expunge.errors import InputError
 from expunge.methods.base import Method
 from expunge.methods.retrain import Retrain
 from expunge.models.decoder import DecoderLayout
-from expunge.models.loading import CheckedModel, context_of, vocabulary_of
+from expunge.models.loading import CheckedModel, context_of, policies_of, vocabulary_of
 from expunge.training.options import TrainingOptions, resolved
 from expunge.training.validation import ValidationSet
 
@@ -77,8 +78,11 @@ class Prepared:
     options: TrainingOptions
     used: Mapping[str, Any]
     """The loop's options with every default filled in."""
+    policy: TextPolicy
     text: Mapping[str, Any]
     """How rows became tokens."""
+    sample: tuple[Sequence[Row], Sequence[Row]]
+    """Forget and retain rows that `--chat-template auto` reads."""
     forget: Sequence[Example]
     """To retrain, the rows that are learned: those to keep."""
     retain: Sequence[Example]
@@ -87,12 +91,14 @@ class Prepared:
     retain_kept_out: bool
     pad_id: int
     warnings: Sequence[str]
+    has_template: bool
+    """Whether the tokenizer has a chat template."""
     layer_choice: LayerChoice | None = None
     """How the method's layer was chosen; None where it was given."""
     influence: InfluenceUsed | None = None
     """None without --influence."""
-    other_form: str = ""
-    """What to try where the target does not know its rows."""
+    plain: Prepared | None = None
+    """The same run without the chat template, where the weights decide whether it is on."""
     base: CheckedModel | None = None
     """The model from before the fine-tune, where it is given."""
     asks_base: bool = False
@@ -122,6 +128,11 @@ class Prepared:
         """Whether candidates are measured during the run."""
         return self.used["validate_every"] is not None
 
+    @property
+    def looks(self) -> bool:
+        """Whether a sample says what the target knows, as nothing is measured later."""
+        return not (self.measures or self.retrains) and self.options.unknown_rows == "refuse"
+
     def describe(self) -> dict[str, Any]:
         """What the manifest says of it."""
         return {
@@ -148,6 +159,8 @@ class EncodedSets:
     forget: Sequence[Example]
     retain: Sequence[Example] | None
     """None where there is no retain set."""
+    sample: tuple[Sequence[Row], Sequence[Row]]
+    """Forget and retain rows that `--chat-template auto` reads."""
     members: Sequence[Example]
     """The forget set's documents; empty without non-members."""
     nonmembers: Sequence[Example]
@@ -164,11 +177,13 @@ def prepare(
     forget: Iterable[Row | Mapping[str, object]],
     retain: Iterable[Row | Mapping[str, object]] | None,
     nonmembers: Iterable[Row | Mapping[str, object]] | None,
+    policies: Sequence[TextPolicy] | None = None,
     *,
     has_base: bool = False,
 ) -> Prepared:
     """Checks rows and settings against each other and the model. Raises InputError.
 
+    `policies` are the forms that rows may be asked in; None: those that the options leave open.
     `has_base`: whether there is the model from before the fine-tune, to be trained or asked.
     """
     method.check(layout)
@@ -176,13 +191,29 @@ def prepare(
     retain_rows = None if retain is None else as_rows(retain, "retain")
     nonmember_rows = None if nonmembers is None else as_rows(nonmembers, "nonmembers")
     _check_retain(method, retain_rows)
-    sets = encode_sets(options, config, tokenizer, forget_rows, retain_rows, nonmember_rows)
-    return prepare_encoded(method, options, config, layout, tokenizer, sets, has_base=has_base)
+    if policies is None:
+        policy = TextPolicy(
+            context_of(config), long_rows=options.long_rows, vocabulary=vocabulary_of(config)
+        )
+        policies = policies_of(policy, options.chat_template, tokenizer)
+    *others, prepared = (
+        prepare_encoded(
+            method,
+            options,
+            config,
+            layout,
+            tokenizer,
+            encode_sets(options, each, tokenizer, forget_rows, retain_rows, nonmember_rows),
+            has_base=has_base,
+        )
+        for each in policies
+    )
+    return replace(prepared, plain=others[0]) if others else prepared
 
 
 def encode_sets(
     options: TrainingOptions,
-    config: PretrainedConfig,
+    policy: TextPolicy,
     tokenizer: PreTrainedTokenizerBase,
     forget: RowSet,
     retain: RowSet | None,
@@ -197,14 +228,12 @@ def encode_sets(
         influence = read_influence(Path(options.influence))
         nothing = RowSet((), "", {})
         check_same_rows(options.influence, influence, forget, retain or nothing)
-    policy = TextPolicy(
-        context_of(config), options.chat_template, options.long_rows, vocabulary_of(config)
-    )
     return EncodedSets(
         policy=policy,
         text=policy.describe(tokenizer),
         forget=encode_rows(forget, tokenizer, policy, eos=False),
         retain=None if retain is None else encode_rows(retain, tokenizer, policy, eos=True),
+        sample=(evenly(forget), evenly(retain or ())),
         members=encode_rows(documents(forget), tokenizer, policy, eos=False) if nonmembers else (),
         nonmembers=encode_rows(documents(nonmembers), tokenizer, policy, eos=False)
         if nonmembers
@@ -278,7 +307,9 @@ def prepare_encoded(
         method=method,
         options=options,
         used=resolved(method, options, layout, len(forgotten)),
+        policy=policy,
         text=sets.text,
+        sample=sets.sample,
         forget=forgotten,
         retain=[*kept, *held],
         validation=validation,
@@ -286,17 +317,9 @@ def prepare_encoded(
         pad_id=PAD_ID,
         warnings=warnings,
         influence=facts,
-        other_form=_other_form(options, tokenizer),
+        has_template=bool(tokenizer.chat_template),
         asks_base=asks_base,
     )
-
-
-def _other_form(options: TrainingOptions, tokenizer: PreTrainedTokenizerBase) -> str:
-    if options.chat_template:
-        return "the model may know them without its template: leave --chat-template out"
-    if tokenizer.chat_template:
-        return "the tokenizer has a chat template: give --chat-template"
-    return "give the model that was trained on them, and rows in the form of its training"
 
 
 def _applied(

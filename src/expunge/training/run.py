@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import tyro
@@ -23,12 +23,18 @@ from expunge.errors import InputError
 from expunge.methods.base import Method
 from expunge.models.decoder import skeleton_of
 from expunge.models.engine import SegmentEngine
+from expunge.models.files import MANIFEST
 from expunge.models.loading import (
     CheckedModel,
+    Dtype,
+    RunDtype,
     check_base,
     check_model,
     load_model,
     resolve_device,
+    resolve_dtype,
+    said_of_dtype,
+    text_policies,
 )
 from expunge.models.packing import NotASegment
 from expunge.models.parts import (
@@ -51,9 +57,10 @@ from expunge.models.writing import (
     write_checkpoint,
 )
 from expunge.processes import OneProcess, Processes, processes_of, refused_together
+from expunge.training.form import resolved_form
 from expunge.training.keeping import Keeper, plain_errors
 from expunge.training.layer_choice import resolved_layer
-from expunge.training.manifest import MANIFEST, describe_run, digests, finite, settings_of
+from expunge.training.manifest import describe_run, digests, finite, settings_of
 from expunge.training.options import TrainingOptions
 from expunge.training.preparation import Prepared, prepare
 from expunge.training.progress import Progress, Silent
@@ -98,8 +105,9 @@ class RunInputs(Reading):
     """The model from before the fine-tune. `--method retrain` trains it on the rows to keep; with other
     methods, and no --calibration, forget rows are to look as they do to it, and as much dearer as other
     text of their kind has become."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the frozen weights and of the products; trained tensors are float32 always."""
+    dtype: RunDtype = "auto"
+    """Dtype of the frozen weights and of the products; trained tensors are float32 always. auto: the one
+    of the model's files, for float16 files float32."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     keep_adapter: bool = False
@@ -181,14 +189,18 @@ def run(
             copy_target(checked, scratch.output)
             scratch.mark("copied")
             progress.phase("copying the model", 1, 1)
+        for line in said_of_dtype(checked, inputs.dtype, device):
+            progress.message(line)
         if prepared.yardstick == "base" and prepared.base is not None:
-            asked_first = _whole(prepared.base, inputs.dtype, device, processes)
+            asked_first = _whole(
+                prepared.base, resolve_dtype(prepared.base, inputs.dtype), device, processes
+            )
             prepared = with_base(prepared, asked_first, checked.layout, progress, processes)
             del asked_first  # before the target is loaded in its place
             give_back_freed_memory()
         opened = open_run(
             checked,
-            inputs.dtype,
+            resolve_dtype(checked, inputs.dtype),
             prepared,
             device,
             progress,
@@ -296,6 +308,7 @@ def check_run(
         sets.get("forget", RowSet((), "", {})),
         sets.get("retain"),
         sets.get("nonmembers"),
+        text_policies(checked, options.chat_template, options.long_rows),
         has_base=base is not None,
     )
     prepared = replace(prepared, base=base)
@@ -361,7 +374,9 @@ def _asked(
 def _bytes_of_cache(prepared: Prepared, checked: CheckedModel, inputs: RunInputs) -> int:
     if prepared.method.trained_layers(checked.layout) is None:
         return 0
-    return plan_cache(prepared, checked.layout.width, getattr(torch, inputs.dtype)).bytes
+    return plan_cache(
+        prepared, checked.layout.width, getattr(torch, resolve_dtype(checked, inputs.dtype))
+    ).bytes
 
 
 @dataclass
@@ -380,7 +395,7 @@ class Opened:
 
 def open_run(
     checked: CheckedModel,
-    dtype: Literal["float32", "bfloat16"],
+    dtype: Dtype,
     prepared: Prepared,
     device: str,
     progress: Progress,
@@ -394,6 +409,9 @@ def open_run(
     parts = open_parts(checked, dtype, prepared, device, processes)
     choosing = time.monotonic()
     autocast = autocast_of(parts.device, parts.model.dtype)
+    prepared = resolved_form(
+        prepared, checked.layout, parts, checked.tokenizer, autocast, progress, processes
+    )
     prepared = resolved_layer(
         prepared,
         checked.layout,
@@ -411,7 +429,7 @@ def open_run(
 
 def open_parts(
     checked: CheckedModel,
-    dtype: Literal["float32", "bfloat16"],
+    dtype: Dtype,
     prepared: Prepared,
     device: str,
     processes: Processes,
@@ -428,7 +446,7 @@ def open_parts(
 
 def _whole(
     checked: CheckedModel,
-    dtype: Literal["float32", "bfloat16"],
+    dtype: Dtype,
     device: str,
     processes: Processes,
     trained: Sequence[str] = (),
@@ -443,7 +461,7 @@ def _whole(
 
 def _cut(
     checked: CheckedModel,
-    dtype: Literal["float32", "bfloat16"],
+    dtype: Dtype,
     prepared: Prepared,
     device: str,
     parts: Parts,

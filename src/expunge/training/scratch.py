@@ -27,8 +27,8 @@ from typing import Any
 
 from expunge.disk import PART, check_writable, check_written, held, own, remove, settle, write_whole
 from expunge.errors import InputError, NothingKept, RunError
+from expunge.models.files import MANIFEST
 from expunge.processes import Processes
-from expunge.training.manifest import MANIFEST
 from expunge.training.state import SavedState, load_facts, load_state
 
 _BESIDE = (

@@ -16,7 +16,7 @@ import torch
 from expunge.data.fingerprints import handed_out
 from expunge.data.rows import Row
 from expunge.data.tokenization import Example
-from expunge.errors import InputError, RefusedRun
+from expunge.errors import InputError
 from expunge.methods.base import Context, Finished, Method
 from expunge.methods.own_text import written_by
 from expunge.models.decoder import DecoderLayout, find_layout
@@ -27,6 +27,7 @@ from expunge.models.parts import Parts, WholeModel
 from expunge.models.prefix import Prefix
 from expunge.processes import OneProcess, Processes
 from expunge.training.ending import judge
+from expunge.training.form import resolved_form, unknown
 from expunge.training.layer_choice import resolved_layer
 from expunge.training.loop import History, Keeper, Loop, LoopOptions
 from expunge.training.options import TrainingOptions, seconds, size_in_bytes
@@ -121,6 +122,7 @@ def unlearn_model(
     if base is not None:
         prepared = with_base(prepared, base.eval(), layout, progress)
     autocast = autocast_of(parts.device, model.dtype)
+    prepared = resolved_form(prepared, layout, parts, tokenizer, autocast, progress)
     prepared = resolved_layer(prepared, layout, parts, autocast, progress)
     try:
         engine = open_engine(prepared, layout, parts)
@@ -184,7 +186,8 @@ def with_base(
             context, prepared.validation, [row for row in prepared.retain if row.listed]
         )
     progress.phase("asking the base", 1, 1)
-    return replace(prepared, validation=validation)
+    plain = prepared.plain and with_base(prepared.plain, base, layout, progress, processes)
+    return replace(prepared, validation=validation, plain=plain)
 
 
 def plan_cache(prepared: Prepared, width: int, dtype: torch.dtype) -> CacheLayout:
@@ -386,21 +389,10 @@ def _target_reading(
 
 
 def _unknown(prepared: Prepared, target: Measured | None) -> list[str]:
-    """A warning of forget rows that the target does not know in the form given.
-
-    Raises RefusedRun where it knows none of those that were measured, unless the options go on.
-    """
-    if prepared.retrains or target is None or target.forget_known in (None, 1):
+    if prepared.retrains or target is None or target.forget_known is None:
         return []
     rows = len({example.row_id for example in prepared.validation.forget})
-    unknown = rows - round(target.forget_known * rows)
-    told = (
-        f"the target does not know {unknown} of {rows} forget rows measured, in the form given"
-        f" (forget accuracy {target.forget_accuracy:.2f}); {prepared.other_form}"
-    )
-    if unknown == rows and prepared.options.unknown_rows == "refuse":
-        raise RefusedRun(f"--forget: {told}, or go on with --unknown-rows unlearn")
-    return [told]
+    return unknown(prepared, rows, target.forget_known, target.forget_accuracy)
 
 
 def _loop_options(prepared: Prepared, place: Place, validation_seconds: float) -> LoopOptions:

@@ -24,13 +24,11 @@ from expunge.data.tokenization import Example
 from expunge.methods.base import Context
 from expunge.methods.calibration import NeverSeen, RowTokens, as_before, joined, never_seen
 from expunge.methods.membership import RowLosses, membership_auc
-from expunge.methods.numerics import unbroken_share
+from expunge.methods.numerics import is_known, unbroken_share
 from expunge.methods.own_text import text_of_kind
 
 DESTROYED_BELOW = 0.5
 _FLOOR = 1e-3
-_KNOWN_SHARE, _KNOWN_TOKENS = 0.5, 8
-"""Of an answer, before the first mistake: a model that never saw it gets no further but by chance."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,7 @@ class Measured:
     never_seen_distance: float | None = None
     """Mean distance of forget documents' losses from those of never-seen ones of the same rank."""
     forget_known: float | None = None
-    """Share of the forget rows that it knows: of whose answer greedy decoding would write half, or eight
-    tokens, before its first mistake."""
+    """Share of the forget rows that it knows (`is_known`)."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +217,7 @@ def _pass(
         shares = unbroken_share(right, answers).tolist()
         lengths = answers.sum(1).tolist()
         found += [
-            (row, share, round(share * length) >= min(_KNOWN_TOKENS, _KNOWN_SHARE * length))
+            (row, share, is_known(share, length))
             for row, share, length in zip(batch.row_ids, shares, lengths, strict=True)
             if length
         ]

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from expunge.data.chat_templates import check_template
+from expunge.data.chat_templates import Template, check_template, template_of
 from expunge.data.rows import RowSet
 from expunge.errors import InputError, install
-from expunge.evaluation.score_files import read_scores
+from expunge.evaluation.score_files import check_one_form, read_scores
 from expunge.evaluation.scorecard import Scorecard, check_material
-from expunge.models.loading import CheckedModel, Dtype, check_model, resolve_device, text_policy
+from expunge.models.loading import AnyDtype, CheckedModel, check_model, resolve_device, text_policy
 from expunge.reporting.content import content
 from expunge.reporting.material import Material, ReportInputs, gather
 from expunge.reporting.tables import label_of
@@ -63,16 +63,18 @@ class ServeInputs:
     password_file: str | None = None
     """File whose first line is the password; null: the environment variable EXPUNGE_PASSWORD. Other
     users of the machine can read a command line, so it takes no password."""
-    dtype: Dtype = "float32"
-    """Dtype that both models are loaded and run in."""
+    dtype: AnyDtype = "auto"
+    """Dtype that both models are loaded and run in; auto: the one of their files, for float16 files
+    float32."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    chat_template: bool | None = None
-    """Render prompts with the tokenizer's chat template; null: as the run did."""
+    chat_template: Template = "auto"
+    """Render prompts with the tokenizer's chat template; auto: as the run did."""
     trust_remote_code: bool = False
     """Run code that the models' directories bring along."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "chat_template", template_of(self.chat_template))
         if not 0 <= self.port < 2**16:
             raise InputError(f"--port {self.port}: must be from 0 to 65535")
         if len(self.records) > 2:
@@ -136,8 +138,8 @@ def check(inputs: ServeInputs) -> Checked:
     report = json.loads(json.dumps(content(material), allow_nan=False, ensure_ascii=False))
     device = resolve_device(inputs.device)
     target, unlearned = _models(inputs, material.manifest)
-    template = inputs.chat_template
-    if template is None:
+    template = inputs.chat_template == "on"
+    if inputs.chat_template == "auto":
         template = _text_of(material.manifest).get("chat_template") is True
     if material.rows:
         policy = text_policy(unlearned, chat_template=template, long_rows="window")
@@ -147,7 +149,7 @@ def check(inputs: ServeInputs) -> Checked:
         )
     elif template and not unlearned.tokenizer.chat_template:
         raise InputError(
-            f"--chat-template: the tokenizer of {unlearned.name} has none; leave the option out"
+            f"--chat-template on: the tokenizer of {unlearned.name} has none; give off"
         )
     elif template:
         check_template(unlearned.tokenizer)
@@ -283,4 +285,5 @@ def _cards(runs: Sequence[str], material: Material) -> dict[str, Scorecard]:
     cards = {each.label: each.card for each in material.cards}
     for run in runs:
         cards[label_of(run, cards)] = read_scores(run)
+    check_one_form(cards)
     return cards

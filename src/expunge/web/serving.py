@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from expunge.models.loading import load_model, text_policy
+from expunge.models.loading import load_model, resolve_dtype, text_policy
 from expunge.web import drawing
 from expunge.web.asking import Pair, Voice
 from expunge.web.guard import Guard
@@ -57,7 +57,7 @@ def load(
         progress("loading the models", done, 2)
         voices.append(
             Voice(
-                load_model(model, checked.inputs.dtype, checked.device),
+                load_model(model, resolve_dtype(model, checked.inputs.dtype), checked.device),
                 model.tokenizer,
                 text_policy(model, chat_template=checked.chat_template, long_rows="window"),
             )
