@@ -20,7 +20,13 @@ from expunge.data.rows import Reading, Row, RowSet, check_disjoint, document_of,
 from expunge.data.tokenization import LongRows, TextPolicy, encode_rows, prompt_ids
 from expunge.disk import check_file_output, check_writable
 from expunge.errors import InputError, check_seed
-from expunge.models.loading import CheckedModel, Dtype, check_model
+from expunge.models.loading import (
+    CheckedModel,
+    Dtype,
+    check_model,
+    resolve_device,
+    text_policy,
+)
 
 FORMAT = "expunge-audit/1"
 """Of audit.json."""
@@ -251,6 +257,22 @@ def requests_of(
         for model in checked:
             _check_rows(case, checked[model], policies[model])
     return found
+
+
+def check_audit(inputs: AuditInputs, target: CheckedModel) -> None:
+    """All that rows and oracle may be refused for; the target stands for a result that is yet to come.
+
+    Raises InputError.
+    """
+    models: dict[ModelName, CheckedModel] = {"target": target, "unlearned": target}
+    if inputs.oracle is not None:
+        models["oracle"] = check_model(inputs.oracle, trust_remote_code=inputs.trust_remote_code)
+    policies = {
+        name: text_policy(model, chat_template=inputs.chat_template, long_rows=inputs.long_rows)
+        for name, model in models.items()
+    }
+    tuned = tuned_by(inputs, target, resolve_device(inputs.device))
+    requests_of(inputs, read_sets(inputs, {}), models, policies, tuned)
 
 
 def _chosen(inputs: AuditInputs, case: Case) -> tuple[list[Attack], dict[str, str]]:

@@ -19,10 +19,17 @@ from expunge.reporting.tables import audit_table, table_console
 if TYPE_CHECKING:
     from rich.console import Console
 
+_RECALLED = (
+    "original", "forget", "retain", "nonmembers", "oracle", "paraphrases", "columns", "joiner",
+    "chat_template", "long_rows",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Audit(AuditInputs):
     """expunge audit MODEL --original TARGET --forget F --retain R [--oracle O] [--output audit.json]
+
+    Of a run directory MODEL alone is enough: the rest is what it was made of, while that is there.
 
     Tries to get forgotten content back: relearning, quantisation, sampling, paraphrases, prefixes,
     membership inference, ablation, probes. Each attack runs on the target, the unlearned model and the
@@ -37,7 +44,7 @@ class Audit(AuditInputs):
 def main(arguments: Sequence[str]) -> int:
     """Parses, audits, prints."""
     arguments, quiet = take_flag(list(arguments), "--quiet")
-    settings = parse(Audit, arguments, "expunge audit")
+    settings = parse(Audit, arguments, "expunge audit", recalls=_RECALLED)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("audit: runs in one process; start it without accelerate launch")
     with progress_on_stderr(quiet=quiet) as progress:

@@ -21,6 +21,7 @@ from expunge.terminal import plain_streams, speaks
 
 COMMANDS = {
     "demo": ("expunge.cli.demo", "unlearn the built-in benchmark, end with scorecards and reports"),
+    "erase": ("expunge.cli.erase", "the whole way: unlearn, score, attack, report, in one command"),
     "run": ("expunge.cli.run", "unlearn a model: rows to remove, rows to keep, a method"),
     "plan": ("expunge.cli.plan", "say what a run would take: memory, disk, steps, whether it fits"),
     "evaluate": ("expunge.cli.evaluate", "measure a model's scorecard"),
@@ -47,7 +48,9 @@ _LESS_MEMORY = {
     "benchmark": "use a machine with more",
     "demo": "lower --documents",
     "serve": "use --dtype bfloat16",
-} | dict.fromkeys(("run", "sweep"), "lower --micro-batch-size; expunge plan says what fits")
+} | dict.fromkeys(
+    ("erase", "run", "sweep"), "lower --micro-batch-size; expunge plan says what fits"
+)
 """What takes less, by command; others have the two options of most."""
 # Threads that wait busily for each other slow a run tenfold where anything else uses a core.
 _THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     if as_json:
         sys.stdout.write(json.dumps(_json(found, others), indent=2) + "\n")
     else:
-        _print(found, others)
+        show(found, others)
     return 0
 
 
@@ -86,7 +86,17 @@ def _json(found: Plan, others: Iterable[tuple[str, Plan]]) -> dict[str, Any]:
     }
 
 
-def _print(found: Plan, others: Iterable[tuple[str, Plan]]) -> None:
+def outcome(found: Plan) -> str:
+    """Its peak, and whether that fits."""
+    verdict = "fits" if found.fits else "does not fit"
+    return (
+        f"{_gib(found.peak.bytes)} in the phase {found.peak.name!r}: {verdict} {found.budget.name}"
+        f" ({_gib(found.budget.bytes)})"
+    )
+
+
+def show(found: Plan, others: Iterable[tuple[str, Plan]] = ()) -> None:
+    """Prints a plan, and what would take less."""
     from expunge.reporting.tables import table_console
 
     console = table_console()
@@ -102,15 +112,10 @@ def _print(found: Plan, others: Iterable[tuple[str, Plan]]) -> None:
         console.print(_table(found.phases, f"{place} by part, MiB (computed)"))
     for name, value in _facts(found):
         console.print(f"{name + ':':<11}{value}", soft_wrap=True)
-    verdict = "fits" if found.fits else "does not fit"
-    console.print(
-        f"{'peak:':<11}{_gib(found.peak.bytes)} in the phase {found.peak.name!r}: {verdict}"
-        f" {found.budget.name} ({_gib(found.budget.bytes)})",
-        soft_wrap=True,
-    )
+    console.print(f"{'peak:':<11}{outcome(found)}", soft_wrap=True)
     for options, other in others:
-        outcome = "fits" if other.fits else "does not fit either"
-        console.print(f"  with {options}: {_gib(other.peak.bytes)}, {outcome}", soft_wrap=True)
+        told = "fits" if other.fits else "does not fit either"
+        console.print(f"  with {options}: {_gib(other.peak.bytes)}, {told}", soft_wrap=True)
 
 
 def _facts(found: Plan) -> list[tuple[str, str]]:

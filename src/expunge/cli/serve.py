@@ -27,7 +27,7 @@ class Serve(ServeInputs):
 def main(arguments: Sequence[str]) -> int:
     """Parses, checks, serves."""
     arguments, quiet = take_flag(list(arguments), "--quiet")
-    settings = parse(Serve, arguments, "expunge serve", "run")
+    settings = parse(Serve, arguments, "expunge serve", "run", ("target",))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("serve: runs in one process; start it without accelerate launch")
     serving = False

@@ -57,7 +57,7 @@ def asked(material: Material) -> dict[str, Any]:
             "documents": _documents(material, role),
             "source": sources.get(role),
         }
-    return {**sets, "requested": material.inputs.requested}
+    return {**sets, "requested": material.inputs.requested, "subject": material.inputs.subject}
 
 
 def done(material: Material) -> dict[str, Any]:
