@@ -1,4 +1,4 @@
-"""`expunge erase`: from rows to a report in one command, killed and resumed; what later commands know."""
+"""`expunge erase`: from rows to a report in one command, killed and resumed; what is known later."""
 
 from __future__ import annotations
 
@@ -180,6 +180,9 @@ def test_what_is_given_wins_and_what_is_gone_or_changed_is_named(
             assert f"{option}: {path} {told} since {made['output']} was made of it; give" in err
         run_cli("audit", made["output"], "--nonmembers", other, "--retain", other)
         assert (asked_of[0].nonmembers, asked_of[0].retain) == (str(other), str(other))
+        # Rows belong together: who gives the forget set gives the others.
+        run_cli("evaluate", made["output"], "--forget", other)
+        assert (asked_of[1].retain, asked_of[1].nonmembers) == (None, None)
         # A run of elsewhere is known by no path.
         (tmp_path / "OUT").mkdir()
         assert remembered(tmp_path / "OUT") == {}

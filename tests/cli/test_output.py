@@ -83,7 +83,7 @@ def test_a_pipe_of_something_else_is_an_error(
 @pytest.mark.parametrize(
     "command",
     [
-        *("demo", "run", "sweep", "evaluate", "audit", "serve", "benchmark build"),
+        *("demo", "erase", "run", "sweep", "evaluate", "audit", "serve", "benchmark build"),
         *("analyze layers", "analyze influence", "requests serve", "requests verify"),
     ],
 )

@@ -90,6 +90,7 @@ class Task:
     method: Method
     training: TrainingOptions
     preset: str | None
+    of_run: RunInputs
     scored: MeasureInputs
     """Of the target; of the others `model` and `output` differ."""
     attacked: AuditInputs
@@ -102,11 +103,6 @@ class Task:
     """Whether the run is complete, and only what comes after it is missing."""
     leaner: Sequence[str] = ()
     """Options that plan proposed, as the run did not fit without."""
-
-    @property
-    def run_inputs(self) -> RunInputs:
-        """Those of the run; what is complete is not overwritten by going on."""
-        return _of_run(self.inputs, overwrite=self.inputs.overwrite and not self.is_run)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -140,8 +136,11 @@ def prepare(
     is_begun = scratch.root.exists() and not scratch.is_published
     is_run = inputs.resume and (output / MANIFEST).is_file() and not is_begun
     check_not_read("--output", output, {name: getattr(inputs, name) for name in _READ})
-    asked = _of_run(inputs, overwrite=inputs.overwrite)
-    checked, sets, prepared = check_run(asked, method, training, writes=not is_run)
+    of_run = {field.name: getattr(inputs, field.name) for field in fields(RunInputs)}
+    # What is complete is not overwritten by going on.
+    of_run |= {"nonmembers": inputs.calibration, "overwrite": inputs.overwrite and not is_run}
+    run_inputs = RunInputs(**of_run)
+    checked, sets, prepared = check_run(run_inputs, method, training, writes=not is_run)
     alike: dict[str, Any] = {name: getattr(inputs, name) for name in _ALIKE}
     alike |= {"chat_template": training.chat_template, "long_rows": training.long_rows}
     scored = MeasureInputs(model=inputs.model, mmlu=inputs.mmlu, dtype=inputs.dtype, **alike)
@@ -159,9 +158,8 @@ def prepare(
         check_audit(attacked, checked)
     budget = budget_of(None, inputs.device, resolve_device(inputs.device))
     found = plan(checked, prepared, inputs.dtype, budget)
-    return Task(
-        inputs, method, training, preset, scored, attacked, checked, sets, prepared, found, is_run
-    )
+    told = inputs, method, training, preset, run_inputs, scored, attacked
+    return Task(*told, checked, sets, prepared, found, is_run)
 
 
 def _leaner(task: Task, words: Sequence[str]) -> list[str]:
@@ -202,7 +200,7 @@ def erase(task: Task, *, quiet: bool = False, cache: str | None = None) -> None:
         if task.is_run:
             _check_same(output, known.get("asked"), asked)
         progress.message(f"1 of {len(parts) + 1}: unlearning")
-        run(task.run_inputs, task.method, task.training, progress, task.preset)
+        run(task.of_run, task.method, task.training, progress, task.preset)
     done = known.get("done", {})
     remember(output, {"asked": asked, "subject": inputs.subject, "sources": sources, "done": done})
     for number, (name, model) in enumerate(parts, 2):
@@ -229,11 +227,6 @@ def erase(task: Task, *, quiet: bool = False, cache: str | None = None) -> None:
         show_audit(json.loads((output / AUDIT).read_text(encoding="utf-8")), attacked)
     seconds = {Path(name).stem: each["seconds"] for name, each in done.items()}
     table_console().print(box(output, report, seconds))
-
-
-def _of_run(inputs: EraseInputs, *, overwrite: bool) -> RunInputs:
-    taken = {field.name: getattr(inputs, field.name) for field in fields(RunInputs)}
-    return RunInputs(**{**taken, "nonmembers": inputs.calibration, "overwrite": overwrite})
 
 
 def _understood(task: Task) -> Iterator[str]:

@@ -71,7 +71,7 @@ def given(arguments: Sequence[str], fields: Mapping[str, Any]) -> set[str]:
     """The options that arguments and fields of a YAML file name, as fields of the dataclass."""
     words = [word[2:].partition("=")[0] for word in arguments if word.startswith("--")]
     names = {name.replace("-", "_") for name in (*words, *fields)}
-    return names | {name.removeprefix("no_") for name in names}
+    return names | {re.sub(r"(^|\.)no_", r"\1", name) for name in names}
 
 
 def _recalled(place: str, missing: Collection[str]) -> Mapping[str, Any]:

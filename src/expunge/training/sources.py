@@ -33,8 +33,10 @@ _RECORDED = {
     "long_rows": ("settings", "training", "text"),
 }
 """Where the run's own record holds an option."""
-_READ_ALIKE = {"columns", "joiner", "long_rows"}
-"""What belongs to the recorded rows, and not to others that are given in their place."""
+_WITH_FORGET = {
+    "retain", "nonmembers", "paraphrases", "mmlu", "columns", "joiner", "long_rows",
+}  # fmt: skip
+"""What goes with the recorded forget set, and not with another that is given in its place."""
 
 
 def sources_of(paths: Mapping[str, str | None]) -> dict[str, dict[str, str]]:
@@ -72,7 +74,7 @@ def recalled(output: Path, wanted: Collection[str]) -> dict[str, Any]:
 
     Raises InputError for a source that is gone or changed.
     """
-    wanted = set(wanted) - (_READ_ALIKE if "forget" not in wanted else set())
+    wanted = set(wanted) - (_WITH_FORGET if "forget" not in wanted else set())
     kept = remembered(output)
     known = {"subject": kept.get("subject")}
     if wanted & set(_RECORDED) and (output / MANIFEST).is_file():
