@@ -105,7 +105,7 @@ def test_it_ends_with_five_lines_and_says_what_it_understood(
     for line, begins in zip(lines, ("verdict", "came back", "cost", "report", "next"), strict=True):
         assert line.startswith(begins)
     assert str(made["output"] / "report.html") in lines[3]
-    assert "2.0 passes over the forget rows" in lines[2]
+    assert "2.0 passes; " in lines[2]
     assert "forget: 8 rows of 4 documents (4 questions, 4 continuations)" in err
     assert "plan: gradient-difference" in err
     assert "1 of 4: unlearning" in err

@@ -80,6 +80,9 @@ def progress_on_stderr(*, quiet: bool) -> Iterator[ConsoleProgress | Silent]:
         TextColumn("{task.fields[terms]}"),
         console=console,
         transient=False,
+        # Else rich takes the stream in between, which writes out what a terminal would obey.
+        redirect_stdout=False,
+        redirect_stderr=False,
     )
     try:
         yield ConsoleProgress(console, bars)

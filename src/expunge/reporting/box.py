@@ -42,14 +42,14 @@ def box(output: Path, report: Mapping[str, Any], seconds: Mapping[str, float]) -
             f"{counts['unlearned']} of {counts['facts']} facts in {counts['attacks']} attacks;"
             f" strongest: {worst['title']}, {worst['value']:.0%} of what the target gives"
         )
-    took = ", ".join(f"{name} {each:.0f} s" for name, each in seconds.items())
+    took = ", ".join(f"{name} {each:.0f}" for name, each in seconds.items())
     table = Table.grid(padding=(0, 1))
     table.add_row("verdict", verdict)
     table.add_row("came back", came_back)
     table.add_row(
         "cost",
         f"{sum(seconds.values()):.0f} s ({took}); {manifest['steps']} steps,"
-        f" {manifest['steps'] / training['steps_per_epoch']:.1f} passes over the forget rows;"
+        f" {manifest['steps'] / training['steps_per_epoch']:.1f} passes;"
         f" {manifest['peak_memory_bytes']['process'] / _GIB:.1f} GiB",
     )
     table.add_row("report", str(output / PAGE))
@@ -68,5 +68,7 @@ def _next(
     if status in ("forgotten", "no-verdict", "not-audited"):
         return f"attack with more: {attack}" if audit else f"attack it: {attack}"
     if status in ("destroyed", "over-unlearned"):
-        return f"--overwrite with --learning-rate {training['learning_rate'] / 2:g}"
-    return f"--overwrite with --epochs {2 * training['epochs']}"
+        change = f"--learning-rate {training['learning_rate'] / 2:g}"
+    else:
+        change = f"--epochs {2 * training['epochs']}"
+    return f"begin anew: the same command with --overwrite {change}"
