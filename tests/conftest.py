@@ -431,7 +431,7 @@ def served(
     directory = tmp_path_factory.mktemp("served")
     files = {
         "run": directory / "out <b>run",
-        "target": directory / "target.json",
+        "target": directory / "out <b>run" / "before.json",
         "before": directory / "before.jsonl",
         "forget": write_jsonl(directory / "forget.jsonl", [*forget_rows, HOSTILE]),
         "retain": write_jsonl(directory / "retain.jsonl", retain_rows),

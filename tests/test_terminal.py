@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from conftest import write_jsonl
-from expunge.terminal import native_lines_dropped, plain, plain_console
+from expunge.cli.console import progress_on_stderr
+from expunge.terminal import native_lines_dropped, plain, plain_console, plain_streams
 
 Cli = Callable[..., tuple[int, str, str]]
 HOSTILE = "a\x1b]0;x\x07\x1b[2J\x9b31m\r\u202eb\x7f\x00"
@@ -30,6 +31,24 @@ def test_rich_draws_its_own_and_nothing_else(capsys: pytest.CaptureFixture[str])
     console = plain_console(force_terminal=True, color_system="standard")
     console.print(f"{HOSTILE} [bold]:cat:", style="red")
     assert capsys.readouterr().out == f"\x1b[31m{SHOWN} [bold]:cat:\x1b[0m\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_bars_on_a_terminal_and_lines_elsewhere(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1" * terminal)
+    with plain_streams(), progress_on_stderr(quiet=False) as progress:
+        progress.phase("a part", 0, 2)
+        progress.message("said between")
+        for _ in range(2):
+            progress.phase("a part", 2, 2)
+    out, err = capsys.readouterr()
+    assert (out, "\\u001b" in err) == ("", False)
+    if terminal:
+        assert "\x1b[" in err
+    else:
+        assert err == "said between\na part: done in 0 s\n"
 
 
 @pytest.fixture

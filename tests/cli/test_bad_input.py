@@ -436,6 +436,7 @@ def test_a_failure_shows_its_place_and_never_its_text(
         ("run", "--method.momentum"),
         ("run --method adaptive-rmu", "--method.layer"),
         ("run --method libu", "--method.rank"),
+        ("erase", "--dry-run"),
         ("evaluate", "--mmlu-shots"),
         ("compare", "--markdown"),
         ("data", "--reveal"),

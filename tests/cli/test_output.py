@@ -105,6 +105,7 @@ def test_a_pipe_of_something_else_is_an_error(
     [
         *(
             "demo",
+            "erase",
             "run",
             "sweep",
             "evaluate",

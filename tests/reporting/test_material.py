@@ -157,19 +157,16 @@ def test_scores_are_of_the_weights_that_the_run_wrote_or_began_with(run: Path) -
     assert target.is_checked
 
 
-def test_scores_beside_a_run_count_only_where_they_are_of_its_target(run: Path) -> None:
+def test_scores_in_a_run_are_found_by_their_names(run: Path) -> None:
     scores(run / "scores.json", str(run), 0.1, 0.9)
-    scores(run.parent / "oracle.json", "some/oracle", 0.0, 0.9)
-    roles = [card.role for card in gather(ReportInputs(run=str(run))).cards]
-    assert roles == ["unlearned"]
-    scores(run.parent / "target.json", "some/target", 0.9, 0.9)
-    roles = [card.role for card in gather(ReportInputs(run=str(run))).cards]
-    assert roles == ["unlearned"]
+    scores(run / "oracle.json", "some/oracle", 0.0, 0.9)
     target = manifest_of(run)["model_sha256"]
-    scores(run.parent / "target.json", "some/target", 0.9, 0.9, model_sha256=target)
+    scores(run / "before.json", "some/target", 0.9, 0.9, model_sha256=target)
     found = gather(ReportInputs(run=str(run)))
     assert [card.role for card in found.cards] == ["target", "unlearned", "oracle"]
-    assert found.cards[0].source == "target.json"
+    assert [card.source for card in found.cards] == ["before.json", "scores.json", "oracle.json"]
+    scores(run / "before.json", "another", 0.9, 0.9, model_sha256={"model.safetensors": "f" * 64})
+    assert "other weights than this run's target" in refused(run)
 
 
 def test_an_audit_of_another_model_is_refused(run: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from conftest import HOSTILE, refusal, write_jsonl
 from expunge.models import loading
+from expunge.training.sources import remembered
 from expunge.web import serving
 from expunge.web.inputs import (
     PASSWORD,
@@ -43,10 +44,11 @@ def test_what_is_read_and_found_right(served: dict[str, Path]) -> None:
     )
     assert set(checked.rows) == {"forget"}
     assert checked.password is None
-    # Scores and records that lie where expunge leaves them are found; target.json lies beside RUN.
+    # Scores and records that lie where expunge leaves them are found.
     assert list(checked.cards) == ["target", "unlearned"]
     assert (len(checked.before), len(checked.after)) == (0, 9)
     assert not checked.chat_template
+    assert set(remembered(served["run"])["sources"]) == {"original", "forget", "retain"}
 
 
 @pytest.mark.parametrize(

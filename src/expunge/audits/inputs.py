@@ -24,7 +24,14 @@ from expunge.data.rows import Reading, Row, RowSet, by_document, check_disjoint,
 from expunge.data.tokenization import LongRows, TextPolicy, encode_rows, prompt_ids
 from expunge.disk import check_file_output, check_writable
 from expunge.errors import InputError, check_seed
-from expunge.models.loading import AnyDtype, CheckedModel, Dtype, check_model, vocabulary_of
+from expunge.models.loading import (
+    AnyDtype,
+    CheckedModel,
+    Dtype,
+    check_model,
+    text_policies,
+    vocabulary_of,
+)
 
 FORMAT = "expunge-audit/1"
 """Of audit.json."""
@@ -295,6 +302,18 @@ def requests_of(
 def fitted(policy: TextPolicy, model: CheckedModel) -> TextPolicy:
     """The policy with a model's own limits."""
     return replace(policy, context=model.context, vocabulary=vocabulary_of(model.config))
+
+
+def check_audit(inputs: AuditInputs, target: CheckedModel) -> None:
+    """All that rows and oracle may be refused for; the target stands for a result that is yet to come.
+
+    Raises InputError.
+    """
+    models: dict[ModelName, CheckedModel] = {"target": target, "unlearned": target}
+    if inputs.oracle is not None:
+        models["oracle"] = check_model(inputs.oracle, trust_remote_code=inputs.trust_remote_code)
+    policies = text_policies(target, inputs.chat_template, inputs.long_rows)
+    requests_of(inputs, read_sets(inputs, {}), models, policies)
 
 
 def _chosen(inputs: AuditInputs, case: Case) -> tuple[list[Attack], dict[str, str]]:

@@ -18,10 +18,17 @@ from expunge.reporting.tables import audit_table, table_console
 if TYPE_CHECKING:
     from rich.console import Console
 
+_RECALLED = (
+    "original", "forget", "retain", "nonmembers", "oracle", "paraphrases", "columns", "joiner",
+    "chat_template", "long_rows",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Audit(AuditInputs):
     """expunge audit MODEL --original TARGET --forget F --retain R [--oracle O] [--output audit.json]
+
+    Of a run directory MODEL alone is enough: the rest is what it was made of, while that is there.
 
     Tries to get forgotten content back: relearning, quantisation, sampling, paraphrases, prefixes,
     membership inference, ablation, probes. Each attack runs on the target, the unlearned model and the
@@ -36,7 +43,7 @@ class Audit(AuditInputs):
 def main(arguments: Sequence[str]) -> int:
     """Parses, audits, prints."""
     arguments, quiet = take_flag(list(arguments), "--quiet")
-    settings = parse(Audit, arguments, "expunge audit")
+    settings = parse(Audit, arguments, "expunge audit", recalls=_RECALLED)
     check_alone("audit")
     with progress_on_stderr(quiet=quiet) as progress:
         report = audit(settings, progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,12 +23,14 @@ from expunge.training.progress import Silent
 
 
 class ConsoleProgress:
-    """Draws a run's progress on standard error."""
+    """Draws a run's progress on standard error: bars on a terminal, else a line for what is done."""
 
     def __init__(self, console: Console, bars: Progress) -> None:
         self._console = console
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
+        self._begun: dict[str, float] = {}
+        self._ended: str | None = None
 
     def phase(self, name: str, done: int, total: int) -> None:
         """One bar a phase."""
@@ -43,6 +46,16 @@ class ConsoleProgress:
         self._console.print(text, soft_wrap=True)
 
     def _update(self, name: str, done: int, total: int, terms: str) -> None:
+        if not self._console.is_terminal:
+            if done < total:
+                self._ended = None
+                self._begun.setdefault(name, time.monotonic())
+            elif self._ended != name:  # some say their end twice
+                self._ended = name
+                begun = self._begun.pop(name, None)
+                took = "" if begun is None else f" in {time.monotonic() - begun:.0f} s"
+                self.message(f"{name}: done{took}  {terms}".rstrip())
+            return
         # Started here, because even a display without bars ends with an empty line.
         self._bars.start()
         if name not in self._tasks or self._bars.tasks[self._tasks[name]].total != total:
@@ -67,6 +80,9 @@ def progress_on_stderr(*, quiet: bool) -> Iterator[ConsoleProgress | Silent]:
         TextColumn("{task.fields[terms]}"),
         console=console,
         transient=False,
+        # Else rich takes the stream in between, which writes out what a terminal would obey.
+        redirect_stdout=False,
+        redirect_stderr=False,
     )
     try:
         yield ConsoleProgress(console, bars)

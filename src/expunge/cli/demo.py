@@ -9,25 +9,20 @@ from typing import Literal
 
 import torch
 
-from expunge.audits.auditing import audit
-from expunge.audits.inputs import AuditInputs
-from expunge.cli.audit import show as show_audit
 from expunge.cli.compare import show
 from expunge.cli.console import progress_on_stderr
+from expunge.cli.erase import EraseInputs, erase, prepare
 from expunge.cli.options import parse, take_flag
 from expunge.cli.run import DEFAULT_METHOD
 from expunge.disk import check_writable
 from expunge.errors import InputError
-from expunge.evaluation.measuring import MeasureInputs, measure
-from expunge.evaluation.score_files import SCORES
-from expunge.methods.base import Method
+from expunge.evaluation.score_files import SCORES, read_scores
+from expunge.evaluation.scorecard import Scorecard
 from expunge.methods.catalog import METHODS
 from expunge.models.kernels import quick_dtype
 from expunge.models.loading import resolve_device
-from expunge.reporting.material import AUDIT, ReportInputs
-from expunge.reporting.report import PAGE, write_report
+from expunge.reporting.material import BEFORE, ORACLE
 from expunge.training.options import TrainingOptions
-from expunge.training.run import RunInputs, run
 
 _LAYERS = 4
 """Half of the benchmark's own: training both models is most of what a newcomer waits for."""
@@ -37,9 +32,9 @@ _LAYERS = 4
 class Demo:
     """expunge demo [--output demo]
 
-    Makes a small model that memorised synthetic stories and biographies, unlearns half of them, and
-    prints the scorecards of the result, of the model before and of an oracle that never saw that half.
-    Then attacks the result and ends with a verdict and its report, OUTPUT/METHOD/report.html.
+    Makes a small model that memorised synthetic stories and biographies, and erases half of them as
+    `expunge erase` does: unlearns, scores the result beside the model before and an oracle that never
+    saw that half, attacks it, and ends with a verdict and its report, OUTPUT/METHOD/report.html.
     """
 
     output: str = "demo"
@@ -93,56 +88,28 @@ def main(arguments: Sequence[str]) -> int:
     with progress_on_stderr(quiet=quiet) as progress:
         built = build(default_directory(benchmark, smaller), benchmark, progress.phase, smaller)
         progress.message(f"benchmark: {built.directory}")
-        models = {"target": built.target, "oracle": built.oracle}
-        for name in settings.methods:
-            inputs = RunInputs(
-                model=str(built.target),
-                forget=str(built.forget),
-                retain=str(built.retain),
-                nonmembers=str(built.calibration),
-                output=str(output / name),
-                device=settings.device,
-                dtype=dtype,
-                overwrite=settings.overwrite,
-                resume=settings.resume,
-            )
-            method: Method = METHODS[name]()
-            manifest = run(inputs, method, TrainingOptions(seed=settings.seed), progress)
-            progress.message(f"{output / name}: {manifest['seconds']['total']:.0f} s")
-            models[name] = output / name
-    cards = {}
-    for name, model in models.items():
-        scores = output / name / SCORES if name in settings.methods else output / f"{name}.json"
-        evaluation = MeasureInputs(
-            model=str(model),
+    cards: dict[str, Scorecard] = {}
+    for name in settings.methods:
+        inputs = EraseInputs(
+            model=str(built.target),
             forget=str(built.forget),
             retain=str(built.retain),
+            calibration=str(built.calibration),
             nonmembers=str(built.nonmembers),
-            mmlu=str(built.mmlu),
-            output=str(scores),
-            device=settings.device,
-        )
-        with progress_on_stderr(quiet=quiet) as progress:
-            cards[name] = measure(evaluation, progress.phase)
-    show(cards)
-    for name in settings.methods if settings.audit else ():
-        attacked = AuditInputs(
-            model=str(output / name),
-            original=str(built.target),
             oracle=str(built.oracle),
-            forget=str(built.forget),
-            retain=str(built.retain),
-            nonmembers=str(built.nonmembers),
             paraphrases=str(built.paraphrases),
-            cache=str(output / "audit-cache"),
-            output=str(output / name / AUDIT),
+            mmlu=str(built.mmlu),
+            output=str(output / name),
+            audit=settings.audit,
             device=settings.device,
-            seed=settings.seed,
+            dtype=dtype,
+            overwrite=settings.overwrite,
+            resume=settings.resume,
         )
-        with progress_on_stderr(quiet=quiet) as progress:
-            show_audit(audit(attacked, progress), attacked)
-    with progress_on_stderr(quiet=quiet) as progress:
-        for name in settings.methods:
-            write_report(ReportInputs(run=str(output / name)))
-            progress.message(f"report: {output / name / PAGE}")
+        task = prepare(inputs, METHODS[name](), TrainingOptions(seed=settings.seed))
+        erase(task, quiet=quiet, cache=str(output / "audit-cache"))
+        names = {"target": BEFORE, "oracle": ORACLE, name: SCORES}
+        cards |= {model: read_scores(str(output / name / file)) for model, file in names.items()}
+    if settings.methods[1:]:
+        show(cards)
     return 0

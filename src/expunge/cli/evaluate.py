@@ -16,6 +16,10 @@ from expunge.evaluation.scorecard import Scorecard
 from expunge.reporting.tables import scorecard_table, table_console
 from expunge.terminal import speaks
 
+_RECALLED = (
+    "forget", "retain", "nonmembers", "mmlu", "columns", "joiner", "chat_template", "long_rows",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Evaluate(MeasureInputs):
@@ -32,7 +36,7 @@ class Evaluate(MeasureInputs):
 def main(arguments: Sequence[str]) -> int:
     """Parses, measures, prints."""
     arguments, quiet = take_flag(list(arguments), "--quiet")
-    settings = parse(Evaluate, arguments, "expunge evaluate")
+    settings = parse(Evaluate, arguments, "expunge evaluate", recalls=_RECALLED)
     with progress_on_stderr(quiet=quiet) as progress:
         card = measure(settings, progress.phase, progress.message)
     if speaks():

@@ -22,6 +22,7 @@ from expunge.terminal import plain_streams, speaks
 
 COMMANDS = {
     "demo": ("expunge.cli.demo", "unlearn the built-in benchmark, end with scorecards and reports"),
+    "erase": ("expunge.cli.erase", "the whole way: unlearn, score, attack, report, in one command"),
     "run": ("expunge.cli.run", "unlearn a model: rows to remove, rows to keep, a method"),
     "plan": ("expunge.cli.plan", "say what a run would take: memory, disk, steps, whether it fits"),
     "oracle": ("expunge.cli.oracle", "train a base on the rows to keep alone, to compare with"),
@@ -49,7 +50,7 @@ _LESS_MEMORY = {
     "demo": "lower --documents",
     "serve": "use --dtype bfloat16",
     **dict.fromkeys(
-        ("run", "oracle", "sweep", "analyze layers", "requests serve"),
+        ("erase", "run", "oracle", "sweep", "analyze layers", "requests serve"),
         "lower --micro-batch-size; expunge plan says what fits",
     ),
     **dict.fromkeys(

@@ -16,7 +16,7 @@ import os
 import re
 import stat
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,21 +29,31 @@ _FREE_TEXT = ("--subject", "--by", "--columns")
 
 
 def parse(
-    command: type[Command], arguments: Sequence[str], prog: str, positional: str = "model"
+    command: type[Command],
+    arguments: Sequence[str],
+    prog: str,
+    positional: str = "model",
+    recalls: Collection[str] = (),
 ) -> Command:
     """Parses `arguments`; words before the first option are the values of `--<positional>`.
 
-    `--config FILE` adds a YAML file's fields. Raises InputError with one line for what does not
-    fit; exits for --help.
+    `--config FILE` adds a YAML file's fields. Of options that neither gives, those among `recalls` are
+    what the run directory that `positional` names was made of. Raises InputError with one line for what
+    does not fit; exits for --help.
     """
     import tyro
 
     arguments, config = take_option(arguments, "--config")
     check_words([*arguments, *([] if config is None else ["--config", config])])
     arguments = named(arguments, positional)
-    if config is not None:
-        arguments = [*as_arguments(yaml_fields(Path(config)), config, command), *arguments]
     arguments = _with_template(arguments)
+    fields = {} if config is None else yaml_fields(Path(config))
+    if recalls:
+        missing = set(recalls) - given(arguments, fields)
+        place = take_option(arguments, f"--{positional}")[1] or fields.get(positional)
+        fields = {**(_recalled(place, missing) if place else {}), **fields}
+    if fields:
+        arguments = [*as_arguments(fields, str(config), command), *arguments]
     check_words(arguments)
     captured = io.StringIO()
     try:
@@ -70,6 +80,19 @@ def _with_template(arguments: Sequence[str]) -> list[str]:
             alone = name == "--chat-template" and following.startswith("-")
             found += [argument, "on"] if alone else [argument]
     return found
+
+
+def given(arguments: Sequence[str], fields: Mapping[str, Any]) -> set[str]:
+    """The options that arguments and fields of a YAML file name, as fields of the dataclass."""
+    words = [word[2:].partition("=")[0] for word in arguments if word.startswith("--")]
+    names = {name.replace("-", "_") for name in (*words, *fields)}
+    return names | {re.sub(r"(^|\.)no_", r"\1", name) for name in names}
+
+
+def _recalled(place: str, missing: Collection[str]) -> Mapping[str, Any]:
+    from expunge.training.sources import recalled
+
+    return recalled(Path(place), missing)
 
 
 def _check_numbers(parsed: Any) -> None:

@@ -88,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
     if as_json:
         sys.stdout.write(json.dumps(_json(found, others, exact, audit), indent=2) + "\n")
     else:
-        _print(found, others, exact)
+        show(found, others, exact)
         if audit is not None:
             _print_audit(audit, budget)
     return 0
@@ -148,7 +148,17 @@ def _json(
     }
 
 
-def _print(found: Plan, others: Iterable[tuple[str, Plan]], exact: Plan | None) -> None:
+def outcome(found: Plan) -> str:
+    """Its peak, and whether that fits."""
+    verdict = "fits" if found.fits else "does not fit"
+    return (
+        f"{_gib(found.peak.bytes)} in the phase {found.peak.name!r}: {verdict} {found.budget.name}"
+        f" ({_gib(found.budget.bytes)})"
+    )
+
+
+def show(found: Plan, others: Iterable[tuple[str, Plan]] = (), exact: Plan | None = None) -> None:
+    """Prints a plan, what would take less, and beside it what retraining takes."""
     from expunge.reporting.tables import table_console
 
     console = table_console()
@@ -164,21 +174,16 @@ def _print(found: Plan, others: Iterable[tuple[str, Plan]], exact: Plan | None) 
         console.print(_table(found.phases, f"{place} by part, MiB (computed)"))
     for name, value in _facts(found):
         console.print(f"{name + ':':<11}{value}", soft_wrap=True)
-    verdict = "fits" if found.fits else "does not fit"
-    console.print(
-        f"{'peak:':<11}{_gib(found.peak.bytes)} in the phase {found.peak.name!r}: {verdict}"
-        f" {found.budget.name} ({_gib(found.budget.bytes)})",
-        soft_wrap=True,
-    )
+    console.print(f"{'peak:':<11}{outcome(found)}", soft_wrap=True)
     for options, other in others:
-        outcome = "fits" if other.fits else "does not fit either"
-        console.print(f"  with {options}: {_gib(other.peak.bytes)}, {outcome}", soft_wrap=True)
+        told = "fits" if other.fits else "does not fit either"
+        console.print(f"  with {options}: {_gib(other.peak.bytes)}, {told}", soft_wrap=True)
     for each in [] if exact is None else [found, exact]:
-        outcome = "fits" if each.fits else "does not fit"
+        told = "fits" if each.fits else "does not fit"
         console.print(
             f"{each.method + ':':<11}{each.epochs:g} passes over {each.rows['forget']} rows,"
             f" {each.steps} steps, {each.steps * each.step_tokens:,.0f} tokens,"
-            f" {_gib(each.peak.bytes)}, {outcome}",
+            f" {_gib(each.peak.bytes)}, {told}",
             soft_wrap=True,
         )
     if exact is not None:

@@ -25,7 +25,7 @@ class Report(ReportInputs):
 def main(arguments: Sequence[str]) -> int:
     """Parses, writes, says where."""
     arguments, quiet = take_flag(list(arguments), "--quiet")
-    settings = parse(Report, arguments, "expunge report", "run")
+    settings = parse(Report, arguments, "expunge report", "run", ("subject",))
     report = write_report(settings)
     if quiet:
         return 0

@@ -20,11 +20,14 @@ from expunge.cli.options import (
     take_option,
     yaml_fields,
 )
+from expunge.disk import explained
 from expunge.errors import InputError
 from expunge.methods.base import Method
 from expunge.methods.catalog import METHODS
 from expunge.training.options import TrainingOptions
+from expunge.training.progress import Progress
 from expunge.training.run import RunInputs, run
+from expunge.training.sources import remember, remembered, sources_of
 
 DEFAULT_METHOD = "spectral"
 _ABOUT = (
@@ -62,7 +65,19 @@ def main(
                 f" {manifest['steps']} kept ({selection['why']}; {selection['stopped']}),"
                 f" {manifest['seconds']['total']:.0f} s"
             )
+            _remember(settings.inputs, progress)
     return 0
+
+
+def _remember(inputs: RunInputs, progress: Progress) -> None:
+    output = Path(inputs.output)
+    if "sources" in remembered(output):
+        return
+    paths = {"original": inputs.model, "forget": inputs.forget, "retain": inputs.retain}
+    try:
+        remember(output, {"sources": sources_of(paths)})
+    except OSError as error:
+        progress.message(f"{explained(error)}; later commands have to be told all paths again")
 
 
 def parsed(

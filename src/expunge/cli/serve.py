@@ -26,7 +26,7 @@ class Serve(ServeInputs):
 def main(arguments: Sequence[str]) -> int:
     """Parses, checks, serves."""
     arguments, quiet = take_flag(list(arguments), "--quiet")
-    settings = parse(Serve, arguments, "expunge serve", "run")
+    settings = parse(Serve, arguments, "expunge serve", "run", ("target",))
     check_alone("serve")
     serving = False
 

@@ -35,6 +35,11 @@ def named(source: str) -> str:
     return Path(os.path.normpath(place)).name if is_path else source
 
 
+def lasting(source: str) -> str:
+    """A path that means the same from everywhere; a hub id as it is."""
+    return str(Path(source).absolute()) if Path(source).exists() else source
+
+
 def handed_out(values: Any) -> Any:
     """The same with every path, at whatever depth, by its last part alone."""
     if isinstance(values, Mapping):
@@ -62,12 +67,21 @@ def same_data(one: str, other: str) -> bool | None:
     return one == other if same_secret else None
 
 
-def users_secret() -> bytes:
-    """Of the file that EXPUNGE_SECRET names, or ~/.config/expunge/secret; made where there is none."""
-    given = os.environ.get(PLACE)
+def secret_file() -> Path:
+    """The file that EXPUNGE_SECRET names, or ~/.config/expunge/secret. Raises InputError."""
+    if given := os.environ.get(PLACE):
+        return Path(given)
     try:
         settings = Path(os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser())
-        path = Path(given) if given else settings / "expunge" / "secret"
+    except RuntimeError:
+        raise InputError(f"this user has no home for a secret; name a file with {PLACE}") from None
+    return settings / "expunge" / "secret"
+
+
+def users_secret() -> bytes:
+    """The content of `secret_file`, which is made where there is none. Raises InputError."""
+    path = secret_file()
+    try:
         if not path.exists():
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             make_secret(path)
@@ -77,8 +91,6 @@ def users_secret() -> bytes:
             f"{explained(error)}; a secret keeps hashes of data from being guessed: name a file for it"
             f" with {PLACE}"
         ) from None
-    except RuntimeError:
-        raise InputError(f"this user has no home for a secret; name a file with {PLACE}") from None
     except ValueError:
         secret = b""
     if len(secret) != SECRET_BYTES:

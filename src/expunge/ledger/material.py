@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-from expunge.data.fingerprints import row_fingerprint, rows_fingerprint, source_fingerprint
+from expunge.data.fingerprints import lasting, row_fingerprint, rows_fingerprint, source_fingerprint
 from expunge.data.formats import Role
 from expunge.data.rows import Reading, Row, RowSet, listed
 from expunge.errors import InputError
@@ -155,11 +154,6 @@ def join(sets: Mapping[str, RowSet], secret: bytes, source: str) -> tuple[RowSet
         taken |= {row.id for row in renamed}
     digest = rows_fingerprint(secret, fingerprints)
     return RowSet(tuple(rows), source, {f"{source} (keyed)": digest}), twice
-
-
-def lasting(source: str) -> str:
-    """A path that means the same from everywhere; a hub id as it is."""
-    return str(Path(source).absolute()) if Path(source).exists() else source
 
 
 def _recorded(kept: RetainSet) -> str:

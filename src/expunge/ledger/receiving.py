@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from expunge.data.fingerprints import row_fingerprint, source_fingerprint
+from expunge.data.fingerprints import lasting, row_fingerprint, source_fingerprint
 from expunge.data.rows import Reading, RowSet, check_disjoint, listed
 from expunge.errors import InputError
 from expunge.ledger.dates import due_day, received_day
-from expunge.ledger.material import lasting, rows_difference
+from expunge.ledger.material import rows_difference
 from expunge.ledger.records import Request, State, read_request, write_event
 from expunge.ledger.store import Ledger, LedgerPlace, open_ledger
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from expunge.data.fingerprints import data_fingerprint
+from expunge.data.fingerprints import data_fingerprint, lasting
 from expunge.data.formats import sha256_of
 from expunge.data.rows import RowSet, listed
 from expunge.errors import InputError, Interrupted
@@ -27,7 +27,6 @@ from expunge.ledger.material import (
     forget_rows,
     given_retain_set,
     join,
-    lasting,
     retain_sets,
 )
 from expunge.ledger.records import (

@@ -16,6 +16,7 @@ from expunge.audits.auditing import audit
 from expunge.audits.budgets import BudgetName
 from expunge.audits.inputs import AuditInputs
 from expunge.data.chat_templates import Template
+from expunge.data.fingerprints import lasting
 from expunge.data.formats import sha256_of
 from expunge.data.rows import Reading
 from expunge.data.tokenization import LongRows
@@ -27,7 +28,6 @@ from expunge.ledger.material import (
     check_sides,
     forget_rows,
     given_retain_set,
-    lasting,
 )
 from expunge.ledger.records import (
     Request,

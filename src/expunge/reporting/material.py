@@ -25,8 +25,8 @@ AUDIT = "audit.json"
 """Its name in a run directory."""
 LAYERS = "layers.json"
 """Its name in a run directory."""
-_BESIDE = {"target": "target.json", "oracle": "oracle.json"}
-"""Scores that `expunge demo` writes beside its runs."""
+BEFORE, ORACLE = "before.json", "oracle.json"
+"""Scores of the target and of an oracle, in a run directory."""
 _BACK = "put back what the run wrote"
 _MANIFEST_KEYS: Mapping[str, type | tuple[type, ...]] = {
     "expunge": str,
@@ -67,7 +67,7 @@ class ReportInputs:
     """The run directory: what expunge run wrote."""
     scores: tuple[str, ...] = ()
     """Scores before and after, then of any others to stand beside; one alone is that after. None:
-    RUN/scores.json, and target.json and oracle.json beside RUN where they are of its target."""
+    RUN/scores.json, RUN/before.json and RUN/oracle.json where they are there."""
     oracle_scores: str | None = None
     """Scores of a model trained without the forget set."""
     audit: str | None = None
@@ -274,12 +274,12 @@ def _cards(inputs: ReportInputs, directory: Path, manifest: Mapping[str, Any]) -
         paths += zip(roles, map(Path, inputs.scores), strict=True)
     elif (directory / SCORES).is_file():
         paths.append(("unlearned", directory / SCORES))
-    if len(inputs.scores) < 2:
-        paths[:0] = _beside(directory, "target", manifest)
+    if len(inputs.scores) < 2 and (directory / BEFORE).is_file():
+        paths.insert(0, ("target", directory / BEFORE))
     if inputs.oracle_scores is not None:
         paths.append(("oracle", Path(inputs.oracle_scores)))
-    elif not inputs.scores:
-        paths += _beside(directory, "oracle", manifest)
+    elif (directory / ORACLE).is_file():
+        paths.append(("oracle", directory / ORACLE))
     cards: list[Card] = []
     for role, path in paths:
         file = path / SCORES if path.is_dir() else path
@@ -323,19 +323,6 @@ def _check_weights(
             " evaluate"
         )
     return expected is not None
-
-
-def _beside(directory: Path, role: str, manifest: Mapping[str, Any]) -> list[tuple[str, Path]]:
-    """Scores of the target or the oracle that a demo left beside its runs, if of this run's target."""
-    known = directory.parent / _BESIDE["target"]
-    path = directory.parent / _BESIDE[role]
-    if not known.is_file() or not path.is_file():
-        return []
-    measured = read_json(known).get("model_sha256")
-    of_target = isinstance(measured, dict) and set(measured.values()) == _weights(
-        manifest["model_sha256"]
-    )
-    return [(role, path)] if of_target else []
 
 
 def _label(model: str, file: Path, taken: Sequence[str]) -> str:

@@ -371,6 +371,7 @@ class Loop:
         )
         usable = [c.score for c in self.history.candidates if not c.destroyed]
         self.history.candidates.append(candidate)
+        self._progress.message(_told(candidate))
         self._log(
             {
                 "step": step,
@@ -412,6 +413,19 @@ class Loop:
         restore(self._parameters, self._best)
         history.chosen_step = chosen.step
         history.chosen_why = f"highest score {chosen.score:.4f} of {len(usable)} usable candidates"
+
+
+def _told(candidate: Candidate) -> str:
+    """A candidate in a line."""
+    measured = candidate.measured
+    told = {
+        "forget accuracy": measured.forget_accuracy,
+        "retain accuracy": measured.retain_accuracy,
+        "MIA AUC": measured.mia_auc,
+        "score": candidate.score,
+    }
+    figures = ", ".join(f"{name} {value:.2f}" for name, value in told.items() if value is not None)
+    return f"step {candidate.step}: {figures}{', destroyed' * candidate.destroyed}"
 
 
 def schedule_factor(schedule: Schedule, done: float) -> float:

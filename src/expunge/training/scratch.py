@@ -32,8 +32,8 @@ from expunge.processes import Processes
 from expunge.training.state import SavedState, load_facts, load_state
 
 _BESIDE = (
-    MANIFEST, "adapter", "trackers", "scores.json", "records.jsonl", "audit.json",
-    "audit.json.partial", "report.html", "report.md", "report.json", ".expunge-*",
+    MANIFEST, "adapter", "trackers", "before.json", "oracle.json", "scores.json", "records.jsonl",
+    "audit.json", "audit.json.partial", "report.html", "report.md", "report.json", ".expunge-*",
 )  # fmt: skip
 """What is in a run directory beside the files that its record names: ours, or another command's."""
 _ASKED = "run.json"

@@ -257,6 +257,8 @@ def unlearn_prepared(
         measuring = time.monotonic()
         reading = _target_reading(prepared, context, place.saved)
         target = None if reading is None else reading.measured
+        if target is not None and target.forget_known == 1:
+            progress.message("the target knows every forget row measured, in the form given")
         for warning in _unknown(prepared, target):
             warnings.append(warning)
             progress.message(f"warning: {warning}")
