@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _RECALLED = (
     "original", "forget", "retain", "nonmembers", "oracle", "paraphrases", "columns", "joiner",
-    "chat_template", "long_rows",
+    "long_rows",
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from expunge.reporting.tables import scorecard_table, table_console
 from expunge.terminal import speaks
 
 _RECALLED = (
-    "forget", "retain", "nonmembers", "mmlu", "columns", "joiner", "chat_template", "long_rows",
+    "forget", "retain", "nonmembers", "mmlu", "columns", "joiner", "long_rows",
 )  # fmt: skip
 
 

@@ -46,7 +46,6 @@ def parse(
     arguments, config = take_option(arguments, "--config")
     check_words([*arguments, *([] if config is None else ["--config", config])])
     arguments = named(arguments, positional)
-    arguments = _with_template(arguments)
     fields = {} if config is None else yaml_fields(Path(config))
     if recalls:
         missing = set(recalls) - given(arguments, fields)
@@ -54,6 +53,7 @@ def parse(
         fields = {**(_recalled(place, missing) if place else {}), **fields}
     if fields:
         arguments = [*as_arguments(fields, str(config), command), *arguments]
+    arguments = _with_template(arguments)
     check_words(arguments)
     captured = io.StringIO()
     try:

@@ -28,7 +28,6 @@ _MODELS = ("original", "oracle", "base")
 _RECORDED = {
     "columns": ("settings", "inputs"),
     "joiner": ("settings", "inputs"),
-    "chat_template": ("settings", "training", "text"),
     "long_rows": ("settings", "training", "text"),
 }
 """Where the run's own record holds an option."""
