@@ -12,8 +12,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 import expunge
 from expunge.analysis.template_choice import settled
 from expunge.audits.base import MODELS, Attack, Found, ModelName
@@ -23,18 +21,16 @@ from expunge.audits.inputs import (
     AuditInputs,
     Request,
     check_cache,
-    check_memory,
     check_output,
     checked_models,
     fitted,
-    planned,
+    planned_here,
     read_sets,
     requests_of,
 )
 from expunge.audits.partial import Partial
 from expunge.audits.subject import Subject
 from expunge.audits.summary import kept_share, known_facts, summarise
-from expunge.audits.tuning import free_memory
 from expunge.audits.verdict import Evidence, Verdict, judge_audit, worst_of
 from expunge.data.fingerprints import data_fingerprint, named, users_secret
 from expunge.data.rows import RowSet, document_of
@@ -80,10 +76,7 @@ def audit(
     sets = read_sets(inputs, given)
     requests = requests_of(inputs, sets, checked, policies)
     dtypes = {name: resolve_dtype(model, inputs.dtype) for name, model in checked.items()}
-    target, free, kind = checked["target"], free_memory(device), torch.device(device).type
-    widest = max(dtypes.values(), key=lambda name: getattr(torch, name).itemsize)
-    plan = planned(inputs, requests, target, policies[-1], widest, kind, free)
-    check_memory(plan, target.name, device, free)
+    plan, target = planned_here(inputs, requests, checked, policies[-1]), checked["target"]
     tuned = plan.tuned
     requests = [replace(each, case=replace(each.case, tuned=tuned)) for each in requests]
     progress.message(f"audit: {plan.peak / 2**30:.1f} GiB at most, one model at a time (computed)")

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from expunge.audits.base import Attack, Case, ModelName, Tuned
 from expunge.audits.budgets import BUDGETS, BudgetName
 from expunge.audits.catalog import ATTACKS
@@ -17,7 +19,7 @@ from expunge.audits.facts import drawn
 from expunge.audits.memory import PlannedAudit, Sizes, plan_audit
 from expunge.audits.paraphrases import read_paraphrases
 from expunge.audits.subject import BEYOND
-from expunge.audits.tuning import default_learning_rate
+from expunge.audits.tuning import default_learning_rate, free_memory
 from expunge.data.chat_templates import Template, template_of
 from expunge.data.formats import Role
 from expunge.data.rows import Reading, Row, RowSet, by_document, check_disjoint, documents
@@ -29,6 +31,8 @@ from expunge.models.loading import (
     CheckedModel,
     Dtype,
     check_model,
+    resolve_device,
+    resolve_dtype,
     text_policies,
     vocabulary_of,
 )
@@ -198,15 +202,30 @@ def planned(
     return plan_audit(checked, dtype, device_type, sizes, ways, free)
 
 
-def check_memory(plan: PlannedAudit, model: str, device: str, free: int) -> None:
-    """Raises InputError where the audit does not fit, with options that mend it."""
+def planned_here(
+    inputs: AuditInputs,
+    requests: Sequence[Request],
+    checked: Mapping[ModelName, CheckedModel],
+    policy: TextPolicy,
+    mend: str = "",
+) -> PlannedAudit:
+    """The same with the memory that is free here.
+
+    Raises InputError where the audit does not fit, with the options that mend it after `mend`.
+    """
+    device, target = resolve_device(inputs.device), checked["target"]
+    free, kind = free_memory(device), torch.device(device).type
+    dtypes = [resolve_dtype(model, inputs.dtype) for model in checked.values()]
+    widest = max(dtypes, key=lambda name: getattr(torch, name).itemsize)
+    plan = planned(inputs, requests, target, policy, widest, kind, free)
     if not plan.fits:
         worst = max(plan.phases, key=lambda phase: phase.bytes)
-        option = f"--tuning {plan.tuned}: " if worst.name == "tune" else ""
+        option = f"--tuning {plan.tuned}: " if worst.name == "tune" and not mend else ""
         raise InputError(
-            f"{option}an audit of {model} takes {plan.peak / 2**30:.1f} GiB to {worst.name},"
-            f" {free / 2**30:.1f} GiB are free on {device}; {plan.mend}"
+            f"{option}an audit of {target.name} takes {plan.peak / 2**30:.1f} GiB to {worst.name},"
+            f" {free / 2**30:.1f} GiB are free on {device}; {mend}{plan.mend}"
         )
+    return plan
 
 
 def _sizes(
@@ -313,7 +332,9 @@ def check_audit(inputs: AuditInputs, target: CheckedModel) -> None:
     if inputs.oracle is not None:
         models["oracle"] = check_model(inputs.oracle, trust_remote_code=inputs.trust_remote_code)
     policies = text_policies(target, inputs.chat_template, inputs.long_rows)
-    requests_of(inputs, read_sets(inputs, {}), models, policies)
+    requests = requests_of(inputs, read_sets(inputs, {}), models, policies)
+    alone = "give --no-audit, and audit the result by itself: "
+    planned_here(inputs, requests, models, policies[-1], alone)
 
 
 def _chosen(inputs: AuditInputs, case: Case) -> tuple[list[Attack], dict[str, str]]:
