@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import learn, tiny_model, write_jsonl
+from conftest import learn, refusal, tiny_model, write_jsonl
 from expunge.analysis.template_choice import ROWS, chosen, evenly, read_form
 from expunge.data.rows import Row, as_rows
 from expunge.data.tokenization import TextPolicy, encode_rows
 from expunge.methods.numerics import is_known
+from expunge.methods.retrain import Retrain
 from expunge.models.loading import check_model, resolve_dtype, said_of_dtype
+from expunge.training.options import TrainingOptions
+from expunge.training.preparation import prepare
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -210,6 +213,20 @@ def test_a_sweep_asks_every_trial_as_the_target_answers(
     assert code == 0, said
     assert "chat template on: of the answers" in said
     assert "chat_template: 'on'" in (tmp_path / "sweep" / "best.yaml").read_text()
+
+
+def test_retraining_is_told_the_form(chat_dir: Path, forget_rows: Rows, retain_rows: Rows) -> None:
+    """No target is loaded there that could tell."""
+    checked = check_model(str(chat_dir))
+    model = (checked.config, checked.layout, checked.tokenizer)
+
+    def prepared(template: Any) -> Any:
+        options = TrainingOptions(chat_template=template)
+        rows = (forget_rows, retain_rows, None)
+        return prepare(Retrain(), options, *model, *rows, has_base=True)
+
+    assert "retraining asks no target that could tell; give on" in refusal(lambda: prepared("auto"))
+    assert prepared("on").policy.chat_template
 
 
 def test_a_plan_is_of_the_longer_form(chat_dir: Path, both: Any, run_cli: Cli) -> None:

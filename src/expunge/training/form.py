@@ -49,6 +49,7 @@ def resolved_form(
                 policy=policy,
                 text=policy.describe(tokenizer),
                 plain=None,
+                base=prepared.base,
             )
         if prepared.looks:
             answered = read[-1] if len(forms) == 1 else read[prepared.policy.chat_template]

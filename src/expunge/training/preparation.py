@@ -196,6 +196,11 @@ def prepare(
             context_of(config), long_rows=options.long_rows, vocabulary=vocabulary_of(config)
         )
         policies = policies_of(policy, options.chat_template, tokenizer)
+    if isinstance(method, Retrain) and len(policies) > 1:
+        raise InputError(
+            "--chat-template auto: retraining asks no target that could tell; give on or off, as"
+            " rows are to be learned"
+        )
     *others, prepared = (
         prepare_encoded(
             method,
