@@ -135,7 +135,7 @@ def asked_of(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What `audit` and `evaluate` were asked, in the place of their work."""
     found: list[Any] = []
 
-    def take(given: Any, _: Any) -> Any:
+    def take(given: Any, *_: Any) -> Any:
         found.append(given)
         raise Killed
 

@@ -36,16 +36,19 @@ UNFINISHED = ("no size", "{} holds {} where names with values belong")
 """What is caught and said with more."""
 NEVER = {
     ("expunge.audits.inputs", "AuditInputs"): "evidence of a ledger reveals nothing",
+    ("expunge.audits.inputs", "checked_models"): "an erasure's models are of one run",
     ("expunge.data.columns", "_missing"): "OtherColumns.plain is what they say",
     ("expunge.data.columns", "_check_unused"): "OtherColumns.plain is what they say",
     ("expunge.data.tokenization", "encode_rows"): "the page reads rows in windows",
     ("expunge.evaluation.multiple_choice", "_told_apart"): "the page asks no questions",
+    ("expunge.evaluation.multiple_choice", "read_questions"): "an erasure asks without examples",
     ("expunge.evaluation.multiple_choice", "check_prompts"): "the page asks no questions",
     ("expunge.models.decoder", "DecoderLayout"): "methods ask for an MLP output",
     (
         "expunge.reporting.content",
         "_not_measured",
     ): "the command that they are of is put in before them",
+    ("expunge.reporting.material", "_check_weights"): "an erasure's scores are its own",
     ("expunge.training.keeping", "plain_errors"): "a sweep says itself how its last run goes on",
     ("expunge.training.scratch", "_check_same"): "a sweep overwrites its last run",
     ("expunge.training.scratch", "scratch_beside"): "a sweep overwrites its last run",

@@ -139,14 +139,16 @@ def test_forgetting_is_bounded_and_holds_retain(start: Start, tokens: Tokens) ->
     # Retain tokens are held at the odds that they had.
     now, before = started.log_odds(retain, "all"), started.log_odds(retain, "all", before=True)
     drifts = iter(huber(a - b, RETAIN_WIDTH) for a, b in zip(now, before, strict=True))
-    expected = 0.0
+    expected, whole = 0.0, 0.0
     for row, example in enumerate(retain.examples):  # half of each the prompt's, half the answer's
         sides: dict[bool, list[float]] = {True: [], False: []}
         for answer in retain.answer_mask[row, 1 : len(example)].tolist():
             sides[answer].append(next(drifts))
         assert all(sides.values())
-        means = [sum(side) / len(side) for side in sides.values()]
-        expected += 3 * sum(means) / len(means) / len(retain.examples)
+        size = math.sqrt(sum(map(len, sides.values())))
+        expected += 3 * size * sum(sum(side) / len(side) for side in sides.values()) / 2
+        whole += size
+    expected /= whole
     assert expected > 0  # the weights have moved
     assert float(terms.retain.detach()) == pytest.approx(expected, rel=1e-3)
 
@@ -191,12 +193,15 @@ def slow_kl(log_q: torch.Tensor, log_p: torch.Tensor, kept: int) -> float:
 def test_random_rows_hold_the_targets_predictions(
     start: Start, random_rows: list[Any], weight: float
 ) -> None:
-    """Odds of the user's rows, each alike; KL to the target of random ones, token by token."""
+    """Odds of the user's rows, by the root of their size; KL to the target of random ones, by tokens."""
     started = start(random_rows, retain_weight=3.0, random_weight=weight)
-    tokens = [sum(e.token_mask[1:]) for e in started.context.retain if not e.listed]
+    tokens: dict[bool, list[float]] = {True: [], False: []}
+    for example in started.context.retain:
+        size = sum(example.token_mask[1:])
+        tokens[example.listed].append(math.sqrt(size) if example.listed else size)
     # A step of 4 retain rows and 3 written ones: together these weigh `weight` times as much.
-    written = sum(tokens) / len(tokens)
-    assert started.objective.written_weight * 3 * written == pytest.approx(weight * 4)
+    listed, written = (sum(side) / len(side) for side in (tokens[True], tokens[False]))
+    assert started.objective.written_weight * 3 * written == pytest.approx(weight * 4 * listed)
     weight = started.objective.written_weight
     count = len(started.context.retain)
     random = rows_of(started, "retain", count - 1, count - 2)
@@ -213,7 +218,7 @@ def test_random_rows_hold_the_targets_predictions(
     users = rows_of(started, "retain", 0, 1)
     mixed = rows_of(started, "retain", count - 1, 0, count - 2, 1)
     assert started.objective.retain_size(mixed) == pytest.approx(
-        weight * len(pairs) + len(users.examples)
+        weight * len(pairs) + sum(math.sqrt(sum(e.token_mask[1:])) for e in users.examples)
     )
     found = holding(started, users) + weight * expected
     assert holding(started, mixed) == pytest.approx(found, rel=1e-3)
@@ -312,8 +317,8 @@ def test_tokens_of_a_calibrated_document_take_the_losses_of_a_never_seen_one(sta
     expected = sum(huber(x, FORGET_WIDTH) for x in away) / len(away)
     # Quantiles at 128 ranks and back.
     assert forgetting(started.objective, batch) == pytest.approx(expected, rel=0.01)
-    # A row that nothing is known of has one ceiling for all of its tokens.
-    plain = start(**settings).objective
+    # A row that nothing is known of has one ceiling for all of its tokens, what is wanted of the others.
+    plain = start(**settings, ceiling=3.1).objective
     assert forgetting(started.objective, other) == pytest.approx(forgetting(plain, other), rel=1e-5)
 
 

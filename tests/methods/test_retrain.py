@@ -159,7 +159,7 @@ def test_it_needs_a_base_that_the_target_can_come_from(
 ) -> None:
     code, _, err = retrain(tmp_path / "out", "--base", "None")
     assert code == 2
-    assert "none was given; give it with --base" in err
+    assert "none was given; use expunge run --base BASE" in err
     target = check_model(str(memorised_dir))
     assert check_base(str(model_dir("olmo")), target).tokenizer is target.tokenizer
     shallow = saved("shallow", tiny_model("olmo", len(tokenizer), layers=3))

@@ -357,7 +357,8 @@ def test_a_layer_is_a_number_or_auto_and_chosen_before_the_start(make_context: C
 def test_a_model_without_what_is_trained_is_refused() -> None:
     layout = dataclasses.replace(find_layout(tiny_model("olmo", 300)), mlp_output="")
     with pytest.raises(
-        InputError, match=r"--method adaptive-rmu: .*no MLP output in common; choose --method"
+        InputError,
+        match=r"--method adaptive-rmu: .*no MLP output in common; unlearn it with --method",
     ):
         AdaptiveRMU().check(layout)
 

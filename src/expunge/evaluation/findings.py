@@ -65,7 +65,7 @@ def findings(card: Scorecard, target: Scorecard | None = None) -> list[str]:
     if compared.get("calibrated_on"):
         found.append(
             "calibrated on the same text: the run was drawn to this never-seen text, so that the AUC"
-            " proves little; give other text with --nonmembers"
+            " proves little; give other text to expunge evaluate --nonmembers"
         )
     sides = [compared.get(side) for side in ("members", "nonmembers")]
     if card.mia_auc is not None and not (all(sides) and is_chance(card.mia_auc, *sides)):

@@ -111,7 +111,7 @@ class LogOddsObjective(GradientObjective):
         self._forget_before = self._odds_before(context.forget, settings.tokens)
         self._ask_about_held()
         self.written_weight = settings.random_weight * self._balance()
-        """Of one written token, where a row of the user's has 1."""
+        """Of one written token, where a row of the user's has the root of its size."""
 
     def _ask_about_held(self) -> None:
         """Keeps what the target says of the rows that are to stay."""
@@ -119,9 +119,14 @@ class LogOddsObjective(GradientObjective):
         self._said = self._said_before()
 
     def _balance(self) -> float:
-        """A step's retain rows for each counted token of its written rows, over the whole run."""
-        written = [sum(e.token_mask[1:]) for e in self._context.retain if not e.listed]
-        return len(written) / (_WRITTEN_RATIO * sum(written)) if sum(written) else 0.0
+        """What a step's retain rows weigh for each counted token of its written rows, over the run."""
+        sizes: dict[bool, list[int]] = {True: [], False: []}
+        for example in self._context.retain:
+            sizes[example.listed].append(sum(example.token_mask[1:]))
+        if not all(map(sum, sizes.values())):
+            return 0.0
+        ours = sum(map(math.sqrt, sizes[True])) / len(sizes[True])
+        return ours * len(sizes[False]) / (_WRITTEN_RATIO * sum(sizes[False]))
 
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """The two terms of L, each a mean over its tokens."""
@@ -197,7 +202,7 @@ class LogOddsObjective(GradientObjective):
         return torch.minimum(before, odds), torch.cat([aim.surprise for aim in wanted])
 
     def _drift(self, retain: Batch) -> torch.Tensor:
-        """How far retain text is from what the target says of it, mean over rows (`_weights`).
+        """How far retain text is from what the target says of it, a weighted mean (`_weights`).
 
         The user's tokens by their log-odds; those that the target wrote by KL(target || model). Each
         kind in a pass of its own: they differ in length, and padding costs as much as tokens.
@@ -223,17 +228,17 @@ class LogOddsObjective(GradientObjective):
 
     @staticmethod
     def _weights(batch: Batch) -> torch.Tensor:
-        """Of the user's tokens in the retain term, (rows, tokens - 1): each row's sum to 1.
+        """Of the user's tokens in the retain term, (rows, tokens - 1): a row's sum to its size's root.
 
         Half of it is the answer's and half the prompt's, if a row has both: an answer of three tokens
-        would count for nothing beside stories.
+        would count for nothing beside stories, and stories for little if all rows counted alike.
         """
         counted = batch.mask("all")[:, 1:]
         answer = batch.answer_mask[:, 1:]
         parts = torch.stack([counted & answer, counted & ~answer]).float()
         sizes = parts.sum(2, keepdim=True)
         shares = parts / sizes.clamp(min=1)
-        return shares.sum(0) / (sizes > 0).sum(0).clamp(min=1)
+        return shares.sum(0) / (sizes > 0).sum(0).clamp(min=1) * counted.sum(1, keepdim=True).sqrt()
 
     def _log_odds(self, batch: Batch, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """The log-odds of the counted tokens, and where they are, (rows, tokens - 1)."""
@@ -306,10 +311,10 @@ class LogOddsObjective(GradientObjective):
         return int(batch.mask(self._settings.tokens)[:, 1:].sum())
 
     def retain_size(self, batch: Batch) -> float:
-        """The retain term is a mean over rows, of which the written ones weigh by their tokens."""
+        """What the batch weighs in the retain term: its rows the roots of their sizes."""
         counts = batch.mask("all")[:, 1:].sum(1).tolist()
         return sum(
-            float(n > 0) if example.listed else n * self.written_weight
+            math.sqrt(n) if example.listed else n * self.written_weight
             for n, example in zip(counts, batch.examples, strict=True)
         )
 

@@ -24,7 +24,7 @@ def with_section(card: str, section: str, place: Path) -> str:
     if begun != 1 or ended != 1 or stop < start:
         raise InputError(
             f"{place}: its two marks '<!-- expunge report: ... -->' are not one pair in order; remove"
-            " them, or give --no-card"
+            " them, or use expunge report --no-card"
         )
     return card[:start] + body + card[stop + len(END) :]
 
@@ -38,5 +38,5 @@ def read_card(path: Path) -> str:
         return path.read_bytes().decode("utf-8")
     except (UnicodeDecodeError, OSError):
         raise InputError(
-            f"{path}: cannot be read as UTF-8 text; mend it, or give --no-card"
+            f"{path}: cannot be read as UTF-8 text; mend it, or use expunge report --no-card"
         ) from None

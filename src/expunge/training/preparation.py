@@ -262,8 +262,8 @@ def prepare_encoded(
     retrains = isinstance(method, Retrain)
     if retrains and not has_base:
         raise InputError(
-            "--method retrain: trains the model from before the fine-tune, and none was given; give it"
-            " with --base, in expunge run, or choose another method"
+            "--method retrain: trains the model from before the fine-tune, and none was given; use"
+            " expunge run --base BASE, or choose another method"
         )
     if retrains and sets.influence is not None:
         raise InputError("--influence: --method retrain takes all retain rows alike; leave it out")
