@@ -309,8 +309,8 @@ def test_in_python_a_loaded_base_is_the_yardstick_and_calibration_has_two_names(
     options: dict[str, Any] = {"max_steps": 1, "learning_rate": 1e-4, "unknown_rows": "unlearn"}
     found = expunge.unlearn(*common, method=NPO(), base=base, **options)
     assert found.options["yardstick"] == "base"
-    twice = {"calibration": nonmember_rows, "nonmembers": nonmember_rows}
-    call = partial(expunge.unlearn, *common, method=NPO(), **twice, **options)
+    options |= {"calibration": nonmember_rows, "nonmembers": nonmember_rows}
+    call = partial(expunge.unlearn, *common, method=NPO(), **options)
     assert "nonmembers: is the old name of calibration" in refusal(call)
     call = partial(expunge.unlearn, *common, method=Retrain(), base=base)
     assert "--method retrain: trains the base, from files" in refusal(call)
