@@ -132,7 +132,7 @@ def test_a_ceiling_follows_the_never_seen_loss_and_stays_near_it(make_context: C
 
     objective.calibrate(far(context, 0.0))
     assert ceilings() == {4.0}
-    assert objective.calibration["ceiling"] == 4.0  # rows of no kind that was never seen go as far
+    assert objective.calibration["of_prompts"] == 4.0
     objective.calibrate(far(context, 5.0))
     assert ceilings() == {3.0}  # 1 of 4 nats too far, all of it back
     for _ in range(9):
@@ -251,7 +251,8 @@ def test_an_aim_follows_what_was_reached_and_stays_near_what_is_wanted() -> None
     aims = Aims(9.0)
     now, surprise = torch.tensor([0.3, 0.1, 0.2]), torch.tensor([-1.0, 0.0, 1.0])
     aims.calibrate(rows)
-    first = aims.of_row("m", now, surprise)
+    answers = torch.tensor([False, True, True])
+    first = aims.of_row("m", now, surprise, answers)
     assert first.losses.argsort().tolist() == now.argsort().tolist()  # tokens keep their order
     assert first.surprise.argsort().tolist() == [0, 1, 2]  # each order its own
     assert float(first.losses.mean()) == pytest.approx(mean, rel=1e-5)
@@ -268,6 +269,6 @@ def test_an_aim_follows_what_was_reached_and_stays_near_what_is_wanted() -> None
     [moved] = aims.tensors["aims.surprise"]
     assert float((moved - wanted.surprise).abs().max()) <= 0.5 + 1e-5
     assert not torch.allclose(moved, wanted.surprise)
-    unknown = aims.of_row("other", now, surprise)
-    assert unknown.losses.tolist() == pytest.approx([mean] * 3)
+    unknown = aims.of_row("other", now, surprise, answers)
+    assert unknown.losses.tolist() == pytest.approx([mean, 9.0, 9.0])  # a prompt as far as any text
     assert unknown.surprise.isnan().all()

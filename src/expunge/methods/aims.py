@@ -38,8 +38,8 @@ class Aims:
     """The loss that every forget row should have, and how its tokens share it."""
 
     def __init__(self, ceiling: float) -> None:
-        """`ceiling` is that of all rows before any is calibrated, nats a token."""
-        self._ceiling = ceiling
+        """`ceiling` is that of rows that are not calibrated, nats a token."""
+        self._ceiling = self._of_prompts = ceiling
         self._ceilings: dict[str, float] = {}
         self._tokens: dict[str, TokenSpread] = {}
 
@@ -47,8 +47,8 @@ class Aims:
         """Moves each aim by what was missed, and keeps it near what is wanted: one that is far off
         would go on pushing long after the losses have arrived. All tokens of a row without a pair have
         one aim."""
-        # Of rows that have no never-seen ones of their kind: no further than any other goes.
-        self._ceiling = min(self._ceiling, rows.scale)
+        # What was asked says nothing of its own: no further than any text goes.
+        self._of_prompts = min(self._ceiling, rows.scale)
         for row, loss in rows.losses.items():
             wanted = rows.wanted[row]
             start = self._ceilings.get(row)
@@ -74,14 +74,21 @@ class Aims:
         """Whether any row's tokens are compared with a never-seen document's."""
         return bool(self._tokens)
 
-    def of_row(self, row: str, losses: torch.Tensor, surprise: torch.Tensor) -> Wanted:
+    def of_row(
+        self, row: str, losses: torch.Tensor, surprise: torch.Tensor, answers: torch.Tensor
+    ) -> Wanted:
         """What the tokens of a row should have, whose `losses` and `surprise` (tokens,) are these now.
 
+        `answers` (tokens,) marks its answer, which goes as far as the ceiling where nothing is known of
+        the row: its prompt goes no further than never-seen text, once there is any.
         They keep their order: the least likely token is to be the least likely, the most surprising
         the most surprising. Of equal ones the first in the text is to have least. The mean of the
         losses is the row's ceiling.
         """
-        ceiling, aim = self._ceilings.get(row, self._ceiling), self._tokens.get(row)
+        ceiling, aim = self._ceilings.get(row), self._tokens.get(row)
+        if ceiling is None:
+            ends = torch.where(answers, self._ceiling, self._of_prompts).to(losses)
+            return Wanted(ends, torch.full_like(losses, torch.nan))
         if aim is None or not len(losses):
             return Wanted(torch.full_like(losses, ceiling), torch.full_like(losses, torch.nan))
         wanted = at_ranks(aim.losses, len(losses))
@@ -94,7 +101,7 @@ class Aims:
     def facts(self) -> dict[str, Any]:
         """Its state beside the tensors, as JSON can hold it."""
         return {
-            "ceiling": self._ceiling,
+            "of_prompts": self._of_prompts,
             "ceilings": dict(self._ceilings),
             "matched": list(self._tokens),
         }
@@ -112,7 +119,7 @@ class Aims:
 
     def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Puts back what `facts` and `tensors` gave."""
-        self._ceiling = facts["ceiling"]
+        self._of_prompts = facts["of_prompts"]
         self._ceilings = dict(facts["ceilings"])
         self._tokens = {
             row: TokenSpread(tensors["aims.losses"][index], tensors["aims.surprise"][index])

@@ -190,11 +190,16 @@ class LogOddsObjective(GradientObjective):
         token of a forget row is made more likely than the target had it.
         """
         losses = -functional.logsigmoid(log_odds.detach())
+        answers = batch.answer_mask[:, 1:][mask]
         counts = mask.sum(1).tolist()
         wanted = [
             self._aims.of_row(row, *now)
             for row, *now in zip(
-                batch.row_ids, losses.split(counts), surprise.detach().split(counts), strict=True
+                batch.row_ids,
+                losses.split(counts),
+                surprise.detach().split(counts),
+                answers.split(counts),
+                strict=True,
             )
         ]
         odds = log_odds_at(torch.cat([aim.losses for aim in wanted]))
