@@ -49,7 +49,7 @@ class Spectral(LogOddsSettings):
         depth=8,
         schedule="trapezoid",
         candidates=8,
-        least_steps=64,
+        least_steps=96,
     )
     presets: ClassVar[Mapping[str, Preset]] = {}
 
