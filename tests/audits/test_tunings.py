@@ -206,7 +206,7 @@ def test_where_memory_is_short_every_model_is_tuned_with_lora(
     monkeypatch.setattr(memory, "audit_phases", made_up)
     reports = {}
     for free, expected in ((100, "full"), (99, "lora")):
-        monkeypatch.setattr(auditing, "free_memory", lambda _, free=free: free)
+        monkeypatch.setattr(inputs, "free_memory", lambda _, free=free: free)
         output = tmp_path / f"{expected}.json"
         code, _, err = audit(
             *("--attacks", "relearn", "--dtype", "bfloat16", "--learning-rate", 5e-3),
@@ -227,7 +227,7 @@ def test_where_memory_is_short_every_model_is_tuned_with_lora(
         (47, (), "use --batch-size 1"),
         (9, (), "use a machine with more memory"),
     ):
-        monkeypatch.setattr(auditing, "free_memory", lambda _, free=free: free)
+        monkeypatch.setattr(inputs, "free_memory", lambda _, free=free: free)
         code, _, err = audit("--attacks", "relearn", *options)
         assert (code, err.count("\n")) == (2, 1)
         assert "GiB to tune, " in err
