@@ -82,9 +82,8 @@ def audit(
     progress.message(f"audit: {plan.peak / 2**30:.1f} GiB at most, one model at a time (computed)")
     users_secret()  # which hashes need at the end
     digests = {name: model.files.sha256() for name, model in checked.items()}
-    for line in {
-        line: 0 for m in checked.values() for line in said_of_dtype(m, inputs.dtype, device)
-    }:
+    told = [line for m in checked.values() for line in said_of_dtype(m, inputs.dtype, device)]
+    for line in dict.fromkeys(told):
         progress.message(line)
     partial = Partial(
         None if inputs.output is None else Path(inputs.output),

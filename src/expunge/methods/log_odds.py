@@ -1,12 +1,13 @@
 """Forgetting and holding on the log-odds of tokens: the loss that `spectral` and `libu` share.
 
     L = mean_F [ H(o_t - o_t*) + 3 H1(z_t - z_t*) + v H(max(0, o_t^l - o_t*)) ]
-        + w mean_R [ H2(o_t - o_t^0) ]  with KL(target || model) for what the target wrote
+        + w mean_R [ a_t H2(o_t - o_t^0) ]  with KL(target || model) for what the target wrote
 
 o_t = log(p_t / (1 - p_t)) are a token's log-odds, o_t^0 those in the target, o_t* those wanted: of a
 token with a loss of c_t nats, and never more than the target's. z_t says how much less likely the token
 is than its distribution expects, z_t* the same in never-seen text. o_t^l is what the logit lens reads
 after a layer l, another one in each step. H is Huber's distance over its width, 8 for forget tokens.
+The a_t of a retain row sum to the root of its tokens, half over its prompt and half over its answer.
 
 On the log-odds, because the gradient of the NLL is 1 - p, nearly 0 for what is known by heart: by the
 time that a cross-entropy resists, retain text known by heart is lost.
@@ -57,8 +58,8 @@ class LogOddsSettings(TokenSettings):
     """Settings of the methods that share the loss."""
 
     ceiling: float | None = None
-    """Each forget token's loss is raised to this many nats, where neither --calibration nor --base says
-    how far; null: 0.8 log(vocabulary)."""
+    """The loss of a forget token is raised to this many nats, where nothing never seen says how far: of
+    answers to questions, without --calibration and --base of every token. Null: 0.8 log(vocabulary)."""
     lens_weight: float = 0.25
     """Weight of the forget term of a layer inside, another one in every step: what the logit lens reads
     there may be no likelier than what is wanted of the output."""
@@ -125,11 +126,11 @@ class LogOddsObjective(GradientObjective):
             sizes[example.listed].append(sum(example.token_mask[1:]))
         if not all(map(sum, sizes.values())):
             return 0.0
-        ours = sum(map(math.sqrt, sizes[True])) / len(sizes[True])
+        ours = sum(map(_weight_of_row, sizes[True])) / len(sizes[True])
         return ours * len(sizes[False]) / (_WRITTEN_RATIO * sum(sizes[False]))
 
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
-        """The two terms of L, each a mean over its tokens."""
+        """The two terms of L."""
         distances = self._distances(forget)
         term = distances.sum() / max(1, len(distances))
         if retain is None or self._settings.retain_weight == 0:
@@ -319,10 +320,15 @@ class LogOddsObjective(GradientObjective):
         """What the batch weighs in the retain term: its rows the roots of their sizes."""
         counts = batch.mask("all")[:, 1:].sum(1).tolist()
         return sum(
-            math.sqrt(n) if example.listed else n * self.written_weight
+            _weight_of_row(n) if example.listed else n * self.written_weight
             for n, example in zip(counts, batch.examples, strict=True)
         )
 
     def notes(self) -> Mapping[str, Any]:
         """How many numbers are trained, and the loss up to which a token is pushed, nats."""
         return {**super().notes(), "ceiling": self.ceiling}
+
+
+def _weight_of_row(tokens: int) -> float:
+    """Of a row of the user's with so many counted tokens in the retain term, as `_weights` shares it."""
+    return math.sqrt(tokens)
