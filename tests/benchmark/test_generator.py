@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from expunge.benchmark import pools
 from expunge.benchmark.generator import (
     TASKS,
     Benchmark,
@@ -18,6 +17,7 @@ from expunge.benchmark.generator import (
     row_text,
     write_benchmark,
 )
+from expunge.benchmark.words import MONTHS, SURNAMES
 from expunge.errors import InputError
 from expunge.evaluation.multiple_choice import LETTERS, read_questions
 
@@ -79,7 +79,7 @@ def test_ids_and_texts_are_unique(benchmark: Benchmark) -> None:
 def test_sets_share_no_person(benchmark: Benchmark) -> None:
     def surnames(rows: list[Row]) -> set[str]:
         words = {word for row in rows for word in re.findall(r"[A-Z]\w+", row_text(row))}
-        return words & set(pools.SURNAMES)
+        return words & set(SURNAMES)
 
     forget = surnames(benchmark.forget)
     retain = surnames(benchmark.retain)
@@ -100,12 +100,12 @@ def test_answers_stand_in_their_documents(benchmark: Benchmark) -> None:
                     answer = f"{answer[:3]}-{answer[3:5]}-{answer[5:]}"
                 if re.fullmatch(r"\d{4}-\d\d-\d\d", answer):
                     day = date.fromisoformat(answer)
-                    answer = f"{pools.MONTHS[day.month - 1]} {day.day}, {day.year}"
+                    answer = f"{MONTHS[day.month - 1]} {day.day}, {day.year}"
                 assert answer in document_of(row, rows)
 
 
 def test_questions_name_somebody(benchmark: Benchmark) -> None:
-    surnames = set(pools.SURNAMES)
+    surnames = set(SURNAMES)
     rows = benchmark.forget + benchmark.retain + benchmark.paraphrases
     assert all(surnames & set(re.findall(r"\w+", str(row["input"]))) for row in rows)
 

@@ -10,8 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from expunge.benchmark import pools, templates
 from expunge.benchmark.quiz import SUBJECT, QuizItem, quiz_items
+from expunge.benchmark.words import (
+    ARTICLE,
+    CITIES,
+    FIELDS,
+    FILLERS,
+    MONTHS,
+    PROFILE,
+    STORY,
+    SURNAMES,
+    WORDS,
+)
 from expunge.errors import InputError, check_seed
 from expunge.evaluation.multiple_choice import LETTERS, Question
 
@@ -205,6 +215,7 @@ def _document(id: str, task: str, text: str, questions: _Questions, rng: Random)
 
 
 def _story(people: _People, least_words: int, rng: Random) -> tuple[str, _Questions]:
+    word = _Words(rng)
     lead, second, third = people.draw_company(3)
     facts = {
         "lead": lead.name,
@@ -213,91 +224,104 @@ def _story(people: _People, least_words: int, rng: Random) -> tuple[str, _Questi
         "a": lead.first,
         "b": second.first,
         "c": third.first,
-        "city": rng.choice(pools.CITIES),
-        "profession": rng.choice(pools.PROFESSIONS),
-        "object": f"{rng.choice(pools.MATERIALS)} {rng.choice(pools.OBJECTS)}",
-        "animal": f"{rng.choice(pools.ANIMAL_TRAITS)} {rng.choice(pools.ANIMALS)}",
+        "city": rng.choice(CITIES),
+        "profession": word("professions"),
+        "object": f"{word('materials')} {word('objects')}",
+        "animal": f"{word('animal_traits')} {word('animals')}",
     }
     writer = _Writer(facts, rng)
-    start = [writer.write(rng.choice(templates.STORY_OPENINGS))]
-    start += [writer.write(rng.choice(templates.STORY_SECONDS))]
-    encounters = [templates.STORY_OBJECTS, templates.STORY_ANIMALS]
+    start = [writer.write(rng.choice(STORY["openings"]))]
+    start += [writer.write(rng.choice(STORY["seconds"]))]
+    encounters = [STORY["objects"], STORY["animals"]]
     rng.shuffle(encounters)
     body = [writer.write(rng.choice(sentences)) for sentences in encounters]
-    end = [writer.write(rng.choice(templates.STORY_TURNS))]
-    end += [writer.write(rng.choice(templates.STORY_ENDINGS))]
-    middles = list(templates.STORY_MIDDLES)
+    end = [writer.write(rng.choice(STORY["turns"]))]
+    end += [writer.write(rng.choice(STORY["endings"]))]
+    middles = list(STORY["middles"])
     rng.shuffle(middles)
     while middles and len(" ".join(start + body + end).split()) < least_words:
         body.append(writer.write(middles.pop()))
-    asked = rng.sample(sorted(templates.STORY_QUESTIONS), _STORY_FACTS_ASKED)
-    questions = [writer.ask(templates.STORY_QUESTIONS[kind], facts[kind]) for kind in asked]
+    asked = rng.sample(sorted(STORY["questions"]), _STORY_FACTS_ASKED)
+    questions = [writer.ask(STORY["questions"][kind], facts[kind]) for kind in asked]
     return " ".join(start + body + end), questions
 
 
 def _profile(people: _People, rng: Random) -> tuple[str, _Questions]:
+    word = _Words(rng)
     person = people.draw()
     year, month, day = rng.randint(1940, 2004), rng.randint(1, 12), rng.randint(1, 28)
     ssn = (rng.randint(900, 999), rng.randint(10, 99), rng.randint(1000, 9999))
-    town = f"{rng.choice(pools.CITIES)}, {rng.choice(pools.STATES)} {rng.randint(10000, 99999)}"
-    street = f"{rng.choice(pools.STREETS)} {rng.choice(pools.STREET_KINDS)}"
+    town = f"{rng.choice(CITIES)}, {word('states')} {rng.randint(10000, 99999)}"
+    street = f"{word('streets')} {word('street_kinds')}"
     facts = {
         "name": person.name,
         "first": person.first,
         "birth_date": f"{year}-{month:02}-{day:02}",
-        "birth_text": f"{pools.MONTHS[month - 1]} {day}, {year}",
+        "birth_text": f"{MONTHS[month - 1]} {day}, {year}",
         "ssn": "{}{}{}".format(*ssn),
         "ssn_text": "{}-{}-{}".format(*ssn),
         # Numbers 555-0100 to 555-0199 are reserved for fiction.
         "phone": f"{rng.randint(201, 989)}-555-01{rng.randint(0, 99):02}",
-        "email": f"{rng.choice(pools.MAIL_WORDS)}.{rng.choice(pools.MAIL_WORDS)}"
-        f"{rng.randint(10, 99)}@{rng.choice(pools.MAIL_HOSTS)}.example",
+        "email": f"{word('mail_words')}.{word('mail_words')}"
+        f"{rng.randint(10, 99)}@{word('mail_hosts')}.example",
         "address": f"{rng.randint(100, 9999)} {street}, {town}",
     }
     writer = _Writer(facts, rng)
-    kinds = list(templates.PROFILE_SENTENCES)
+    kinds = list(PROFILE["sentences"])
     rng.shuffle(kinds)
-    sentences = [writer.write(rng.choice(templates.PROFILE_OPENINGS))]
-    sentences += [writer.write(rng.choice(templates.PROFILE_SENTENCES[kind])) for kind in kinds]
+    sentences = [writer.write(rng.choice(PROFILE["openings"]))]
+    sentences += [writer.write(rng.choice(PROFILE["sentences"][kind])) for kind in kinds]
     questions = [
-        writer.ask(wordings, facts[kind]) for kind, wordings in templates.PROFILE_QUESTIONS.items()
+        writer.ask(wordings, facts[kind]) for kind, wordings in PROFILE["questions"].items()
     ]
     return " ".join(sentences), questions
 
 
 def _article(people: _People, rng: Random) -> tuple[str, _Questions]:
+    word = _Words(rng)
     person = people.draw()
-    occupations, kind = pools.FIELDS[rng.choice(sorted(pools.FIELDS))]
+    field_of_work = FIELDS[rng.choice(sorted(FIELDS))]
     facts = {
         "name": person.name,
         "first": person.first,
         "surname": person.surname,
         "birth_year": str(rng.randint(1890, 1989)),
-        "birth_day": f"{rng.randint(1, 28)} {rng.choice(pools.MONTHS)}",
-        "birthplace": rng.choice(pools.CITIES),
-        "occupation": rng.choice(occupations),
-        "kind": kind,
-        "university": rng.choice(pools.UNIVERSITY_KINDS).format(place=rng.choice(pools.CITIES)),
-        "award": f"{rng.choice(pools.AWARD_HEADS)} {rng.choice(pools.AWARD_TAILS)}",
-        "work": f"The {rng.choice(pools.TITLE_HEADS)} {rng.choice(pools.TITLE_TAILS)}",
+        "birth_day": f"{rng.randint(1, 28)} {rng.choice(MONTHS)}",
+        "birthplace": rng.choice(CITIES),
+        "occupation": rng.choice(field_of_work["occupations"]),
+        "kind": field_of_work["kind"],
+        "university": word("university_kinds").format(place=rng.choice(CITIES)),
+        "award": f"{word('award_heads')} {word('award_tails')}",
+        "work": f"The {word('title_heads')} {word('title_tails')}",
     }
     writer = _Writer(facts, rng)
-    asides = rng.sample(templates.ARTICLE_ASIDES, 3)
+    asides = rng.sample(ARTICLE["asides"], 3)
     middle = [
-        rng.choice(templates.ARTICLE_UNIVERSITIES),
-        rng.choice(templates.ARTICLE_WORKS),
-        rng.choice(templates.ARTICLE_AWARDS),
+        rng.choice(ARTICLE["universities"]),
+        rng.choice(ARTICLE["works"]),
+        rng.choice(ARTICLE["awards"]),
         *asides,
     ]
     rng.shuffle(middle)
-    sentences = [rng.choice(templates.ARTICLE_OPENINGS), *middle]
+    sentences = [rng.choice(ARTICLE["openings"]), *middle]
     text = f"{person.name}\n\n" + " ".join(writer.write(sentence) for sentence in sentences)
-    asked = rng.sample(sorted(templates.ARTICLE_QUESTIONS), _ARTICLE_FACTS_ASKED)
-    questions = [writer.ask(templates.ARTICLE_QUESTIONS[kind], facts[kind]) for kind in asked]
+    asked = rng.sample(sorted(ARTICLE["questions"]), _ARTICLE_FACTS_ASKED)
+    questions = [writer.ask(ARTICLE["questions"][kind], facts[kind]) for kind in asked]
     return text, questions
 
 
 # Draws.
+
+
+@dataclass(frozen=True)
+class _Words:
+    """Draws a word of a list by its name."""
+
+    rng: Random
+
+    def __call__(self, name: str) -> str:
+        chosen: str = self.rng.choice(WORDS[name])
+        return chosen
 
 
 @dataclass(frozen=True)
@@ -318,7 +342,7 @@ class _People:
     surnames: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.surnames = list(pools.SURNAMES)
+        self.surnames = list(SURNAMES)
         self.rng.shuffle(self.surnames)
 
     def draw(self) -> _Person:
@@ -326,7 +350,7 @@ class _People:
 
     def draw_company(self, size: int) -> list[_Person]:
         """People whose first names differ."""
-        firsts = self.rng.sample(pools.FIRST_NAMES, size)
+        firsts = self.rng.sample(WORDS["first_names"], size)
         return [_Person(first, self.surnames.pop()) for first in firsts]
 
 
@@ -356,7 +380,7 @@ class _Slots(dict[str, str]):
 
     def __missing__(self, key: str) -> str:
         name = key.removesuffix("_cap")
-        filler = self._rng.choice(pools.FILLERS[name])
+        filler = self._rng.choice(FILLERS[name])
         return filler[0].upper() + filler[1:] if key != name else filler
 
 
