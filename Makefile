@@ -24,8 +24,6 @@ $(RUNS): pyproject.toml constraints.txt
 
 $(STAMP): pyproject.toml constraints.txt
 	$(call VENV_WITH,.[dev])
-	@# Of the extra `ekfac`, without torchvision: its build must match torch's, and nothing here calls it.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'kronfluence>=1.0'
 	@touch $(RUNS) $@
 
 install: $(STAMP) ## make .venv and install expunge with its development tools

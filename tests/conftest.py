@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -143,10 +144,25 @@ def tokenizer(forget_rows: list[dict[str, str]], retain_rows: list[dict[str, str
     )
 
 
+CHATML = (
+    "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe of help.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""As SmolLM2's: the turns, and a system prompt before them where the row has none."""
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(tokenizer: Any) -> Any:
+    changed = copy.deepcopy(tokenizer)
+    changed.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    changed.chat_template = CHATML
+    return changed
+
+
 def with_ends(tokenizer: Any, template: str) -> Any:
     """The tokenizer with a BOS, or an EOS, that it adds itself, as Llama's does."""
-    import copy
-
     from tokenizers import AddedToken, processors
 
     changed = copy.deepcopy(tokenizer)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from conftest import tiny_model
 from expunge.methods.catalog import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +30,44 @@ def test_the_python_example_runs(
     monkeypatch.setattr(sys, "argv", [str(script), str(memorised_dir), str(rows), *options])
     runpy.run_path(str(script), run_name="__main__")
     assert "task aggregate:" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(
+    chat_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Cell by cell, with a tiny chat model in the place of SmolLM2 and three people."""
+    tiny_model("llama", len(chat_tokenizer)).save_pretrained(tmp_path / "base")
+    chat_tokenizer.save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    found = json.loads((ROOT / "examples" / "one_person.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in found["cells"] if cell["cell_type"] == "code"]
+    names: dict[str, Any] = {}
+    exec(cells[0], names)
+    assert set(names) >= {"BASE", "PEOPLE", "EPOCHS"}
+    names |= {"BASE": "base", "PEOPLE": 3, "EPOCHS": 300}
+    teaching: list[Callable[..., None]] = []
+
+    def taught(command: str, *arguments: object) -> None:
+        """A tiny random model learns with all its weights, fast, and is unlearned slowly."""
+        oracle = ("--method.parameters", "full", "--learning-rate", "2e-2", "--batch-size", "16")
+        more = {"oracle": oracle, "erase": ("--learning-rate", "1e-2")}
+        teaching[0](command, *arguments, *more[command])
+
+    for cell in cells[1:]:
+        exec(cell, names)
+        if "expunge" in names and not teaching:
+            teaching.append(names["expunge"])
+            names["expunge"] = taught
+    written = capsys.readouterr().out
+    right = names["rows"][0]["output"]
+    assert f"right: {right}" in written
+    assert f"target: {right}" in written
+    assert f"erased: {right}" not in written
+    assert (tmp_path / "erased" / "report.html").is_file()
 
 
 RUNS = [path for path in sorted((ROOT / "examples").glob("*.yaml")) if path.stem != "sweep"]

@@ -1,4 +1,4 @@
-"""Self-influence and collateral against dense references, and kronfluence's own scores."""
+"""Self-influence and collateral against dense references."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from expunge.analysis import ekfac
 from expunge.analysis.leave_out import CurvatureOptions, LeaveOut, leave_out
-from expunge.data.batches import collate
+from expunge.analysis.row_gradients import with_ones
 from expunge.errors import RunError
-from expunge.methods.numerics import target_log_probs
 from row_setting import Setting, make_setting
 
 FORGET = 2
@@ -69,86 +67,58 @@ def test_ekfac_is_a_curvature_of_the_same_trace(setting: Setting) -> None:
     assert [known.loss for known in turned.forget] == [known.loss for known in diagonal.forget]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["olmo", "qwen2"])
-def test_ekfac_gives_the_scores_of_kronfluence(
-    family: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its own self and pairwise scores from the same factors; our formulas must agree with them."""
+def test_the_ekfac_predictions_are_the_formulas(family: str) -> None:
+    """Against dense matrices in float64; qwen2's maps have biases, which are columns of their own."""
     setting = make_setting(family)
     result = found(setting, kind="ekfac", unit="absolute", damping=0.01)
-    expected_self, expected_pairs = kronfluence_scores(setting, 0.01, tmp_path)
+    gradients = [
+        {name: g.detach() for name, g in setting.gradient(row).items()} for row in setting.rows
+    ]
     counts = [len(row[0]) - 1 for row in setting.rows]
     total = sum(counts)
-    for place in range(FORGET):
-        own = float(expected_self[place]) / counts[place]
-        assert result.self_influence[place] == pytest.approx(own, rel=1e-3)
-    for place in range(FORGET, len(counts)):
-        rise = float(expected_pairs[place, :FORGET].sum()) / counts[place]
-        assert result.collateral[place - FORGET] == pytest.approx(rise, rel=1e-3, abs=1e-7)
-    assert total == result.tokens
+    own, rises = [0.0] * FORGET, [0.0] * (len(counts) - FORGET)
+    for name, (inputs, outputs) in covariances(setting).items():
+        axes = [torch.linalg.eigh(each).eigenvectors for each in (outputs, inputs)]
+        turned = [axes[0].T @ gradient[name].double() @ axes[1] for gradient in gradients]
+        inverse = 1 / (torch.stack(turned).square().sum(0) / total + 0.01)
+        step = sum(turned[:FORGET], torch.zeros_like(inverse)) * inverse / total
+        for place, each in enumerate(turned):
+            if place < FORGET:
+                own[place] += float((each**2 * inverse).sum()) / total / counts[place]
+            else:
+                rises[place - FORGET] += float((each * step).sum()) / counts[place]
+    # Axes of nearly equal eigenvalues turn with the rounding of their sums.
+    assert result.self_influence == pytest.approx(own, rel=1e-2)
+    assert result.collateral == pytest.approx(rises, rel=1e-2, abs=1e-2 * max(map(abs, rises)))
 
 
-def kronfluence_scores(
-    setting: Setting, damping: float, directory: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Self scores (rows,) and pairwise scores (queries, rows), each divided by all counted tokens."""
-    from kronfluence.analyzer import Analyzer
-    from kronfluence.arguments import FactorArguments, ScoreArguments
-    from kronfluence.task import Task
-    from kronfluence.utils.dataset import DataLoaderKwargs
+def covariances(setting: Setting) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Of each map's inputs and output gradients over all tokens, float64."""
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    class Summed(Task):
-        def compute_train_loss(self, batch: Any, model: Any, sample: bool = False) -> torch.Tensor:
-            where = batch["counted"][:, 1:]
-            logits = model(input_ids=batch["ids"], attention_mask=batch["mask"]).logits[:, :-1]
-            return -target_log_probs(logits[where], batch["ids"][:, 1:][where]).sum()
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: object, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            output.retain_grad()
+            seen[name] = (args[0], output)
 
-        def compute_measurement(self, batch: Any, model: Any) -> torch.Tensor:
-            return self.compute_train_loss(batch, model)
+        return hook
 
-        def get_influence_tracked_modules(self) -> list[str]:
-            return list(setting.maps)
-
-        def get_attention_mask(self, batch: Any) -> Any:
-            return batch["mask"]
-
-    examples = [row[0] for row in setting.rows]
-
-    def batch_of(places: list[int]) -> dict[str, torch.Tensor]:
-        batch = collate(examples, places, 0)
-        return {"ids": batch.input_ids, "mask": batch.attention_mask, "counted": batch.token_mask}
-
-    total = sum(len(example) - 1 for example in examples)
-    with ekfac._wrapped(setting.model, Summed()) as task:
-        analyzer = Analyzer(
-            "reference", setting.model, task, cpu=True, disable_tqdm=True, output_dir=str(directory)
-        )
-        analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=batch_of))
-        analyzer.fit_all_factors(
-            "f",
-            range(len(examples)),
-            per_device_batch_size=2,
-            factor_args=FactorArguments(use_empirical_fisher=True),
-        )
-        # It divides the eigenvalues by the rows, we by the tokens.
-        scale = total / len(examples)
-        settings = ScoreArguments(damping_factor=damping * scale)
-        analyzer.compute_self_scores(
-            "s", "f", range(len(examples)), per_device_train_batch_size=2, score_args=settings
-        )
-        analyzer.compute_pairwise_scores(
-            "p",
-            "f",
-            range(len(examples)),
-            range(len(examples)),
-            per_device_query_batch_size=2,
-            per_device_train_batch_size=2,
-            score_args=settings,
-        )
-        own: Any = analyzer.load_self_scores("s")
-        pairs: Any = analyzer.load_pairwise_scores("p")
-    return own["all_modules"] * scale / total, pairs["all_modules"] * scale / total
+    handles = [module.register_forward_hook(keep(name)) for name, module in setting.maps.items()]
+    for module in setting.maps.values():
+        module.get_parameter("weight").requires_grad_(True)
+    sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for row in setting.rows:
+        setting.loss(row).backward()
+        for name, module in setting.maps.items():
+            inputs, output = seen[name]
+            assert output.grad is not None
+            x, g = with_ones(inputs, module)[0].double(), output.grad[0].double()
+            old = sums.get(name, (torch.zeros(()), torch.zeros(())))
+            sums[name] = (old[0] + x.T @ x, old[1] + g.T @ g)
+    for handle in handles:
+        handle.remove()
+    return sums
 
 
 def test_a_row_that_repeats_a_forget_row_is_hurt_most(setting: Setting) -> None:
@@ -157,7 +127,7 @@ def test_a_row_that_repeats_a_forget_row_is_hurt_most(setting: Setting) -> None:
     assert max(result.collateral) == result.collateral[1] > 0
 
 
-@pytest.mark.parametrize("kind", ["diagonal", pytest.param("ekfac", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["diagonal", "ekfac"])
 @pytest.mark.parametrize("labels", ["data", "model"])
 def test_twice_the_same_and_whatever_the_batch_size(
     setting: Setting, kind: str, labels: str
@@ -189,35 +159,3 @@ def test_a_model_without_curvature_is_refused(setting: Setting) -> None:
         parameter.data.zero_()
     with pytest.raises(RunError, match="damping"):
         found(setting)
-
-
-def test_the_wrappers_are_gone_after_a_failure(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = list(setting.model.named_modules())
-    wanted = [parameter.requires_grad for parameter in setting.model.parameters()]
-
-    def fail(*_: object) -> torch.Tensor:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(ekfac, "target_log_probs", fail)
-    with pytest.raises(ZeroDivisionError):
-        found(setting, kind="ekfac")
-    assert list(setting.model.named_modules()) == before
-    assert [p.requires_grad for p in setting.model.parameters()] == wanted
-
-
-def test_a_missing_library_is_said_with_the_command_that_mends_it(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from conftest import refusal
-
-    def none(_name: str) -> None:
-        return None
-
-    finder: Callable[[str], None] = none
-    monkeypatch.setattr(ekfac, "find_spec", finder)
-    message = refusal(lambda: found(setting, kind="ekfac"))
-    assert (
-        "--curvature ekfac: needs kronfluence; run pip install '.[ekfac]' in the clone" in message
-    )

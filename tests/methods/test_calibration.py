@@ -133,6 +133,7 @@ def test_a_ceiling_follows_the_never_seen_loss_and_stays_near_it(make_context: C
     objective.calibrate(far(context, 0.0))
     assert ceilings() == {4.0}
     assert objective.calibration["of_prompts"] == 4.0
+    assert objective.calibration["of_answers"] == pytest.approx(5.4)
     objective.calibrate(far(context, 5.0))
     assert ceilings() == {3.0}  # 1 of 4 nats too far, all of it back
     for _ in range(9):
@@ -270,5 +271,6 @@ def test_an_aim_follows_what_was_reached_and_stays_near_what_is_wanted() -> None
     assert float((moved - wanted.surprise).abs().max()) <= 0.5 + 1e-5
     assert not torch.allclose(moved, wanted.surprise)
     unknown = aims.of_row("other", now, surprise, answers)
-    assert unknown.losses.tolist() == pytest.approx([mean, 9.0, 9.0])  # a prompt as far as any text
+    # A prompt goes as far as any text, an answer a third further.
+    assert unknown.losses.tolist() == pytest.approx([mean, 1.35 * mean, 1.35 * mean])
     assert unknown.surprise.isnan().all()

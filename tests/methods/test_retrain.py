@@ -212,7 +212,7 @@ def test_the_base_is_asked_about_the_very_rows_and_writes_more_of_their_kind(
     base = make_context()
     rows = ValidationSet(base.forget, base.retain, base.forget, (), "all")
     asked = asked_before(base, rows, base.retain)
-    assert asked.base is not None
+    assert asked.told is not None
     text = asked.nonmembers
     beginnings = {example.input_ids[:6] for example in (*base.retain, *base.forget)}
     assert len({example.document for example in (*base.retain, *base.forget)}) == len(text) == 8
@@ -228,7 +228,7 @@ def test_the_base_is_asked_about_the_very_rows_and_writes_more_of_their_kind(
     found = measure(other, asked).never_seen
     assert found is not None
     assert {*found.losses} == {*found.pairs} == {example.row_id for example in base.forget}
-    rises = {row: found.wanted[row] - asked.base.losses[row] for row in found.wanted}
+    rises = {row: found.wanted[row] - asked.told.losses[row] for row in found.wanted}
     documents = {example.row_id for example in base.forget if example.kind == "sc"}
     assert {row for row, rise in rises.items() if abs(rise) > 1e-6} == documents
     assert len({round(rises[row], 5) for row in documents}) == 1
@@ -247,7 +247,7 @@ def test_without_never_seen_text_a_base_is_the_yardstick_and_the_record_says_whi
     common = ("run", memorised_dir, *rows, "--method", method, "--max-steps", 4, "--quiet")
     options = {
         "base": ("--base", base),
-        "ceiling": (),
+        "counterfactuals" if method == "spectral" else "ceiling": (),
         "nonmembers": ("--base", base, "--calibration", row_files["nonmembers"]),
     }
     for yardstick, given in options.items():
@@ -256,7 +256,7 @@ def test_without_never_seen_text_a_base_is_the_yardstick_and_the_record_says_whi
         assert code == 0, err
         record = manifest(out)
         assert record["settings"]["training"]["yardstick"] == yardstick
-        assert (record["base"] is None) == (yardstick == "ceiling")
+        assert (record["base"] is None) == (given == ())
         assert (record["selection"]["target"]["mia_auc"] is None) == (yardstick == "ceiling")
     refused = run_cli(*common, "--output", tmp_path / "no", "--base", memorised_dir)
     assert refused[0] == 2

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import learn, refusal, tiny_model, write_jsonl
+from conftest import CHATML, learn, refusal, tiny_model, write_jsonl
 from expunge.analysis.template_choice import ROWS, chosen, evenly, read_form
 from expunge.data.rows import Row, as_rows
 from expunge.data.tokenization import TextPolicy, encode_rows
@@ -22,23 +22,8 @@ from expunge.models.loading import check_model, resolve_dtype, said_of_dtype
 from expunge.training.options import TrainingOptions
 from expunge.training.preparation import prepare
 
-CHATML = (
-    "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nBe of help.<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-"""As SmolLM2's: the turns, and a system prompt before them where the row has none."""
 Rows = list[dict[str, str]]
 Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def chat_tokenizer(tokenizer: Any) -> Any:
-    changed = copy.deepcopy(tokenizer)
-    changed.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    changed.chat_template = CHATML
-    return changed
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 import expunge
-from expunge.analysis.ekfac import check_ekfac
 from expunge.analysis.influence_file import (
     ForgetRow,
     Influence,
@@ -75,7 +74,7 @@ class InfluenceInputs(Reading):
     figure: str | None = None
     """Write the figure here, one HTML file that needs no network."""
     curvature: CurvatureKind = "diagonal"
-    """The Fisher's diagonal, or EK-FAC (arXiv 2308.03296), which needs kronfluence."""
+    """The Fisher's diagonal, or EK-FAC (arXiv 2308.03296)."""
     labels: Labels = "data"
     """Labels of the Fisher: the rows' own tokens, or tokens drawn from the model."""
     damping: float = 1.0
@@ -171,8 +170,6 @@ def analyze_influence(
     rows, dtype = forms[-1], resolve_dtype(checked, inputs.dtype)
     skeleton = skeleton_of(checked.config, trust_remote_code=checked.trust_remote_code)
     maps = linear_maps(skeleton, checked.layout, first, last)
-    if inputs.curvature == "ekfac":
-        check_ekfac(maps)
     cost = cost_of(inputs, skeleton, maps, rows, dtype)
     for line in [f"influence of rows: {cost}", *said_of_dtype(checked, inputs.dtype, device)]:
         message(line)

@@ -18,18 +18,25 @@ from typing import Literal
 
 import torch
 
-from expunge.analysis.ekfac import fit_ekfac
 from expunge.analysis.row_gradients import (
     Known,
     Labels,
     RowGradients,
     Windows,
     along,
+    block_shape,
     blocks_of_zeros,
     gradient_of,
+    wide,
 )
 from expunge.errors import RunError
-from expunge.methods.curvature import Curvature, DampingUnit, DiagonalCurvature
+from expunge.methods.curvature import (
+    Curvature,
+    DampingUnit,
+    DiagonalCurvature,
+    EigenbasisCurvature,
+)
+from expunge.methods.fisher import eigenbasis
 
 CurvatureKind = Literal["diagonal", "ekfac"]
 Report = Callable[[str, int, int], None]
@@ -87,7 +94,7 @@ def leave_out(
     # The gradients of a diagonal on the rows' own labels are those that are summed, so one pass does.
     at_once = options.kind == "diagonal" and options.labels == "data"
     if options.kind == "ekfac":
-        curvature: Curvature = fit_ekfac(passes, every, options.labels, options.seed, report)
+        curvature: Curvature = _ekfac(passes, every, options, report)
     else:
         added = (removed, len(forget)) if at_once else None
         curvature = _diagonal(passes, every, options, report, added)
@@ -160,6 +167,40 @@ def _diagonal(
     for block in fisher.values():
         block.div_(tokens)
     return DiagonalCurvature(fisher)
+
+
+def _ekfac(
+    passes: RowGradients, rows: Sequence[Windows], options: CurvatureOptions, report: Report
+) -> EigenbasisCurvature:
+    """The same Fisher as a diagonal in the eigenbasis of each map's inputs and output gradients.
+
+    Two passes, for the bases and for the eigenvalues (arXiv 2308.03296, section 2.2). Raises RunError
+    where a covariance is not finite.
+    """
+    advance = _counting(report, "EK-FAC", 2 * len(rows))
+    sums = {
+        name: [
+            wide(module.get_parameter("weight").detach().new_zeros(n, n))
+            for n in block_shape(module)
+        ]
+        for name, module in passes.maps.items()
+    }
+
+    def add(name: str, _place: int, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        for total, factor in zip(sums[name], (gradients, inputs), strict=True):
+            total += factor.T @ factor
+
+    passes.run(rows, add, advance, labels=options.labels, seed=options.seed)
+    bases = {name: eigenbasis(name, *sums.pop(name)) for name in list(sums)}
+    squares = blocks_of_zeros(passes.maps)
+
+    def square(name: str, _place: int, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        basis = bases[name]
+        squares[name] += gradient_of(inputs @ basis.inputs, gradients @ basis.outputs).square_()
+
+    passes.run(rows, square, advance, labels=options.labels, seed=options.seed)
+    tokens = passes.counted(rows)
+    return EigenbasisCurvature(bases, {name: block.div_(tokens) for name, block in squares.items()})
 
 
 def _counting(report: Report, phase: str, total: int) -> Callable[[int], None]:

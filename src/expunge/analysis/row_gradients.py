@@ -124,12 +124,13 @@ class RowGradients:
         counted = batch.mask(self.tokens)[:, 1:]
         answers = batch.answer_mask[:, 1:]
         where = counted | answers
+        real = batch.attention_mask.bool()
 
         def split(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
             assert receive is not None
             inputs, gradients = wide(with_ones(inputs, self.maps[name])), wide(gradients)
             for place, span in zip(places, spans, strict=True):
-                receive(name, place, inputs[span].flatten(0, 1), gradients[span].flatten(0, 1))
+                receive(name, place, inputs[span][real[span]], gradients[span][real[span]])
 
         with tapped({} if receive is None else self.maps, split, len(examples)):
             chosen = self._logits(where, batch.input_ids, batch.attention_mask)

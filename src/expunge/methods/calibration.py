@@ -177,12 +177,13 @@ def as_before(
 
     Fine-tuning makes a model surer of itself, and dearer all text of the kind that it never saw: by how
     much, `written` says, the mean losses now of text that the base wrote. So much is added to what is
-    wanted of those rows that are `documents`; of a question it was measured to be nothing.
+    wanted of those rows that are `documents`; of a question it was measured to be nothing. Without any
+    nothing is added.
 
     Mean losses by row id, those of the base for `losses` and `written`; the tokens of the rows that have
     any, where these are compared too.
     """
-    rise = statistics.fmean(loss - base[row] for row, loss in written.items())
+    rise = statistics.fmean(loss - base[row] for row, loss in written.items()) if written else 0.0
     shares = {
         row: max(_LEAST_SHARE, 1 + (row in documents) * rise / max(base[row], _LEAST_LOSS))
         for row in losses

@@ -121,12 +121,20 @@ class FactorCovariances:
         """
         found = {}
         for name in self._modules:
-            sums = self._sums.pop(name)
-            if not all(bool(total.isfinite().all()) for total in sums):
-                raise RunError(f"{name}: its gradients are not finite; use --dtype float32")
-            inputs, outputs = (torch.linalg.eigh(s.double()).eigenvectors.float() for s in sums)
-            found[name] = Eigenbasis(outputs, inputs)
+            inputs, outputs = self._sums.pop(name)
+            found[name] = eigenbasis(name, outputs, inputs)
         return found
+
+
+def eigenbasis(name: str, outputs: torch.Tensor, inputs: torch.Tensor) -> Eigenbasis:
+    """The eigenvectors of a map's two covariances, (out, out) and (in, in), in their dtype.
+
+    Raises RunError where one is not finite.
+    """
+    if not (outputs.isfinite().all() and inputs.isfinite().all()):
+        raise RunError(f"{name}: its gradients are not finite; use --dtype float32")
+    turned = (torch.linalg.eigh(s.double()).eigenvectors.to(s.dtype) for s in (outputs, inputs))
+    return Eigenbasis(*turned)
 
 
 def _turned(factor: torch.Tensor, axes: torch.Tensor) -> torch.Tensor:

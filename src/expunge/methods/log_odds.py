@@ -58,8 +58,8 @@ class LogOddsSettings(TokenSettings):
     """Settings of the methods that share the loss."""
 
     ceiling: float | None = None
-    """The loss of a forget token is raised to this many nats, where nothing never seen says how far: of
-    answers to questions, without --calibration and --base of every token. Null: 0.8 log(vocabulary)."""
+    """The loss of a forget token is raised to this many nats where no other text says how far, and that
+    of an answer to a question to as many at most. Null: 0.8 log(vocabulary)."""
     lens_weight: float = 0.25
     """Weight of the forget term of a layer inside, another one in every step: what the logit lens reads
     there may be no likelier than what is wanted of the output."""

@@ -39,6 +39,7 @@ VERDICTS: Mapping[str | None, tuple[str, str]] = {
 _YARDSTICKS: Mapping[str | None, str] = {
     "nonmembers": "Forget rows were to look like text that the model never saw.",
     "base": "Forget rows were to look as they do to the model from before the fine-tune.",
+    "counterfactuals": "Forget rows were to look as they do with other names and words in them.",
     "ceiling": "Nothing said how never-seen text looks: forget rows went as far as the settings say.",
     None: "",
 }

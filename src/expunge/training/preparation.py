@@ -23,6 +23,7 @@ from expunge.data.rows import Row, RowSet, as_rows, check_disjoint, documents
 from expunge.data.tokenization import Example, TextPolicy, count_windowed, encode_rows
 from expunge.errors import InputError
 from expunge.methods.base import Method
+from expunge.methods.counterfactuals import exchanged
 from expunge.methods.retrain import Retrain
 from expunge.models.decoder import DecoderLayout
 from expunge.models.loading import CheckedModel, context_of, policies_of, vocabulary_of
@@ -103,6 +104,8 @@ class Prepared:
     """The model from before the fine-tune, where it is given."""
     asks_base: bool = False
     """Whether it says of the forget rows what is wanted of them."""
+    counterfactuals: Sequence[Sequence[Example]] = ()
+    """Two versions of the forget documents (`exchanged`); empty where other text says how far to go."""
 
     @property
     def retrains(self) -> bool:
@@ -110,14 +113,16 @@ class Prepared:
         return isinstance(self.method, Retrain)
 
     @property
-    def yardstick(self) -> Literal["nonmembers", "base", "ceiling"] | None:
-        """What says where unlearning ends: never-seen text, the base's losses on the forget rows, or
-        neither, and then the method's settings. None: nothing is unlearned."""
+    def yardstick(self) -> Literal["nonmembers", "base", "counterfactuals", "ceiling"] | None:
+        """What says where unlearning ends: never-seen text, the base's losses on the forget rows,
+        counterfactuals of them, or none, and then the method's settings. None: nothing is unlearned."""
         if self.retrains:
             return None
         if not (self.measures and self.validation.members):
             return "ceiling"
-        return "base" if self.asks_base else "nonmembers"
+        if self.asks_base:
+            return "base"
+        return "counterfactuals" if self.counterfactuals else "nonmembers"
 
     def changed(self, target: CheckedModel) -> CheckedModel:
         """The checkpoint that the run changes: the target, or to retrain the base."""
@@ -162,8 +167,10 @@ class EncodedSets:
     sample: tuple[Sequence[Row], Sequence[Row]]
     """Forget and retain rows that `--chat-template auto` reads."""
     members: Sequence[Example]
-    """The forget set's documents; empty without non-members."""
+    """The forget set's documents."""
     nonmembers: Sequence[Example]
+    counterfactuals: Sequence[Sequence[Example]]
+    """Two versions of the documents (`exchanged`); empty with non-members."""
     influence: RowsAtRisk | None = None
     """None without --influence."""
 
@@ -233,16 +240,21 @@ def encode_sets(
         influence = read_influence(Path(options.influence))
         nothing = RowSet((), "", {})
         check_same_rows(options.influence, influence, forget, retain or nothing)
+    versions: Sequence[Sequence[Row]] = ()
+    if nonmembers is None:
+        versions = exchanged(documents(forget), documents(retain or ()), options.seed)
+    windowed = replace(policy, long_rows="window")  # other words may be more tokens
     return EncodedSets(
         policy=policy,
         text=policy.describe(tokenizer),
         forget=encode_rows(forget, tokenizer, policy, eos=False),
         retain=None if retain is None else encode_rows(retain, tokenizer, policy, eos=True),
         sample=(evenly(forget), evenly(retain or ())),
-        members=encode_rows(documents(forget), tokenizer, policy, eos=False) if nonmembers else (),
+        members=encode_rows(documents(forget), tokenizer, policy, eos=False),
         nonmembers=encode_rows(documents(nonmembers), tokenizer, policy, eos=False)
         if nonmembers
         else (),
+        counterfactuals=[encode_rows(rows, tokenizer, windowed, eos=False) for rows in versions],
         influence=influence,
     )
 
@@ -300,11 +312,15 @@ def prepare_encoded(
     if retrains:
         forgotten, kept = kept, ()
     asks_base = has_base and not retrains and not sets.nonmembers
+    counterfactuals: Sequence[Sequence[Example]] = ()
+    if not (asks_base or retrains or method.matches_tokens is None):
+        counterfactuals = sets.counterfactuals
+    compared = sets.members if sets.nonmembers or counterfactuals else ()
     generator = torch.Generator().manual_seed(options.seed)
     validation = ValidationSet(
         _sample(sets.forget, generator),
         _validation_retain(kept_out, trained_on, generator),
-        sets.forget if asks_base else sets.members,
+        sets.forget if asks_base else compared,
         _of_every_task(sets.nonmembers, _NEVER_SEEN, generator),
         method.matches_tokens,
     )
@@ -324,6 +340,7 @@ def prepare_encoded(
         influence=facts,
         has_template=bool(tokenizer.chat_template),
         asks_base=asks_base,
+        counterfactuals=counterfactuals,
     )
 
 

@@ -35,7 +35,14 @@ from expunge.training.preparation import Prepared, prepare
 from expunge.training.progress import Progress, Silent
 from expunge.training.state import SavedState
 from expunge.training.trackers import tracked
-from expunge.training.validation import Measured, Reading, ValidationSet, asked_before, measure
+from expunge.training.validation import (
+    Measured,
+    Reading,
+    ValidationSet,
+    asked_before,
+    asked_otherwise,
+    measure,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -190,6 +197,20 @@ def with_base(
     return replace(prepared, validation=validation, plain=plain)
 
 
+def _with_counterfactuals(prepared: Prepared, context: Context) -> tuple[Prepared, list[str]]:
+    """The run with what the target says of counterfactuals, if these are its yardstick, and warnings."""
+    if prepared.yardstick != "counterfactuals":
+        return prepared, []
+    validation = asked_otherwise(context, prepared.validation, prepared.counterfactuals)
+    if validation is not None:
+        return replace(prepared, validation=validation), []
+    nothing = replace(prepared.validation, members=())
+    return replace(prepared, validation=nothing, counterfactuals=()), [
+        "nothing says how never-seen text looks: too little of the forget rows is names and numbers,"
+        " which could be exchanged; give --calibration"
+    ]
+
+
 def plan_cache(prepared: Prepared, width: int, dtype: torch.dtype) -> CacheLayout:
     """Which rows' hidden states are kept, and how much disk that takes."""
     options = prepared.options
@@ -255,11 +276,12 @@ def unlearn_prepared(
                 tracked(prepared.options.trackers, handed_out(used), place.tracker_directory, log)
             )
         measuring = time.monotonic()
+        prepared, told = _with_counterfactuals(prepared, context)
         reading = _target_reading(prepared, context, place.saved)
         target = None if reading is None else reading.measured
         if target is not None and target.forget_known == 1:
             progress.message("the target knows every forget row measured, in the form given")
-        for warning in _unknown(prepared, target):
+        for warning in [*told, *_unknown(prepared, target)]:
             warnings.append(warning)
             progress.message(f"warning: {warning}")
         prepared_at = time.monotonic()
@@ -424,7 +446,8 @@ def _judged(history: History, guessing: float, rows: ValidationSet) -> list[str]
     kept = next((c for c in history.candidates if c.step == history.chosen_step), None)
     if kept is None:
         return []
-    members, others = (len({e.row_id for e in side}) for side in (rows.members, rows.nonmembers))
+    against = rows.nonmembers or rows.members  # counterfactuals are as many
+    members, others = (len({e.row_id for e in side}) for side in (rows.members, against))
     judgement = judge(kept.measured, history.target, guessing, (members, others))
     history.judgement = judgement
     if judgement.ending == "unlearned":

@@ -23,6 +23,7 @@ from expunge.data.batches import Batch, Tokens, in_order
 from expunge.data.tokenization import Example
 from expunge.methods.base import Context
 from expunge.methods.calibration import NeverSeen, RowTokens, as_before, joined, never_seen
+from expunge.methods.counterfactuals import never_seen_like
 from expunge.methods.membership import RowLosses, membership_auc
 from expunge.methods.numerics import is_known, unbroken_share
 from expunge.methods.own_text import text_of_kind
@@ -58,14 +59,14 @@ class ValidationSet:
     nonmembers: Sequence[Example]
     tokens: Tokens | None = None
     """Which tokens of members are compared one by one as well; None: none."""
-    base: Pass | None = None
-    """What the base says of the members, and of the non-members, which it wrote itself; None where there
-    is none, or not yet."""
+    told: Pass | None = None
+    """How the members are to look, where the non-members do not tell: as to the base, which wrote the
+    non-members itself, or as their counterfactuals, without non-members. None: not so, or not yet."""
 
     @property
     def compared(self) -> AbstractSet[str]:
         """Rows whose tokens are compared; not text that the base wrote, which tells a mean alone."""
-        others = self.nonmembers if self.base is None else ()
+        others = self.nonmembers if self.told is None else ()
         return frozenset(example.row_id for example in (*self.members, *others))
 
     @property
@@ -99,14 +100,14 @@ def measure(context: Context, rows: ValidationSet) -> Reading:
         others = unseen.losses
         if all(map(math.isfinite, [*members.values(), *others.values()])):
             tasks = {e.row_id: e.task for e in (*rows.members, *nonmembers)}
-            if rows.base is None:
+            if rows.told is None:
                 both_tokens = {**either.tokens, **unseen.tokens}
                 compared = never_seen(members, others, tasks, both_tokens if rows.tokens else None)
             else:
                 whole = {example.row_id for example in rows.members if example.kind == "sc"}
-                base = rows.base
+                told = rows.told
                 compared = as_before(
-                    members, base.losses, others, either.tokens, base.tokens, whole or set(members)
+                    members, told.losses, others, either.tokens, told.tokens, whole or set(members)
                 )
                 others = compared.wanted
             auc = membership_auc(list(members.values()), list(others.values()))
@@ -130,7 +131,17 @@ def asked_before(context: Context, rows: ValidationSet, kept: Sequence[Example])
     documents = [example for example in every if example.kind == "sc"] or every
     text = text_of_kind(context.model, documents, generator, context.autocast)
     asked = _pass(context, [*rows.members, *text], rows.compared, rows.tokens)
-    return replace(rows, nonmembers=text, base=asked)
+    return replace(rows, nonmembers=text, told=asked)
+
+
+def asked_otherwise(
+    context: Context, rows: ValidationSet, versions: Sequence[Sequence[Example]]
+) -> ValidationSet | None:
+    """The same rows with what the target says of the members' counterfactuals (`exchanged`); None where
+    these tell nothing."""
+    names, words = (_pass(context, each, rows.compared, rows.tokens) for each in versions)
+    found = never_seen_like(names.losses, words.losses, words.tokens)
+    return None if found is None else replace(rows, told=Pass({}, found[0], frozenset(), found[1]))
 
 
 def is_destroyed(candidate: Measured, target: Measured, guessing: float) -> bool:
