@@ -209,7 +209,8 @@ def test_a_run_forgets_and_keeps(
     target = record["selection"]["target"]
     assert target["forget_accuracy"] == target["retain_accuracy"] == 1
     last = record["selection"]["candidates"][-1]["measured"]
-    assert last["forget_accuracy"] < 0.1
+    # One of eight towns is guessed now and then, as by a model that never saw the row.
+    assert last["forget_accuracy"] < 0.25
     assert last["retain_accuracy"] > 0.9
     assert last["retain_loss"] < target["retain_loss"] + 0.2
 

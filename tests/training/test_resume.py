@@ -33,12 +33,14 @@ BASELINES = (
     "localized-gradient-difference",
     "retrain --base",
     "spectral --base",
+    "spectral alone",
 )
 DROPOUT = ("--method.lora_dropout", 0.3)
 RANDOM = ("--method.random-rows", 8)
 OWN = {
     "spectral": RANDOM,
     "spectral --base": RANDOM,
+    "spectral alone": RANDOM,
     "adaptive-rmu": (),
     "libu": (*RANDOM, *DROPOUT),
 }
@@ -101,10 +103,11 @@ def test_an_interrupted_run_continues_to_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    name, _, base = method.partition(" ")
+    name, _, yardstick = method.partition(" ")
     options: list[object] = ["--method", name, *OWN.get(method, DROPOUT)]
-    if base:
-        options += [base, model_dir(), "--calibration", "None"]
+    if yardstick:
+        options += ["--calibration", "None"]
+        options += [yardstick, model_dir()] if yardstick == "--base" else []
     assert start(tmp_path / "whole", *options) == (0, "", "")
     out = tmp_path / "out"
     with monkeypatch.context() as patch:

@@ -207,7 +207,7 @@ def _with_counterfactuals(prepared: Prepared, context: Context) -> tuple[Prepare
     nothing = replace(prepared.validation, members=())
     return replace(prepared, validation=nothing, counterfactuals=()), [
         "nothing says how never-seen text looks: too little of the forget rows is names and numbers,"
-        " which could be exchanged; give --calibration"
+        " which could be exchanged; give text that the model never saw"
     ]
 
 
