@@ -126,6 +126,18 @@ def test_full_weights_are_sharded_and_a_stopped_run_goes_on(
 
 
 @pytest.mark.slow
+def test_sharded_processes_make_as_many_passes_over_rows_that_do_not_divide(
+    arguments: list[object], tmp_path: Path
+) -> None:
+    """Three never-seen rows, one a pass: two for one process and one for the other."""
+    options = [*arguments, "--method", "spectral", "--method.random-rows", 8]
+    options += ["--batch-size", 1, "--max-steps", 2, "--micro-batch-size", 1]
+    sharded = {"ACCELERATE_USE_FSDP": "true"}
+    two = run([*options, "--output", tmp_path / "two"], 2, **sharded)
+    assert two.returncode == 0, two.stderr
+
+
+@pytest.mark.slow
 def test_wrong_input_is_said_once_and_ends_all_processes(
     arguments: list[object], tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from expunge.data.batches import Batch, Tokens, in_order
+from expunge.data.batches import Batch, Tokens, collate, in_order
 from expunge.data.tokenization import Example
 from expunge.methods.base import Context
 from expunge.methods.calibration import NeverSeen, RowTokens, as_before, joined, never_seen
@@ -213,9 +213,15 @@ def _pass(
     found: list[tuple[str, float, bool]] = []
     losses = RowLosses()
     windows: list[tuple[str, RowTokens]] = []
-    processes = context.processes
+    processes, size = context.processes, context.batch_size
     mine = examples[processes.rank :: processes.count]
-    for cpu_batch in in_order(mine, context.batch_size, context.pad_id):
+    if processes.shards and examples:
+        # Sharded weights are gathered in every pass: those with fewer rows make as many passes.
+        most = -(-len(examples) // processes.count)
+        for _ in range(-(-most // size) - -(-len(mine) // size)):
+            with torch.no_grad(), context.autocast():
+                context.next_tokens(collate(examples, [0], context.pad_id).to(context.device))
+    for cpu_batch in in_order(mine, size, context.pad_id):
         batch = cpu_batch.to(context.device)
         with torch.no_grad(), context.autocast():
             if tokens is not None:
