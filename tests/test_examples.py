@@ -51,11 +51,11 @@ def test_the_notebook_runs(
     names |= {"BASE": "base", "PEOPLE": 3, "EPOCHS": 300}
     teaching: list[Callable[..., None]] = []
 
-    def taught(command: str, *arguments: object) -> None:
+    def taught(line: str) -> None:
         """A tiny random model learns with all its weights, fast, and is unlearned slowly."""
-        oracle = ("--method.parameters", "full", "--learning-rate", "2e-2", "--batch-size", "16")
-        more = {"oracle": oracle, "erase": ("--learning-rate", "1e-2")}
-        teaching[0](command, *arguments, *more[command])
+        oracle = "--method.parameters full --learning-rate 2e-2 --batch-size 16"
+        more = {"oracle": oracle, "erase": "--learning-rate 1e-2"}
+        teaching[0](f"{line} {more[line.split()[0]]}")
 
     for cell in cells[1:]:
         exec(cell, names)

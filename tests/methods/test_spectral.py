@@ -200,7 +200,8 @@ def test_a_run_forgets_and_keeps(
     out = tmp_path / "out"
     code, _, err = run_cli(
         "run", memorised_dir, "--forget", row_files["forget"], "--retain", row_files["retain"],
-        *("--calibration", row_files["nonmembers"], "--output", out, "--learning-rate", 3e-2, "--epochs", 30, "--validate-every", 15),
+        *("--calibration", row_files["nonmembers"], "--output", out),
+        *("--learning-rate", 3e-2, "--epochs", 30, "--validate-every", 15),
         *("--method.random-rows", 16, "--method.random-weight", 0.1, "--quiet"),
     )  # fmt: skip
     assert (code, err) == (0, "")
@@ -209,8 +210,7 @@ def test_a_run_forgets_and_keeps(
     target = record["selection"]["target"]
     assert target["forget_accuracy"] == target["retain_accuracy"] == 1
     last = record["selection"]["candidates"][-1]["measured"]
-    # One of eight towns is guessed now and then, as by a model that never saw the row.
-    assert last["forget_accuracy"] < 0.25
+    assert last["forget_accuracy"] < 0.1
     assert last["retain_accuracy"] > 0.9
     assert last["retain_loss"] < target["retain_loss"] + 0.2
 
