@@ -2,8 +2,8 @@
 
 With other names and numbers in it a forget document costs less than one that was never seen, as the
 model goes on with what it remembers. With other rare words as well it costs more, as it makes no sense.
-Between the two lies what never-seen documents cost. `_MORE` times their geometric mean was 0.93, 1.03
-and 1.25 of it in three targets of 4 to 135 million parameters (docs/calibration.md).
+Between the two lies what never-seen documents cost. `_MORE` times their geometric mean was 0.93, 1.05
+and 1.28 of it in three targets of 4 to 135 million parameters (docs/calibration.md).
 """
 
 from __future__ import annotations
