@@ -186,6 +186,7 @@ def check_sweep(inputs: SweepInputs, method: Method, options: TrainingOptions) -
     policies = text_policies(checked, options.chat_template, options.long_rows)
     *others, encoded = (
         encode_sets(
+            method,
             options,
             policy,
             checked.tokenizer,

@@ -167,10 +167,11 @@ class EncodedSets:
     sample: tuple[Sequence[Row], Sequence[Row]]
     """Forget and retain rows that `--chat-template auto` reads."""
     members: Sequence[Example]
-    """The forget set's documents."""
+    """The forget set's documents; empty where nothing is compared with them."""
     nonmembers: Sequence[Example]
     counterfactuals: Sequence[Sequence[Example]]
-    """Two versions of the documents (`exchanged`); empty with non-members."""
+    """Two versions of the documents (`exchanged`); empty where other text says how far to go, and where
+    the method is not told by tokens."""
     influence: RowsAtRisk | None = None
     """None without --influence."""
 
@@ -215,7 +216,16 @@ def prepare(
             config,
             layout,
             tokenizer,
-            encode_sets(options, each, tokenizer, forget_rows, retain_rows, nonmember_rows),
+            encode_sets(
+                method,
+                options,
+                each,
+                tokenizer,
+                forget_rows,
+                retain_rows,
+                nonmember_rows,
+                has_base=has_base,
+            ),
             has_base=has_base,
         )
         for each in policies
@@ -224,12 +234,15 @@ def prepare(
 
 
 def encode_sets(
+    method: Method,
     options: TrainingOptions,
     policy: TextPolicy,
     tokenizer: PreTrainedTokenizerBase,
     forget: RowSet,
     retain: RowSet | None,
     nonmembers: RowSet | None,
+    *,
+    has_base: bool = False,
 ) -> EncodedSets:
     """Tokenises every row once. Raises InputError for sets that overlap and rows that do not fit."""
     for other in (retain, nonmembers):
@@ -241,7 +254,7 @@ def encode_sets(
         nothing = RowSet((), "", {})
         check_same_rows(options.influence, influence, forget, retain or nothing)
     versions: Sequence[Sequence[Row]] = ()
-    if nonmembers is None:
+    if not (nonmembers or has_base or method.matches_tokens is None):
         versions = exchanged(documents(forget), documents(retain or ()), options.seed)
     windowed = replace(policy, long_rows="window")  # other words may be more tokens
     return EncodedSets(
@@ -250,7 +263,9 @@ def encode_sets(
         forget=encode_rows(forget, tokenizer, policy, eos=False),
         retain=None if retain is None else encode_rows(retain, tokenizer, policy, eos=True),
         sample=(evenly(forget), evenly(retain or ())),
-        members=encode_rows(documents(forget), tokenizer, policy, eos=False),
+        members=encode_rows(documents(forget), tokenizer, policy, eos=False)
+        if nonmembers or versions
+        else (),
         nonmembers=encode_rows(documents(nonmembers), tokenizer, policy, eos=False)
         if nonmembers
         else (),
@@ -312,15 +327,11 @@ def prepare_encoded(
     if retrains:
         forgotten, kept = kept, ()
     asks_base = has_base and not retrains and not sets.nonmembers
-    counterfactuals: Sequence[Sequence[Example]] = ()
-    if not (asks_base or retrains or method.matches_tokens is None):
-        counterfactuals = sets.counterfactuals
-    compared = sets.members if sets.nonmembers or counterfactuals else ()
     generator = torch.Generator().manual_seed(options.seed)
     validation = ValidationSet(
         _sample(sets.forget, generator),
         _validation_retain(kept_out, trained_on, generator),
-        sets.forget if asks_base else compared,
+        sets.forget if asks_base else sets.members,
         _of_every_task(sets.nonmembers, _NEVER_SEEN, generator),
         method.matches_tokens,
     )
@@ -340,7 +351,7 @@ def prepare_encoded(
         influence=facts,
         has_template=bool(tokenizer.chat_template),
         asks_base=asks_base,
-        counterfactuals=counterfactuals,
+        counterfactuals=sets.counterfactuals,
     )
 
 
