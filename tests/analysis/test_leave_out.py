@@ -112,7 +112,7 @@ def covariances(setting: Setting) -> dict[str, tuple[torch.Tensor, torch.Tensor]
         for name, module in setting.maps.items():
             inputs, output = seen[name]
             assert output.grad is not None
-            x, g = with_ones(inputs, module)[0].double(), output.grad[0].double()
+            x, g = with_ones(inputs.detach(), module)[0].double(), output.grad[0].double()
             old = sums.get(name, (torch.zeros(()), torch.zeros(())))
             sums[name] = (old[0] + x.T @ x, old[1] + g.T @ g)
     for handle in handles:
