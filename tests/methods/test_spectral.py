@@ -201,7 +201,7 @@ def test_a_run_forgets_and_keeps(
     code, _, err = run_cli(
         "run", memorised_dir, "--forget", row_files["forget"], "--retain", row_files["retain"],
         *("--calibration", row_files["nonmembers"], "--output", out),
-        *("--learning-rate", 3e-2, "--epochs", 30, "--validate-every", 15),
+        *("--learning-rate", 2e-2, "--epochs", 90, "--validate-every", 45),
         *("--method.random-rows", 16, "--method.random-weight", 0.1, "--quiet"),
     )  # fmt: skip
     assert (code, err) == (0, "")

@@ -23,7 +23,7 @@ from expunge.data.rows import Row, document_of
 from expunge.data.tokenization import encode_rows
 from expunge.evaluation.batches import token_batches
 from expunge.methods.forward import logits_at
-from expunge.methods.numerics import next_token_moments, target_log_probs
+from expunge.methods.numerics import target_moments
 from expunge.models.kernels import fast_products
 
 SCORES = ("loss", "zlib", "min-k%", "min-k%++")
@@ -43,8 +43,7 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
         where = torch.nn.functional.pad(counted, (0, 1))
         with torch.no_grad(), fast_products(model.dtype, model.device):
             logits = logits_at(model, where, input_ids=batch.input_ids, use_cache=False)
-            log_probs = target_log_probs(logits, batch.input_ids[:, 1:][counted])
-            mean, deviation = next_token_moments(logits)
+            log_probs, mean, deviation = target_moments(logits, batch.input_ids[:, 1:][counted])
         start = 0
         for example, count in zip(batch.examples, counted.sum(1).tolist(), strict=True):
             span = slice(start, start + count)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from expunge.methods.numerics import by_pieces, masked_mean, weighted_mean
+from expunge.methods.numerics import by_pieces, chosen_and_others, masked_mean, weighted_mean
 
 _LEAST_REST = 1e-7
 """Probability of all tokens that are not kept; below, it is rounding."""
@@ -44,22 +44,14 @@ def token_kl(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tens
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
-@by_pieces
 def top_kl(logits: torch.Tensor, reference: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """KL(reference || model) where all tokens but the chosen ones count as one: (n, vocabulary) -> (n,).
 
     reference (n, k), the chosen tokens' log-probabilities in the reference; chosen (n, k), their ids. A
     lower bound of `token_kl` that grows to it with k, as merging outcomes loses divergence.
     """
-    logits = logits.float()
-    whole = logits.logsumexp(-1, keepdim=True)
-    log_p = torch.cat(
-        [
-            logits.gather(-1, chosen) - whole,
-            logits.scatter(-1, chosen, -torch.inf).logsumexp(-1, keepdim=True) - whole,
-        ],
-        -1,
-    )
+    at, others = chosen_and_others(logits, chosen)
+    log_p = torch.cat([at, others[:, None]], -1).log_softmax(-1)
     q = reference.float().exp()
     rest = (1 - q.sum(-1, keepdim=True)).clamp(min=_LEAST_REST)
     log_q = torch.cat([reference.float(), rest.log()], -1)

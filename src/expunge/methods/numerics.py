@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from typing import Any
 
@@ -65,30 +65,122 @@ def target_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     return -functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
-@by_pieces
+class _Others(torch.autograd.Function):
+    """The chosen logits of each row, and log sum exp of all the others, with their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, chosen: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found = []
+        for piece, left_out in _pieces(logits, chosen):
+            values = _copy(piece).scatter_(1, left_out, -torch.inf)
+            largest = values.amax(1, keepdim=True).clamp(min=_LEAST_LOG)
+            found.append(values.sub_(largest).exp_().sum(1).log_().add_(largest[:, 0]))
+        others = torch.cat(found)
+        ctx.save_for_backward(logits, chosen, others)
+        return logits.gather(1, chosen).float(), others
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, chosen, others = ctx.saved_tensors
+        found = torch.empty_like(logits)
+        sizes = others.clamp(min=_LEAST_LOG)[:, None]
+        for piece, ids, size, of_chosen, of_others, out in _pieces(
+            logits, chosen, sizes, grads[0].float(), grads[1].float()[:, None], found
+        ):
+            shares = _copy(piece).sub_(size).exp_().mul_(of_others)
+            out.copy_(shares.scatter_(1, ids, of_chosen))
+        return found, None
+
+
+class _Moments(torch.autograd.Function):
+    """Each target's log p, and mean and variance of log p under p, with their gradients.
+
+    With d_j = log p_j - mean these are [j = target] - p_j, p_j d_j and p_j (d_j^2 + 2 d_j - variance).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        found = []
+        for piece, target in _pieces(logits, targets):
+            values = _copy(piece)
+            whole = values.logsumexp(1, keepdim=True)
+            log_p = values.sub_(whole).clamp_(min=_LEAST_LOG)
+            chosen = log_p.gather(1, target[:, None])
+            p = log_p.exp()
+            mean = (p * log_p).sum(1, keepdim=True)
+            variance = log_p.sub_(mean).square_().mul_(p).sum(1, keepdim=True)
+            found.append(torch.cat([whole, chosen, mean, variance], 1))
+        moments = torch.cat(found)
+        ctx.save_for_backward(logits, targets, moments)
+        _, chosen, mean, variance = moments.unbind(1)
+        return chosen, mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, targets, moments = ctx.saved_tensors
+        found = torch.empty_like(logits)
+        factors = torch.stack([grad.float() for grad in grads], 1)
+        for piece, target, of_rows, factor, out in _pieces(
+            logits, targets, moments, factors, found
+        ):
+            whole, _, mean, variance = of_rows.split(1, dim=1)
+            of_chosen, of_mean, of_variance = factor.split(1, dim=1)
+            log_p = _copy(piece).sub_(whole).clamp_(min=_LEAST_LOG)
+            p = log_p.exp()
+            away = log_p.sub_(mean)
+            slope = (away * of_variance).add_(of_mean + 2 * of_variance).mul_(away)
+            slope = slope.sub_(of_chosen + variance * of_variance).mul_(p)
+            out.copy_(slope.scatter_add_(1, target[:, None], of_chosen))
+        return found, None
+
+
+def _pieces(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The rows in pieces, so that the float32 copies of one at a time are in memory."""
+    rows = piece_rows(logits.device.type, logits.shape[-1])
+    return zip(*(values.split(rows) for values in (logits, *others)), strict=True)
+
+
+def _copy(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.float32, copy=True)
+
+
+def chosen_and_others(
+    logits: torch.Tensor, chosen: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits of the chosen tokens and log sum exp of all others: (n, k) and (n,), float32.
+
+    logits (n, vocabulary), chosen (n, k), ids, each once.
+    """
+    at, others = _Others.apply(logits, chosen)
+    return at, others
+
+
 def target_log_odds(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """log(p / (1 - p)) of each target: logits (n, vocabulary), targets (n,) -> (n,).
 
     From the logits, as 1 - p of a token known by heart is lost in rounding. Its gradient in the target's
     logit is 1 whatever p is, that of log p is 1 - p.
     """
-    logits = logits.float()
-    chosen = targets[:, None]
-    others = logits.scatter(1, chosen, -torch.inf).logsumexp(1)
-    return logits.gather(1, chosen)[:, 0] - others
+    at, others = chosen_and_others(logits, targets[:, None])
+    return at[:, 0] - others
 
 
-@by_pieces
-def next_token_moments(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of log p under p itself, in nats: (n, vocabulary) -> (n,) and (n,).
+def target_moments(
+    logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each target's log p, mean and deviation of log p under p itself, in nats, each (n,).
 
-    The mean is minus the entropy. A token that a family masks with -inf adds nothing.
+    logits (n, vocabulary), targets (n,). The mean is minus the entropy. A token that a family masks with
+    -inf adds nothing.
     """
-    mean, variance = _moments(_log_softmax(logits))
-    return mean, variance.sqrt()
+    log_p, mean, variance = _Moments.apply(logits, targets)
+    return log_p, mean, variance.sqrt()
 
 
-@by_pieces
 def target_surprise(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """How much less likely each target is than the distribution itself expects of a token.
 
@@ -96,21 +188,8 @@ def target_surprise(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     ratio is min-k%++'s with the other sign (arXiv 2404.02936, eq. 3); asinh, which leaves small values
     as they are and takes the logarithm of large ones, bounds its gradient.
     """
-    log_p = _log_softmax(logits)
-    mean, variance = _moments(log_p)
-    chosen = log_p.gather(1, targets[:, None])[:, 0]
-    return torch.asinh((mean - chosen) / (variance + _LEAST_VARIANCE).sqrt())
-
-
-def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    return functional.log_softmax(logits.float(), dim=-1).clamp(min=_LEAST_LOG)
-
-
-def _moments(log_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of log p under p: (n, vocabulary) -> (n,) and (n,)."""
-    p = log_p.exp()
-    mean = (p * log_p).sum(-1)
-    return mean, (p * (log_p - mean[:, None]).square()).sum(-1)
+    log_p, mean, variance = _Moments.apply(logits, targets)
+    return torch.asinh((mean - log_p) / (variance + _LEAST_VARIANCE).sqrt())
 
 
 def token_log_probs(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:

@@ -79,10 +79,10 @@ def direction(
         return length * orthogonalised(update, iterations)
     if whitening.turned:
         return direction(update.T, iterations, Whitening(whitening.matrix)).T
-    r = whitening.matrix.to(update.dtype)
-    flat = orthogonalised(update @ r.T, iterations)
-    back = flat @ r
-    return (length * flat.norm() / back.norm().clamp(min=_LEAST)) * back
+    r = whitening.matrix  # bfloat16, as are the products
+    flat = orthogonalised(update.to(r.dtype) @ r.T, iterations)
+    back = (flat @ r).to(update.dtype)
+    return back * (length * flat.to(update.dtype).norm() / back.norm().clamp(min=_LEAST))
 
 
 def orthogonalised(matrix: torch.Tensor, iterations: int) -> torch.Tensor:
@@ -93,7 +93,7 @@ def orthogonalised(matrix: torch.Tensor, iterations: int) -> torch.Tensor:
     first, third, fifth = _COEFFICIENTS
     flat = matrix.bfloat16()
     if tall := flat.shape[0] > flat.shape[1]:
-        flat = flat.T
+        flat = flat.T.contiguous()  # products of a turned one take twice as long
     flat = flat / flat.norm().clamp(min=_LEAST)
     for _ in range(iterations):
         gram = flat @ flat.T
