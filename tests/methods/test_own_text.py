@@ -56,6 +56,24 @@ def test_behind_its_random_half_a_row_goes_on_as_the_model_writes() -> None:
     assert row.row_id == random.row_id
 
 
+def test_it_writes_each_token_as_often_as_the_model_gives_it() -> None:
+    chances = [0.0, 0.5, 0.0, 0.3, 0.2, 0.0]
+
+    class Fixed(Chain):
+        def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            logits = torch.tensor(chances).log().expand(*input_ids.shape, len(chances))
+            return CausalLMOutputWithPast(logits=logits)
+
+    model: Any = Fixed(len(chances))
+    random = example(1, 1, 1, *[0] * 2, listed=False)
+    rows = written_by(model, [random] * 2000, [], [], torch.Generator().manual_seed(0), nullcontext)
+    drawn = [token for row in rows for token in row.input_ids[3:]]
+    for token, chance in enumerate(chances):
+        share = drawn.count(token) / len(drawn)
+        # Four deviations of a share of 4,000 draws; what the model never gives is never drawn.
+        assert abs(share - chance) <= 4 * (chance * (1 - chance) / len(drawn)) ** 0.5, token
+
+
 def test_what_a_row_begins_with_counts_no_more_than_before() -> None:
     random = replace(example(1, 50, 3, 70, *[0] * 4), token_mask=(False, *[True] * 7))
     [row] = written([random], [example(71, 72, 73)], [])

@@ -27,9 +27,9 @@ class SecondMoment:
         self._sum: torch.Tensor | None = None
         self.count = 0
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Adds (..., n)."""
-        moment = gram(inputs.detach())
+    def add(self, inputs: torch.Tensor, summed: torch.Tensor | None = None) -> None:
+        """Adds (..., n); `summed` is their `gram`, if it is there already."""
+        moment = gram(inputs.detach()) if summed is None else summed
         self._sum = moment if self._sum is None else self._sum + moment
         self.count += inputs.shape[:-1].numel()
 
@@ -52,9 +52,14 @@ class SecondMoment:
 def second_moments(model: nn.Module, names: Iterable[str]) -> Iterator[Mapping[str, SecondMoment]]:
     """Inside, what the linear maps `names` are given is added up. Padding counts as a token."""
     moments = {name: SecondMoment() for name in names}
+    # Queries, keys and values are given one tensor, so are gate and up.
+    last: list[torch.Tensor] = []
 
     def seen(moment: SecondMoment, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        moment.add(inputs[0])
+        states = inputs[0]
+        if not last or last[0] is not states:
+            last[:] = [states, gram(states.detach())]
+        moment.add(states, last[1])
 
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(partial(seen, moment))
@@ -63,5 +68,6 @@ def second_moments(model: nn.Module, names: Iterable[str]) -> Iterator[Mapping[s
     try:
         yield moments
     finally:
+        last.clear()
         for hook in hooks:
             hook.remove()
