@@ -2,7 +2,7 @@
 
 The script is asked to stop in the step that STOP_AT names.
 
-Its Newton-Schulz iterations are in bfloat16, where the last digit of a float32 gradient decides the
+Its products are in bfloat16, where the last digit of a float32 gradient decides the
 third of an update.
 """
 
@@ -16,19 +16,7 @@ import torch
 
 from expunge.training import muon
 
-ITERATIONS = "expunge.training.muon.orthogonalised"
-
-
-def orthogonalised(matrix: torch.Tensor, iterations: int) -> torch.Tensor:
-    """As Expunge's own, in another precision."""
-    a, b, c = muon._COEFFICIENTS
-    is_tall = len(matrix) > len(matrix.T)
-    flat = (matrix.T if is_tall else matrix).double()
-    flat = flat / flat.norm().clamp(min=muon._LEAST)
-    for _ in range(iterations):
-        gram = flat @ flat.T
-        flat = a * flat + (b * gram + c * gram @ gram) @ flat
-    return (flat.T if is_tall else flat).to(matrix)
+PRODUCTS = "expunge.training.muon._PRODUCTS"
 
 
 def stop_at(last: int) -> None:
@@ -49,7 +37,7 @@ def main() -> Any:
     """The command."""
     from expunge.cli.main import entry
 
-    muon.orthogonalised = orthogonalised
+    muon._PRODUCTS = torch.float64
     if "STOP_AT" in os.environ:
         stop_at(int(os.environ["STOP_AT"]))
     return entry()

@@ -48,7 +48,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) ->
 
 @pytest.mark.usefixtures("group")
 def test_sharded_weights_move_as_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact_muon.ITERATIONS, exact_muon.orthogonalised)
+    monkeypatch.setattr(exact_muon.PRODUCTS, torch.float64)
     model, plain = trained(torch.float32, sharded=False)
     before = snapshot(plain)
     train(model, Muon(plain.values(), 0.01))

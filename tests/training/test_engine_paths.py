@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import tiny_model
-from exact_muon import ITERATIONS, orthogonalised
+from exact_muon import PRODUCTS
 from expunge.data.sampling import step_batches
 from expunge.models.engine import SegmentEngine
 from expunge.models.packing import NotASegment
@@ -239,7 +239,7 @@ def test_a_narrow_cache_gives_nearly_the_same_weights(
 def test_micro_batches_do_not_change_the_weights(
     method: str, size: int, start: Run, memorised_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ITERATIONS, orthogonalised)
+    monkeypatch.setattr(PRODUCTS, torch.float64)
     # Random rows of a micro-batch weigh as they do in the step.
     random = ("--method.random-weight", 0.25, "--method.random-rows", 8)
     own = random if method in ("spectral", "libu") else ()

@@ -22,6 +22,7 @@ from expunge.methods.base import Whitening
 from expunge.models.sharding import one_each, sharers
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_PRODUCTS = torch.bfloat16
 _LEAST = 1e-7
 
 
@@ -79,8 +80,8 @@ def direction(
         return length * orthogonalised(update, iterations)
     if whitening.turned:
         return direction(update.T, iterations, Whitening(whitening.matrix)).T
-    r = whitening.matrix  # bfloat16, as are the products
-    flat = orthogonalised(update.to(r.dtype) @ r.T, iterations)
+    r = whitening.matrix.to(_PRODUCTS)
+    flat = orthogonalised(update.to(_PRODUCTS) @ r.T, iterations)
     back = (flat @ r).to(update.dtype)
     return back * (length * flat.to(update.dtype).norm() / back.norm().clamp(min=_LEAST))
 
@@ -91,7 +92,7 @@ def orthogonalised(matrix: torch.Tensor, iterations: int) -> torch.Tensor:
     Each makes small singular values 3.4 times as long: what is far below the largest stays short.
     """
     first, third, fifth = _COEFFICIENTS
-    flat = matrix.bfloat16()
+    flat = matrix.to(_PRODUCTS)
     if tall := flat.shape[0] > flat.shape[1]:
         flat = flat.T.contiguous()  # products of a turned one take twice as long
     flat = flat / flat.norm().clamp(min=_LEAST)
