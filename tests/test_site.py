@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import inspect
 import re
@@ -24,8 +25,6 @@ from expunge.methods.catalog import METHODS
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
-OTHERS_OPTIONS = {"decisions.md", "performance.md"}
-"""Pages that name options of launchers and benchmark scripts too."""
 
 
 def name_of(page: Path) -> str:
@@ -158,11 +157,10 @@ def test_links_and_anchors_lead_somewhere(page: Path) -> None:
 def test_options_that_a_page_shows_exist(page: Path) -> None:
     wrong = [fault for line in shown_commands(page) for fault in unknown_options(line)]
     assert not wrong, f"{name_of(page)}: {wrong}"
-    if page.name not in OTHERS_OPTIONS:
-        spans = re.findall(r"`(--[^`]+)`", "\n".join(prose(page.read_text(encoding="utf-8"))))
-        missing = {o for span in spans for o in options_in(span)} - every_option()
-        missing -= {"--method."}
-        assert not missing, f"{name_of(page)}: {missing}"
+    spans = re.findall(r"`(--[^`]+)`", "\n".join(prose(page.read_text(encoding="utf-8"))))
+    missing = {o for span in spans for o in options_in(span)} - every_option()
+    missing -= {"--method."}
+    assert not missing, f"{name_of(page)}: {missing}"
 
 
 def test_the_check_of_options_finds_what_it_should() -> None:
@@ -370,6 +368,24 @@ def tables(text: str, column: str) -> Iterator[dict[str, list[str]]]:
             if any(column in cell for cell in found[""]):
                 yield found
             found = {}
+
+
+def test_the_experiment_log_has_a_record_for_every_topic() -> None:
+    told = " ".join((DOCS / "decisions.md").read_text(encoding="utf-8").split())
+    with (DOCS / "experiments.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == [
+        "date", "topic", "model", "setting", "metric", "value", "baseline", "adopted", "note",
+    ]  # fmt: skip
+    assert len(rows) > 1000
+    for date, topic, model, setting, metric, value, _, adopted, _ in rows:
+        assert re.fullmatch(r"2026-\d\d-\d\d", date)
+        assert topic in told, topic
+        assert model, setting
+        assert setting
+        assert metric, setting
+        assert value, setting
+        assert adopted in ("yes", "no", "")
 
 
 def test_the_readme_has_the_results_that_the_benchmark_has() -> None:

@@ -22,7 +22,7 @@ _RANGE = (0.5, 1.25)
 _SURPRISE_RANGE = 0.5
 _ANSWERS = 1.35
 """Of never-seen documents' mean loss: an oracle loses 1.18 and 1.35 times that on answers that it never
-saw (docs/decisions.md). Much beyond, the model must know what to avoid, and retain rows pay for it."""
+saw (docs/calibration.md). Much beyond, the model must know what to avoid, and retain rows pay for it."""
 _LEAST = 1e-4
 """Nats; below, log-odds are a matter of rounding."""
 

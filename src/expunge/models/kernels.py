@@ -1,7 +1,7 @@
 """The fastest right matrix products that torch has for a device.
 
 float32 on a CPU: torch gives linear layers to MKL, which keeps to AVX2 on processors that are not
-Intel's; oneDNN, which comes with torch as well, uses AVX-512 there: 2.2 times the speed on an AMD EPYC.
+Intel's; oneDNN, which comes with torch as well, uses AVX-512 there, at 2.2 times the speed.
 Both are full float32. The call is the one that torch.compile makes.
 
 bfloat16 on a CPU without such instructions: torch's own loops (AVX2 only) are 10 to 100 times slower
