@@ -27,10 +27,10 @@ from expunge.reporting.tables import markdown
 from methods import Material, replaced
 
 NOTE = """\
-Target and oracle: share of the facts that each attack gets out of them, the mean over the audits.
-Methods: recovered share, 0 is as if never seen, 1 as before. `membership` is the AUC furthest from
-chance; `trigger` what a forget token in a retain prompt costs beyond the target. A dash: no material,
-or the attack has no power. {rows}, budget {budget}. {machine}.
+Target and oracle: share of the facts that each attack extracts, the mean over the audits. Methods:
+recovered share; 0 is as if never trained on, 1 as before. `membership` is the AUC furthest from
+chance. `trigger` is what a forget token in a retain prompt costs beyond the target. A dash: no
+material, or the attack has no power. {rows}, budget {budget}.
 """
 
 
@@ -57,8 +57,9 @@ def main() -> None:
         found[run.name] = json.loads(audit.read_text(encoding="utf-8"))
     if not found:
         raise SystemExit(f"{arguments.runs}: holds no run")
-    text = table(found) + "\n" + note(found, arguments.output)
+    text = table(found) + "\n" + note(found)
     print(text)
+    print(f"For docs/machines.md: {machine(found, arguments.output)}.")
     if arguments.write is not None:
         page = arguments.write.read_text(encoding="utf-8")
         arguments.write.write_text(replaced(page, section, text), encoding="utf-8")
@@ -142,23 +143,27 @@ def table(audits: Mapping[str, Mapping[str, Any]]) -> str:
     return markdown(["model", *names, "verdict"], lines)
 
 
-def note(audits: Mapping[str, Mapping[str, Any]], output: Path) -> str:
-    """How the table came about, and what each audit took."""
-    import torch
-
+def note(audits: Mapping[str, Mapping[str, Any]]) -> str:
+    """How to read the table."""
     first = next(iter(audits.values()))
     asked = first["requests"][0]
     rows = f"{asked['audited']['rows']} of {asked['forget']['rows']} forget rows"
+    return NOTE.format(rows=rows, budget=first["settings"]["budget"]["name"])
+
+
+def machine(audits: Mapping[str, Mapping[str, Any]], output: Path) -> str:
+    """Where it was measured, and what each audit took."""
+    import torch
+
     threads = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
     took = []
     for name in audits:
         seconds = json.loads((output / f"{name}.seconds").read_text(encoding="utf-8"))["seconds"]
         took.append(f"{name} {seconds:.0f}")
-    machine = (
+    return (
         f"{describe_machine(threads)}; seconds of the audits, target and oracle attacked in the"
         f" first one and read in the others: {', '.join(took)}"
     )
-    return NOTE.format(rows=rows, budget=first["settings"]["budget"]["name"], machine=machine)
 
 
 if __name__ == "__main__":

@@ -53,10 +53,11 @@ MEASURES = {
     "memory": "peak GiB",
 }
 NOTE = """\
-Mean ± standard deviation over the seeds {seeds}; default settings. Regurgitation and knowledge are means
-over the tasks. Distance to the oracle: mean absolute difference over every part of the scorecard that
-both have (regurgitation and knowledge of each task and side, MIA AUC, utility), seed by seed. Memory is
-the peak of the run's process. Runs in {dtypes}, scores in float32. {machine}. Commit {commits}.
+Mean ± standard deviation over the seeds {seeds}; default settings. Regurgitation and knowledge are
+means over the tasks. Distance to the oracle: mean absolute difference over every part of the
+scorecard that both have, seed by seed. The parts are regurgitation and knowledge of each task and
+side, MIA AUC and utility. Memory is the peak of the run's process. Runs in {dtypes}, scores in
+float32.
 """
 
 
@@ -130,12 +131,13 @@ def main() -> None:
         place = arguments.output / name
         place.mkdir(parents=True, exist_ok=True)
         rows = measured(benchmark, arguments.methods, arguments.seeds, place, arguments.dtype)
-        text = table(rows) + "\n" + note(arguments.seeds, place)
+        told, where = note(arguments.seeds, place)
+        text = table(rows) + "\n" + told
         write_figure(points(rows), f"{name}: what was forgotten and what was kept", place)
         values = {model: {**row.values, "failures": row.failures} for model, row in rows.items()}
         (place / "results.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         (place / "table.md").write_text(text, encoding="utf-8")
-        print(f"## {name}\n\n{text}", flush=True)
+        print(f"## {name}\n\n{text}\nFor docs/machines.md: {where}.", flush=True)
         picture = f"methods-{name}.svg"
         sections.append(f"### {name}\n\n![forgetting and retention]({picture})\n\n{text}")
         if arguments.write is not None:
@@ -301,8 +303,8 @@ def table(rows: Mapping[str, Row]) -> str:
     return markdown(["model", *MEASURES.values()], lines) + told
 
 
-def note(seeds: Sequence[int], place: Path) -> str:
-    """How the table came about."""
+def note(seeds: Sequence[int], place: Path) -> tuple[str, str]:
+    """How to read the table, and where it was measured."""
     import torch
 
     commits, dtypes = set(), set()
@@ -312,14 +314,11 @@ def note(seeds: Sequence[int], place: Path) -> str:
         git = manifest["environment"]["git"]
         commits.add("of a package" if git is None else git["commit"][:9] + "+" * git["changes"])
     threads = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
-    machine = describe_machine(threads)
-    listed = ", ".join(map(str, seeds))
-    return NOTE.format(
-        seeds=listed,
-        machine=machine,
-        commits=", ".join(sorted(commits)) or "unknown",
+    told = NOTE.format(
+        seeds=", ".join(map(str, seeds)),
         dtypes=" and ".join(sorted(dtypes)) or "an unknown dtype",
     )
+    return told, f"{describe_machine(threads)}; commit {', '.join(sorted(commits)) or 'unknown'}"
 
 
 def replaced(page: str, name: str, section: str) -> str:
