@@ -14,8 +14,7 @@ from expunge.cli.run import parsed
 from expunge.disk import deliver
 from expunge.errors import InputError
 from expunge.methods.base import Method
-from expunge.reporting.sweep_figures import FIGURES, page
-from expunge.reporting.sweep_tables import print_sweep
+from expunge.reporting.sweep import PAGE, page, print_sweep
 from expunge.search.inputs import SweepInputs
 from expunge.search.sweep import sweep
 from expunge.training.options import TrainingOptions
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
             cast("TrainingOptions", settings.training),
             progress,
         )
-    deliver({Path(inputs.output) / FIGURES: page(result, inputs.output)})
+    deliver({Path(inputs.output) / PAGE: page(result, inputs.output)})
     if as_json:
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
     else:
