@@ -16,7 +16,6 @@ from expunge.errors import InputError
 from expunge.methods.base import Method
 from expunge.reporting.sweep import PAGE, page, print_sweep
 from expunge.search.inputs import SweepInputs
-from expunge.search.sweep import sweep
 from expunge.training.options import TrainingOptions
 
 _ABOUT = (
@@ -30,13 +29,15 @@ _ABOUT = (
 
 def main(arguments: Sequence[str]) -> int:
     """Parses, searches, writes the figures, prints."""
-    import optuna
-
     arguments, quiet = take_flag(list(arguments), "--quiet")
     arguments, as_json = take_flag(arguments, "--json")
     settings, _ = parsed(arguments, "expunge sweep", SweepInputs, _ABOUT, with_search)
     inputs = cast("SweepInputs", settings.inputs)
+    from expunge.search.sweep import sweep  # which says so if Optuna is missing; --help needs none
+
     _check_not_fixed(inputs, arguments)
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with progress_on_stderr(quiet=quiet) as progress:
         result = sweep(

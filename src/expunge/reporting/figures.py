@@ -17,6 +17,8 @@ from markupsafe import Markup
 _WIDTH = 680.0
 _LEFT, _RIGHT = 62.0, 16.0
 _MOST_POINTS = 300
+_LONGEST = 28
+"""Characters of a name beside a figure."""
 _LOG_FROM = 50.0
 """Largest over smallest value from which an axis of positive values is logarithmic."""
 _SHAPES = {
@@ -71,23 +73,23 @@ class Panel:
 
 @dataclass(frozen=True)
 class Compared:
-    """One row of a comparison: each model's share, and the interval of the unlearned one's."""
+    """One row of a comparison: each model's share, and the interval of the unlearned one's; or a bar."""
 
     name: str
-    marks: Sequence[Mark]
-    low: float | None
-    high: float | None
+    marks: Sequence[Mark] = ()
+    low: float | None = None
+    high: float | None = None
+    bar: float | None = None
+    said: str = ""
+    """What the pointer is told of the bar."""
 
 
 def strip(marks: Sequence[Mark], description: str, low: float | None, high: float | None) -> Markup:
     """A line from 0 to 1 with a mark for each model, and an interval about the unlearned one."""
-    width, left, right, y = 210.0, 9.0, 201.0, 13.0
-
-    def x(value: float) -> float:
-        return left + (right - left) * min(1.0, max(0.0, value))
-
+    width, y = 210.0, 13.0
+    x = _scale(0.0, 1.0, 9.0, 201.0)
     svg = _figure("strip", width, 32.0, "", description)
-    _line(svg, left, y, right, y, "axis")
+    _line(svg, x(0.0), y, x(1.0), y, "axis")
     for tick in (0.0, 0.5, 1.0):
         _line(svg, x(tick), y - 4, x(tick), y + 4, "axis")
         _text(svg, x(tick), 30, f"{tick:g}", "tick", "middle")
@@ -115,69 +117,40 @@ def curves(
         tops.append(base + 40 + 18 * (not _fits(panel)))
         base = tops[-1] + panel.height
     svg = _figure("curves", _WIDTH, base + 52, title, description)
-
-    def x(value: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (value - first) / (last - first)
-
+    x = _scale(first, last, _LEFT, _WIDTH - _RIGHT)
     for panel, top in zip(panels, tops, strict=True):
         _panel(svg, panel, x, top)
     whole = span is None and all(value == int(value) for value in xs)
-    for tick in _ticks(first, last, whole=whole, count=8):
-        _line(svg, x(tick), base, x(tick), base + 4, "axis")
-        _text(svg, x(tick), base + 17, f"{tick:g}", "tick", "middle")
-    _text(svg, (_LEFT + _WIDTH - _RIGHT) / 2, base + 34, across, "label", "middle")
+    _foot(svg, x, base, _ticks(first, last, whole=whole, count=8), across, _LEFT)
     return _markup(svg)
 
 
 def comparison(rows: Sequence[Compared], across: str, title: str, description: str) -> Markup:
-    """Every model's mark a row, on an axis from 0 to 1, the interval about the unlearned one."""
+    """A row each: every model's mark and the interval about the unlearned one, or a bar from 0.
+
+    The axis goes from 0 to 1, or as far as bars do.
+    """
     left, step, top = 190.0, 24.0, 8.0
     base = top + step * len(rows)
     svg = _figure("comparison", _WIDTH, base + 40, title, description)
-
-    def x(value: float) -> float:
-        return left + (_WIDTH - left - _RIGHT) * min(1.0, max(0.0, value))
-
+    bars = [row.bar for row in rows if row.bar is not None]
+    low, high = min([0.0, *bars]), 1.1 * max(bars, default=0.0)
+    x = _scale(low, high if high > low else 1.0, left, _WIDTH - _RIGHT)
     for index, row in enumerate(rows):
         y = top + step * (index + 0.5)
-        _text(svg, left - 14, y + 4, row.name, "label", "end")
-        _line(svg, x(0), y, x(1), y, "grid")
+        name = row.name if len(row.name) <= _LONGEST else row.name[: _LONGEST - 1] + "…"
+        _text(svg, left - 14, y + 4, name, "label", "end")
+        _line(svg, left, y, _WIDTH - _RIGHT, y, "grid")
         if row.low is not None and row.high is not None:
             _line(svg, x(row.low), y, x(row.high), y, "interval")
         for mark in row.marks:
             _mark(svg, mark.role, x(mark.value), y)
-    _line(svg, x(0), base, x(1), base, "axis")
-    for tick in _ticks(0.0, 1.0, whole=False, count=5):
-        _line(svg, x(tick), base, x(tick), base + 4, "axis")
-        _text(svg, x(tick), base + 17, f"{tick:g}", "tick", "middle")
-    _text(svg, (left + _WIDTH - _RIGHT) / 2, base + 34, across, "label", "middle")
-    return _markup(svg)
-
-
-def ranking(
-    rows: Sequence[tuple[str, float, str]], across: str, title: str, description: str
-) -> Markup:
-    """A bar from 0 a row: its name, its value, and what the pointer is told of it."""
-    left, right, step, top = 190.0, 70.0, 22.0, 8.0
-    base = top + step * len(rows)
-    svg = _figure("ranking", _WIDTH, base + 40, title, description)
-    values = [0.0, *(value for _, value, _ in rows)]
-    low, most = min(values), max(values)
-    most = most if most > low else low + 1.0
-
-    def x(value: float) -> float:
-        return left + (_WIDTH - left - right) * (value - low) / (most - low)
-
-    for index, (name, value, said) in enumerate(rows):
-        y = top + step * index
-        _text(svg, left - 14, y + 15, name, "label", "end")
-        begin, end = sorted((x(0.0), x(value)))
-        place = {"x": _n(begin), "y": _n(y + 4), "width": _n(end - begin), "height": _n(step - 8)}
-        bar = ET.SubElement(svg, "rect", {"class": "bar", **place})
-        ET.SubElement(bar, "title").text = said
-        _text(svg, end + 6, y + 15, _short(value), "tick", "start")
-    _line(svg, x(0.0), top, x(0.0), base, "axis")
-    _text(svg, (left + _WIDTH - right) / 2, base + 20, across, "label", "middle")
+        if row.bar is not None:
+            begin, end = sorted((x(0.0), x(row.bar)))
+            _bar(svg, begin, y - 7, end - begin, 14.0, row.said)
+            _text(svg, end + 6, y + 4, _short(row.bar), "tick halo", "start")
+    _line(svg, left, base, _WIDTH - _RIGHT, base, "axis")
+    _foot(svg, x, base, _ticks(low, high or 1.0, whole=False, count=5), across, left)
     return _markup(svg)
 
 
@@ -188,19 +161,13 @@ def bars(values: Sequence[tuple[int, float]], count: int, title: str, descriptio
     svg = _figure("bars", _WIDTH, base + 40, title, description)
     most = max((value for _, value in values), default=0.0) or 1.0
     slot = (_WIDTH - _LEFT - _RIGHT) / max(1, count)
-    ticks = _ticks(0.0, most, whole=False, count=4)
-    for tick in ticks:
+    for tick in _ticks(0.0, most, whole=False, count=4):
         y = base - height * tick / most
         _line(svg, _LEFT, y, _WIDTH - _RIGHT, y, "grid")
         _text(svg, _LEFT - 7, y + 4, f"{100 * tick:g}%", "tick", "end")
     for layer, value in values:
         bar = height * value / most
-        ET.SubElement(
-            svg, "rect", {
-                "class": "bar", "x": _n(_LEFT + slot * (layer + 0.15)), "y": _n(base - bar),
-                "width": _n(slot * 0.7), "height": _n(bar),
-            },
-        )  # fmt: skip
+        _bar(svg, _LEFT + slot * (layer + 0.15), base - bar, slot * 0.7, bar)
     _line(svg, _LEFT, base, _WIDTH - _RIGHT, base, "axis")
     every = max(1, math.ceil(count / 24))
     for layer in range(0, count, every):
@@ -229,6 +196,30 @@ def is_logarithmic(values: Sequence[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) / min(values) > _LOG_FROM
 
 
+def _scale(low: float, high: float, begin: float, end: float) -> Callable[[float], float]:
+    """Where a value stands; what is beyond an end stands at it."""
+
+    def place(value: float) -> float:
+        return begin + (end - begin) * min(1.0, max(0.0, (value - low) / (high - low)))
+
+    return place
+
+
+def _foot(
+    svg: ET.Element,
+    x: Callable[[float], float],
+    base: float,
+    ticks: Sequence[float],
+    across: str,
+    left: float,
+) -> None:
+    """The marks of a horizontal axis and what it measures."""
+    for tick in ticks:
+        _line(svg, x(tick), base, x(tick), base + 4, "axis")
+        _text(svg, x(tick), base + 17, f"{tick:g}", "tick", "middle")
+    _text(svg, (left + _WIDTH - _RIGHT) / 2, base + 34, across, "label", "middle")
+
+
 def _legend(panel: Panel) -> float:
     """Width of the names of a panel's lines; nothing where there is one."""
     return sum(7.0 * len(line.name) + 34 for line in panel.lines) if len(panel.lines) > 1 else 0.0
@@ -252,10 +243,10 @@ def _panel(svg: ET.Element, panel: Panel, x: Callable[[float], float], top: floa
     if low == high:
         low, high = low - 0.5, high + 0.5
     base = top + panel.height
+    linear = _scale(low, high, base, top)
 
     def y(value: float) -> float:
-        at = math.log10(value) if logarithmic else value
-        return base - panel.height * (at - low) / (high - low)
+        return linear(math.log10(value) if logarithmic else value)
 
     names = top - 9
     title = panel.title + (" (log scale)" if logarithmic else "")
@@ -335,6 +326,13 @@ def _line(svg: ET.Element, x1: float, y1: float, x2: float, y2: float, style: st
 def _text(svg: ET.Element, x: float, y: float, text: str, style: str, anchor: str) -> None:
     place = {"class": style, "x": _n(x), "y": _n(y), "text-anchor": anchor}
     ET.SubElement(svg, "text", place).text = text
+
+
+def _bar(svg: ET.Element, x: float, y: float, width: float, height: float, said: str = "") -> None:
+    place = {"x": _n(x), "y": _n(y), "width": _n(width), "height": _n(height)}
+    bar = ET.SubElement(svg, "rect", {"class": "bar", **place})
+    if said:
+        ET.SubElement(bar, "title").text = said
 
 
 def _mark(svg: ET.Element, kind: str, x: float, y: float, said: str = "") -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from expunge.analysis.influence_file import FIGURE, Influence
 from expunge.data.rows import Row
 from expunge.reporting import figures
-from expunge.reporting.figures import Line, Panel
+from expunge.reporting.figures import Compared, Line, Panel
 from expunge.reporting.rendering import still_page
 from expunge.reporting.tables import table_of
 
@@ -104,11 +104,10 @@ def figure_text(influence: Influence, top: int = 30) -> str:
     """One HTML file that needs no network: forget rows by self-influence, retain rows at risk."""
     at_risk = sorted(influence.retain, key=lambda row: (-row.collateral, row.id))[:top]
     risks = [
-        (
+        Compared(
             row.id,
-            row.collateral,
-            f"{row.id}\ncollateral {row.collateral:.3g}\n{row.task}, loss {row.loss:.3f},"
-            f" recall {row.recall:.2f}",
+            bar=row.collateral,
+            said=f"{row.id}\n{row.task}, loss {row.loss:.3f}, recall {row.recall:.2f}",
         )
         for row in at_risk
     ]
@@ -119,7 +118,7 @@ def figure_text(influence: Influence, top: int = 30) -> str:
     if risks:
         title = f"Retain rows: the {len(risks)} most at risk"
         across = "collateral: predicted rise of the loss, nats a token"
-        drawings.append((title, figures.ranking(risks, across, title, told)))
+        drawings.append((title, figures.comparison(risks, across, title, told)))
     return still_page(FIGURE, "Influence of rows", summary_lines(influence), drawings)
 
 
@@ -132,7 +131,8 @@ def _histograms(influence: Influence) -> list[Panel]:
     for task in sorted({row.task for row in influence.forget}):
         mine = [row.self_influence for row in influence.forget if row.task == task]
         counts = Counter(min(int((value - low) / width), _BINS - 1) for value in mine)
-        points = [(low + width * part, float(counts[part])) for part in range(_BINS)]
+        ends = range(_BINS + 1)  # a part's height holds to its end
+        points = [(low + width * end, float(counts[min(end, _BINS - 1)])) for end in ends]
         panels.append(Panel(f"{task}: rows", [Line(task, "forget", points, stepped=True)]))
     return panels
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from expunge.reporting import figures
-from expunge.reporting.figures import Line, Panel
+from expunge.reporting.figures import Compared, Line, Panel
 from expunge.reporting.rendering import still_page
 from expunge.reporting.tables import number, table_console, table_of
 
@@ -116,8 +116,8 @@ def page(result: Mapping[str, Any], output: str) -> str:
         drawings.append((title, figures.curves(history(result), "trial", title, told)))
     for objective, shares in (result["importance"] or {}).items():
         title = f"Importance of each option for {objective} ({result['importance_note']})"
-        rows = [(name, share, f"{name}: {share:.2f}") for name, share in shares.items()]
-        drawings.append((title, figures.ranking(rows, "share of the variance", title, told)))
+        rows = [Compared(name, bar=share) for name, share in shares.items()]
+        drawings.append((title, figures.comparison(rows, "share of the variance", title, told)))
     for across, panel in front(result):
         title = f"{panel.title} against {across}"
         drawn = figures.curves([panel], across, title, told, span=(0.0, 1.0))

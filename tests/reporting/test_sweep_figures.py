@@ -134,7 +134,7 @@ def test_four_objectives_give_six_panels() -> None:
 
 def test_importance_has_a_bar_an_option_and_objective() -> None:
     def widths(result: dict[str, Any]) -> list[list[float]]:
-        drawn = re.findall(r'<svg class="ranking".*?</svg>', page(result, "sweep"), re.DOTALL)
+        drawn = re.findall(r'<svg class="comparison".*?</svg>', page(result, "sweep"), re.DOTALL)
         return [[float(width) for width in re.findall(r' width="(.+?)"', svg)] for svg in drawn]
 
     first, second = widths(RESULT)
