@@ -1,4 +1,4 @@
-"""Forgetting against retention as a figure: HTML that needs no network, and SVG for a page."""
+"""Forgetting against retention as a figure: SVG for a page."""
 
 from __future__ import annotations
 
@@ -28,24 +28,7 @@ class Point:
 
 
 def write_figure(points: Sequence[Point], title: str, directory: Path) -> None:
-    """Writes figure.html and figure.svg."""
-    import plotly.graph_objects as go
-
-    drawn = go.Figure(layout={"title": title, "template": "simple_white"})
-    for point, colour in coloured(points):
-        symbol = {"target": "square", "oracle": "diamond"}.get(point.name, "circle")
-        drawn.add_scatter(
-            x=[point.kept],
-            y=[point.forgotten],
-            name=point.name,
-            mode="markers",
-            error_x={"array": [point.kept_spread]},
-            error_y={"array": [point.forgotten_spread]},
-            marker={"color": colour, "size": 13, "symbol": symbol},
-        )
-    drawn.update_xaxes(title=X_AXIS, range=[-0.03, 1.03])
-    drawn.update_yaxes(title=Y_AXIS, range=[-0.03, 1.03])
-    drawn.write_html(directory / "figure.html", include_plotlyjs=True)
+    """Writes figure.svg."""
     (directory / "figure.svg").write_text(svg(points, title), encoding="utf-8")
 
 
@@ -59,7 +42,7 @@ def coloured(points: Sequence[Point]) -> list[tuple[Point, str]]:
 
 
 def svg(points: Sequence[Point], title: str) -> str:
-    """The same without a library: bars of one standard deviation, the names beside."""
+    """The figure: bars of one standard deviation, the names beside."""
     left, top, side = 60, 40, 400
 
     def at(kept: float, forgotten: float) -> tuple[float, float]:

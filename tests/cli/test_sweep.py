@@ -15,6 +15,7 @@ import optuna
 import pytest
 
 from conftest import SHARED
+from expunge.models.engine import SegmentEngine
 
 Cli = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +146,26 @@ def test_yaml_flags_and_json(
     assert set(found["trials"][0]["params"]) == {"learning_rate", "schedule", "method.parameters"}
 
 
+def test_trials_that_steer_higher_layers_begin_where_earlier_ones_were(
+    run_cli: Cli, command: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    begun = []
+    original = SegmentEngine._groups
+
+    def groups(self: SegmentEngine, begun_at: int = 0) -> list[tuple[int, int]]:
+        begun.append(begun_at)
+        return original(self, begun_at)
+
+    monkeypatch.setattr(SegmentEngine, "_groups", groups)
+    grid = ("--sampler", "grid", "--search", "method.layer=choice:3,2", "epochs=choice:1,2")
+    start = [word for word in command if word not in ("--epochs", 3)]
+    assert run_cli(*start, "--method", "adaptive-rmu", "--trials", 9, "--quiet", *grid)[0] == 0
+    # Nothing lies below the three layers that end at layer 2, and a lower one has no use for a higher.
+    assert begun == [0, 1, 0, 0]
+    trials = result(tmp_path / "out")["trials"]
+    assert [tuple(t["params"].values()) for t in trials] == [(3, 1), (3, 2), (2, 1), (2, 2)]
+
+
 @pytest.mark.slow
 def test_write_best_leaves_the_model(run_cli: Cli, command: list[object], tmp_path: Path) -> None:
     words = (*command, "--quiet", "--write-best", "--trials", 1, "--search", *SEARCH)
@@ -237,6 +258,21 @@ def test_help_tells_of_the_search_and_of_the_options_of_a_run(run_cli: Cli) -> N
         "--epochs",
     ):
         assert word in out
+
+
+def test_without_optuna_the_command_says_which_extra_to_install(
+    run_cli: Cli, command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("expunge.search.sweep", "expunge.search.study"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    code, _, err = run_cli(*command, "--search", *SEARCH)
+    assert code == 2
+    assert err == (
+        "expunge: sweep: needs Optuna, which is not installed; run pip install '.[search]' in the clone"
+        " of expunge\n"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_shipped_example_runs(run_cli: Cli, command: list[object], tmp_path: Path) -> None:

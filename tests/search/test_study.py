@@ -162,6 +162,22 @@ def test_a_sweep_in_pieces_is_the_sweep_at_once(start: Any, trials: FakeTrials) 
     assert trials.turn == again, "a complete sweep has nothing to do"
 
 
+def test_a_grid_is_gone_through_once_and_in_order(start: Any, trials: FakeTrials) -> None:
+    words = ("schedule=choice:constant,cosine", "method.layer=int:2:3", "method.beta=float:1:2:0.5")
+    pieces = start("b", trials=5, search=words, sampler="grid")
+    result = start("b", trials=99, search=words, sampler="grid")
+    assert result["counts"]["asked"] == result["counts"]["ended"] == trials.turn == 12
+    assert pieces["trials"][:5] == result["trials"][:5]
+    points = [tuple(trial["params"].values()) for trial in result["trials"]]
+    assert points == [
+        (schedule, layer, beta)
+        for schedule in ("constant", "cosine")
+        for layer in (2, 3)
+        for beta in (1.0, 1.5, 2.0)
+    ]
+    assert "method.alpha has no steps" in refusal(lambda: start("c", sampler="grid"))
+
+
 @pytest.mark.slow
 def test_the_search_learns(start: Any, trials: FakeTrials) -> None:
     """Beyond the random start, proposals are better than those drawn at random."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -286,7 +286,7 @@ class LayerPass:
         mask = (torch.arange(width, device=device)[None] < lengths[:, None]).long()
         taken = _Taken(
             ids.shape,
-            self._layout.count,
+            self._layout.count - 1,
             variants,
             torch.tensor([n * variants for n, _ in places], device=device),
             torch.tensor([place for _, place in places], device=device),
@@ -395,53 +395,49 @@ class LayerPass:
         }
 
 
+@dataclass(repr=False)
 class _Taken:
     """What the hooks of one pass take, and what they put in its place."""
 
-    def __init__(
-        self,
-        shape: torch.Size,
-        layers: int,
-        variants: int,
-        rows: torch.Tensor,
-        places: torch.Tensor,
-        patches: Mapping[int, int],
-        lens: Sequence[int],
-    ) -> None:
-        """rows (n,) and places (n,): where in the batch of `shape` clean states are that are read."""
-        self._shape = shape
-        self._last, self._variants = layers - 1, variants
-        self._rows, self._places = rows, places
-        self._patches, self._lens = patches, lens
-        self.below = torch.empty(0)
-        self.states: list[torch.Tensor] = []
-        """Clean states that each layer gives at the places, (n, width)."""
-        self.inputs: list[torch.Tensor] = []
-        """Inputs of each layer's MLP output projection there, (n, its width)."""
+    shape: torch.Size
+    """Of the batch."""
+    last: int
+    variants: int
+    rows: torch.Tensor
+    """(n,): rows of the clean states that are read."""
+    places: torch.Tensor
+    """(n,): their places."""
+    patches: Mapping[int, int]
+    lens: Sequence[int]
+    below: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    states: list[torch.Tensor] = field(default_factory=list)
+    """Clean states that each layer gives at the places, (n, width)."""
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    """Inputs of each layer's MLP output projection there, (n, its width)."""
 
     def below_hook(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
         """What the first layer is given."""
         given = args[0] if args else kwargs["hidden_states"]
-        self.below = given[self._rows, self._places]
+        self.below = given[self.rows, self.places]
 
     def input_hook(self, _module: nn.Module, args: Any) -> None:
         """What a projection is given."""
         # Some families give their MLP all rows as one.
-        self.inputs.append(args[0].reshape(*self._shape, -1)[self._rows, self._places])
+        self.inputs.append(args[0].reshape(*self.shape, -1)[self.rows, self.places])
 
     def hook(self, layer: int) -> Callable[..., Any]:
         """Patches what a layer gives; behind the last layer what is to be read stands first."""
 
         def run(_module: nn.Module, _inputs: object, output: Any) -> Any:
             given = states_of(output)
-            self.states.append(given[self._rows, self._places])
+            self.states.append(given[self.rows, self.places])
             changed = given
-            if layer in self._patches:
+            if layer in self.patches:
                 changed = given.clone()
-                changed[self._rows + self._patches[layer], self._places] = self.states[-1]
-            if layer == self._last:
-                variants = [given[self._rows + v, self._places] for v in range(self._variants)]
-                pieces = [*(self.states[read] for read in self._lens), *variants]
+                changed[self.rows + self.patches[layer], self.places] = self.states[-1]
+            if layer == self.last:
+                variants = [given[self.rows + v, self.places] for v in range(self.variants)]
+                pieces = [*(self.states[read] for read in self.lens), *variants]
                 read = torch.cat(pieces)
                 changed = given.clone()
                 changed.flatten(0, 1)[: len(read)] = read

@@ -15,18 +15,11 @@ from expunge.cli.run import parsed
 from expunge.disk import deliver
 from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.base import Method
-from expunge.reporting.layers import (
-    agreement_text,
-    page,
-    prediction_rows,
-    sweep_rows,
-    table_of,
-)
-from expunge.reporting.tables import table_console
+from expunge.reporting.layers import PAGE, agreement_text, page, prediction_rows, sweep_rows
+from expunge.reporting.tables import table_console, table_of
 from expunge.search.layer_sweep import LayerInputs, LayerSweep, predict, sweep_layers
 from expunge.training.options import TrainingOptions
 
-FIGURE = "layers.html"
 _ABOUT = (
     "expunge analyze layers MODEL --forget F --retain R --output DIR [--nonmembers N] [--mmlu DIR]"
     " [--layers 2 3 4 | --every K]\n"
@@ -56,8 +49,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     with progress_on_stderr(quiet=quiet) as progress:
         sweep = sweep_layers(inputs, method, options, progress, preset)
-        deliver({Path(inputs.output) / FIGURE: page(sweep)})
-        progress.message(f"figure: {Path(inputs.output) / FIGURE}")
+        deliver({Path(inputs.output) / PAGE: page(sweep)})
+        progress.message(f"figure: {Path(inputs.output) / PAGE}")
     _show_sweep(sweep, inputs.model, as_json=as_json)
     return 0
 

@@ -14,10 +14,8 @@ from expunge.cli.run import parsed
 from expunge.disk import deliver
 from expunge.errors import InputError
 from expunge.methods.base import Method
-from expunge.reporting.sweep_figures import FIGURES, page
-from expunge.reporting.sweep_tables import print_sweep
+from expunge.reporting.sweep import PAGE, page, print_sweep
 from expunge.search.inputs import SweepInputs
-from expunge.search.sweep import sweep
 from expunge.training.options import TrainingOptions
 
 _ABOUT = (
@@ -31,13 +29,15 @@ _ABOUT = (
 
 def main(arguments: Sequence[str]) -> int:
     """Parses, searches, writes the figures, prints."""
-    import optuna
-
     arguments, quiet = take_flag(list(arguments), "--quiet")
     arguments, as_json = take_flag(arguments, "--json")
     settings, _ = parsed(arguments, "expunge sweep", SweepInputs, _ABOUT, with_search)
     inputs = cast("SweepInputs", settings.inputs)
+    from expunge.search.sweep import sweep  # which says so if Optuna is missing; --help needs none
+
     _check_not_fixed(inputs, arguments)
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with progress_on_stderr(quiet=quiet) as progress:
         result = sweep(
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
             cast("TrainingOptions", settings.training),
             progress,
         )
-    deliver({Path(inputs.output) / FIGURES: page(result, inputs.output)})
+    deliver({Path(inputs.output) / PAGE: page(result, inputs.output)})
     if as_json:
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
     else:

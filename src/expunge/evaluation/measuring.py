@@ -100,7 +100,7 @@ def measure(
         _check_outputs(inputs)
         checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
         policies = text_policies(checked, inputs.chat_template, inputs.long_rows)
-        material = _read_material(inputs, checked, policies)
+        material = read_material(inputs, checked, policies)
         # Before the work: the directory may be away when the scores are written.
         weights = {path.name: sha256_of(path) for path in checked.files.weights}
         model = load_model(checked, resolve_dtype(checked, inputs.dtype), device)
@@ -143,11 +143,13 @@ def check_measure(inputs: MeasureInputs) -> None:
     _check_outputs(inputs)
     checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
     policies = text_policies(checked, inputs.chat_template, inputs.long_rows)
-    _read_material(inputs, checked, policies)
+    read_material(inputs, checked, policies)
 
 
 @dataclass(frozen=True)
-class _Material:
+class Material:
+    """What a model is measured on."""
+
     forget: RowSet
     retain: RowSet | None
     nonmembers: RowSet | None
@@ -158,9 +160,10 @@ class _Material:
     """Whether the run that made the model was calibrated on the very non-members."""
 
 
-def _read_material(
+def read_material(
     inputs: MeasureInputs, checked: CheckedModel, policies: Sequence[TextPolicy]
-) -> _Material:
+) -> Material:
+    """Reads it, and checks that it fits the model in each form. Raises InputError."""
     forget = inputs.read(inputs.forget, "forget")
     retain = None if inputs.retain is None else inputs.read(inputs.retain, "retain")
     nonmembers = members = None
@@ -176,7 +179,7 @@ def _read_material(
             checked.tokenizer, forget, retain, nonmembers, questions, examples, policy, members
         )
     same = nonmembers is not None and _calibrated_on(Path(inputs.model), nonmembers)
-    return _Material(forget, retain, nonmembers, members, questions, examples, same)
+    return Material(forget, retain, nonmembers, members, questions, examples, same)
 
 
 def _calibrated_on(model: Path, nonmembers: RowSet) -> bool:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from expunge.analysis.influence_file import FIGURE, Influence
 from expunge.data.rows import Row
+from expunge.reporting import figures
+from expunge.reporting.figures import Compared, Line, Panel
+from expunge.reporting.rendering import still_page
+from expunge.reporting.tables import table_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _SHOWN = 120
 """Characters of a revealed text."""
+_BINS = 40
 
 
 def summary_lines(influence: Influence) -> list[str]:
@@ -97,45 +102,39 @@ def influence_tables(
 
 def figure_text(influence: Influence, top: int = 30) -> str:
     """One HTML file that needs no network: forget rows by self-influence, retain rows at risk."""
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
     at_risk = sorted(influence.retain, key=lambda row: (-row.collateral, row.id))[:top]
-    titles = ["Forget rows: what they owe to themselves"]
-    titles += [f"Retain rows: the {len(at_risk)} most at risk"] if at_risk else []
-    figure: Any = make_subplots(rows=len(titles), cols=1, subplot_titles=titles)
+    risks = [
+        Compared(
+            row.id,
+            bar=row.collateral,
+            said=f"{row.id}\n{row.task}, loss {row.loss:.3f}, recall {row.recall:.2f}",
+        )
+        for row in at_risk
+    ]
+    title = "Forget rows by their self-influence"
+    told = f"{len(influence.forget)} forget rows; influence.json holds every value."
+    across = "self-influence, nats a token"
+    drawings = [(title, figures.curves(_histograms(influence), across, title, told))]
+    if risks:
+        title = f"Retain rows: the {len(risks)} most at risk"
+        across = "collateral: predicted rise of the loss, nats a token"
+        drawings.append((title, figures.comparison(risks, across, title, told)))
+    return still_page(FIGURE, "Influence of rows", summary_lines(influence), drawings)
+
+
+def _histograms(influence: Influence) -> list[Panel]:
+    """How many forget rows of each task lie in each of 40 equal parts of the range."""
+    values = [row.self_influence for row in influence.forget]
+    low, high = min(values), max(values)
+    width = (high - low) / _BINS or 1.0
+    panels = []
     for task in sorted({row.task for row in influence.forget}):
-        rows = [row for row in influence.forget if row.task == task]
-        figure.add_trace(
-            go.Histogram(x=[row.self_influence for row in rows], name=task, nbinsx=40), row=1, col=1
-        )
-    figure.update_xaxes(title_text="self-influence, nats a token", row=1, col=1)
-    figure.update_yaxes(title_text="rows", row=1, col=1)
-    if at_risk:
-        figure.add_trace(
-            go.Bar(
-                x=[row.collateral for row in at_risk][::-1],
-                y=[row.id for row in at_risk][::-1],
-                orientation="h",
-                showlegend=False,
-                customdata=[[row.task, row.loss, row.recall] for row in at_risk][::-1],
-                hovertemplate=(
-                    "%{y}<br>collateral %{x:.3g}<br>%{customdata[0]}, loss %{customdata[1]:.3f},"
-                    " recall %{customdata[2]:.2f}<extra></extra>"
-                ),
-            ),
-            row=2,
-            col=1,
-        )
-        figure.update_xaxes(
-            title_text="collateral: predicted rise of the loss, nats a token", row=2, col=1
-        )
-    height = 420 + 18 * len(at_risk) * bool(at_risk) + 200 * bool(at_risk)
-    figure.update_layout(
-        barmode="stack", height=height, title_text="Influence of rows", template="plotly_white"
-    )
-    # A fixed id: the same input gives the same bytes.
-    return str(figure.to_html(include_plotlyjs=True, full_html=True, div_id=FIGURE))
+        mine = [row.self_influence for row in influence.forget if row.task == task]
+        counts = Counter(min(int((value - low) / width), _BINS - 1) for value in mine)
+        ends = range(_BINS + 1)  # a part's height holds to its end
+        points = [(low + width * end, float(counts[min(end, _BINS - 1)])) for end in ends]
+        panels.append(Panel(f"{task}: rows", [Line(task, "forget", points, stepped=True)]))
+    return panels
 
 
 def _table(
@@ -144,18 +143,11 @@ def _table(
     rows: Sequence[Sequence[str]],
     texts: Mapping[str, Row] | None,
 ) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in header:
-        table.add_column(heading, justify="right" if "nats" in heading else "left", overflow="fold")
-    if texts is not None:
-        table.add_column("text", overflow="fold")
+    words = [heading for heading in header if "nats" not in heading]
+    if texts is None:
+        return table_of(title, header, rows, left=words)
+    revealed = []
     for cells in rows:
-        revealed = []
-        if texts is not None:
-            text = " ".join(texts[cells[0]].text.split())
-            revealed = [text[:_SHOWN] + "…" * (len(text) > _SHOWN)]
-        table.add_row(*cells, *revealed)
-    return table
+        text = " ".join(texts[cells[0]].text.split())
+        revealed.append([*cells, text[:_SHOWN] + "…" * (len(text) > _SHOWN)])
+    return table_of(title, [*header, "text"], revealed, left=[*words, "text"])

@@ -7,7 +7,7 @@ place and the exact value with every number that it shows.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,18 @@ MODELS = ("target", "unlearned", "oracle")
 _BACK = ("oracle", "target", "unlearned")
 """In the order of drawing: the mark that the report is about lies above the others."""
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
-_READINGS = (
+READINGS = (
     ("score", "score", "score"),
     ("decodable", "decodable", "one"),
     ("restored", "restored", "two"),
     ("separate", "separate", "three"),
     ("written", "written", "four"),
+)
+SCORES = (
+    ("value", "mean", "score"),
+    ("task_aggregate", "task aggregate", "one"),
+    ("mia_score", "MIA score", "two"),
+    ("utility", "utility", "three"),
 )
 
 
@@ -130,8 +136,37 @@ def _render(template: str, report: Mapping[str, Any], *, html: bool) -> str:
     }
     if html:
         values["figures"] = drawings(report)
-        values["style"] = Markup(_environment(html=True).get_template("report.css").render())
+        values["style"] = _style()
     return _environment(html=html).get_template(template).render(values)
+
+
+def _style() -> Markup:
+    return Markup(_environment(html=True).get_template("report.css").render())
+
+
+def still_page(
+    kind: str,
+    title: str,
+    notes: Sequence[str],
+    drawings: Sequence[tuple[str, Markup | None]],
+    table: tuple[str, Sequence[str], Sequence[Sequence[str]]] = ("", (), ()),
+) -> str:
+    """Notes, figures with their captions and a table (caption, header, rows) as one HTML page.
+
+    It needs no network and runs no script; what it is given is text and stays text.
+    """
+    caption, header, rows = table
+    values = {
+        "kind": kind,
+        "title": title,
+        "notes": notes,
+        "drawings": [(said, drawing) for said, drawing in drawings if drawing is not None],
+        "caption": caption,
+        "header": header,
+        "rows": rows,
+        "style": _style(),
+    }
+    return _environment(html=True).get_template("page.html").render(values)
 
 
 def templates_of(package: str, *, html: bool) -> Environment:
@@ -235,12 +270,8 @@ def _candidates(training: Mapping[str, Any]) -> Markup | None:
 def _layers(layers: Mapping[str, Any] | None) -> Markup | None:
     if layers is None or not layers["readings"]:
         return None
-    lines = [
-        Line(name, style, [(each["layer"], each[key]) for each in layers["readings"]])
-        for key, name, style in _READINGS
-    ]
     chosen = layers["chosen"]
-    panel = Panel("Reading", lines, unit=True, marked=chosen, marked_as=f"layer {chosen}")
+    panel = layer_panel("Reading", layers["readings"], READINGS, chosen, f"layer {chosen}")
     told = f"Layer {chosen} was chosen. The table below holds every value."
     return figures.curves([panel], "decoder layer", "Readings of the layers", told)
 
@@ -249,18 +280,26 @@ def _sweep(layers: Mapping[str, Any] | None) -> Markup | None:
     if layers is None or layers["sweep"] is None or not layers["sweep"]["results"]:
         return None
     results = layers["sweep"]["results"]
-    lines = [
-        Line(name, style, [(each["layer"], each[key]) for each in results])
-        for key, name, style in (
-            ("task_aggregate", "task aggregate", "one"),
-            ("mia_score", "MIA score", "two"),
-            ("utility", "utility", "three"),
-        )
-    ]
-    lines = [each for each in lines if any(value is not None for _, value in each.points)]
-    panel = Panel("Scores", lines, unit=True)
+    panel = layer_panel("Scores", results, SCORES)
     told = f"{len(results)} layers were unlearned at. The table below holds every value."
     return figures.curves([panel], "decoder layer", "One run at each layer", told)
+
+
+def layer_panel(
+    title: str,
+    entries: Sequence[Mapping[str, Any]],
+    lines: Sequence[tuple[str, str, str]],
+    marked: int | None = None,
+    marked_as: str = "",
+    *,
+    unit: bool = True,
+) -> Panel:
+    """What each layer's entry says; a line is its key, its name and its style."""
+    drawn = [
+        Line(name, style, [(e["layer"], e[key]) for e in entries]) for key, name, style in lines
+    ]
+    drawn = [each for each in drawn if any(value is not None for _, value in each.points)]
+    return Panel(title, drawn, unit=unit, marked=marked, marked_as=marked_as)
 
 
 def _weights(weights: Mapping[str, Any]) -> Markup | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _WIDE = 240
 LOW, HIGH, EVEN = "low", "high", "0.5"
+_WORDS = ("measure", "range", "good", "attack")
 _TOTALS = (
     ("task aggregate", "task_aggregate", "0-1", HIGH),
     ("MIA AUC", "mia_auc", "0-1", EVEN),
@@ -31,6 +32,29 @@ def table_console() -> Console:
     if not console.is_terminal:
         console.width = _WIDE
     return console
+
+
+def table_of(
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    left: Collection[str] = (),
+) -> Table:
+    """A rich table; the columns of words are `left`, numbers stand at the right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column, heading in enumerate(header):
+        # On a narrow terminal a heading may break at its spaces; a number is never cut.
+        widest = max((len(row[column]) for row in rows), default=0)
+        if heading in left:
+            table.add_column(heading, overflow="fold")
+        else:
+            table.add_column(heading, justify="right", min_width=widest, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def label_of(run: str, taken: Mapping[str, object]) -> str:
@@ -64,16 +88,10 @@ def scorecard_rows(cards: Mapping[str, Scorecard]) -> list[list[str]]:
 
 def scorecard_table(cards: Mapping[str, Scorecard], title: str) -> Table:
     """The same as a rich table."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("measure", "range", "good"):
-        table.add_column(heading, no_wrap=True)
-    for name in cards:
-        table.add_column(name, justify="right", overflow="fold")
+    rows = scorecard_rows(cards)
+    table = table_of(title, ["measure", "range", "good", *cards], (), left=_WORDS)
     previous = None
-    for row in scorecard_rows(cards):
+    for row in rows:
         group = row[0].split()[0] if row[0].startswith(("forget", "retain")) else "total"
         if previous not in (None, group):
             table.add_section()
@@ -102,16 +120,8 @@ def audit_rows(request: Mapping[str, Any]) -> list[list[str]]:
 
 def audit_table(request: Mapping[str, Any], title: str) -> Table:
     """The same as a rich table."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("attack", no_wrap=True)
-    for heading in ("target", "unlearned", "oracle", "recovered share", "power"):
-        table.add_column(heading, justify="right")
-    for row in audit_rows(request):
-        table.add_row(*row)
-    return table
+    header = ["attack", "target", "unlearned", "oracle", "recovered share", "power"]
+    return table_of(title, header, audit_rows(request), left=_WORDS)
 
 
 def markdown_table(cards: Mapping[str, Scorecard]) -> str:

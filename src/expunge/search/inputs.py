@@ -7,17 +7,18 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import expunge
 from expunge.data.chat_templates import Template
 from expunge.data.fingerprints import data_fingerprint
-from expunge.data.formats import sha256_of
+from expunge.data.formats import Role, sha256_of
 from expunge.data.rows import Reading, RowSet
+from expunge.disk import check_not_read
 from expunge.errors import InputError
-from expunge.evaluation.multiple_choice import Question, read_questions
+from expunge.evaluation.measuring import Material, MeasureInputs, read_material
 from expunge.evaluation.score_files import read_scores
-from expunge.evaluation.scorecard import Scorecard, check_material
+from expunge.evaluation.scorecard import Scorecard
 from expunge.methods.base import Method
 from expunge.models.loading import (
     CheckedModel,
@@ -30,19 +31,87 @@ from expunge.models.loading import (
     text_policies,
 )
 from expunge.processes import check_alone
-from expunge.search.objectives import Material, Objective, check_objectives, objective_value
+from expunge.search.objectives import Objective, Part, check_objectives, objective_value
 from expunge.search.space import METHOD_PREFIX, Space, read_space
 from expunge.training.manifest import settings_of
 from expunge.training.options import TrainingOptions, seconds
 from expunge.training.preparation import EncodedSets, encode_sets, prepare_encoded
 
-Sampler = Literal["tpe", "random"]
+Sampler = Literal["tpe", "random", "grid"]
+Into = TypeVar("Into")
+_ROLES: dict[str, Role] = {
+    "forget": "forget",
+    "retain": "retain",
+    "nonmembers": "nonmembers",
+    "score_nonmembers": "nonmembers",
+}
 _COSTS_ONLY = ("micro_batch_size", "save_every", "cache_limit", "trackers")
 """Options in which the workers of a study may differ: they do not change a result."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scoring(Reading):
+    """What every run of a sweep is measured by."""
+
+    score_nonmembers: str | None = None
+    """Other never-seen text for the MIA score; null: that of --nonmembers."""
+    mmlu: str | None = None
+    """Directory in MMLU's format, for utility."""
+    mmlu_shots: int = 0
+    """Solved examples from dev/ before each question."""
+    evaluation_batch_size: int = 64
+    """Rows a batch in the scoring; it changes the speed, never a score."""
+
+    def __post_init__(self) -> None:
+        if self.evaluation_batch_size < 1:
+            raise InputError(
+                f"--evaluation-batch-size {self.evaluation_batch_size}: must be 1 or more"
+            )
+        if self.mmlu_shots < 0:
+            raise InputError(f"--mmlu-shots {self.mmlu_shots}: must be 0 or more")
+        if self.mmlu_shots and self.mmlu is None:
+            raise InputError("--mmlu-shots: needs --mmlu with the questions")
+
+    @property
+    def measured(self) -> set[Part]:
+        """Which parts of the scorecard there is material for."""
+        sources: dict[Part, tuple[str, ...]] = {
+            "retain": ("retain",),
+            "nonmembers": ("nonmembers", "score_nonmembers"),
+            "mmlu": ("mmlu",),
+        }
+        return {
+            part
+            for part, names in sources.items()
+            if any(getattr(self, name, None) is not None for name in names)
+        }
+
+    def into(self, kind: type[Into], **changes: Any) -> Into:
+        """Inputs of another kind: every field that both have, and the changes."""
+        names = [f.name for f in dataclasses.fields(kind) if hasattr(self, f.name)]  # type: ignore[arg-type]
+        return kind(**{name: getattr(self, name) for name in names} | changes)
+
+    def measurement(self, options: TrainingOptions, **changes: Any) -> MeasureInputs:
+        """How a model is measured."""
+        changes = {"output": None} | changes
+        return self.into(
+            MeasureInputs,
+            nonmembers=self.score_nonmembers or getattr(self, "nonmembers", None),
+            batch_size=self.evaluation_batch_size,
+            chat_template=options.chat_template,
+            long_rows=options.long_rows,
+            **changes,
+        )
+
+    def check_not_in(self, output: Path, influence: str | None) -> None:
+        """Raises InputError if something that is read lies in the output, or is the output."""
+        names = ("model", "forget", "retain", "nonmembers", "score_nonmembers", "mmlu", "oracle")
+        read = {name: getattr(self, name, None) for name in names}
+        check_not_read("--output", output, {**read, "influence": influence})
+
+
 @dataclass(frozen=True)
-class SweepInputs(Reading):
+class SweepInputs(Scoring):
     """What is searched, on what, and where the result goes."""
 
     model: str
@@ -63,14 +132,6 @@ class SweepInputs(Reading):
     """Rows to keep: a file, a directory with retain.*, or a hub data set id."""
     nonmembers: str | None = None
     """Never-seen text, for the runs to calibrate against and for the MIA score."""
-    score_nonmembers: str | None = None
-    """Other never-seen text for the MIA score; null: that of --nonmembers."""
-    mmlu: str | None = None
-    """Directory in MMLU's format, for utility."""
-    mmlu_shots: int = 0
-    """Solved examples from dev/ before each question."""
-    evaluation_batch_size: int = 64
-    """Rows a batch in the scoring; it changes the speed, never a score."""
     oracle: str | None = None
     """Scores of a model trained without the forget set, to mark in the figures: a scores.json or a
     directory that holds one."""
@@ -79,7 +140,8 @@ class SweepInputs(Reading):
     study_name: str = "sweep"
     """Name of the study in the database."""
     sampler: Sampler = "tpe"
-    """How settings are proposed: tree-structured Parzen estimators, or at random."""
+    """How settings are proposed: tree-structured Parzen estimators, at random, or all of a grid in turn
+    (at most --trials)."""
     timeout: str | None = None
     """Begin no trial that would end after this, as long as the longest so far, for example 2h."""
     prune: bool = True
@@ -99,14 +161,11 @@ class SweepInputs(Reading):
     """Run code that the model's directory brings along."""
 
     def __post_init__(self) -> None:
-        for option in ("trials", "max_failures", "evaluation_batch_size"):
+        super().__post_init__()
+        for option in ("trials", "max_failures"):
             value = getattr(self, option)
             if value < 1:
                 raise InputError(f"--{option.replace('_', '-')} {value}: must be 1 or more")
-        if self.mmlu_shots < 0:
-            raise InputError(f"--mmlu-shots {self.mmlu_shots}: must be 0 or more")
-        if self.mmlu_shots and self.mmlu is None:
-            raise InputError("--mmlu-shots: needs --mmlu with the questions")
         if self.timeout is not None:
             seconds(self.timeout, "--timeout")
         if not self.study_name.strip():
@@ -117,18 +176,6 @@ class SweepInputs(Reading):
                 " another --study-name"
             )
 
-    @property
-    def given(self) -> set[Material]:
-        """Which parts of the scorecard can be measured."""
-        found: set[Material] = set()
-        if self.retain is not None:
-            found.add("retain")
-        if self.nonmembers is not None or self.score_nonmembers is not None:
-            found.add("nonmembers")
-        if self.mmlu is not None:
-            found.add("mmlu")
-        return found
-
 
 @dataclass(frozen=True)
 class Task:
@@ -136,14 +183,15 @@ class Task:
 
     inputs: SweepInputs
     space: Space
+    grid: Sequence[Mapping[str, Any]]
+    """With `--sampler grid` the settings of every trial."""
     checked: CheckedModel
     device: str
-    sets: Mapping[str, RowSet]
     encoded: EncodedSets
     plain: EncodedSets | None
     """The rows without the chat template, where the weights decide whether it is on."""
-    questions: Sequence[Question] | None
-    examples: Mapping[str, Sequence[Question]] | None
+    material: Material
+    """What every trial is scored on."""
     oracle: Scorecard | None
     settings: Mapping[str, Any]
     """What the workers of a study must have in common."""
@@ -161,16 +209,14 @@ class Task:
         """Of weights, products and scoring."""
         return resolve_dtype(self.checked, self.inputs.dtype)
 
-    @property
-    def scored_nonmembers(self) -> RowSet | None:
-        """The never-seen text of the MIA score."""
-        return self.sets.get("score_nonmembers", self.sets.get("nonmembers"))
-
 
 def check_sweep(inputs: SweepInputs, method: Method, options: TrainingOptions) -> Task:
     """Checks everything that needs no weights. Raises InputError."""
     space = read_space(inputs.search, method, options)
-    check_objectives(inputs.objectives, inputs.given)
+    grid = space.grid() if inputs.sampler == "grid" else []
+    inputs = dataclasses.replace(inputs, trials=min(inputs.trials, len(grid) or inputs.trials))
+    varied = {dimension.name for dimension in space.dimensions}
+    check_objectives(inputs.objectives, inputs.measured)
     device = resolve_device(inputs.device)
     check_alone("sweep")
     oracle = None if inputs.oracle is None else read_scores(inputs.oracle)
@@ -182,7 +228,11 @@ def check_sweep(inputs: SweepInputs, method: Method, options: TrainingOptions) -
                 )
     checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
     space.check(checked.layout)
-    sets = _read_sets(inputs)
+    sets = {
+        name: inputs.read(source, role)
+        for name, role in _ROLES.items()
+        if (source := getattr(inputs, name)) is not None
+    }
     policies = text_policies(checked, options.chat_template, options.long_rows)
     *others, encoded = (
         encode_sets(
@@ -199,66 +249,36 @@ def check_sweep(inputs: SweepInputs, method: Method, options: TrainingOptions) -
     prepared = prepare_encoded(
         method, options, checked.config, checked.layout, checked.tokenizer, encoded
     )
-    questions, examples = None, None
-    if inputs.mmlu is not None:
-        questions, examples = read_questions(Path(inputs.mmlu), inputs.mmlu_shots)
-    for policy in policies:
-        check_material(
-            checked.tokenizer,
-            sets["forget"],
-            sets.get("retain"),
-            sets.get("score_nonmembers", sets.get("nonmembers")),
-            questions,
-            examples,
-            policy,
-        )
+    material = read_material(inputs.measurement(options), checked, policies)
     warnings = [*prepared.warnings, *said_of_dtype(checked, inputs.dtype, device)]
     if inputs.nonmembers is not None and inputs.score_nonmembers is None:
         warnings.append(
             "the MIA score is measured on the text that runs are calibrated against; give"
             " --score-nonmembers to choose by other text"
         )
-    if inputs.prune and options.select == "last" and not _varies(space, "select"):
+    if inputs.prune and options.select == "last" and "select" not in varied:
         warnings.append("no trial is pruned: --select last measures nothing during a run")
     return Task(
         inputs=inputs,
         space=space,
+        grid=grid,
         checked=checked,
         device=device,
-        sets=sets,
         encoded=encoded,
         plain=others[0] if others else None,
-        questions=questions,
-        examples=examples,
+        material=material,
         oracle=oracle,
         settings=_settings(inputs, space, sets, checked),
         warnings=warnings,
     )
 
 
-def _varies(space: Space, name: str) -> bool:
-    return any(dimension.name == name for dimension in space.dimensions)
-
-
-def _read_sets(inputs: SweepInputs) -> dict[str, RowSet]:
-    sets = {"forget": inputs.read(inputs.forget, "forget")}
-    if inputs.retain is not None:
-        sets["retain"] = inputs.read(inputs.retain, "retain")
-    for name in ("nonmembers", "score_nonmembers"):
-        source = getattr(inputs, name)
-        if source is not None:
-            sets[name] = inputs.read(source, "nonmembers")
-    return sets
-
-
 def _settings(
     inputs: SweepInputs, space: Space, sets: Mapping[str, RowSet], checked: CheckedModel
 ) -> dict[str, Any]:
-    """Paths differ between machines, so that files are compared by their SHA-256."""
     varied = {dimension.name for dimension in space.dimensions}
     training = dataclasses.asdict(space.options)
     return {
-        "expunge": expunge.__version__,
         "search": space.to_json(),
         "objectives": list(inputs.objectives),
         "sampler": inputs.sampler,
@@ -274,11 +294,22 @@ def _settings(
             if name not in varied and name not in _COSTS_ONLY
         },
         "dtype": resolve_dtype(checked, inputs.dtype),
+        **provenance(inputs, sets, checked),
+    }
+
+
+def provenance(
+    inputs: Scoring, sets: Mapping[str, RowSet], checked: CheckedModel
+) -> dict[str, Any]:
+    """On what a sweep goes on. Paths differ between machines, so that files are told by their hash."""
+    mmlu = None
+    if inputs.mmlu is not None:
+        mmlu = {"shots": inputs.mmlu_shots, "sha256": _digest(Path(inputs.mmlu))}
+    return {
+        "expunge": expunge.__version__,
         "model_sha256": dict(checked.files.sha256()),
         "data_hmac_sha256": {name: data_fingerprint(rows) for name, rows in sets.items()},
-        "mmlu": None
-        if inputs.mmlu is None
-        else {"shots": inputs.mmlu_shots, "sha256": _digest(Path(inputs.mmlu))},
+        "mmlu": mmlu,
     }
 
 

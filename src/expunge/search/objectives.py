@@ -20,8 +20,8 @@ from expunge.errors import InputError
 from expunge.evaluation.scorecard import Cells, Scorecard
 
 Objective = Literal["final", "aggregate", "forgetting", "retention", "mia", "utility"]
-Material = Literal["retain", "nonmembers", "mmlu"]
-NEEDS: Mapping[Objective, tuple[Material, ...]] = {
+Part = Literal["retain", "nonmembers", "mmlu"]
+NEEDS: Mapping[Objective, tuple[Part, ...]] = {
     "final": ("retain", "nonmembers", "mmlu"),
     "aggregate": ("retain",),
     "forgetting": (),
@@ -36,7 +36,7 @@ _PARTS = {
 }
 
 
-def check_objectives(objectives: Sequence[Objective], given: Collection[Material]) -> None:
+def check_objectives(objectives: Sequence[Objective], given: Collection[Part]) -> None:
     """Raises InputError for objectives that cannot be measured with what is given, or repeat."""
     if not objectives:
         raise InputError(f"--objectives: none given; choose from {', '.join(NEEDS)}")

@@ -30,6 +30,7 @@ from expunge.search.study import (
     shown_url,
 )
 from expunge.training.manifest import finite, settings_of
+from expunge.training.run import RunInputs
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 RESULT = "sweep.json"
 BEST_CONFIG = "best.yaml"
 FRONT = "front"
+_PATHS = ("model", "forget", "retain", "nonmembers")
 RUNNING = "running"
 """What `stopped` says between two trials."""
 _STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "RUNNING": "running", "WAITING": "waiting"}
@@ -202,17 +204,10 @@ def _config(task: Task, trial: Mapping[str, Any]) -> str:
 
     inputs = task.inputs
     method, options = task.space.with_values(trial["params"])
-    fields: dict[str, Any] = {
-        "model": _place(inputs.model),
-        "forget": _place(inputs.forget),
-        "retain": None if inputs.retain is None else _place(inputs.retain),
-        "nonmembers": None if inputs.nonmembers is None else _place(inputs.nonmembers),
-        "output": str((Path(inputs.output) / f"trial-{trial['number']}").absolute()),
-        "columns": inputs.columns,
-        "joiner": inputs.joiner,
-        "dtype": task.dtype,
-        "device": inputs.device,
-        "trust_remote_code": inputs.trust_remote_code,
+    output = str((Path(inputs.output) / f"trial-{trial['number']}").absolute())
+    run = dataclasses.asdict(inputs.into(RunInputs, output=output, dtype=task.dtype))
+    fields = {
+        **{key: _place(value) if key in _PATHS and value else value for key, value in run.items()},
         "method": settings_of(method),
         **dataclasses.asdict(options),
         "chat_template": task.template,

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -69,6 +70,21 @@ class Dimension:
             return self.choices
         return (int(self.low), int(self.high)) if self.is_whole else (self.low, self.high)
 
+    @property
+    def points(self) -> tuple[Value, ...]:
+        """Every value, if they can be counted. Raises InputError for others."""
+        if self.kind == "choice":
+            return self.choices
+        if self.kind == "log" or not (self.is_whole or self.step):
+            raise InputError(
+                f"--sampler grid: {self.name} has no steps; write {self.name}=float:LOW:HIGH:STEP or"
+                f" {self.name}=choice:A,B"
+            )
+        step = self.step or 1
+        count = round((self.high - self.low) / step) + 1
+        values = [self.low + step * number for number in range(count)]
+        return tuple(map(int, values)) if self.is_whole else tuple(values)
+
     def to_json(self) -> dict[str, Any]:
         """What is stored of it."""
         if self.kind == "choice":
@@ -106,6 +122,12 @@ class Space:
                 options[name] = value
         return replaced(self.method, method), dataclasses.replace(self.options, **options)
 
+    def grid(self) -> list[dict[str, Value]]:
+        """All combinations; the last dimension varies first."""
+        names = [dimension.name for dimension in self.dimensions]
+        points = itertools.product(*(dimension.points for dimension in self.dimensions))
+        return [dict(zip(names, values, strict=True)) for values in points]
+
     def check(self, layout: DecoderLayout | None = None) -> None:
         """Constructs the settings with every end of every dimension.
 
@@ -119,7 +141,7 @@ class Space:
                     if layout is not None:
                         method.check(layout)
                 except InputError as error:
-                    raise InputError(f"--search {dimension.name}: {error}") from None
+                    raise _refusal(dimension.name, str(error)) from None
 
     def to_json(self) -> dict[str, Any]:
         """What is stored of it, by name."""
@@ -143,7 +165,7 @@ def read_space(words: Sequence[str], method: Method, options: TrainingOptions) -
     names = [dimension.name for dimension in dimensions]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"--search {name}: is given twice; give one range")
+            raise _refusal(name, "is given twice; give one range")
     space = Space(dimensions, method, options)
     space.check()
     return space
@@ -157,26 +179,31 @@ def searchable(method: type[Any]) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{field.name}", hints[field.name]
 
 
+def _refusal(what: str, why: str) -> InputError:
+    return InputError(f"--search {what}: {why}")
+
+
+def _near(given: str, known: Iterable[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else otherwise
+
+
 def _dimension(word: str, known: Mapping[str, Any], method: Method) -> Dimension:
     name, equals, text = word.partition("=")
     name = name.strip().replace("-", "_")
     if not equals:
-        raise InputError(
-            f"--search {word}: has no range; write for example {name}=log:1e-4:1e-2,"
-            f" {name}=int:2:5 or {name}=choice:A,B"
-        )
+        example = f"{name}=log:1e-4:1e-2, {name}=int:2:5 or {name}=choice:A,B"
+        raise _refusal(word, f"has no range; write for example {example}")
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        mend = f"did you mean {near[0]}?" if near else "see expunge run --help for the options"
-        raise InputError(f"--search {name}: {method.name} has no such option; {mend}")
+        mend = _near(name, known, "see expunge run --help for the options")
+        raise _refusal(name, f"{method.name} has no such option; {mend}")
     if name in _FIXED:
-        raise InputError(f"--search {name}: {_FIXED[name]}; give it once, as an option")
+        raise _refusal(name, f"{_FIXED[name]}; give it once, as an option")
     given, _, rest = text.strip().partition(":")
     kind = next((kind for kind in _KINDS if kind == given), None)
     if kind is None:
-        near = difflib.get_close_matches(given, _KINDS, n=1, cutoff=0.5)
-        mend = f"did you mean {near[0]}?" if near else "write log:, float:, int: or choice:"
-        raise InputError(f"--search {word}: unknown kind {given!r}; {mend}")
+        mend = _near(given, _KINDS, "write log:, float:, int: or choice:")
+        raise _refusal(word, f"unknown kind {given!r}; {mend}")
     plain, optional = _plain_type(known[name])
     if kind == "choice":
         return Dimension(name, kind, choices=_choices(word, name, rest, plain, optional))
@@ -197,35 +224,27 @@ def _plain_type(hint: Any) -> tuple[Any, bool]:
 
 def _range(word: str, name: str, kind: Kind, text: str, plain: Any) -> Dimension:
     if plain not in (int, float):
-        raise InputError(
-            f"--search {word}: {name} is no number; "
-            + (f"write {name}=choice:{_example(plain)}" if _example(plain) else "leave it out")
-        )
+        example = _example(plain)
+        mend = f"write {name}=choice:{example}" if example else "leave it out"
+        raise _refusal(word, f"{name} is no number; {mend}")
     if plain is float and kind == "int":
-        raise InputError(
-            f"--search {word}: {name} is a decimal number; write {name}=float:LOW:HIGH, with a third"
-            " number for steps"
-        )
+        mend = f"write {name}=float:LOW:HIGH, with a third number for steps"
+        raise _refusal(word, f"{name} is a decimal number; {mend}")
     if plain is int and kind == "float":
-        raise InputError(f"--search {word}: {name} is a whole number; write {name}=int:LOW:HIGH")
+        raise _refusal(word, f"{name} is a whole number; write {name}=int:LOW:HIGH")
     parts = text.split(":")
     if len(parts) not in ((2,) if kind == "log" else (2, 3)):
         steps = "" if kind == "log" else f" or {name}={kind}:LOW:HIGH:STEP"
-        raise InputError(f"--search {word}: write {name}={kind}:LOW:HIGH{steps}")
-    numbers = [_number(word, part, plain) for part in parts]
-    low, high = numbers[:2]
-    step = numbers[2] if len(numbers) == 3 else None
+        raise _refusal(word, f"write {name}={kind}:LOW:HIGH{steps}")
+    low, high, *steps_of = (_number(word, part, plain) for part in parts)
+    step = steps_of[0] if steps_of else None
     if not low < high:
-        raise InputError(
-            f"--search {word}: {low:g} is not below {high:g}; write {name}={kind}:LOW:HIGH"
-        )
+        raise _refusal(word, f"{low:g} is not below {high:g}; write {name}={kind}:LOW:HIGH")
     if kind == "log" and low <= 0:
-        raise InputError(f"--search {word}: a logarithmic range lies above 0; raise its low end")
-    if step is not None and not 0 < step <= high - low:
-        raise InputError(
-            f"--search {word}: the step {step:g} must be above 0 and at most {high - low:g}"
-        )
+        raise _refusal(word, "a logarithmic range lies above 0; raise its low end")
     if step is not None:
+        if not 0 < step <= high - low:
+            raise _refusal(word, f"the step {step:g} must be above 0 and at most {high - low:g}")
         # Optuna lowers an end that no step meets, with a warning that nobody reads.
         high = low + step * math.floor((high - low) / step + 1e-9)
     return Dimension(name, kind, low, high, step, is_whole=plain is int)
@@ -236,43 +255,39 @@ def _number(word: str, text: str, plain: Any) -> float | int:
         value: float | int = plain(text)
     except ValueError:
         what = "whole number" if plain is int else "number"
-        raise InputError(f"--search {word}: {text!r} is no {what}; give one") from None
+        raise _refusal(word, f"{text!r} is no {what}; give one") from None
     if plain is int and abs(value) > _MOST:
-        raise InputError(f"--search {word}: {text} is beyond 2^63; give a number nearer 0")
+        raise _refusal(word, f"{text} is beyond 2^63; give a number nearer 0")
     if plain is float and not math.isfinite(value):
-        raise InputError(f"--search {word}: {text} is not finite; give a number")
+        raise _refusal(word, f"{text} is not finite; give a number")
     return value
 
 
 def _choices(word: str, name: str, text: str, plain: Any, optional: bool) -> tuple[Value, ...]:
     if not _example(plain) and plain not in (int, float):
-        raise InputError(
-            f"--search {word}: {name} is text or a list; a sweep varies numbers, switches and named"
-            " choices"
-        )
-    values = tuple(
-        _choice(word, name, choice.strip(), plain, optional) for choice in text.split(",")
-    )
+        varied = "numbers, switches and named choices"
+        raise _refusal(word, f"{name} is text or a list; a sweep varies {varied}")
+    values = tuple(_choice(word, name, each.strip(), plain, optional) for each in text.split(","))
     different = len(set(map(repr, values)))
     if different < len(values):
-        raise InputError(f"--search {word}: names a choice twice; name each once")
+        raise _refusal(word, "names a choice twice; name each once")
     if different < 2:
-        raise InputError(f"--search {word}: needs two choices or more; write {name}=choice:A,B")
+        raise _refusal(word, f"needs two choices or more; write {name}=choice:A,B")
     return values
 
 
 def _choice(word: str, name: str, text: str, plain: Any, optional: bool) -> Value:
     if text.lower() in ("null", "none"):
         if not optional:
-            raise InputError(f"--search {word}: {name} cannot be null; leave it out")
+            raise _refusal(word, f"{name} cannot be null; leave it out")
         return None
     if plain is bool:
         if text.lower() not in ("true", "false"):
-            raise InputError(f"--search {word}: {text!r} is no switch; write choice:true,false")
+            raise _refusal(word, f"{text!r} is no switch; write choice:true,false")
         return text.lower() == "true"
     if typing.get_origin(plain) is Literal:
         if text not in typing.get_args(plain):
-            raise InputError(f"--search {word}: {text!r} is none of {_example(plain)}")
+            raise _refusal(word, f"{text!r} is none of {_example(plain)}")
         return text
     return _number(word, text, plain)
 

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import time
 import uuid
 import warnings
@@ -23,17 +24,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-
 from expunge.disk import held
-from expunge.errors import InputError
+from expunge.errors import InputError, install
 from expunge.search.inputs import Sampler, Task
+from expunge.training.scratch import differences
+
+try:
+    import optuna
+    from optuna.samplers import TPESampler
+except ModuleNotFoundError:
+    raise InputError(f"sweep: needs Optuna, which is not installed; {install('search')}") from None
 
 if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
     from optuna.storages import RDBStorage
     from optuna.study import Study
-    from optuna.trial import FrozenTrial, TrialState
+    from optuna.trial import FrozenTrial
 
 DATABASE = "study.db"
 SETTINGS, TARGET = "settings", "target"
@@ -46,6 +52,7 @@ _HEARTBEAT = 20
 _GRACE = 120
 """Seconds without one after which a worker counts as gone."""
 _MOST_TRIES = 3
+_RANDOM_STARTUP = 10
 _PRUNER_STARTUP = 5
 _PRUNER_WARMUP = 2
 _WAIT_FOR_LOCK = 60
@@ -53,37 +60,30 @@ _PAUSES = (0.5, 1.0, 2.0)
 """Seconds between attempts to open a study that other workers may be making."""
 
 
-class SeededSampler(BaseSampler):
-    """Draws each trial's settings from a generator of its own, seeded by its place in the study."""
+class SeededSampler(TPESampler):
+    """Draws each trial's settings from a generator of its own, seeded by its place in the study.
 
-    def __init__(self, kind: Sampler, seed: int) -> None:
-        self._kind, self._seed = kind, seed
-        self._inner: BaseSampler = RandomSampler()
+    Of a grid a trial's settings are the point at its place.
+    """
+
+    def __init__(self, kind: Sampler, seed: int, grid: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._kind, self._seed, self._grid = kind, seed, grid
+        super().__init__()
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """Seeds anew."""
+        """Begins anew."""
         import numpy as np
 
         place = sum(counts(other) for other in all_trials(study) if other.number < trial.number)
+        self._point = self._grid[place % len(self._grid)] if self._grid else {}
         seed = int(np.random.SeedSequence([self._seed, place]).generate_state(1)[0])
-        self._inner = (
-            RandomSampler(seed=seed)
-            if self._kind == "random"
+        super().__init__(
+            seed=seed,
+            # Before so many trials it draws at random.
+            n_startup_trials=_RANDOM_STARTUP if self._kind == "tpe" else sys.maxsize,
             # Running trials count as bad ones, so that workers do not try the same at once.
-            else TPESampler(seed=seed, constant_liar=True)
+            constant_liar=True,
         )
-
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        """As the sampler in use."""
-        return self._inner.infer_relative_search_space(study, trial)
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """As the sampler in use."""
-        return self._inner.sample_relative(study, trial, search_space)
 
     def sample_independent(
         self,
@@ -92,18 +92,10 @@ class SeededSampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """As the sampler in use."""
-        return self._inner.sample_independent(study, trial, param_name, param_distribution)
-
-    def after_trial(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        state: TrialState,
-        values: Sequence[float] | None,
-    ) -> None:
-        """As the sampler in use."""
-        self._inner.after_trial(study, trial, state, values)
+        """The point's value, or a drawn one."""
+        if param_name in self._point:
+            return self._point[param_name]
+        return super().sample_independent(study, trial, param_name, param_distribution)
 
 
 def all_trials(study: Study) -> list[FrozenTrial]:
@@ -143,27 +135,25 @@ def check_url(url: str) -> None:
         parsed = make_url(url)
         parsed.get_dialect().import_dbapi()
     except NoSuchModuleError:  # an ArgumentError, too
-        raise InputError(
-            f"--study {shown_url(url)}: unknown kind of database; use sqlite, postgresql or mysql"
-        ) from None
+        why = "unknown kind of database; use sqlite, postgresql or mysql"
+        raise InputError(f"--study {shown_url(url)}: {why}") from None
     except (ArgumentError, ValueError):
         raise InputError(
             "--study: is no database URL; write for example sqlite:////shared/study.db or"
             " postgresql://user@host/database"
         ) from None
     except ImportError as error:
-        raise InputError(
-            f"--study {shown_url(url)}: its driver is not installed; run pip install"
-            f" {_DRIVERS.get(str(error.name), error.name)}"
-        ) from None
-    if parsed.get_backend_name() == "sqlite" and not parsed.database:
+        driver = _DRIVERS.get(str(error.name), error.name)
+        why = f"its driver is not installed; run pip install {driver}"
+        raise InputError(f"--study {shown_url(url)}: {why}") from None
+    if parsed.get_backend_name() != "sqlite":
+        return
+    if not parsed.database:
         raise InputError("--study sqlite://: names no file; write sqlite:////shared/study.db")
-    if parsed.get_backend_name() == "sqlite":
-        parent = Path(str(parsed.database)).absolute().parent
-        if not parent.is_dir():
-            raise InputError(
-                f"--study {shown_url(url)}: the directory {parent} does not exist; make it first"
-            )
+    parent = Path(str(parsed.database)).absolute().parent
+    if not parent.is_dir():
+        why = f"the directory {parent} does not exist; make it first"
+        raise InputError(f"--study {shown_url(url)}: {why}")
 
 
 def open_study(url: str, name: str, task: Task) -> Study:
@@ -172,7 +162,6 @@ def open_study(url: str, name: str, task: Task) -> Study:
     Raises InputError where the database does not open, or holds a study of this name with other
     settings.
     """
-    import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
@@ -182,7 +171,7 @@ def open_study(url: str, name: str, task: Task) -> Study:
                 study_name=name,
                 directions=["maximize"] * len(task.inputs.objectives),
                 load_if_exists=True,
-                sampler=SeededSampler(task.inputs.sampler, task.space.options.seed),
+                sampler=SeededSampler(task.inputs.sampler, task.space.options.seed, task.grid),
                 pruner=optuna.pruners.MedianPruner(
                     n_startup_trials=_PRUNER_STARTUP, n_warmup_steps=_PRUNER_WARMUP
                 ),
@@ -220,22 +209,11 @@ def check_same_settings(study: Study, task: Task) -> None:
     """Raises InputError that names the first setting in which the study has another value."""
     before = study.user_attrs[SETTINGS]
     now = json.loads(json.dumps(task.settings))
-    for place, old, new in _differences(before, now, ""):
+    for place, old, new in differences(before, now, "", " "):
         raise InputError(
             f"study {study.study_name!r} has {place} {json.dumps(old)}, this worker has"
             f" {json.dumps(new)}; give the same, another --study-name, or another --output"
         )
-
-
-def _differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str
-) -> Iterator[tuple[str, Any, Any]]:
-    for key in [*before, *(key for key in now if key not in before)]:
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{key} ")
-        elif old != new:
-            yield f"{prefix}{key}", old, new
 
 
 def _storage(url: str) -> RDBStorage:
@@ -311,8 +289,6 @@ def is_worked_on(output: Path) -> bool:
 
 def take_over(study: Study, worker: Worker, say: Callable[[str], None]) -> None:
     """Marks the trials of workers that are gone as failed, has them tried again, clears up."""
-    import optuna
-
     left = worker.gone()
     for trial in all_trials(study):
         if trial.state.name != "RUNNING" or trial.user_attrs.get(WORKER) not in left:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expunge.disk import check_not_read, check_writable, check_written, remove
+from expunge.disk import check_writable, check_written, remove
 from expunge.errors import (
     ExpungeError,
     InputError,
@@ -109,10 +110,8 @@ def sweep(
         try:
             session = _Session(task, study, worker, stop, progress)
             stopped = session.work()
-        except ExpungeError:
-            raise
         except Exception as error:
-            if not _is_of_the_database(error):
+            if isinstance(error, ExpungeError) or not _is_of_the_database(error):
                 raise
             raise RunError(
                 "the study's database failed; go on with the same command when it works again"
@@ -122,7 +121,7 @@ def sweep(
     if stop.requested:
         done = result["counts"]["ended"]
         raise Interrupted(
-            f"stopped with {done} of {inputs.trials} trials done; go on with the same command",
+            f"stopped with {done} of {task.inputs.trials} trials done; go on with the same command",
             stop.exit_code,
         )
     if inputs.write_best and result["best"] is not None:
@@ -252,35 +251,16 @@ class _Session:
         )
         if same is not None:
             return self._repeat(trial, same)
-        # No exception of the run may live on as the context of another: its frames hold the model.
-        ended, reason = "", ""
-        result = None
-        try:
-            result = self._run(trial, values)
-        except KeyboardInterrupt:
-            ended = "interrupted"
-        except Hopeless as hopeless:
-            ended, reason = "pruned", str(hopeless)
-        except (InputError, RunError) as error:
-            ended, reason = "failed", str(error)
-        except OSError as error:
-            ended, reason = "failed", f"{error.strerror or type(error).__name__}"
-        except Exception as error:
-            # The message of an unexpected error may quote a row, so its type and place must do.
-            said = (
-                "out of memory"
-                if is_out_of_memory(error)
-                else f"internal error ({place_of(error)})"
-            )
-            ended, reason = "failed", said
-        if ended == "interrupted":
-            trial.set_user_attr(SET_ASIDE, "interrupted")
-            raise KeyboardInterrupt
-        if result is not None:
-            measured = self._measured(trial, result)
+        outcome = self._outcome(trial, values)
+        if isinstance(outcome, TrialResult):
+            measured = self._measured(trial, outcome)
             if measured is not None:
                 return measured
-            ended, reason = "failed", "an objective is not a finite number"
+            outcome = "failed", "an objective is not a finite number"
+        ended, reason = outcome
+        if ended == "interrupted":
+            trial.set_user_attr(SET_ASIDE, ended)
+            raise KeyboardInterrupt
         trial.set_user_attr(REASON, reason)
         self.progress.message(f"trial {trial.number}: {ended}: {reason}")
         if ended == "pruned":
@@ -296,35 +276,51 @@ class _Session:
         self.progress.message(f"trial {trial.number}: the settings of trial {same.number} again")
         return list(same.values)
 
+    def _outcome(self, trial: Trial, values: Mapping[str, Any]) -> TrialResult | tuple[str, str]:
+        """A trial's result, or how it ended and why.
+
+        No exception leaves it: its frames hold the model.
+        """
+        try:
+            return self._run(trial, values)
+        except KeyboardInterrupt:
+            return "interrupted", ""
+        except Hopeless as hopeless:
+            return "pruned", str(hopeless)
+        except (InputError, RunError) as error:
+            return "failed", str(error)
+        except OSError as error:
+            return "failed", error.strerror or type(error).__name__
+        except Exception as error:
+            if is_out_of_memory(error):
+                return "failed", "out of memory"
+            # The message of an unexpected error may quote a row, so its type and place must do.
+            return "failed", f"internal error ({place_of(error)})"
+
     def _run(self, trial: Trial, values: Mapping[str, Any]) -> TrialResult:
+        inputs = self.task.inputs
         method, options = self.task.space.with_values(values)
-        alone = len(self.task.inputs.objectives) == 1
 
         def report(tenth: int, best: float) -> bool:
-            if not alone:
+            if len(inputs.objectives) > 1:
                 return False  # Optuna has no pruning of several objectives
             trial.report(best, tenth)
             return bool(trial.should_prune())
 
-        def watch(steps: int) -> Watch:
-            return Watch(
-                steps,
-                prune=self.task.inputs.prune,
-                report=report,
-                asked_to_stop=lambda: self.stop.requested,
-            )
-
-        progress = _Stoppable(self.progress, self.stop)
-        trackers = Path(self.task.inputs.output) / "trackers" / f"trial-{trial.number}"
         return run_trial(
             self.task,
             method,
             options,
             self.worker.directory,
-            watch,
-            progress,
+            partial(
+                Watch,
+                prune=inputs.prune,
+                report=report,
+                asked_to_stop=lambda: self.stop.requested,
+            ),
+            _Stoppable(self.progress, self.stop),
             self.target,
-            trackers,
+            Path(inputs.output) / "trackers" / f"trial-{trial.number}",
         )
 
     def _measured(self, trial: Trial, result: TrialResult) -> list[float] | None:
@@ -343,27 +339,21 @@ class _Session:
         return found
 
 
-class _Stoppable:
-    """A trial's progress, which also ends it between two steps where somebody asked to stop."""
+class _Stoppable(Silent):
+    """A trial's progress, which also ends it between two steps where somebody asked to stop.
+
+    It keeps messages back: every trial would say the same.
+    """
 
     def __init__(self, progress: Progress, stop: StopRequest) -> None:
-        self._progress, self._stop = progress, stop
+        self._stop, self._phase = stop, progress.phase
+        self.step = progress.step  # type: ignore[method-assign]
 
     def phase(self, name: str, done: int, total: int) -> None:
         """Passed on."""
-        self._end_if_asked()
-        self._progress.phase(name, done, total)
-
-    def step(self, step: int, total: int, forget: float, retain: float | None) -> None:
-        """Passed on."""
-        self._progress.step(step, total, forget, retain)
-
-    def message(self, text: str) -> None:
-        """Kept back: every trial would say the same."""
-
-    def _end_if_asked(self) -> None:
         if self._stop.requested:
             raise KeyboardInterrupt
+        self._phase(name, done, total)
 
 
 def _is_of_the_database(error: BaseException | None) -> bool:
@@ -390,9 +380,7 @@ def _check_output(output: Path, inputs: SweepInputs, options: TrainingOptions) -
             raise InputError(
                 f"--overwrite: a worker is at work in {output}; stop it first, or choose another output"
             )
-        names = ("model", "forget", "retain", "nonmembers", "score_nonmembers", "mmlu", "oracle")
-        read = {name: getattr(inputs, name) for name in names}
-        check_not_read("--output", output, {**read, "influence": options.influence})
+        inputs.check_not_in(output, options.influence)
         check_written("--output", output, _WRITTEN)
         if (output / BEST).exists():
             check_output(output / BEST, overwrite=True)
@@ -404,20 +392,8 @@ def _is_a_sweep(output: Path) -> bool:
 
 
 def _best_inputs(task: Task) -> RunInputs:
-    inputs = task.inputs
-    return RunInputs(
-        model=inputs.model,
-        forget=inputs.forget,
-        output=str(Path(inputs.output) / BEST),
-        retain=inputs.retain,
-        nonmembers=inputs.nonmembers,
-        columns=inputs.columns,
-        joiner=inputs.joiner,
-        dtype=inputs.dtype,
-        device=inputs.device,
-        overwrite=True,
-        trust_remote_code=inputs.trust_remote_code,
-    )
+    output = str(Path(task.inputs.output) / BEST)
+    return task.inputs.into(RunInputs, output=output, overwrite=True)
 
 
 def _check_best(task: Task) -> None:

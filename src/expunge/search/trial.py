@@ -23,6 +23,7 @@ from expunge.evaluation.scorecard import Scorecard, evaluate_model
 from expunge.methods.base import Method
 from expunge.models.loading import CheckedModel, load_model
 from expunge.models.parts import give_back_freed_memory
+from expunge.models.prefix import Prefix
 from expunge.search.inputs import Task
 from expunge.training.options import TrainingOptions
 from expunge.training.preparation import prepare_encoded
@@ -51,6 +52,7 @@ class Hopeless(Exception):
     """A run that is not worth its end."""
 
 
+@dataclass
 class Watch:
     """Follows a run's own validations and ends it where nothing can come of it.
 
@@ -59,36 +61,33 @@ class Watch:
     score of a usable candidate so far, 0 without one.
     """
 
-    def __init__(
-        self,
-        steps: int,
-        *,
-        prune: bool,
-        report: Callable[[int, float], bool] = lambda _tenth, _best: False,
-        asked_to_stop: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self._steps, self._prune, self._report = steps, prune, report
-        self._asked_to_stop = asked_to_stop
-        self._best, self._usable, self._destroyed, self._tenth = 0.0, False, 0, 0
+    steps: int
+    prune: bool
+    report: Callable[[int, float], bool] = lambda _tenth, _best: False
+    asked_to_stop: Callable[[], bool] = lambda: False
+    best: float = 0.0
+    usable: bool = False
+    destroyed: int = 0
+    tenth: int = 0
 
     def __call__(self, entry: Mapping[str, Any]) -> None:
         """Takes a line of the run's metrics. Raises Hopeless, and KeyboardInterrupt when asked to."""
-        if self._asked_to_stop():
+        if self.asked_to_stop():
             raise KeyboardInterrupt
-        if "validation" not in entry or not self._prune:
+        if "validation" not in entry or not self.prune:
             return
         if entry["destroyed"]:
-            self._destroyed += 1
+            self.destroyed += 1
         else:
-            self._usable = True
-            self._best = max(self._best, entry["score"])
-        if not self._usable and self._destroyed >= _PATIENCE:
+            self.usable = True
+            self.best = max(self.best, entry["score"])
+        if not self.usable and self.destroyed >= _PATIENCE:
             raise Hopeless(f"destroyed at its first {_PATIENCE} validations")
-        tenth = 10 * entry["step"] // self._steps
+        tenth = 10 * entry["step"] // self.steps
         # The end itself is no moment to stop: only the scoring would be saved.
-        if self._tenth < tenth < 10:
-            self._tenth = tenth
-            if self._report(tenth, self._best):
+        if self.tenth < tenth < 10:
+            self.tenth = tenth
+            if self.report(tenth, self.best):
                 raise Hopeless(f"below the median of earlier trials after {10 * tenth}% of the run")
 
 
@@ -104,8 +103,8 @@ def run_trial(
 ) -> TrialResult:
     """Unlearns with these settings and measures the result.
 
-    `directory` holds hidden states meanwhile, `trackers` what experiment trackers write; `watch` makes
-    the watch of a run of so many steps.
+    `directory` holds hidden states, which the next trial begins with if it steers no lower layer;
+    `trackers` what experiment trackers write; `watch` makes the watch of a run of so many steps.
     Raises InputError for settings that do not go together, RunError where no checkpoint can be kept,
     Hopeless where the watch ends the run.
     """
@@ -123,7 +122,12 @@ def run_trial(
             opened.parts,
             opened.engine,
             opened.why_whole,
-            Place(started, cache_directory=Path(states), tracker_directory=trackers),
+            Place(
+                started,
+                cache_directory=Path(states),
+                tracker_directory=trackers,
+                prefix=Prefix(directory),
+            ),
             progress,
             watch(prepared.used["steps"]),
         )
@@ -174,11 +178,11 @@ def score(task: Task, weights: Mapping[str, torch.Tensor], progress: Progress) -
     card = evaluate_model(
         model,
         task.checked.tokenizer,
-        task.sets["forget"],
-        task.sets.get("retain"),
-        task.scored_nonmembers,
-        task.questions,
-        task.examples,
+        task.material.forget,
+        task.material.retain,
+        task.material.nonmembers,
+        task.material.questions,
+        task.material.examples,
         policy=task.encoded.policy,
         batch_size=task.inputs.evaluation_batch_size,
         progress=progress.phase,

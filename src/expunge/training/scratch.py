@@ -268,13 +268,13 @@ def _check_same(root: Path, asked: Mapping[str, Any]) -> None:
 
 
 def differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str
+    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str, joint: str = "."
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Every entry in which two records differ: its dotted name, and both values."""
+    """Every entry in which two records differ: its name, parts `joint`ed, and both values."""
     for key in [*before, *(key for key in now if key not in before)]:
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from differences(old, new, f"{prefix}{key}.")
+            yield from differences(old, new, f"{prefix}{key}{joint}", joint)
         elif old != new:
             yield f"{prefix}{key}", old, new
 
