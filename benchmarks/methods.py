@@ -186,7 +186,7 @@ def built(seed: int) -> Material:
     from expunge.cli.console import progress_on_stderr
 
     settings = BenchmarkSettings(seed=seed)
-    with progress_on_stderr(quiet=False) as progress:
+    with progress_on_stderr() as progress:
         return Material(build(default_directory(settings), settings, progress.phase).directory)
 
 

@@ -132,7 +132,8 @@ def unknown_options(line: str) -> list[str]:
     command = site_commands.command_of(words)
     if command is None:
         known = len(words) == 1 or words[1] in (*COMMANDS, "COMMAND", "X", "--help", "--version")
-        return [] if known and not set(options_in(line)) - {"--help", "--version"} else [line]
+        everywhere = {"--help", "--help-all", "--version"}
+        return [] if known and not set(options_in(line)) - everywhere else [line]
     method = re.search(r"--method[ =]([a-z-]+)", line)
     accepted = command.accepts(method[1] if method else None) | {"--help"}
     return [f"{command.prog} {option}" for option in options_in(line) if option not in accepted]

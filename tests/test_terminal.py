@@ -38,7 +38,7 @@ def test_progress_is_bars_on_a_terminal_and_lines_elsewhere(
     terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1" * terminal)
-    with plain_streams(), progress_on_stderr(quiet=False) as progress:
+    with plain_streams(), progress_on_stderr() as progress:
         progress.phase("a part", 0, 2)
         progress.message("said between")
         for _ in range(2):

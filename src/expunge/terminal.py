@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextvars import ContextVar
 from typing import IO, TYPE_CHECKING, Any
 
 from expunge.processes import launched
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _EXCHANGED = threading.RLock()
 """Held while standard error is another: a second thread would take that for the one to put back."""
+
+
+quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+"""Whether the command shows no progress (--quiet)."""
 
 
 def speaks() -> bool:
@@ -73,11 +78,6 @@ def native_lines_dropped() -> Iterator[None]:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
-
-
-def own_stdout() -> redirect_stdout[Any]:
-    """Standard output as it is, for text of this program's own that may be coloured."""
-    return redirect_stdout(getattr(sys.stdout, "rich_proxied_file", sys.stdout))
 
 
 def plain_console(**options: Any) -> Console:

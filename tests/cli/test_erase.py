@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from conftest import none_in, write_jsonl
+from conftest import CHATML, none_in, write_jsonl
 from expunge.audits import auditing, budgets, inputs
 from expunge.audits.budgets import Budget
 from expunge.cli import audit as audit_command
@@ -201,6 +201,19 @@ def test_a_dry_run_plans_and_writes_nothing(
     assert "plan: spectral" in out
     assert "together" in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_form_of_the_rows_is_said_as_far_as_it_is_known(
+    memorised_dir: Path, row_files: dict[str, Path], run_cli: Cli, tmp_path: Path
+) -> None:
+    chat = shutil.copytree(memorised_dir, tmp_path / "chat")
+    (chat / "chat_template.jinja").write_text(CHATML)
+    rows = ("--forget", row_files["forget"], "--retain", row_files["retain"])
+    command = ("erase", chat, *rows, "--output", tmp_path / "OUT", "--dry-run")
+    for options, told in (((), "measured when the run starts"), (("--no-chat-template",), "off")):
+        code, out, err = run_cli(*command, *options)
+        assert (code, err) == (0, "")
+        assert f"chat template: {told}\n" in out
 
 
 def test_what_does_not_fit_is_done_by_what_plan_proposes_or_refused(

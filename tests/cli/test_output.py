@@ -110,7 +110,7 @@ def test_a_pipe_of_something_else_is_an_error(
             "sweep",
             "evaluate",
             "audit",
-            "serve",
+            "view",
             "benchmark build",
             "compare",
             "report",

@@ -99,7 +99,8 @@ def test_some_unknown_rows_are_counted(
     model = AutoModelForCausalLM.from_pretrained(memorised_dir, dtype=torch.float32)
     strange = [{"input": f"Of {n} it is said", "output": f"qx{n} vj{n}"} for n in range(3)]
     warnings = unlearned(model, tokenizer, [*forget_rows, *strange], retain_rows).warnings
-    assert [w for w in warnings if "does not know 3 of 11 forget rows measured" in w]
+    (said,) = (w for w in warnings if "does not know 3 of 11 forget rows measured" in w)
+    assert said.endswith("; it knows the other 8")
     known = unlearned(model, tokenizer, forget_rows, retain_rows)
     assert known.history.target is not None
     assert known.history.target.forget_known == 1

@@ -1,4 +1,4 @@
-"""What `expunge serve` refuses before a model is loaded: one line, exit code 2, and what to do."""
+"""What `expunge view` refuses before a model is loaded: one line, exit code 2, and what to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from expunge.training.sources import remembered
 from expunge.web import serving
 from expunge.web.inputs import (
     PASSWORD,
-    ServeInputs,
+    ViewInputs,
     check,
     is_loopback,
     listening,
@@ -40,7 +40,7 @@ def _no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_read_and_found_right(served: dict[str, Path]) -> None:
     checked = check(
-        ServeInputs(str(served["run"]), forget=str(served["forget"]), port=0, device="cpu")
+        ViewInputs(str(served["run"]), forget=str(served["forget"]), port=0, device="cpu")
     )
     assert set(checked.rows) == {"forget"}
     assert checked.password is None
@@ -61,7 +61,7 @@ def test_what_is_read_and_found_right(served: dict[str, Path]) -> None:
         ({"records": ("a",)}, "--records: are shown beside the rows; give --forget FILE"),
         ({"scores": ("a", "b", "c")}, "others go to --compare"),
         ({"compare": ("nowhere",)}, "nowhere: not found; make it with expunge evaluate"),
-        ({"target": "nowhere"}, "nowhere: no such model directory"),
+        ({"original": "nowhere"}, "nowhere: no such model directory"),
         ({"device": "abacus"}, "--device abacus: unknown"),
         ({"chat_template": "on"}, "has none; give off"),
         ({"host": "0.0.0.0"}, "--host 0.0.0.0: other machines could reach the page"),
@@ -72,14 +72,14 @@ def test_wrong_options_are_refused(
     served: dict[str, Path], given: dict[str, Any], told: str
 ) -> None:
     values = {"run": str(served["run"]), "port": 0, "device": "cpu", **given}
-    assert told in refusal(lambda: check(ServeInputs(**values)))
+    assert told in refusal(lambda: check(ViewInputs(**values)))
 
 
 def test_rows_that_are_not_the_runs_are_refused(
     served: dict[str, Path], forget_rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
     other = write_jsonl(tmp_path / "other.jsonl", forget_rows)
-    told = refusal(lambda: check(ServeInputs(str(served["run"]), forget=str(other))))
+    told = refusal(lambda: check(ViewInputs(str(served["run"]), forget=str(other))))
     assert f"--forget {other}: is not the forget set of this run" in told
 
 
@@ -87,8 +87,8 @@ def test_a_target_that_is_another_model_is_refused(
     served: dict[str, Path], model_dir: Callable[[str], Path], nudged_dir: Path
 ) -> None:
     for other in (nudged_dir, served["run"]):
-        told = refusal(lambda other=other: check(ServeInputs(str(served["run"]), str(other))))  # type: ignore[misc]
-        assert f"--target {other}: model.safetensors is not that of the run's target" in told
+        told = refusal(lambda other=other: check(ViewInputs(str(served["run"]), str(other))))  # type: ignore[misc]
+        assert f"--original {other}: model.safetensors is not that of the run's target" in told
 
 
 def test_a_target_that_is_gone_names_the_option(served: dict[str, Path], tmp_path: Path) -> None:
@@ -99,14 +99,14 @@ def test_a_target_that_is_gone_names_the_option(served: dict[str, Path], tmp_pat
     manifest = json.loads((moved / "expunge.json").read_text())
     manifest["settings"]["inputs"]["model"] = str(tmp_path / "gone")
     (moved / "expunge.json").write_text(json.dumps(manifest))
-    told = refusal(lambda: check(ServeInputs(str(moved))))
+    told = refusal(lambda: check(ViewInputs(str(moved))))
     assert "no such model directory" in told
-    assert "--target DIR" in told
+    assert "--original DIR" in told
 
 
 def test_a_run_that_is_not_finished_is_refused(served: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "expunge.json").write_text('{"status": "running"}')
-    assert "is not complete" in refusal(lambda: check(ServeInputs(str(tmp_path))))
+    assert "is not complete" in refusal(lambda: check(ViewInputs(str(tmp_path))))
 
 
 LINE = {"id": "ada00sc1", "split": "forget", "task": "Task1", "kind": "sc", "score": 0.5}
@@ -131,7 +131,7 @@ def test_records_of_other_rows_or_of_no_rows_are_refused(
     path.write_text("\n".join(lines) + "\n")
     message = refusal(
         lambda: check(
-            ServeInputs(str(served["run"]), forget=str(served["forget"]), records=(str(path),))
+            ViewInputs(str(served["run"]), forget=str(served["forget"]), records=(str(path),))
         )
     )
     assert told in message
@@ -144,21 +144,21 @@ def test_the_password_comes_from_a_file_or_the_environment(
     path = tmp_path / "password"
     path.write_text("of the file\nand no more\n")
     outside = {"run": "run", "host": "0.0.0.0"}
-    assert read_password(ServeInputs(**outside, password_file=str(path))) == "of the file"  # type: ignore[arg-type]
+    assert read_password(ViewInputs(**outside, password_file=str(path))) == "of the file"  # type: ignore[arg-type]
     monkeypatch.setenv(PASSWORD, "of the environment")
-    assert read_password(ServeInputs(**outside)) == "of the environment"  # type: ignore[arg-type]
-    assert read_password(ServeInputs("run")) == "of the environment"
-    assert read_password(ServeInputs("run", password_file=str(path))) == "of the file"
+    assert read_password(ViewInputs(**outside)) == "of the environment"  # type: ignore[arg-type]
+    assert read_password(ViewInputs("run")) == "of the environment"
+    assert read_password(ViewInputs("run", password_file=str(path))) == "of the file"
     for text, told in (("\nsecond", "holds 0 characters"), ("short", "holds 5 characters")):
         path.write_text(text)
         message = refusal(
-            lambda: read_password(ServeInputs(**outside, password_file=str(path)))  # type: ignore[arg-type]
+            lambda: read_password(ViewInputs(**outside, password_file=str(path)))  # type: ignore[arg-type]
         )
         assert told in message
         assert "short" not in message.replace(str(path), "")
     for short, count in ((" ", 0), ("x", 1), ("seven  ", 5), ("1234567", 7)):
         monkeypatch.setenv(PASSWORD, short)
-        assert refusal(lambda: read_password(ServeInputs("run"))) == (
+        assert refusal(lambda: read_password(ViewInputs("run"))) == (
             f"{PASSWORD}: holds {count} characters; a password has 8 or more"
         )
 
@@ -167,11 +167,11 @@ def test_a_directory_that_is_gone_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    assert "the current directory is gone" in refusal(lambda: check(ServeInputs("run")))
+    assert "the current directory is gone" in refusal(lambda: check(ViewInputs("run")))
 
 
 def test_no_option_takes_the_password_itself(run_cli: Cli) -> None:
-    code, _, err = run_cli("serve", "run", "--password", "secret")
+    code, _, err = run_cli("view", "run", "--password", "secret")
     assert code == 2
     assert "did you mean --password-file?" in err
 
@@ -203,7 +203,7 @@ def test_an_audit_that_makes_no_report_is_refused_before_a_model_is_loaded(
     }
     path = tmp_path / "audit.json"
     path.write_text(json.dumps({"format": "expunge-audit/1", "models": models}))
-    told = refusal(lambda: check(ServeInputs(str(served["run"]), audit=str(path), device="cpu")))
+    told = refusal(lambda: check(ViewInputs(str(served["run"]), audit=str(path), device="cpu")))
     assert "is not as expunge audit writes it" in told
 
 
@@ -220,7 +220,7 @@ def test_a_port_in_use_is_found_before_a_model_is_loaded(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        code, out, err = run_cli("serve", served["run"], "--port", port, "--quiet")
+        code, out, err = run_cli("view", served["run"], "--port", port, "--quiet")
     assert (code, out) == (2, "")
     assert err.startswith(f"expunge: --host 127.0.0.1 --port {port}: cannot listen there")
     assert "no address" in refusal(lambda: listening("no.such.host.invalid", 0))
@@ -230,10 +230,10 @@ def test_without_gradio_the_mend_is_named(
     served: dict[str, Path], run_cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("expunge.web.inputs.importlib.util.find_spec", lambda _: None)
-    code, out, err = run_cli("serve", served["run"], "--quiet")
+    code, out, err = run_cli("view", served["run"], "--quiet")
     assert (code, out) == (2, "")
     assert err == (
-        "expunge: serve: needs gradio, which is not installed; run pip install '.[web]' in the clone"
+        "expunge: view: needs gradio, which is not installed; run pip install '.[web]' in the clone"
         " of expunge\n"
     )
 
@@ -242,6 +242,6 @@ def test_several_processes_are_refused(
     served: dict[str, Path], run_cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, err = run_cli("serve", served["run"])
+    code, _, err = run_cli("view", served["run"])
     assert code == 2
     assert "start it without accelerate launch" in err

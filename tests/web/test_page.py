@@ -38,11 +38,11 @@ WAIT = 60_000
 
 @pytest.fixture(scope="module")
 def checked(served: dict[str, Path]) -> Any:
-    """The run, checked as `expunge serve` checks it, with its text masked."""
-    from expunge.web.inputs import ServeInputs, check
+    """The run, checked as `expunge view` checks it, with its text masked."""
+    from expunge.web.inputs import ViewInputs, check
 
     return check(
-        ServeInputs(
+        ViewInputs(
             str(served["run"]),
             forget=str(served["forget"]),
             retain=str(served["retain"]),

@@ -1,4 +1,4 @@
-"""`expunge serve` as a process of its own: from its first line to Ctrl-C."""
+"""`expunge view` as a process of its own: from its first line to Ctrl-C."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_it_serves_until_it_is_stopped_and_leaves_nothing(
     rows = ["--forget", str(served["forget"]), "--retain", str(served["retain"])]
     before = {path.name: path.stat().st_mtime_ns for path in served["run"].iterdir()}
     process = subprocess.Popen(
-        [sys.executable, "-m", "expunge", "serve", str(served["run"]), *rows, "--port", "0",
+        [sys.executable, "-m", "expunge", "view", str(served["run"]), *rows, "--port", "0",
          "--device", "cpu"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -156,7 +156,9 @@ def analyze_influence(
             check_file_output(option, Path(path), read, is_ours)
     checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
     first, last = layer_range(inputs.layers, checked.layout)
-    sets = _read_sets(inputs)
+    sets = inputs.read_sets("forget", "retain", "nonmembers")
+    for name in (name for name in sets if name != "forget"):
+        check_disjoint(sets["forget"], sets[name])
     fingerprints = {name: data_fingerprint(rows) for name, rows in sets.items()}
     policies = text_policies(checked, inputs.chat_template, inputs.long_rows)
     forms: list[dict[str, list[Windows]]] = [
@@ -286,17 +288,6 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _read_sets(inputs: InfluenceInputs) -> dict[str, RowSet]:
-    sets = {"forget": inputs.read(inputs.forget, "forget")}
-    if inputs.retain is not None:
-        sets["retain"] = inputs.read(inputs.retain, "retain")
-        check_disjoint(sets["forget"], sets["retain"])
-    if inputs.nonmembers is not None:
-        sets["nonmembers"] = inputs.read(inputs.nonmembers, "nonmembers")
-        check_disjoint(sets["forget"], sets["nonmembers"])
-    return sets
 
 
 def _settings(inputs: InfluenceInputs, first: int, last: int) -> dict[str, object]:

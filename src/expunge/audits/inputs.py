@@ -46,7 +46,7 @@ class AuditInputs(Reading):
     """What is audited, against which models and rows, by which attacks."""
 
     model: str
-    """The unlearned model: a directory, or a hub id. It is read as it is saved."""
+    """The unlearned model: directory or hub id. It is read as it is saved."""
     original: str
     """The target: the model before unlearning. Every attack must work on it first."""
     forget: str
@@ -54,11 +54,11 @@ class AuditInputs(Reading):
     retain: str
     """Rows that were to stay."""
     oracle: str | None = None
-    """A model trained by the same recipe on the retain set only; without it the floor is 0."""
+    """A model trained on the retain set only. By the same recipe; without it the floor is 0."""
     nonmembers: str | None = None
-    """Never-seen text of the forget set's kind; membership inference needs it."""
+    """Non-members of the forget set's kind. Membership inference needs them."""
     paraphrases: str | None = None
-    """Other wordings of forget rows: a file with `of` (the row's id), `input` and `output`."""
+    """Other wordings of forget rows. A file with `of` (the row's id), `input` and `output`."""
     benign: str | None = None
     """Text that benign relearning tunes on; null: retain rows."""
     earlier: tuple[str, ...] = ()
@@ -67,31 +67,31 @@ class AuditInputs(Reading):
     """Attacks to run, of direct, paraphrase, sample, verbatim, membership, ablate, trigger, latent,
     quantize, relearn and benign, with commas or spaces between; none: all that there is material for."""
     budget: BudgetName = "quick"
-    """How many rows, steps and samples: quick, standard or thorough."""
+    """How many rows, steps and samples."""
     learning_rate: float | None = None
-    """Learning rate of attacks by tuning, which also try others around it; null: 5e-4, above width 256
+    """Learning rate of attacks by tuning. They also try others around it. null: 5e-4, above width 256
     times 256 / width. LoRA takes ten times as much."""
     tuning: Literal["auto", "full", "lora"] = "auto"
     """Attacks by tuning train every weight (full, 16 bytes a parameter) or an adapter (lora); auto: full
     where the free memory holds it."""
     output: str | None = None
-    """Write audit.json here; unfinished, an audit goes on from OUTPUT.partial."""
+    """Write audit.json here. Unfinished, an audit goes on from OUTPUT.partial."""
     cache: str | None = None
     """Directory that keeps what was found on target and oracle, scores by row id and no text: other
     audits of the same models, rows and settings read it."""
     reveal: bool = False
-    """Add the generated text that came nearest; it can hold forgotten text."""
+    """Add the nearest generated text. It can hold forgotten text."""
     batch_size: int = 64
     """Rows a batch; it changes the speed, never a score."""
     dtype: AnyDtype = "auto"
-    """Dtype that the models run in; auto: the one that each is saved in, for float16 files float32."""
+    """Dtype that the models run in. auto: the one that each is saved in, for float16 files float32."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     seed: int = 0
     """Seed of every draw."""
     chat_template: Template = "auto"
-    """Render prompts with the tokenizer's chat template; auto: as the run that made the model recorded,
-    else where the target answers a sample of the rows better with it."""
+    """Render prompts with the chat template. auto: as the run that made the model recorded, else if the
+    target answers a sample of the rows better with it."""
     long_rows: LongRows = "refuse"
     """Refuse rows longer than the context, or cut them into windows."""
     trust_remote_code: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 
-from expunge.cli.options import take_flag
+from expunge.cli.help import HELP
 from expunge.errors import InputError
 
 SUBCOMMANDS = {
@@ -18,8 +18,8 @@ def main(arguments: Sequence[str]) -> int:
     """Hands the arguments on to the subcommand that the first word names."""
     import sys
 
-    given, _ = take_flag(list(arguments), "--debug")
-    if given[:1] and given[0] in ("-h", "--help"):
+    given = list(arguments)
+    if given[:1] and given[0] in HELP:
         width = max(map(len, SUBCOMMANDS))
         lines = [f"  {name.ljust(width)}  {about}" for name, (_, about) in SUBCOMMANDS.items()]
         sys.stdout.write("\n".join(["usage: expunge analyze SUBCOMMAND ...", "", *lines, ""]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from pathlib import Path
 from expunge.analysis.influence import InfluenceInputs, analyze_influence
 from expunge.analysis.influence_file import Influence
 from expunge.cli.console import progress_on_stderr
-from expunge.cli.options import parse, take_flag
+from expunge.cli.options import Printed, parse, print_json
 from expunge.data.rows import RowSet
 from expunge.disk import deliver
 from expunge.errors import InputError
@@ -20,18 +18,16 @@ from expunge.reporting.tables import table_console
 
 
 @dataclass(frozen=True)
-class AnalyzeInfluence(InfluenceInputs):
+class AnalyzeInfluence(Printed, InfluenceInputs):
     """expunge analyze influence MODEL --forget F [--retain R] [--nonmembers N] [--output influence.json]
 
     Says of each forget row how strongly the model depends on it and how well it is known, of each
     retain row how much its loss would rise without the forget set, and lists retain rows that overlap
-    with it. Prints tables, or JSON with --json. --quiet shows no progress.
+    with it.
     """
 
     top: int = 10
     """Rows that each table shows."""
-    json: bool = False
-    """Print JSON instead of tables."""
     reveal: bool = False
     """Show the text of the rows in the tables; files never hold any."""
 
@@ -45,9 +41,8 @@ class AnalyzeInfluence(InfluenceInputs):
 
 def main(arguments: Sequence[str]) -> int:
     """Parses, analyses, prints."""
-    arguments, quiet = take_flag(list(arguments), "--quiet")
     settings = parse(AnalyzeInfluence, arguments, "expunge analyze influence")
-    with progress_on_stderr(quiet=quiet) as progress:
+    with progress_on_stderr() as progress:
         influence, sets = analyze_influence(settings, progress.phase, progress.message)
     if settings.figure is not None:
         deliver({Path(settings.figure): figure_text(influence)})
@@ -57,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _show(influence: Influence, sets: Mapping[str, RowSet], settings: AnalyzeInfluence) -> None:
     if settings.json:
-        sys.stdout.write(json.dumps(influence.to_json(), indent=2) + "\n")
+        print_json(influence.to_json())
         return
     console = table_console()
     texts = {row.id: row for rows in sets.values() for row in rows} if settings.reveal else None

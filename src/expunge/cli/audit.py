@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from expunge.audits.auditing import audit
 from expunge.audits.inputs import AuditInputs
 from expunge.cli.console import progress_on_stderr
-from expunge.cli.options import parse, take_flag
+from expunge.cli.options import Printed, parse, print_json
 from expunge.processes import check_alone
 from expunge.reporting.tables import audit_table, table_console
 
@@ -25,30 +23,31 @@ _RECALLED = (
 
 
 @dataclass(frozen=True)
-class Audit(AuditInputs):
-    """expunge audit MODEL --original TARGET --forget F --retain R [--oracle O] [--output audit.json]
+class Audit(Printed, AuditInputs):
+    """expunge audit MODEL --original TARGET --forget F --retain R [--oracle O]
 
     Of a run directory MODEL alone is enough: the rest is what it was made of, while that is there.
 
     Tries to get forgotten content back: relearning, quantisation, sampling, paraphrases, prefixes,
     membership inference, ablation, probes. Each attack runs on the target, the unlearned model and the
-    oracle alike and claims nothing where it does not work on the target. Prints a verdict and a
-    sentence an attack, or JSON with --json. --quiet shows no progress.
-    """
+    oracle alike and claims nothing if it does not work on the target. Prints a verdict and a sentence an
+    attack.
 
-    json: bool = False
-    """Print audit.json instead of the sentences."""
+    Examples:
+      expunge audit out
+      expunge audit out --original model --forget f.jsonl --retain r.jsonl --oracle o
+      expunge audit out --attacks relearn,quantize --output audit.json
+    """
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parses, audits, prints."""
-    arguments, quiet = take_flag(list(arguments), "--quiet")
     settings = parse(Audit, arguments, "expunge audit", recalls=_RECALLED)
     check_alone("audit")
-    with progress_on_stderr(quiet=quiet) as progress:
+    with progress_on_stderr() as progress:
         report = audit(settings, progress)
     if settings.json:
-        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+        print_json(report)
     else:
         show(report, settings)
     return 0

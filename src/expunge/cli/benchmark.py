@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expunge.cli.console import progress_on_stderr
-from expunge.cli.options import parse, take_flag
+from expunge.cli.help import HELP
+from expunge.cli.options import parse
 from expunge.disk import check_writable
 from expunge.errors import InputError
 
@@ -29,16 +30,15 @@ class Build:
 
 def main(arguments: Sequence[str]) -> int:
     """Parses, builds, says where everything is."""
-    arguments, quiet = take_flag(list(arguments), "--quiet")
-    if arguments[:1] != ["build"] and not {"-h", "--help"} & set(arguments[:1]):
+    if arguments[:1] != ["build"] and not {*HELP} & {*arguments[:1]}:
         raise InputError("benchmark: knows one subcommand; write expunge benchmark build DIR")
-    words = arguments[1:] if arguments[:1] == ["build"] else ["--help"]
+    words = arguments[1:] if arguments[:1] == ["build"] else arguments
     settings = parse(Build, words, "expunge benchmark build", "directory")
     from expunge.benchmark.build import build
     from expunge.benchmark.generator import BenchmarkSettings
 
     check_writable(Path(settings.directory), inside=True, option="DIR")
-    with progress_on_stderr(quiet=quiet) as progress:
+    with progress_on_stderr() as progress:
         built = build(
             Path(settings.directory), BenchmarkSettings(seed=settings.seed), progress.phase
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from expunge.cli.options import parse, take_flag
+import tyro
+
+from expunge.cli.options import Printed, parse, print_json
 from expunge.errors import InputError
 from expunge.evaluation.findings import findings
 from expunge.evaluation.score_files import check_one_form, read_scores
@@ -16,20 +18,18 @@ from expunge.reporting.tables import label_of, markdown_table, scorecard_table, 
 
 
 @dataclass(frozen=True)
-class Compare:
-    """expunge compare RUN RUN ... [--target T] [--oracle O] [--json | --markdown]
+class Compare(Printed):
+    """expunge compare RUN RUN ... [--original T] [--oracle O] [--json | --markdown]
 
     Each is a scores.json that `expunge evaluate --output` wrote, or a directory that holds one.
     """
 
     runs: tuple[str, ...]
     """Runs to compare."""
-    target: str | None = None
-    """Scores of the target model; warnings are then relative to it."""
+    original: Annotated[str | None, tyro.conf.arg(aliases=("--target",))] = None
+    """Scores of the model before. Warnings are then relative to it."""
     oracle: str | None = None
     """Scores of a model trained without the forget set."""
-    json: bool = False
-    """Print JSON instead of the table."""
     markdown: bool = False
     """Print the table in Markdown."""
 
@@ -42,11 +42,10 @@ class Compare:
 
 def main(arguments: Sequence[str]) -> int:
     """Parses, reads, prints."""
-    arguments, _ = take_flag(list(arguments), "--quiet")
     settings = parse(Compare, arguments, "expunge compare", positional="runs")
     cards = {}
-    if settings.target is not None:
-        cards["target"] = read_scores(settings.target)
+    if settings.original is not None:
+        cards["target"] = read_scores(settings.original)
     if settings.oracle is not None:
         cards["oracle"] = read_scores(settings.oracle)
     for run in settings.runs:
@@ -59,8 +58,7 @@ def main(arguments: Sequence[str]) -> int:
 def show(cards: dict[str, Scorecard], *, as_json: bool = False, as_markdown: bool = False) -> None:
     """Prints the comparison to standard output, with what the scores say in words."""
     if as_json:
-        text = json.dumps({name: card.to_json() for name, card in cards.items()}, indent=2)
-        sys.stdout.write(text + "\n")
+        print_json({name: card.to_json() for name, card in cards.items()})
         return
     if as_markdown:
         sys.stdout.write(markdown_table(cards))

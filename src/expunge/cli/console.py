@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from expunge.terminal import plain_console, speaks
+from expunge.terminal import plain_console, quiet, speaks
 from expunge.training.progress import Silent
 
 
@@ -64,9 +64,9 @@ class ConsoleProgress:
 
 
 @contextmanager
-def progress_on_stderr(*, quiet: bool) -> Iterator[ConsoleProgress | Silent]:
-    """A progress display for the body, or silence."""
-    if quiet or not speaks():
+def progress_on_stderr() -> Iterator[ConsoleProgress | Silent]:
+    """A progress display for the body, or silence if the command is quiet."""
+    if quiet.get() or not speaks():
         yield Silent()
         return
     console = plain_console(stderr=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +9,8 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from expunge.cli.options import parse, take_flag
+from expunge.cli.help import HELP
+from expunge.cli.options import Printed, parse, print_json
 from expunge.data.formats import Role
 from expunge.data.rows import Reading, Row, RowSet
 from expunge.data.tokenization import Example, LongRows, encode_rows
@@ -24,7 +23,7 @@ _TOLD = {"columns": "read from", "kind": "kind told by", "document": "document t
 
 
 @dataclass(frozen=True)
-class Inspect(Reading):
+class Inspect(Printed, Reading):
     """expunge data inspect ROWS --model MODEL [--row ID] [--reveal]
 
     Checks every row, counts them, and shows which columns were read and what told kind and document.
@@ -48,18 +47,15 @@ class Inspect(Reading):
     """Run code that the model's directory brings along."""
     reveal: bool = False
     """Show text and token ids."""
-    json: bool = False
-    """Print JSON instead of tables."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parses, checks, prints."""
-    arguments, _ = take_flag(list(arguments), "--quiet")
-    if arguments[:1] != ["inspect"] and not {"-h", "--help"} & set(arguments[:1]):
+    if arguments[:1] != ["inspect"] and not {*HELP} & {*arguments[:1]}:
         raise InputError(
             "data: knows one subcommand; write expunge data inspect ROWS --model MODEL"
         )
-    words = arguments[1:] if arguments[:1] == ["inspect"] else ["--help"]
+    words = arguments[1:] if arguments[:1] == ["inspect"] else arguments
     settings = parse(Inspect, words, "expunge data inspect", "rows")
     checked = check_model(settings.model, trust_remote_code=settings.trust_remote_code)
     rows = settings.read(settings.rows, settings.role)
@@ -74,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
         windows = [example for example in examples if example.row_id == row.id]
         report["row"] = _row(row, windows, checked.tokenizer, reveal=settings.reveal)
     if settings.json:
-        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+        print_json(report)
     else:
         _print(report)
     return 0

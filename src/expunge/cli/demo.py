@@ -12,7 +12,7 @@ import torch
 from expunge.cli.compare import show
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.erase import EraseInputs, erase, prepare
-from expunge.cli.options import parse, take_flag
+from expunge.cli.options import parse
 from expunge.cli.run import DEFAULT_METHOD
 from expunge.disk import check_writable
 from expunge.errors import InputError
@@ -70,7 +70,6 @@ def main(arguments: Sequence[str]) -> int:
     from expunge.benchmark.generator import BenchmarkSettings
     from expunge.benchmark.recipe import PretrainingSettings
 
-    arguments, quiet = take_flag(list(arguments), "--quiet")
     settings = parse(Demo, arguments, "expunge demo", "output")
     output = Path(settings.output)
     check_writable(output, inside=True)
@@ -85,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
         dtype = quick_dtype(torch.device(resolve_device(settings.device)).type)
     benchmark = BenchmarkSettings(seed=settings.seed, documents_per_task=settings.documents)
     smaller = PretrainingSettings(layers=_LAYERS, seed=settings.seed)
-    with progress_on_stderr(quiet=quiet) as progress:
+    with progress_on_stderr() as progress:
         built = build(default_directory(benchmark, smaller), benchmark, progress.phase, smaller)
         progress.message(f"benchmark: {built.directory}")
     cards: dict[str, Scorecard] = {}
@@ -107,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
             resume=settings.resume,
         )
         task = prepare(inputs, METHODS[name](), TrainingOptions(seed=settings.seed))
-        erase(task, quiet=quiet, cache=str(output / "audit-cache"))
+        erase(task, cache=str(output / "audit-cache"))
         names = {"target": BEFORE, "oracle": ORACLE, name: SCORES}
         cards |= {model: read_scores(str(output / name / file)) for model, file in names.items()}
     if settings.methods[1:]:

@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from expunge.audits.inputs import AuditInputs, check_audit
 from expunge.cli.audit import show as show_audit
 from expunge.cli.compare import show as show_scores
 from expunge.cli.console import progress_on_stderr
-from expunge.cli.options import given, take_flag, take_option, yaml_fields
+from expunge.cli.inputs import audit_of, scores_of
+from expunge.cli.options import given, take_option, taken, yaml_fields
 from expunge.cli.plan import outcome
 from expunge.cli.plan import show as show_plan
 from expunge.cli.run import parsed
@@ -44,15 +45,19 @@ from expunge.training.run import RunInputs, check_run, run
 from expunge.training.scratch import Scratch, differences
 from expunge.training.sources import check_place, remember, remembered, sources_of
 
-_ABOUT = (
-    "expunge erase MODEL --forget F --retain R --output OUT [--calibration C] [--nonmembers N]\n\n"
-    "The whole way in one command: checks rows and model, plans, unlearns, scores before and after,"
-    " attacks, reports. What does not fit this machine is done by what plan proposes, or refused. OUT"
-    " holds the model, before.json, scores.json, audit.json and report.html. --dry-run stops after the"
-    " plan; --resume goes on where an erasure was interrupted. --quiet shows no progress."
-)
+_ABOUT = """
+expunge erase MODEL --forget F --retain R --output OUT
+
+The whole way in one command: checks rows and model, plans, unlearns, scores before and after, attacks,
+reports. What does not fit this machine is done by what plan proposes, or refused. OUT holds the model,
+before.json, scores.json, audit.json and report.html.
+
+Examples:
+  expunge erase model --forget forget.jsonl --retain retain.jsonl --output out
+  expunge erase model --forget f.csv --retain r.csv --output out --dry-run
+  expunge erase model --config erase.yaml --output out --resume
+"""
 _READ = ("base", "forget", "retain", "calibration", "nonmembers", "oracle", "paraphrases", "mmlu")
-_ALIKE = ("forget", "retain", "nonmembers", "columns", "joiner", "device", "trust_remote_code")
 
 
 @dataclass(frozen=True)
@@ -60,21 +65,21 @@ class EraseInputs(RunInputs):
     """What is erased from what, and what is measured of it."""
 
     calibration: str | None = None
-    """Never-seen text that the run is calibrated to: it stops where forget rows look like it."""
+    """Non-members for the run. It stops where forget rows look like them."""
     nonmembers: str | None = None
-    """Other never-seen text, for membership inference in scores and audit."""
+    """Other non-members, for scores and audit."""
     oracle: str | None = None
-    """A model trained by the same recipe on the retain set only; without it the audit's floor is 0."""
+    """A model trained on the retain set only. By the same recipe; without it the audit's floor is 0."""
     paraphrases: str | None = None
     """Other wordings of forget rows, for the attack paraphrase."""
     mmlu: str | None = None
     """Directory of questions in MMLU's format, for utility."""
     audit: bool = True
-    """Attack the result; without, the report says that nobody tried."""
+    """Attack the result. Without, the report says that nobody tried."""
     budget: BudgetName = "quick"
-    """How many rows, steps and samples the audit takes: quick, standard or thorough."""
+    """How many rows, steps and samples the audit takes."""
     subject: str | None = None
-    """Your reference for whoever asked: a case number rather than a name. It stands in the report."""
+    """Your reference for whoever asked, in the report. A case number rather than a name."""
     dry_run: bool = False
     """Stop after the plan and write nothing."""
 
@@ -109,18 +114,17 @@ class Task:
 
 def main(arguments: Sequence[str]) -> int:
     """Parses, checks, plans, erases."""
-    words, quiet = take_flag(list(arguments), "--quiet")
     check_alone("erase")
-    task = _task(words)
+    task = _task(arguments)
     if not task.plan.fits:
-        leaner = _leaner(task, words)
-        task = replace(_task([*words, *leaner]), leaner=leaner)
+        leaner = _leaner(task, arguments)
+        task = replace(_task([*arguments, *leaner]), leaner=leaner)
     if task.inputs.dry_run:
         for line in _understood(task):
             table_console().print(line, soft_wrap=True)
         show_plan(task.plan)
     else:
-        erase(task, quiet=quiet)
+        erase(task)
     return 0
 
 
@@ -137,23 +141,11 @@ def prepare(
     is_begun = scratch.root.exists() and not scratch.is_published
     is_run = inputs.resume and (output / MANIFEST).is_file() and not is_begun
     check_not_read("--output", output, {name: getattr(inputs, name) for name in _READ})
-    of_run = {field.name: getattr(inputs, field.name) for field in fields(RunInputs)}
     # What is complete is not overwritten by going on.
-    of_run |= {"nonmembers": inputs.calibration, "overwrite": inputs.overwrite and not is_run}
-    run_inputs = RunInputs(**of_run)
+    overwrite = inputs.overwrite and not is_run
+    run_inputs = taken(RunInputs, inputs, nonmembers=inputs.calibration, overwrite=overwrite)
     checked, sets, prepared = check_run(run_inputs, method, training, writes=not is_run)
-    alike: dict[str, Any] = {name: getattr(inputs, name) for name in _ALIKE}
-    alike |= {"chat_template": training.chat_template, "long_rows": training.long_rows}
-    scored = MeasureInputs(model=inputs.model, mmlu=inputs.mmlu, dtype=inputs.dtype, **alike)
-    attacked = AuditInputs(
-        model=inputs.model,
-        original=inputs.model,
-        oracle=inputs.oracle,
-        paraphrases=inputs.paraphrases,
-        budget=inputs.budget,
-        seed=training.seed,
-        **alike,
-    )
+    scored, attacked = scores_of(inputs, training), audit_of(inputs, training)
     check_measure(scored)
     if inputs.audit:
         check_audit(attacked, checked)
@@ -183,7 +175,7 @@ def _leaner(task: Task, words: Sequence[str]) -> list[str]:
     return min(fitting, key=lambda options: "--select" in options)
 
 
-def erase(task: Task, *, quiet: bool = False, cache: str | None = None) -> None:
+def erase(task: Task, *, cache: str | None = None) -> None:
     """Unlearns, measures, attacks, reports, and says on standard output what came of it.
 
     `cache` as of an audit. Of a task that is resumed only what is missing is done. Raises InputError
@@ -195,7 +187,7 @@ def erase(task: Task, *, quiet: bool = False, cache: str | None = None) -> None:
     evidence |= {AUDIT: inputs.output if inputs.audit else None}
     parts = [(name, model) for name, model in evidence.items() if model is not None]
     attacked = replace(task.attacked, model=inputs.output, output=str(output / AUDIT), cache=cache)
-    with progress_on_stderr(quiet=quiet) as progress:
+    with progress_on_stderr() as progress:
         for line in _understood(task):
             progress.message(line)
         paths = {"original": inputs.model, **{name: getattr(inputs, name) for name in _READ}}
@@ -212,7 +204,7 @@ def erase(task: Task, *, quiet: bool = False, cache: str | None = None) -> None:
         file = output / name
         if name in done and file.is_file() and sha256_of(file) == done[name]["sha256"]:
             continue
-        with progress_on_stderr(quiet=quiet) as progress:
+        with progress_on_stderr() as progress:
             progress.message(f"{number} of {len(parts) + 1}: {name} of {model}")
             begun = time.monotonic()
             try:
@@ -239,12 +231,12 @@ def _understood(task: Task) -> Iterator[str]:
     """What was read, in lines without any text of a row."""
     checked = task.checked
     template = "on" if task.prepared.text["chat_template"] else "off"
-    template = "as the target answers better" if task.prepared.plain else template
+    template = "measured when the run starts" if task.prepared.plain else template
     yield (
         f"model: {checked.config.model_type}, {checked.layout.count} layers,"
-        f" {checked.files.bytes / GIB:.2f} GiB in {resolve_dtype(checked, 'auto')}, chat template"
-        f" {template if checked.tokenizer.chat_template else 'none'}"
+        f" {checked.files.bytes / GIB:.2f} GiB in {resolve_dtype(checked, 'auto')}"
     )
+    yield f"chat template: {template if checked.tokenizer.chat_template else 'none'}"
     for name, rows in task.sets.items():
         kinds = Counter(row.kind for row in rows)
         told = ", ".join(rows.read.get("columns", ())) or "rows"

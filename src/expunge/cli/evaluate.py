@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from expunge.cli.console import progress_on_stderr
-from expunge.cli.options import parse, take_flag
+from expunge.cli.options import Printed, parse, print_json
 from expunge.evaluation.findings import findings
 from expunge.evaluation.measuring import MeasureInputs, measure
 from expunge.evaluation.scorecard import Scorecard
@@ -22,22 +20,23 @@ _RECALLED = (
 
 
 @dataclass(frozen=True)
-class Evaluate(MeasureInputs):
-    """expunge evaluate MODEL --forget F --retain R [--nonmembers N] [--mmlu DIR] [--output FILE]
+class Evaluate(Printed, MeasureInputs):
+    """expunge evaluate MODEL --forget F --retain R [--nonmembers N] [--mmlu DIR]
 
     Measures regurgitation, knowledge, membership inference and utility by the protocol of
-    SemEval-2025 Task 4. Prints a table, or JSON with --json. --quiet shows no progress.
-    """
+    SemEval-2025 Task 4.
 
-    json: bool = False
-    """Print JSON instead of the table."""
+    Examples:
+      expunge evaluate out
+      expunge evaluate model --forget f.jsonl --retain r.jsonl --output scores.json
+      expunge evaluate out --forget f.jsonl --retain r.jsonl --nonmembers n.jsonl
+    """
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parses, measures, prints."""
-    arguments, quiet = take_flag(list(arguments), "--quiet")
     settings = parse(Evaluate, arguments, "expunge evaluate", recalls=_RECALLED)
-    with progress_on_stderr(quiet=quiet) as progress:
+    with progress_on_stderr() as progress:
         card = measure(settings, progress.phase, progress.message)
     if speaks():
         _show(card, settings)
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _show(card: Scorecard, settings: Evaluate) -> None:
     if settings.json:
-        sys.stdout.write(json.dumps(card.to_json(), indent=2) + "\n")
+        print_json(card.to_json())
         return
     console = table_console()
     console.print(

@@ -18,7 +18,7 @@ import expunge
 from expunge.disk import explained
 from expunge.errors import ExpungeError, InputError, is_out_of_memory, place_of
 from expunge.processes import launched
-from expunge.terminal import plain_streams, speaks
+from expunge.terminal import plain_streams, quiet, speaks
 
 COMMANDS = {
     "demo": ("expunge.cli.demo", "unlearn the built-in benchmark, end with scorecards and reports"),
@@ -31,7 +31,7 @@ COMMANDS = {
     "audit": ("expunge.cli.audit", "attack an unlearned model: does forgotten content come back?"),
     "compare": ("expunge.cli.compare", "print the scorecards of several runs side by side"),
     "report": ("expunge.cli.report", "write what a run did and reached: a page, Markdown, JSON"),
-    "serve": ("expunge.cli.serve", "show a page: target and unlearned model side by side"),
+    "view": ("expunge.cli.view", "show a page: target and unlearned model side by side"),
     "data": ("expunge.cli.data", "check rows and show how they are tokenised (data inspect)"),
     "sweep": ("expunge.cli.sweep", "search over options of a run; resumable, with many workers"),
     "requests": (
@@ -40,6 +40,7 @@ COMMANDS = {
     ),
     "benchmark": ("expunge.cli.benchmark", "make the built-in benchmark (benchmark build)"),
 }
+_OLD_NAMES = {"serve": "view"}
 
 _QUIET_LIBRARIES = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -48,7 +49,7 @@ _QUIET_LIBRARIES = {
 }
 _LESS_MEMORY = {
     "demo": "lower --documents",
-    "serve": "use --dtype bfloat16",
+    "view": "use --dtype bfloat16",
     **dict.fromkeys(
         ("erase", "run", "oracle", "sweep", "analyze layers", "requests serve"),
         "lower --micro-batch-size; expunge plan says what fits",
@@ -120,6 +121,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
+    quiet.set("--quiet" in given[1:])
+    given[1:] = [argument for argument in given[1:] if argument != "--quiet"]
     if not given or given[0] in ("-h", "--help"):
         sys.stdout.write(_help())
         return 0 if given else 2
@@ -130,6 +133,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         _check_launch()
+        given[0] = _OLD_NAMES.get(given[0], given[0])
         if given[0] not in COMMANDS:
             raise _unknown_command(given)
         code = import_module(COMMANDS[given[0]][0]).main(given[1:])
@@ -219,8 +223,9 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "expunge COMMAND --help tells a command's options; --config FILE reads them from YAML;",
-            "--debug shows tracebacks, which may quote rows; expunge --version.",
+            "expunge COMMAND --help tells a command's options, --help-all all of them.",
+            "Every command takes --config FILE (options from YAML), --quiet (no progress) and",
+            "--debug (tracebacks, which may quote rows). expunge --version.",
             "",
         ]
     )

@@ -11,21 +11,42 @@ import dataclasses
 import difflib
 import io
 import itertools
+import json
 import math
 import os
 import re
 import stat
-import typing
+import sys
+import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from expunge.cli.help import HELP, Option, all_options, help_of
 from expunge.errors import InputError
-from expunge.terminal import own_stdout
 
 Command = TypeVar("Command")
 _LONGEST_NAME = 255
 _FREE_TEXT = ("--subject", "--by", "--columns")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Printed:
+    """How a command prints what it found."""
+
+    json: bool = False
+    """Print JSON instead of tables and sentences."""
+
+
+def print_json(values: Any) -> None:
+    """Prints what a command found for other programs."""
+    sys.stdout.write(json.dumps(values, indent=2) + "\n")
+
+
+def taken(kind: type[Command], source: object, **others: Any) -> Command:
+    """Inputs of this kind with the values that `source` has for them; `others` stand before those."""
+    names = [field.name for field in dataclasses.fields(kind) if hasattr(source, field.name)]  # type: ignore[arg-type]
+    return kind(**{name: getattr(source, name) for name in names} | others)
 
 
 def parse(
@@ -34,21 +55,30 @@ def parse(
     prog: str,
     positional: str = "model",
     recalls: Collection[str] = (),
+    more: Sequence[Option] = (),
+    defaults: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Command:
     """Parses `arguments`; words before the first option are the values of `--<positional>`.
 
     `--config FILE` adds a YAML file's fields. Of options that neither gives, those among `recalls` are
-    what the run directory that `positional` names was made of. Raises InputError with one line for what
-    does not fit; exits for --help.
+    what the run directory that `positional` names was made of. `more` and `defaults` are for the help.
+    Raises InputError with one line for what does not fit; exits for --help and --help-all.
     """
     import tyro
 
+    if {*HELP} & {*arguments}:
+        everything = "--help-all" in arguments
+        known = {name.replace("_", "-"): f"as {positional.upper()} records" for name in recalls}
+        told = {**defaults, **known}
+        sys.stdout.write(help_of(command, positional, more, told, everything=everything))
+        raise SystemExit(0)
     arguments, config = take_option(arguments, "--config")
     check_words([*arguments, *([] if config is None else ["--config", config])])
     arguments = named(arguments, positional)
     fields = {} if config is None else yaml_fields(Path(config))
     if recalls:
-        missing = set(recalls) - given(arguments, fields)
+        named_ones = given(arguments, fields)
+        missing = {name for name in recalls if not named_ones & {name, *old_names(command, name)}}
         place = take_option(arguments, f"--{positional}")[1] or fields.get(positional)
         fields = {**(_recalled(place, missing) if place else {}), **fields}
     if fields:
@@ -57,13 +87,9 @@ def parse(
     check_words(arguments)
     captured = io.StringIO()
     try:
-        with contextlib.redirect_stderr(captured), own_stdout():
-            parsed = tyro.cli(
-                command, args=arguments, prog=prog, description=(command.__doc__ or "").strip()
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
+        with contextlib.redirect_stderr(captured):
+            parsed = tyro.cli(command, args=arguments, prog=prog)
+    except SystemExit:
         raise InputError(_one_line(captured.getvalue(), prog)) from None
     _check_numbers(parsed)
     return parsed
@@ -87,6 +113,12 @@ def given(arguments: Sequence[str], fields: Mapping[str, Any]) -> set[str]:
     words = [word[2:].partition("=")[0] for word in arguments if word.startswith("--")]
     names = {name.replace("-", "_") for name in (*words, *fields)}
     return names | {re.sub(r"(^|\.)no_", r"\1", name) for name in names}
+
+
+def old_names(command: type[Any], name: str) -> list[str]:
+    """What a field's option was called before."""
+    option = "--" + name.replace("_", "-")
+    return [a.lstrip("-") for _, o in all_options(command) if o.name == option for a in o.aliases]
 
 
 def _recalled(place: str, missing: Collection[str]) -> Mapping[str, Any]:
@@ -177,11 +209,6 @@ def take_option(arguments: Sequence[str], option: str) -> tuple[list[str], str |
     return rest, value
 
 
-def take_flag(arguments: Sequence[str], flag: str) -> tuple[list[str], bool]:
-    """Takes every `--flag` out."""
-    return [argument for argument in arguments if argument != flag], flag in arguments
-
-
 def yaml_fields(path: Path) -> dict[str, Any]:
     """The file's fields with dotted names. Raises InputError for what is no YAML mapping."""
     import yaml
@@ -240,7 +267,7 @@ def as_arguments(fields: Mapping[str, Any], source: str, command: type[Any]) -> 
 
     Raises InputError for a key that is no option, with the nearest name.
     """
-    known = set(option_names(command))
+    known = option_names(command)
     arguments = []
     for name, value in fields.items():
         key = name.replace("-", "_")
@@ -252,20 +279,11 @@ def as_arguments(fields: Mapping[str, Any], source: str, command: type[Any]) -> 
     return arguments
 
 
-def option_names(command: type[Any], prefix: str = "") -> Iterator[str]:
-    """Every option of a command by its dotted YAML name."""
-    hints = typing.get_type_hints(command, include_extras=True)
-    for field in dataclasses.fields(command):
-        marks = getattr(hints[field.name], "__metadata__", ())
-        inner = typing.get_args(hints[field.name])[0] if marks else hints[field.name]
-        renamed = [mark.name for mark in marks if getattr(mark, "name", None) is not None]
-        name = renamed[0] if renamed else field.name
-        for mark in marks:
-            yield from (alias.lstrip("-") for alias in getattr(mark, "aliases", None) or ())
-        if dataclasses.is_dataclass(inner) and isinstance(inner, type):
-            yield from option_names(inner, f"{prefix}{name}." if name else prefix)
-        else:
-            yield f"{prefix}{name}"
+def option_names(command: type[Any]) -> set[str]:
+    """Every option of a command by its dotted YAML names, old ones too."""
+    options = [option for _, option in all_options(command)]
+    names = [name for option in options for name in (option.name, *option.aliases)]
+    return {name.lstrip("-").replace("-", "_") for name in names}
 
 
 def _as_argument(name: str, value: Any) -> list[str]:

@@ -13,12 +13,12 @@ from expunge.errors import InputError
 from expunge.methods.retrain import Retrain
 from expunge.training.run import RunInputs
 
-_ABOUT = (
-    "expunge oracle BASE --retain R --output DIR\n\n"
-    "Trains BASE, the model from before the fine-tune, on the rows to keep: --method retrain of"
-    " `expunge run` and its options. Repeat the recipe of the fine-tune. DIR is what `expunge audit"
-    " --oracle` takes. --quiet shows no progress."
-)
+_ABOUT = """
+expunge oracle BASE --retain R --output DIR
+
+Trains BASE, the model from before the fine-tune, on the rows to keep: --method retrain of `expunge run`
+and its options. Repeat the recipe of the fine-tune. DIR is what `expunge audit --oracle` takes.
+"""
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from expunge.cli.options import take_flag, take_option
+from expunge.audits.inputs import planned, read_sets, requests_of
+from expunge.cli.inputs import audit_of
+from expunge.cli.options import Printed, print_json
 from expunge.cli.run import parsed
 from expunge.errors import InputError
-from expunge.methods.base import Method
 from expunge.models.loading import (
     resolve_device,
     resolve_dtype,
@@ -38,55 +37,58 @@ if TYPE_CHECKING:
     from expunge.audits.memory import PlannedAudit
     from expunge.models.loading import CheckedModel
 
-_ABOUT = (
-    "expunge plan MODEL --forget F --retain R [--on GPU] [--method M] [--audit] [--json]\n\n"
-    "Takes the options of `expunge run` and prints what that run would take: memory by part and"
-    " phase, disk, steps, and whether it fits. Rows are read and checked; no weights are read and"
-    " nothing is written.\n\n"
-    f"--on names a GPU ({', '.join(GPUS)}) or a size such as 24GB; without it, it is this machine."
-    " --sharded N plans for each of N processes that share the weights (FSDP2). --audit adds what an"
-    " audit of the result takes at its default budget, with MODEL as --original. --json prints JSON, in"
-    " bytes."
-)
+_ABOUT = f"""
+expunge plan MODEL --forget F --retain R [--on GPU] [--method M] [--audit]
+
+Takes the options of `expunge run` and prints what that run would take: memory by part and phase, disk,
+steps, and whether it fits. No weights are read and nothing is written. GPUs that --on knows:
+{", ".join(GPUS)}.
+
+Examples:
+  expunge plan model --forget forget.jsonl --retain retain.jsonl
+  expunge plan model --forget f.csv --retain r.csv --on h100-80 --audit
+  expunge plan model --forget f.csv --retain r.csv --on 24GB --method libu
+"""
 
 
 @dataclass(frozen=True)
-class PlanInputs(RunInputs):
+class PlanInputs(Printed, RunInputs):
     """Those of a run; it need not say where the result goes."""
 
     output: str = ""
-    """The run directory that would be written; where given, it is checked as `run` checks it."""
+    """The run directory that would be written. If given, it is checked as `run` checks it."""
+    on: str | None = None
+    """Plan for this GPU, or for so much memory such as 24GB; null: this machine."""
+    sharded: int = 1
+    """Plan for each of so many processes that share the weights (FSDP2)."""
+    audit: bool = False
+    """Plan an audit of the result too, at its default budget."""
+
+    def __post_init__(self) -> None:
+        if self.sharded < 1:
+            raise InputError(f"--sharded {self.sharded}: give a number of processes, such as 8")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parses, checks, computes, prints."""
-    arguments, _ = take_flag(list(arguments), "--quiet")
-    arguments, as_json = take_flag(arguments, "--json")
-    arguments, audits = take_flag(arguments, "--audit")
-    arguments, on = take_option(arguments, "--on")
-    arguments, sharded = take_option(arguments, "--sharded")
-    shards = _processes(sharded)
     settings, _ = parsed(arguments, "expunge plan", PlanInputs, _ABOUT)
-    inputs = cast("PlanInputs", settings.inputs)
-    device = inputs.device
+    inputs, training = settings.inputs, settings.training
+    on, device = inputs.on, inputs.device
     # A GPU that is planned for need not be in this machine.
     budget = budget_of(on, device, "cpu" if on is not None else resolve_device(device))
     checked, _, prepared = check_run(
-        inputs,
-        cast("Method", settings.settings),
-        cast("TrainingOptions", settings.training),
-        writes=bool(inputs.output),
+        inputs, settings.settings, training, writes=bool(inputs.output)
     )
     if on is None:
         told = said_of_dtype(checked, inputs.dtype, budget.device_type)
         prepared = replace(prepared, warnings=[*prepared.warnings, *told])
     changed = prepared.changed(checked)
-    given = changed, prepared, resolve_dtype(changed, inputs.dtype), budget, shards
+    given = changed, prepared, resolve_dtype(changed, inputs.dtype), budget, inputs.sharded
     found, exact = plan(*given), retraining(*given)
     others = iter(()) if found.fits else alternatives(*given)
-    audit = _audit(inputs, settings.training, checked, budget) if audits else None
-    if as_json:
-        sys.stdout.write(json.dumps(_json(found, others, exact, audit), indent=2) + "\n")
+    audit = _audit(inputs, training, checked, budget) if inputs.audit else None
+    if inputs.json:
+        print_json(_json(found, others, exact, audit))
     else:
         show(found, others, exact)
         if audit is not None:
@@ -98,32 +100,13 @@ def _audit(
     inputs: PlanInputs, training: TrainingOptions, checked: CheckedModel, budget: Budget
 ) -> PlannedAudit:
     """What an audit of the result takes: its tensors are as large as the target's."""
-    from expunge.audits.inputs import AuditInputs, planned, read_sets, requests_of
-
     if inputs.retain is None:
         raise InputError("--audit: attacks compare with rows that were to stay; give --retain")
-    given = AuditInputs(
-        model=inputs.model,
-        original=inputs.model,
-        forget=inputs.forget,
-        retain=inputs.retain,
-        nonmembers=inputs.nonmembers,
-        columns=inputs.columns,
-        joiner=inputs.joiner,
-    )
-    policies = text_policies(checked, training.chat_template, training.long_rows)
+    given = audit_of(inputs, training)
+    policies = text_policies(checked, given.chat_template, given.long_rows)
     requests = requests_of(given, read_sets(given, {}), {"target": checked}, policies)
     dtype = resolve_dtype(checked, given.dtype)
     return planned(given, requests, checked, policies[-1], dtype, budget.device_type, budget.bytes)
-
-
-def _processes(shards: str | None) -> int:
-    """How many processes share the weights. Raises InputError."""
-    if shards is None:
-        return 1
-    if not shards.isdecimal() or int(shards) < 1:
-        raise InputError(f"--sharded {shards}: give a number of processes, such as 8")
-    return int(shards)
 
 
 def _json(

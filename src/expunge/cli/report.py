@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from expunge.cli.options import parse, take_flag
+from expunge.cli.options import parse
 from expunge.reporting.material import ReportInputs
 from expunge.reporting.report import DATA, MARKDOWN, PAGE, write_report
-from expunge.terminal import plain_console
+from expunge.terminal import plain_console, quiet
 
 
 @dataclass(frozen=True)
@@ -18,16 +18,15 @@ class Report(ReportInputs):
 
     Writes what a run did, what it reached and what nobody measured: report.html (one page, needs no
     network), report.md and report.json, and a section in the README.md of RUN. No text of a row is in
-    them unless --reveal --forget F says so. --quiet prints nothing.
+    them unless --reveal --forget F says so.
     """
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parses, writes, says where."""
-    arguments, quiet = take_flag(list(arguments), "--quiet")
     settings = parse(Report, arguments, "expunge report", "run", ("subject",))
     report = write_report(settings)
-    if quiet:
+    if quiet.get():
         return 0
     console = plain_console(soft_wrap=True)
     summary = report["summary"]

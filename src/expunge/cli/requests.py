@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from expunge.cli.options import parse, take_flag
+from expunge.cli.help import HELP
+from expunge.cli.options import Printed, parse, print_json
 from expunge.errors import InputError
 from expunge.ledger.bundles import BundleInputs, Checked, check_bundle, export
 from expunge.ledger.dates import today
@@ -40,36 +40,30 @@ expunge requests SUBCOMMAND --help tells its options.
 _SERVE = (
     "expunge requests serve MODEL --ledger FILE --output OUT [--retain R] [--method M] [--resume]\n\n"
     "Serves all open requests with one run and takes the options of `expunge run`. The requests are"
-    " marked served once the run is complete. --quiet shows no progress."
+    " marked served once the run is complete."
 )
 _VERIFY = (
     "expunge requests verify MODEL --ledger FILE --output DIR [--original TARGET] [--retain R]\n\n"
     "Audits every request that was served on the model as it is today, as `expunge audit` does, and"
-    " records a verdict for each. --quiet shows no progress."
+    " records a verdict for each."
 )
 
 
 @dataclass(frozen=True)
-class Add(NewRequest, LedgerPlace):
+class Add(Printed, NewRequest, LedgerPlace):
     """expunge requests add --ledger FILE --forget F [--retain R] [--subject REF] [--due 30d]
 
     Checks the rows and records them by id and keyed hash; a missing ledger is made. The rows stay
     where they are: keep the file until the request is served and verified.
     """
 
-    json: bool = False
-    """Print JSON instead of a sentence."""
-
 
 @dataclass(frozen=True)
-class List(LedgerPlace):
-    """expunge requests list --ledger FILE [--json]
+class List(Printed, LedgerPlace):
+    """expunge requests list --ledger FILE
 
     Prints every request with its state. Overdue: its last day has passed and it is open or failed.
     """
-
-    json: bool = False
-    """Print JSON instead of the table."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +85,11 @@ class Numbered:
 
 
 @dataclass(frozen=True)
-class Show(Numbered):
-    """expunge requests show ID --ledger FILE [--json]
+class Show(Printed, Numbered):
+    """expunge requests show ID --ledger FILE
 
     Prints a request's record: its history, the ids of its rows, the runs that served it, every verdict.
     """
-
-    json: bool = False
-    """Print JSON instead of the table."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +134,7 @@ class Export(BundleInputs, Numbered):
 
 
 @dataclass(frozen=True)
-class VerifyBundle:
+class VerifyBundle(Printed):
     """expunge requests verify-bundle BUNDLE.zip [--public-key public.pem]
 
     Checks that every file of a bundle is what was signed, and that record, manifest and audit belong
@@ -154,14 +145,12 @@ class VerifyBundle:
     """The bundle."""
     public_key: str | None = None
     """The signer's Ed25519 public key (PEM); without it only the bundle's own is checked."""
-    json: bool = False
-    """Print JSON instead of sentences."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Finds the subcommand."""
     arguments = list(arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in HELP:
         width = max(map(len, SUBCOMMANDS))
         lines = [f"  {name.ljust(width)}  {text}" for name, (_, text) in SUBCOMMANDS.items()]
         sys.stdout.write(_ABOUT.format(lines="\n".join(lines)))
@@ -170,16 +159,15 @@ def main(arguments: Sequence[str]) -> int:
         near = difflib.get_close_matches(arguments[0], SUBCOMMANDS, n=1, cutoff=0.5)
         mend = f"did you mean {near[0]}?" if near else f"choose from {', '.join(SUBCOMMANDS)}"
         raise InputError(f"requests: unknown subcommand {arguments[0]!r}; {mend}")
-    rest, quiet = take_flag(arguments[1:], "--quiet")
-    return SUBCOMMANDS[arguments[0]][0](rest, quiet)
+    return SUBCOMMANDS[arguments[0]][0](arguments[1:])
 
 
-def _add(arguments: list[str], _quiet: bool) -> int:
+def _add(arguments: list[str]) -> int:
     settings = parse(Add, arguments, "expunge requests add", "forget")
     added = add(settings, settings)
     request = added.request
     if settings.json:
-        _write(request.to_json(today()) | {"also_in": added.known})
+        print_json(request.to_json(today()) | {"also_in": added.known})
         return 0
     due = "" if request.due is None else f", due {request.due}"
     sys.stdout.write(
@@ -191,12 +179,12 @@ def _add(arguments: list[str], _quiet: bool) -> int:
     return 0
 
 
-def _list(arguments: list[str], _quiet: bool) -> int:
+def _list(arguments: list[str]) -> int:
     settings = parse(List, arguments, "expunge requests list", "ledger")
     with open_ledger(settings) as ledger:
         requests = read_requests(ledger)
     if settings.json:
-        _write([request.to_json(today()) for request in requests])
+        print_json([request.to_json(today()) for request in requests])
     elif requests:
         _print(_table(requests))
     else:
@@ -204,7 +192,7 @@ def _list(arguments: list[str], _quiet: bool) -> int:
     return 0
 
 
-def _show(arguments: list[str], _quiet: bool) -> int:
+def _show(arguments: list[str]) -> int:
     settings = parse(Show, arguments, "expunge requests show", "id")
     with open_ledger(settings.place()) as ledger, ledger.reading():
         request = read_request(ledger, settings.id)
@@ -215,37 +203,37 @@ def _show(arguments: list[str], _quiet: bool) -> int:
             "events": [asdict(event) for event in read_events(ledger, request.id)],
         }
     if settings.json:
-        _write(record)
+        print_json(record)
     else:
         _print(_table([request]), *_story(record))
     return 0
 
 
-def _update(arguments: list[str], _quiet: bool) -> int:
+def _update(arguments: list[str]) -> int:
     settings = parse(Update, arguments, "expunge requests update", "id")
     given = {"forget": settings.forget, "retain": settings.retain, "due": settings.due}
     return _say(update(settings.place(), settings.id, **given), "recorded")
 
 
-def _withdraw(arguments: list[str], _quiet: bool) -> int:
+def _withdraw(arguments: list[str]) -> int:
     settings = parse(Withdraw, arguments, "expunge requests withdraw", "id")
     return _say(withdraw(settings.place(), settings.id), "withdrawn")
 
 
-def _reopen(arguments: list[str], _quiet: bool) -> int:
+def _reopen(arguments: list[str]) -> int:
     settings = parse(Reopen, arguments, "expunge requests reopen", "id")
     return _say(reopen(settings.place(), settings.id), "open again")
 
 
-def _serve(arguments: list[str], quiet: bool) -> int:
+def _serve(arguments: list[str]) -> int:
     # A run's options and all that they bring are needed here only.
     from expunge.cli.console import progress_on_stderr
     from expunge.cli.run import parsed
     from expunge.ledger.serving import ServeInputs, serve
 
     settings, preset = parsed(arguments, "expunge requests serve", ServeInputs, _SERVE)
-    inputs = cast("ServeInputs", settings.inputs)
-    with progress_on_stderr(quiet=quiet) as progress:
+    inputs = settings.inputs
+    with progress_on_stderr() as progress:
         served = serve(inputs, settings.settings, settings.training, progress, preset)
         if served is None:
             progress.message(f"{inputs.ledger}: no open requests; nothing to serve")
@@ -260,21 +248,19 @@ def _serve(arguments: list[str], quiet: bool) -> int:
     return 0
 
 
-def _verify(arguments: list[str], quiet: bool) -> int:
+def _verify(arguments: list[str]) -> int:
     from expunge.cli.console import progress_on_stderr
     from expunge.ledger.verifying import VerifyInputs, verify
 
     @dataclass(frozen=True)
-    class Verify(VerifyInputs):
-        json: bool = False
-        """Print JSON instead of sentences."""
+    class Verify(Printed, VerifyInputs):
+        __doc__ = _VERIFY
 
-    Verify.__doc__ = _VERIFY
     settings = parse(Verify, arguments, "expunge requests verify")
-    with progress_on_stderr(quiet=quiet) as progress:
+    with progress_on_stderr() as progress:
         verified = verify(settings, progress)
     if settings.json:
-        _write([asdict(each) for each in verified])
+        print_json([asdict(each) for each in verified])
     elif verified:
         _print(
             *(
@@ -288,7 +274,7 @@ def _verify(arguments: list[str], quiet: bool) -> int:
     return 0
 
 
-def _export(arguments: list[str], _quiet: bool) -> int:
+def _export(arguments: list[str]) -> int:
     settings = parse(Export, arguments, "expunge requests export", "id")
     bundle = export(settings.place(), settings.id, settings)
     signed = "signed" if bundle.signed_by else "not signed; --key signs it"
@@ -300,17 +286,17 @@ def _export(arguments: list[str], _quiet: bool) -> int:
     return 0
 
 
-def _verify_bundle(arguments: list[str], _quiet: bool) -> int:
+def _verify_bundle(arguments: list[str]) -> int:
     settings = parse(VerifyBundle, arguments, "expunge requests verify-bundle", "bundle")
     checked = check_bundle(settings.bundle, settings.public_key)
     if settings.json:
-        _write(asdict(checked))
+        print_json(asdict(checked))
     else:
         _print(*_said(checked, settings.bundle))
     return 0
 
 
-SUBCOMMANDS: Mapping[str, tuple[Callable[[list[str], bool], int], str]] = {
+SUBCOMMANDS: Mapping[str, tuple[Callable[[list[str]], int], str]] = {
     "add": (_add, "record a request; a missing ledger is made"),
     "list": (_list, "every request with its state, overdue ones marked"),
     "show": (_show, "one request's record"),
@@ -395,7 +381,3 @@ def _print(*parts: Any) -> None:
     console = table_console()
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))
-
-
-def _write(values: Any) -> None:
-    sys.stdout.write(json.dumps(values, indent=2) + "\n")

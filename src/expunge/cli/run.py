@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import make_dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Generic, TypeVar, cast
 
 import tyro
 
 from expunge.cli.console import progress_on_stderr
+from expunge.cli.help import Option
 from expunge.cli.options import (
     as_arguments,
     check_words,
     named,
     parse,
-    take_flag,
     take_option,
     yaml_fields,
 )
@@ -30,10 +30,17 @@ from expunge.training.run import RunInputs, run
 from expunge.training.sources import remember, remembered, sources_of
 
 DEFAULT_METHOD = "spectral"
-_ABOUT = (
-    "expunge run MODEL --forget F --retain R --output OUT [--method M] [--preset P]\n\n"
-    "Unlearns rows from a model and writes the result as a model directory. --quiet shows no progress."
-)
+Inputs = TypeVar("Inputs")
+_ABOUT = """
+expunge run MODEL --forget F --retain R --output OUT [--method M]
+
+Unlearns rows from a model and writes the result as a model directory.
+
+Examples:
+  expunge run model --forget forget.jsonl --retain retain.jsonl --output out
+  expunge run model --config run.yaml --output out --time-limit 1h --resume
+  expunge run model --forget f.csv --retain r.csv --output out --method libu
+"""
 
 
 def main(
@@ -44,20 +51,13 @@ def main(
     default: str = DEFAULT_METHOD,
 ) -> int:
     """Parses, runs, says where the result is; as `prog` another command does the same."""
-    arguments, quiet = take_flag(list(arguments), "--quiet")
     settings, preset = parsed(arguments, prog, inputs, about, default=default)
     if inputs is not RunInputs and settings.settings.name != default:
         raise InputError(f"--method {settings.settings.name}: {prog} takes {default}; leave it out")
     if not settings.inputs.forget and settings.training.validate_every:
         raise InputError("--validate-every: needs rows to measure; give --forget, or leave it out")
-    with progress_on_stderr(quiet=quiet) as progress:
-        manifest = run(
-            cast("RunInputs", settings.inputs),
-            cast("Method", settings.settings),
-            cast("TrainingOptions", settings.training),
-            progress,
-            preset,
-        )
+    with progress_on_stderr() as progress:
+        manifest = run(settings.inputs, settings.settings, settings.training, progress, preset)
         if manifest["status"] == "complete":
             selection = manifest["selection"]
             progress.message(
@@ -80,15 +80,25 @@ def _remember(inputs: RunInputs, progress: Progress) -> None:
         progress.message(f"{explained(error)}; later commands have to be told all paths again")
 
 
+@dataclass(frozen=True)
+class Settings(Generic[Inputs]):
+    """The options of a run."""
+
+    inputs: Inputs
+    training: TrainingOptions
+    settings: Method
+    """The method's own."""
+
+
 def parsed(
     arguments: Sequence[str],
     prog: str,
-    inputs: type[Any],
+    inputs: type[Inputs],
     about: str,
     read: Callable[[Path], Mapping[str, Any]] = yaml_fields,
     default: str = DEFAULT_METHOD,
-) -> tuple[Any, str | None]:
-    """The options of a run, as `inputs`, `training` and `settings` of the method, and its preset.
+) -> tuple[Settings[Inputs], str | None]:
+    """The options of a run, and its preset.
 
     `about` opens the help; `read` gives the fields of a YAML file; `default` is the method where none is
     named. Raises InputError.
@@ -105,7 +115,35 @@ def parsed(
     command = _command(method, inputs, about)
     defaults = [] if preset is None else _preset_arguments(method, str(preset), command)
     defaults += as_arguments(fields, str(config), command)
-    return parse(command, [*defaults, *named(arguments, "model")], prog), preset
+    words = [*defaults, *named(arguments, "model")]
+    told = _method_options(method), _defaults(method)
+    return cast("Settings[Inputs]", parse(command, words, prog, "model", (), *told)), preset
+
+
+def _method_options(method: Any) -> tuple[Option, ...]:
+    """Those that are taken out before the others are known."""
+    about = (
+        f"{len(METHODS)} of them; --help-all names them. It decides which --method.* there are:"
+        f" {', '.join(METHODS)}. What adaptive-rmu hides comes back by tuning: take it only if memory"
+        " asks for it (docs/audits.md)."
+    )
+    presets = ", ".join(method.presets) or "none"
+    return (
+        Option("--method", "method", method.name, about),
+        Option("--preset", "preset", "null", f"Published settings, for {method.name}: {presets}."),
+    )
+
+
+def _defaults(method: Any) -> dict[str, str]:
+    """What the method puts in the place of null."""
+    of = method.defaults
+    return {
+        "epochs": f"{of.epochs}" + f" or {of.least_steps} steps" * (of.least_steps > 1),
+        "batch-size": str(of.batch_size),
+        "learning-rate": f"{of.learning_rate:g} x 256 / hidden size"
+        + (f" x min(1, {of.depth} / layers)" if of.depth else ""),
+        "schedule": of.schedule,
+    }
 
 
 def _method_class(name: str) -> Any:
@@ -137,17 +175,5 @@ def _command(method: Any, inputs: type[Any], about: str) -> type[Any]:
             ("settings", Annotated[method, tyro.conf.arg(name="method")]),
         ],
     )
-    defaults = method.defaults
-    by_depth = f" x min(1, {defaults.depth} / layers)" if defaults.depth else ""
-    least = f" or {defaults.least_steps} steps" if defaults.least_steps > 1 else ""
-    command.__doc__ = (
-        f"{about}\n\n"
-        f"--method M is one of {', '.join(METHODS)} (here {method.name}) and decides which"
-        " --method.* options there are. What adaptive-rmu hides comes back by tuning: take it where"
-        " memory asks for it (docs/audits.md). --preset P takes published settings (here "
-        f"{', '.join(method.presets) or 'none'}). --config FILE reads options from YAML; flags"
-        " override them.\n\n"
-        f"Defaults of {method.name}: {defaults.epochs} epochs{least}, batch size {defaults.batch_size},"
-        f" learning rate {defaults.learning_rate:g} x 256 / hidden size{by_depth}."
-    )
+    command.__doc__ = about
     return command

@@ -2,53 +2,55 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from expunge.cli.console import progress_on_stderr
-from expunge.cli.options import take_flag, yaml_fields
+from expunge.cli.options import Printed, print_json, yaml_fields
 from expunge.cli.run import parsed
 from expunge.disk import deliver
 from expunge.errors import InputError
-from expunge.methods.base import Method
 from expunge.reporting.sweep import PAGE, page, print_sweep
 from expunge.search.inputs import SweepInputs
-from expunge.training.options import TrainingOptions
 
-_ABOUT = (
-    "expunge sweep MODEL --forget F --retain R --output DIR --method M --trials N"
-    " --search method.alpha=log:5:100 learning_rate=log:1e-3:1e-2 schedule=choice:constant,cosine\n\n"
-    "Searches over options of a run: each trial is a run and its scorecard. Takes every option of"
-    " `expunge run` as a fixed setting. The same command goes on with an unfinished sweep; several at"
-    " once share it. Prints a table, or JSON with --json. --quiet shows no progress."
-)
+_ABOUT = """
+expunge sweep MODEL --forget F --retain R --output DIR --search NAME=RANGE ...
+
+Searches over options of a run: each trial is a run and its scorecard. Takes every option of
+`expunge run` as a fixed setting. The same command goes on with an unfinished sweep; several at once
+share it.
+
+Examples:
+  expunge sweep model --forget f.jsonl --retain r.jsonl --output dir --trials 30
+      --search learning_rate=log:1e-3:1e-2 schedule=choice:constant,cosine
+  expunge sweep model --forget f.jsonl --retain r.jsonl --output dir
+      --method rmu --search method.alpha=log:5:100
+  expunge sweep model --config sweep.yaml --output dir
+"""
+
+
+@dataclass(frozen=True)
+class Sweep(Printed, SweepInputs):
+    """Those of a sweep, and what is printed."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parses, searches, writes the figures, prints."""
-    arguments, quiet = take_flag(list(arguments), "--quiet")
-    arguments, as_json = take_flag(arguments, "--json")
-    settings, _ = parsed(arguments, "expunge sweep", SweepInputs, _ABOUT, with_search)
-    inputs = cast("SweepInputs", settings.inputs)
+    settings, _ = parsed(arguments, "expunge sweep", Sweep, _ABOUT, with_search)
     from expunge.search.sweep import sweep  # which says so if Optuna is missing; --help needs none
 
+    inputs = settings.inputs
     _check_not_fixed(inputs, arguments)
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with progress_on_stderr(quiet=quiet) as progress:
-        result = sweep(
-            inputs,
-            cast("Method", settings.settings),
-            cast("TrainingOptions", settings.training),
-            progress,
-        )
+    with progress_on_stderr() as progress:
+        result = sweep(inputs, settings.settings, settings.training, progress)
     deliver({Path(inputs.output) / PAGE: page(result, inputs.output)})
-    if as_json:
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    if inputs.json:
+        print_json(result)
     else:
         print_sweep(result, inputs.output)
     return 0

@@ -93,12 +93,12 @@ class Reading:
     """How the columns of row files become rows."""
 
     columns: str | None = None
-    """Columns of the row files, where they are of no known form or not all are meant, such as
-    prompt=instruction+input,output=output or text=body; also id, task, kind and document. For one set
-    alone: retain.prompt=question,retain.output=answer."""
+    """Columns to read, such as text=body; null: those of known forms. Others:
+    prompt=instruction+input,output=output; also id, task, kind and document. For one set alone:
+    retain.prompt=question,retain.output=answer."""
     joiner: str = " "
-    """What stands between input and output in the training text, \\n for a line break; words in it,
-    such as \\nAnswer:, belong to the prompt."""
+    """What stands between input and output in the training text. \\n is a line break. Words in it, such
+    as \\nAnswer:, belong to the prompt."""
 
     @staticmethod
     def recorded(values: Mapping[str, Any]) -> Reading:
@@ -123,6 +123,16 @@ class Reading:
                 for name, digest in sha256.items()
             }
         return RowSet(rows, source, sha256, read)
+
+    def read_sets(self, *names: str) -> dict[str, RowSet]:
+        """Rows by the fields that name their sources; those of a field that names none are left out."""
+        roles: dict[str, Role] = {"forget": "forget", "members": "forget", "retain": "retain"}
+        sources = {name: getattr(self, name) for name in names}
+        return {
+            name: self.read(source, roles.get(name, "nonmembers"))
+            for name, source in sources.items()
+            if source
+        }
 
 
 def read_rows(source: str, role: Role) -> RowSet:

@@ -37,34 +37,34 @@ class MeasureInputs(Reading):
     """What is measured, on which rows, and where the scores go."""
 
     model: str
-    """The model to measure: a directory, or a hub id."""
+    """The model to measure: directory or hub id."""
     forget: str
     """Rows that were to be removed."""
     retain: str | None = None
-    """Rows that were to stay; without them there is no task aggregate."""
+    """Rows that were to stay. Without them there is no task aggregate."""
     members: str | None = None
     """Text that the target was trained on, for membership inference; null: the forget set's."""
     nonmembers: str | None = None
-    """Never-seen text of the forget set's kind, for membership inference."""
+    """Non-members of the forget set's kind. Membership inference needs them."""
     mmlu: str | None = None
-    """Directory in MMLU's format: test/<subject>_test.csv, dev/<subject>_dev.csv."""
+    """Directory in MMLU's format, for utility. Files test/<subject>_test.csv, dev/<subject>_dev.csv."""
     mmlu_shots: int = 0
     """Solved examples from dev/ before each question."""
     output: str | None = None
     """Write scores.json here."""
     records: str | None = None
-    """Write one JSON line a row here: id, split, task, kind, score, runs_on."""
+    """Write one JSON line a row here. It has id, split, task, kind, score, runs_on."""
     reveal: bool = False
-    """Add what was generated to the records; it can hold forgotten text."""
+    """Add what was generated to the records. It can hold forgotten text."""
     batch_size: int = 64
     """Rows a batch; it changes the speed, never a score."""
     dtype: AnyDtype = "auto"
-    """Dtype that the model is loaded and run in; auto: the one of its files, float32 for float16."""
+    """Dtype that the model runs in. auto: the one of its files, float32 for float16."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     chat_template: Template = "auto"
-    """Render prompts with the tokenizer's chat template; auto: as the run that made the model recorded,
-    else where the model answers a sample of the rows better with it."""
+    """Render prompts with the chat template. auto: as the run that made the model recorded, else if the
+    model answers a sample of the rows better with it."""
     long_rows: LongRows = "refuse"
     """Refuse rows longer than the context, or score them in windows."""
     trust_remote_code: bool = False
@@ -164,13 +164,9 @@ def read_material(
     inputs: MeasureInputs, checked: CheckedModel, policies: Sequence[TextPolicy]
 ) -> Material:
     """Reads it, and checks that it fits the model in each form. Raises InputError."""
-    forget = inputs.read(inputs.forget, "forget")
-    retain = None if inputs.retain is None else inputs.read(inputs.retain, "retain")
-    nonmembers = members = None
-    if inputs.nonmembers is not None:
-        nonmembers = inputs.read(inputs.nonmembers, "nonmembers")
-    if inputs.members is not None:
-        members = inputs.read(inputs.members, "forget")
+    sets = inputs.read_sets("forget", "retain", "nonmembers", "members")
+    forget, retain = sets["forget"], sets.get("retain")
+    nonmembers, members = sets.get("nonmembers"), sets.get("members")
     questions, examples = None, None
     if inputs.mmlu is not None:
         questions, examples = read_questions(Path(inputs.mmlu), inputs.mmlu_shots)

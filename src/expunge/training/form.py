@@ -63,21 +63,27 @@ def resolved_form(
 
 
 def unknown(prepared: Prepared, rows: int, known: float, accuracy: float) -> list[str]:
-    """A warning of forget rows that the target does not know in the form given.
+    """What is said of forget rows that the target does not know in the form given.
 
-    `known` is the share of `rows` that it does. Raises RefusedRun where it knows none, unless the
-    options go on.
+    `known` is the share of `rows` that it does. Another model or form is asked for if that is less than
+    half. Raises RefusedRun where it knows none, unless the options go on.
     """
     missing = rows - round(known * rows)
     if not missing:
         return []
+    mend = _mend(prepared) if knows_few(known) else f"it knows the other {rows - missing}"
     told = (
         f"the target does not know {missing} of {rows} forget rows measured, in the form given"
-        f" (forget accuracy {accuracy:.2f}); {_mend(prepared)}"
+        f" (forget accuracy {accuracy:.2f}); {mend}"
     )
     if missing == rows and prepared.options.unknown_rows == "refuse":
         raise RefusedRun(f"--forget: {told}, or go on with --unknown-rows unlearn")
     return [told]
+
+
+def knows_few(known: float) -> bool:
+    """Whether so few forget rows are known that model or form may be the wrong one."""
+    return known < 0.5
 
 
 def _mend(prepared: Prepared) -> str:

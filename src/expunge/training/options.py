@@ -33,14 +33,14 @@ class TrainingOptions:
     epochs: int | None = None
     """Passes over the forget set."""
     max_steps: int | None = None
-    """Stop after this many steps, whatever the epochs say."""
+    """Stop after so many steps, whatever the epochs say."""
     batch_size: int | None = None
     """Rows a step and side."""
     learning_rate: float | None = None
-    """Learning rate; the default is the method's at width 256, scaled by 256 / width, and for
-    spectral by 8 / layers where there are more."""
+    """Step size. The default is the method's at width 256, scaled by 256 / width, and for spectral by
+    8 / layers if there are more."""
     schedule: Schedule | None = None
-    """Course of the learning rate over the run: constant, a cosine down to 0, or constant and then down
+    """Course of the learning rate over the run. Constant, a cosine down to 0, or constant and then down
     to 0 in the last 40% of the steps (trapezoid)."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm. It does nothing for spectral and libu, which step inside the
@@ -48,7 +48,7 @@ class TrainingOptions:
     seed: int = 0
     """Seed of every random draw."""
     time_limit: str | None = None
-    """Stop in time for this limit, for example 90s, 20m or 1h; the best checkpoint is kept."""
+    """Stop in time for this limit: 90s, 20m, 1h. The best checkpoint is kept."""
     validation_fraction: float | None = None
     """Share of the retain rows that is kept out of training, 32 rows at most; candidates are measured
     on these and on rows that are trained on. Nothing holds them, so no more are kept out than needed;
@@ -57,20 +57,20 @@ class TrainingOptions:
     """Steps between two measured candidates; null: one epoch, but at least 10 and at most 16 times a
     run, and never with `--select last`. Forget rows are calibrated as often."""
     select: Select = "best"
-    """Keep the best candidate that is not destroyed, or the last state whatever it is; what only
-    candidates need is then not loaded. `--method retrain` keeps the last."""
+    """Keep the best candidate, or the last state. Best: of those that are not destroyed. Last: whatever
+    it is; what only candidates need is then not loaded. `--method retrain` keeps the last."""
     micro_batch_size: int | None = None
-    """Rows a side that run at once; null: the whole batch. It changes memory, not the result."""
+    """Rows a side that run at once; null: all of the batch. It changes memory, not the result."""
     save_every: int | None = None
     """Steps between two saved states; null: as often as costs little of the run's time."""
     cache_limit: str | None = None
-    """Most that the cache of hidden states may take on disk, for example 20GB; rows beyond are
-    computed each time. 0 caches nothing; null: no limit."""
+    """Most disk for cached hidden states: 20GB; null: no limit. Rows beyond are computed each time. 0
+    caches nothing."""
     cache_dtype: CacheDtype | None = None
     """Dtype of the cached hidden states; null: the one they are computed in."""
     chat_template: Template = "auto"
-    """Render rows with the tokenizer's chat template; auto: where the target answers a sample of the
-    rows better with it. A target that a run made is asked as that run recorded."""
+    """Render rows with the chat template. auto: if the target answers a sample of the rows better with
+    it. A target that a run made is asked as that run recorded."""
     long_rows: LongRows = "refuse"
     """Refuse rows longer than the model's context, or cut them into overlapping windows."""
     unknown_rows: Literal["refuse", "unlearn"] = "refuse"

@@ -91,31 +91,31 @@ class RunInputs(Reading):
     model: str
     """The target model: a directory, or a hub id."""
     forget: str
-    """Rows to remove: a file, a directory with forget.*, or a hub data set id."""
+    """Rows to remove: file, directory or hub id. A directory holds forget.*."""
     output: str
-    """The run directory to write: a model directory with the record of the run."""
+    """The run directory to write. It is a model directory with the record of the run."""
     retain: str | None = None
-    """Rows to keep: a file, a directory with retain.*, or a hub data set id."""
+    """Rows to keep: file, directory or hub id. A directory holds retain.*."""
     nonmembers: Annotated[
         str | None, tyro.conf.arg(name="calibration", aliases=("--nonmembers",))
     ] = None
-    """Text like the forget set's that the model never saw: forget rows are to look like it, and the
+    """Text like the forget set's that the model never saw. Forget rows are to look like it, and the
     checkpoint is chosen by it."""
     base: str | None = None
     """The model from before the fine-tune. `--method retrain` trains it on the rows to keep; with other
     methods, and no --calibration, forget rows are to look as they do to it, and as much dearer as other
     text of their kind has become."""
     dtype: RunDtype = "auto"
-    """Dtype of the frozen weights and of the products; trained tensors are float32 always. auto: the one
-    of the model's files, for float16 files float32."""
+    """Dtype of frozen weights and products. Trained tensors are float32 always. auto: the one of the
+    model's files, for float16 files float32."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     keep_adapter: bool = False
     """Also write the LoRA adapter, beside the merged model, to OUT/adapter."""
     overwrite: bool = False
-    """Replace an existing output; without --resume also discard an unfinished run."""
+    """Replace an existing output. Without --resume also discard an unfinished run."""
     resume: bool = False
-    """Go on with an unfinished run of the same settings, if there is one."""
+    """Go on with an unfinished run. Its settings must be the same; without one a run begins."""
     trust_remote_code: bool = False
     """Run code that the model's directory brings along."""
 
@@ -277,11 +277,11 @@ def check_run(
 
     Without `writes` the output is not looked at; `given` as for `run`. Raises InputError.
     """
+    names = ("forget", "retain", "nonmembers")
     if writes:
         output = Path(inputs.output)
         check_output(output, overwrite=inputs.overwrite)
-        names = ("model", "base", "forget", "retain", "nonmembers")
-        read = {name: getattr(inputs, name) for name in names}
+        read = {name: getattr(inputs, name) for name in ("model", "base", *names)}
         for place in (output, Scratch(output).root):
             check_not_read("--output", place, {**read, "influence": options.influence})
     if inputs.keep_adapter and not method.has_adapter:
@@ -295,7 +295,7 @@ def check_run(
             " of another; merge it first, or leave the option out"
         )
     base = None if inputs.base is None else check_base(inputs.base, checked)
-    sets = _read_sets(inputs) if given is None else dict(given)
+    sets = inputs.read_sets(*names) if given is None else dict(given)
     if writes:
         for rows in sets.values():
             data_fingerprint(rows)  # which the manifest will hold, and a secret may be missing
@@ -481,15 +481,6 @@ def _cut(
         if parts.streamed:
             parts = WholeModel(load_model(checked, dtype, device))
         return parts, None, str(reason)
-
-
-def _read_sets(inputs: RunInputs) -> dict[str, RowSet]:
-    sets = {"forget": inputs.read(inputs.forget, "forget")} if inputs.forget else {}
-    if inputs.retain is not None:
-        sets["retain"] = inputs.read(inputs.retain, "retain")
-    if inputs.nonmembers is not None:
-        sets["nonmembers"] = inputs.read(inputs.nonmembers, "nonmembers")
-    return sets
 
 
 def _write_artifacts(outcome: Outcome, checked: CheckedModel, scratch: Path) -> None:

@@ -78,13 +78,12 @@ def recalled(output: Path, wanted: Collection[str]) -> dict[str, Any]:
     if wanted & set(_RECORDED) and (output / MANIFEST).is_file():
         settings = read_json(output / MANIFEST)
         known |= {name: _entry(settings, *_RECORDED[name], name) for name in _RECORDED}
-    named = {"target": "original"}
     for name in wanted:
-        source = kept.get("sources", {}).get(named.get(name, name))
+        source = kept.get("sources", {}).get(name)
         if source is None:
             continue
         path = source["path"]
-        if _fingerprint(named.get(name, name), path) != source["hmac_sha256"]:
+        if _fingerprint(name, path) != source["hmac_sha256"]:
             there = "is no more" if not Path(path).exists() else "is not as it was"
             raise InputError(
                 f"--{name}: {path} {there} since {output} was made of it; give --{name} anew"

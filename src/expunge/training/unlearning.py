@@ -27,7 +27,7 @@ from expunge.models.parts import Parts, WholeModel
 from expunge.models.prefix import Prefix
 from expunge.processes import OneProcess, Processes
 from expunge.training.ending import judge
-from expunge.training.form import resolved_form, unknown
+from expunge.training.form import knows_few, resolved_form, unknown
 from expunge.training.layer_choice import resolved_layer
 from expunge.training.loop import History, Keeper, Loop, LoopOptions
 from expunge.training.options import TrainingOptions, seconds, size_in_bytes
@@ -281,9 +281,13 @@ def unlearn_prepared(
         target = None if reading is None else reading.measured
         if target is not None and target.forget_known == 1:
             progress.message("the target knows every forget row measured, in the form given")
-        for warning in [*told, *_unknown(prepared, target)]:
-            warnings.append(warning)
+        for warning in told:
             progress.message(f"warning: {warning}")
+        for unknown_rows in _unknown(prepared, target):
+            few = target is not None and knows_few(target.forget_known or 0)
+            progress.message(f"{'warning: ' * few}{unknown_rows}")
+            told.append(unknown_rows)
+        warnings += told
         prepared_at = time.monotonic()
         objective = prepared.method.start(context)
         notes |= objective.notes()

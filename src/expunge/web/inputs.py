@@ -1,4 +1,4 @@
-"""What `expunge serve` is told, and everything that can be refused before a model is loaded."""
+"""What `expunge view` is told, and everything that can be refused before a model is loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from expunge.data.chat_templates import Template, check_template, template_of
 from expunge.data.rows import RowSet
@@ -32,13 +34,13 @@ _LEAST_PASSWORD = 8
 
 
 @dataclass(frozen=True)
-class ServeInputs:
+class ViewInputs:
     """Which run is shown, with which files beside it, where and to whom."""
 
     run: str
     """The run directory: what expunge run wrote."""
-    target: str | None = None
-    """The target model where it has moved; null: the one that the run names."""
+    original: Annotated[str | None, tyro.conf.arg(aliases=("--target",))] = None
+    """The model before, if it has moved; null: the one that the run names."""
     forget: str | None = None
     """The run's forget set, to browse its rows."""
     retain: str | None = None
@@ -91,7 +93,7 @@ class ServeInputs:
 class Checked:
     """Everything that was read and found right; no weights yet."""
 
-    inputs: ServeInputs
+    inputs: ViewInputs
     material: Material
     report: Mapping[str, Any]
     """What the run's report says, as JSON holds it."""
@@ -112,16 +114,16 @@ class Checked:
         return self.material.rows
 
 
-def check(inputs: ServeInputs) -> Checked:
+def check(inputs: ViewInputs) -> Checked:
     """Reads and checks everything. Raises InputError that names the file, option and mend."""
     # Gradio draws the page, uvicorn and FastAPI come with it.
     if importlib.util.find_spec("gradio") is None:
-        raise InputError(f"serve: needs gradio, which is not installed; {install('web')}")
+        raise InputError(f"view: needs gradio, which is not installed; {install('web')}")
     try:
         Path.cwd()
     except FileNotFoundError:  # Gradio looks for files there
         raise InputError(
-            "serve: the current directory is gone; change to one that is there"
+            "view: the current directory is gone; change to one that is there"
         ) from None
     password = read_password(inputs)
     material = gather(
@@ -169,7 +171,7 @@ def check(inputs: ServeInputs) -> Checked:
     )
 
 
-def read_password(inputs: ServeInputs) -> str | None:
+def read_password(inputs: ViewInputs) -> str | None:
     """The password, or None. Raises InputError for one that is missing or too short to help."""
     password, source = os.environ.get(PASSWORD), PASSWORD
     if inputs.password_file is not None:
@@ -228,20 +230,20 @@ def listening(host: str, port: int) -> socket.socket:
     return opened
 
 
-def _models(inputs: ServeInputs, manifest: Mapping[str, Any]) -> tuple[CheckedModel, CheckedModel]:
+def _models(inputs: ViewInputs, manifest: Mapping[str, Any]) -> tuple[CheckedModel, CheckedModel]:
     """Target and unlearned model. Raises InputError where the target is not that of the run."""
     trust = inputs.trust_remote_code
     unlearned = check_model(inputs.run, trust_remote_code=trust)
-    named = inputs.target or manifest["settings"]["inputs"]["model"]
-    if inputs.target is None and (beside := Path(inputs.run).absolute().parent / named).is_dir():
+    named = inputs.original or manifest["settings"]["inputs"]["model"]
+    if inputs.original is None and (beside := Path(inputs.run).absolute().parent / named).is_dir():
         named = str(beside)
     try:
         target = check_model(named, trust_remote_code=trust)
     except InputError as error:
-        if inputs.target is not None:
+        if inputs.original is not None:
             raise
         raise InputError(
-            f"{error} (the run names it as its target; where it has moved, give --target DIR)"
+            f"{error} (the run names it as its target; where it has moved, give --original DIR)"
         ) from None
     digests = target.files.sha256()
     recorded = manifest["model_sha256"]
@@ -252,12 +254,12 @@ def _models(inputs: ServeInputs, manifest: Mapping[str, Any]) -> tuple[CheckedMo
     ]
     if other:
         raise InputError(
-            f"--target {named}: {other[0]} is not that of the run's target (its SHA-256 differs from"
+            f"--original {named}: {other[0]} is not that of the run's target (its SHA-256 differs from"
             " the one in expunge.json); name the model that the run started from"
         )
     if target.tokenizer.get_vocab() != unlearned.tokenizer.get_vocab():
         raise InputError(
-            f"--target {named}: its tokenizer is not that of {inputs.run}; name the model that the run"
+            f"--original {named}: its tokenizer is not that of {inputs.run}; name the model that the run"
             " started from"
         )
     return target, unlearned
@@ -269,7 +271,7 @@ def _text_of(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _records(
-    inputs: ServeInputs, rows: Mapping[str, RowSet]
+    inputs: ViewInputs, rows: Mapping[str, RowSet]
 ) -> tuple[Mapping[tuple[str, str], Record], Mapping[tuple[str, str], Record]]:
     given: Sequence[str] = inputs.records
     usual = Path(inputs.run) / RECORDS

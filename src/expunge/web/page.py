@@ -153,8 +153,8 @@ def said(error: Exception) -> str:
     if isinstance(error, InputError):
         return f"Not asked: {error}."
     if type(error).__name__ == "OutOfMemoryError":
-        return "Out of memory on the device; start expunge serve with --dtype bfloat16."
-    return f"Internal error ({type(error).__name__}); the terminal of expunge serve goes on."
+        return "Out of memory on the device; start expunge view with --dtype bfloat16."
+    return f"Internal error ({type(error).__name__}); the terminal of expunge view goes on."
 
 
 def build(checked: Checked, pair: Pair) -> gr.Blocks:
@@ -233,7 +233,7 @@ def _prompt_tab(desk: Desk, most: int) -> None:
 
 def _rows_tab(desk: Desk, checked: Checked) -> None:
     if not checked.rows:
-        _html(drawing.note("Start expunge serve with --forget F --retain R to browse the rows."))
+        _html(drawing.note("Start expunge view with --forget F --retain R to browse the rows."))
         return
     heads, lines = drawing.row_lines(
         {split: rows.rows for split, rows in checked.rows.items()}, checked.before, checked.after
@@ -298,7 +298,7 @@ def _compare_tab(checked: Checked) -> None:
         return
     _html(drawing.compare(checked.cards))
     if not checked.inputs.compare:
-        _html(drawing.note("Start expunge serve with --compare RUN2 ... to see other runs here."))
+        _html(drawing.note("Start expunge view with --compare RUN2 ... to see other runs here."))
 
 
 def _sides(desk: Desk, *, shown: bool = True) -> tuple[gr.HTML, gr.HTML, gr.HTML]:

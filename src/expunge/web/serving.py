@@ -12,7 +12,7 @@ from expunge.models.loading import load_model, resolve_dtype, text_policy
 from expunge.web import drawing
 from expunge.web.asking import Pair, Voice
 from expunge.web.guard import Guard
-from expunge.web.inputs import Checked, ServeInputs, check, is_loopback, listening, same_password
+from expunge.web.inputs import Checked, ViewInputs, check, is_loopback, listening, same_password
 
 if TYPE_CHECKING:
     import uvicorn
@@ -26,7 +26,7 @@ _MONO = ["ui-monospace", "SF Mono", "DejaVu Sans Mono", "monospace"]
 
 
 def serve(
-    inputs: ServeInputs,
+    inputs: ViewInputs,
     ready: Callable[[str, bool], None],
     progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
 ) -> None:
@@ -87,7 +87,7 @@ def server_of(checked: Checked, pair: Pair, temporary: str) -> uvicorn.Server:
         auth=None if checked.password is None else _door(checked.password),
         # Gradio's form sends nothing, and says nothing, while the user name is empty.
         auth_message="Fill in both fields: <strong>any</strong> user name, and the password that"
-        " expunge serve was started with.",
+        " expunge view was started with.",
         show_error=False,
         ssr_mode=False,
         enable_monitoring=False,

@@ -1,4 +1,4 @@
-"""`expunge serve`: a page with target and unlearned model side by side."""
+"""`expunge view`: a page with target and unlearned model side by side."""
 
 from __future__ import annotations
 
@@ -7,27 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from expunge.cli.console import progress_on_stderr
-from expunge.cli.options import parse, take_flag
+from expunge.cli.options import parse
 from expunge.processes import check_alone
-from expunge.web.inputs import ServeInputs
+from expunge.web.inputs import ViewInputs
 from expunge.web.serving import serve
 
 
 @dataclass(frozen=True)
-class Serve(ServeInputs):
-    """expunge serve RUN [--forget F --retain R] [--reveal] [--compare RUN2 ...] [--port P]
+class View(ViewInputs):
+    """expunge view RUN [--forget F --retain R] [--reveal] [--compare RUN2 ...] [--port P]
 
     Shows a page on this machine: both models asked side by side, with the probability of every token;
     the rows, their text masked; the report; other runs beside this one. Prints its address and runs
-    until Ctrl-C. Needs no network. --quiet shows no progress.
+    until Ctrl-C. Needs no network.
     """
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parses, checks, serves."""
-    arguments, quiet = take_flag(list(arguments), "--quiet")
-    settings = parse(Serve, arguments, "expunge serve", "run", ("target",))
-    check_alone("serve")
+    settings = parse(View, arguments, "expunge view", "run", ("original",))
+    check_alone("view")
     serving = False
 
     def ready(url: str, locked: bool) -> None:
@@ -38,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
 
     try:
-        with progress_on_stderr(quiet=quiet) as progress:
+        with progress_on_stderr() as progress:
             serve(settings, ready, progress.phase)
     except KeyboardInterrupt:
         if not serving:

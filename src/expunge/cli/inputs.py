@@ -1,0 +1,31 @@
+"""What the scores and the audit of a run are told: what the run itself was."""
+
+from __future__ import annotations
+
+from expunge.audits.inputs import AuditInputs
+from expunge.cli.options import taken
+from expunge.evaluation.measuring import MeasureInputs
+from expunge.training.options import TrainingOptions
+from expunge.training.run import RunInputs
+
+
+def scores_of(inputs: RunInputs, training: TrainingOptions) -> MeasureInputs:
+    """How a run's target is measured, and its result likewise."""
+    form = training.chat_template
+    return taken(
+        MeasureInputs, inputs, output=None, chat_template=form, long_rows=training.long_rows
+    )
+
+
+def audit_of(inputs: RunInputs, training: TrainingOptions) -> AuditInputs:
+    """How a run's result is attacked; the target stands for it. Each model runs in its own dtype."""
+    return taken(
+        AuditInputs,
+        inputs,
+        original=inputs.model,
+        output=None,
+        dtype="auto",
+        seed=training.seed,
+        chat_template=training.chat_template,
+        long_rows=training.long_rows,
+    )
