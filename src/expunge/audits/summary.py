@@ -11,8 +11,6 @@ import numpy as np
 
 from expunge.audits.base import Attack, Case, Found, ModelName, Scores
 from expunge.audits.estimates import (
-    ALPHA,
-    FEW,
     Estimate,
     Resamples,
     SideResamples,
@@ -23,15 +21,8 @@ from expunge.audits.facts import extracted
 from expunge.audits.membership import blind_scores
 from expunge.audits.verdict import Evidence
 from expunge.data.rows import Row, by_document, document_of
+from expunge.evaluation.outcomes import ALPHA, BLIND_FROM, FEW, POWER_AUC, POWER_FROM, POWER_GAP
 
-POWER_FROM = 0.5
-"""Share of the facts that an attack must extract from the target."""
-POWER_GAP = 0.2
-"""What the target must give beyond the oracle."""
-POWER_AUC = 0.7
-"""AUC that a score must reach on the target."""
-BLIND_FROM = 0.6
-"""AUC of words alone from which membership inference is no evidence, if its interval is above 0.5."""
 FPR = 0.01
 _DIGITS = 6
 

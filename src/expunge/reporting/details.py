@@ -9,10 +9,10 @@ from dataclasses import fields
 from typing import Any
 
 from expunge.errors import InputError
+from expunge.evaluation.outcomes import Measured
 from expunge.evaluation.scorecard import KIND_NAMES
 from expunge.reporting.figures import thinned
 from expunge.reporting.material import Card, Material, plain
-from expunge.training.validation import Measured
 
 TOTALS = (
     ("task_aggregate", "task aggregate", "high"),

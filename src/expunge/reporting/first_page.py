@@ -8,7 +8,8 @@ from typing import Any
 
 from expunge.data.fingerprints import same_data
 from expunge.data.rows import document_of
-from expunge.evaluation.findings import findings
+from expunge.evaluation.outcomes import of_scores
+from expunge.evaluation.sentences import remark
 from expunge.methods.catalog import METHODS
 from expunge.reporting.material import Material
 
@@ -90,9 +91,10 @@ def summary(material: Material, audit: Mapping[str, Any] | None) -> dict[str, An
     `audit` is the report's own section on the audit.
     """
     after, before = material.card("unlearned"), material.card("target")
-    scored = [] if after is None else findings(after, before)
+    found = [] if after is None else of_scores(after, before)
+    scored = [remark(finding) for finding in found]
     judgement = material.manifest["selection"].get("judgement")
-    found = {
+    told = {
         "tried": [] if audit is None else _tried(audit),
         "remains": _remains(material, audit),
         "cost": _cost(material, audit),
@@ -101,7 +103,7 @@ def summary(material: Material, audit: Mapping[str, Any] | None) -> dict[str, An
         "run_judgement": judgement,
     }
     if audit is None:
-        worst = scored[0].split(":")[0] if scored else None
+        worst = found[0].name if found else None
         if worst is None and isinstance(judgement, dict) and judgement["ending"] != "unlearned":
             worst = judgement["ending"]
         title = "Not audited" + (f"; by what was measured: {worst}" if worst else "")
@@ -114,7 +116,7 @@ def summary(material: Material, audit: Mapping[str, Any] | None) -> dict[str, An
             "weakest": None,
             "findings": [],
             "also": [],
-            **found,
+            **told,
         }
     verdict = audit["verdict"]
     title, meaning = VERDICTS[verdict["verdict"]]
@@ -127,7 +129,7 @@ def summary(material: Material, audit: Mapping[str, Any] | None) -> dict[str, An
         "weakest": audit["weakest"],
         "findings": verdict["findings"],
         "also": _also(audit),
-        **found,
+        **told,
     }
 
 
