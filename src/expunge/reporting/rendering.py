@@ -15,11 +15,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from expunge.audits.base import MODELS
 from expunge.reporting import figures
 from expunge.reporting.figures import Compared, Line, Mark, Panel
 
 ABSENT = "not measured"
-MODELS = ("target", "unlearned", "oracle")
 _BACK = ("oracle", "target", "unlearned")
 """In the order of drawing: the mark that the report is about lies above the others."""
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
