@@ -12,16 +12,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Undefined
 from markupsafe import Markup, escape
 
 from expunge.audits.base import MODELS
 from expunge.reporting import figures
 from expunge.reporting.figures import Compared, Line, Mark, Panel
+from expunge.reporting.grids import Grids, at, pairs, setting
 
 ABSENT = "not measured"
 _BACK = ("oracle", "target", "unlearned")
 """In the order of drawing: the mark that the report is about lies above the others."""
+_NO_FIGURES = {
+    **dict.fromkeys(("terms", "candidates", "layers", "sweep", "weights")),
+    "strips": [],
+    "attacks": [],
+}
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 _READINGS = (
     ("score", "score", "score"),
@@ -48,20 +54,6 @@ def card_section(report: Mapping[str, Any]) -> str:
     return re.sub(r"\n{3,}", "\n\n", _render("card.md", public, html=False)).strip() + "\n"
 
 
-def at(report: Mapping[str, Any], pointer: str) -> Any:
-    """What stands at a JSON pointer (RFC 6901). Raises KeyError or IndexError for no place."""
-    value: Any = report
-    for part in pointer.split("/")[1:]:
-        key = part.replace("~1", "/").replace("~0", "~")
-        value = value[int(key)] if isinstance(value, list) else value[key]
-    return value
-
-
-def pointer_part(name: str) -> str:
-    """A key as a part of a JSON pointer."""
-    return name.replace("~", "~0").replace("/", "~1")
-
-
 def written(value: float, form: str) -> str:
     """A number as it is shown: score, percent, count, short, seconds or bytes."""
     if form == "score":
@@ -79,22 +71,11 @@ def written(value: float, form: str) -> str:
     raise ValueError(form)
 
 
-def setting(value: Any) -> str:
-    """A setting's value in words."""
-    if value is None:
-        return "not set"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) if value else "none"
-    return str(value)
-
-
-def cell(text: object) -> str:
-    """Text from outside as one cell of a Markdown table, where it stays text."""
-    one_line = " ".join(str(text).split())
+def cell(text: object) -> Markup:
+    """Text from outside as a piece of Markdown, also in a table, where it stays text."""
+    one_line = re.sub(r"\s+", " ", str(text))
     marked = re.sub(r"([\\`*_\[\]#|~!])", r"\\\1", one_line)
-    return marked.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return Markup(marked.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
 def public_name(model: str) -> str:
@@ -102,53 +83,60 @@ def public_name(model: str) -> str:
     return Path(model).name if model.startswith(("/", ".", "~")) or "\\" in model else model
 
 
-def block(text: str) -> str:
+def block(text: str) -> Markup:
     """Text of any kind as an indented code block."""
-    return "\n".join("    " + line for line in text.splitlines() or [""])
+    return Markup("\n".join("    " + line for line in text.splitlines() or [""]))
 
 
 def _render(template: str, report: Mapping[str, Any], *, html: bool) -> str:
-    def number(pointer: str, form: str = "score") -> str:
+    def none(text: str) -> Markup:
+        return Markup(f'<span class="none">{text}</span>' if html else text)
+
+    def number(pointer: str, form: str = "score") -> Markup:
         value = at(report, pointer)
         if value is None:
-            return Markup(f'<span class="none">{ABSENT}</span>') if html else ABSENT
-        text = written(value, form)
+            return none(ABSENT)
         if not html:
-            return text
-        return Markup(f'<data value="{value!r}" data-at="{escape(pointer)}">{escape(text)}</data>')
+            return Markup(written(value, form))
+        place, text = escape(pointer), escape(written(value, form))
+        return Markup(f'<data value="{value!r}" data-at="{place}">{text}</data>')
 
-    values = {
-        "report": report,
-        "n": number,
-        "report_at": lambda pointer: at(report, pointer),
-        "models": MODELS,
-        "absent": ABSENT,
-        "setting": setting,
-        "cell": cell,
-        "block": block,
-        "public_name": public_name,
-    }
-    if html:
-        values["figures"] = drawings(report)
-        values["style"] = Markup(_environment(html=True).get_template("report.css").render())
-    return _environment(html=html).get_template(template).render(values)
+    between = Markup(' <span class="soft">({} to {})</span>' if html else " ({} to {})")
+    environment = _environment(html=html)
+    style = environment.get_template("report.css").render() if html else ""
+    return environment.get_template(template).render(
+        report=report,
+        n=number,
+        tables=Grids(report, number, none, between, wide=html),
+        figures=drawings(report) if html else _NO_FIGURES,
+        style=Markup(style),
+    )
 
 
 def templates_of(package: str, *, html: bool) -> Environment:
-    """A package's templates; in HTML what they are given is text, and what is missing is an error."""
+    """A package's templates; what they are given is text, and what is missing is an error."""
     return Environment(
         loader=PackageLoader(package),
-        autoescape=html,
+        autoescape=True,
+        finalize=None if html else _as_text,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
 
 
+def _as_text(value: Any) -> Any:
+    """For Markdown: what is not marked up by a template stays text."""
+    return value if isinstance(value, Markup | Undefined) else cell(value)
+
+
 @cache
 def _environment(*, html: bool) -> Environment:
     environment = templates_of("expunge.reporting", html=html)
-    environment.filters["pointer"] = pointer_part
+    environment.globals |= {
+        "absent": ABSENT, "setting": setting, "block": block, "public_name": public_name,
+        "pairs": pairs,
+    }  # fmt: skip
     return environment
 
 
