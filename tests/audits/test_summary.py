@@ -16,7 +16,7 @@ from expunge.audits.summary import best_of, kept_share, known_facts, summarise
 from expunge.audits.verdict import judge_audit
 from expunge.data.rows import Row
 from expunge.evaluation.outcomes import Outcome
-from expunge.evaluation.sentences import sentence
+from expunge.evaluation.sentences import audit_sentence
 
 BUDGET = Budget(None, None, None, 9, 1, 1, 1, 1, 1, None, 300)
 FACTS = [
@@ -124,7 +124,7 @@ def test_an_attack_that_tuned_with_lora_says_so_with_power_and_without() -> None
         assert summary.entry["power"]["has_power"] is (forget == 1.0)
         assert summary.entry["sentence"].startswith("Held-out relearning with LoRA: ")
         if forget == 1.0:
-            said = sentence(judge_audit(None, summary.evidence).decides)
+            said = audit_sentence(judge_audit(None, summary.evidence).decides)
             assert said.startswith("Held-out relearning with LoRA: 60%")
 
 
@@ -226,7 +226,9 @@ def test_of_few_documents_facts_are_counted_and_no_interval_stands_in(documents:
     assert one.decides.outcome == (
         "not forgotten" if documents == 1 else "partly forgotten" if few else "forgotten"
     )
-    assert (f"1 of the {len(ids)} facts that the target knows" in sentence(one.decides)) is few
+    assert (
+        f"1 of the {len(ids)} facts that the target knows" in audit_sentence(one.decides)
+    ) is few
     assert entry["sentence"].startswith(f"Direct questions: {'1 of' if few else '8%'}")
     # What the oracle gives too was guessed; of what it does not, one is enough.
     assert judged(ids[:1], ids[:1])[0].decides.outcome == "forgotten"

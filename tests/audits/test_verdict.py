@@ -7,7 +7,7 @@ import pytest
 from expunge.audits.estimates import Estimate
 from expunge.audits.verdict import Evidence, Verdict, judge_audit, worst_of
 from expunge.evaluation.outcomes import Finding, Outcome
-from expunge.evaluation.sentences import sentence
+from expunge.evaluation.sentences import audit_sentence
 
 
 def recovered(
@@ -79,16 +79,16 @@ def test_each_rule(
 ) -> None:
     found = judge_audit(kept, evidence)
     assert (found.decides.outcome, found.decides.attack) == (verdict, weakest)
-    assert sentence(found.decides)
+    assert audit_sentence(found.decides)
 
 
 def test_what_came_back_is_said_though_it_be_too_little_to_count() -> None:
     none, some = (
-        sentence(judge_audit(KEPT, [recovered(v, 0.0, 0.2)]).decides) for v in (0.0, 0.09)
+        audit_sentence(judge_audit(KEPT, [recovered(v, 0.0, 0.2)]).decides) for v in (0.0, 0.09)
     )
     assert "no attack got it back" in none
     assert "got 9% back, less than the tenth that counts" in some
-    unsure = sentence(judge_audit(KEPT, [recovered(0.1, 0.0, 0.2)]).decides)
+    unsure = audit_sentence(judge_audit(KEPT, [recovered(0.1, 0.0, 0.2)]).decides)
     assert "got 10% back, which may be chance" in unsure
     assert "no attack" not in some
     # Without an oracle 0 is the floor, and one fact is above it.
@@ -99,8 +99,8 @@ def test_what_came_back_is_said_though_it_be_too_little_to_count() -> None:
 
 @pytest.mark.parametrize("kept", [None, Estimate(0.0, 0.0, 3.4)])
 def test_a_cost_that_cannot_be_told_is_said(kept: Estimate | None) -> None:
-    assert "too few retain rows" in sentence(judge_audit(kept, [CLEAN]).decides)
-    assert "too few retain rows" not in sentence(judge_audit(KEPT, [CLEAN]).decides)
+    assert "too few retain rows" in audit_sentence(judge_audit(kept, [CLEAN]).decides)
+    assert "too few retain rows" not in audit_sentence(judge_audit(KEPT, [CLEAN]).decides)
 
 
 def test_the_gravest_comes_first_and_all_are_kept() -> None:
@@ -123,7 +123,7 @@ def test_the_gravest_comes_first_and_all_are_kept() -> None:
         ("over-unlearned", "trigger"),
     ]
     # Of two findings of the same attack the stronger is told.
-    assert "0.40" in sentence(found.findings[3])
+    assert "0.40" in audit_sentence(found.findings[3])
     assert judge_audit(KEPT, evidence).decides.attack == "relearn"
 
 
@@ -156,18 +156,20 @@ def test_of_few_documents_any_fact_that_comes_back_counts(of: int, oracle: bool)
     assert found.decides.outcome == "forgotten"
     facts = "the one fact" if of == 1 else f"any of the {of} facts"
     known = " and the oracle does not" if oracle else ""
-    assert sentence(found.decides) == f"no attack got {facts} that the target knows{known}"
+    assert audit_sentence(found.decides) == f"no attack got {facts} that the target knows{known}"
     for got in range(1, of + 1):
         found = judge_audit(KEPT, [few(0, of, "direct"), few(got, of)])
         assert found.decides.outcome == ("not forgotten" if 2 * got >= of else "partly forgotten")
-        assert f"{got} of the {of} facts" in sentence(found.decides)
+        assert f"{got} of the {of} facts" in audit_sentence(found.decides)
 
 
 def test_what_was_not_judged_is_said() -> None:
     for evidence in ([few(0, 3)], [CLEAN]):
-        assert "never-seen ones was not judged" in sentence(judge_audit(KEPT, evidence).decides)
+        assert "never-seen ones was not judged" in audit_sentence(
+            judge_audit(KEPT, evidence).decides
+        )
         judged = judge_audit(KEPT, [*evidence, membership(0.0, 0.8)])
-        assert (judged.decides.outcome, "not judged" in sentence(judged.decides)) == (
+        assert (judged.decides.outcome, "not judged" in audit_sentence(judged.decides)) == (
             "forgotten",
             False,
         )

@@ -8,7 +8,7 @@ import pytest
 
 from expunge.evaluation.outcomes import of_scores
 from expunge.evaluation.scorecard import Scorecard
-from expunge.evaluation.sentences import sentence
+from expunge.evaluation.sentences import scores_sentence
 
 
 def card(forget: float | None, retain: float | None, **totals: Any) -> Scorecard:
@@ -72,9 +72,9 @@ def test_a_target_that_does_not_know_the_rows_has_nothing_to_forget() -> None:
 
 def test_a_finding_gives_both_numbers() -> None:
     (finding,) = of_scores(card(0.88, 0.8), TARGET)
-    assert "still scores 0.88, the target 0.90" in sentence(finding)
+    assert "still scores 0.88, the target 0.90" in scores_sentence(finding)
     (finding,) = of_scores(card(0.0, 0.1), TARGET)
-    assert "0.10 is left on the retain set, the target has 0.80" in sentence(finding)
+    assert "0.10 is left on the retain set, the target has 0.80" in scores_sentence(finding)
 
 
 def test_a_target_that_only_guesses_says_nothing_about_utility() -> None:

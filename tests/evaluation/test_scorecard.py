@@ -18,7 +18,7 @@ from expunge.evaluation.generation import Written
 from expunge.evaluation.multiple_choice import Question, read_questions
 from expunge.evaluation.outcomes import of_scores
 from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
-from expunge.evaluation.sentences import remark
+from expunge.evaluation.sentences import scores_sentence
 from expunge.models.loading import check_model, load_model
 
 POLICY = TextPolicy(128)
@@ -98,7 +98,9 @@ def test_a_right_answer_without_an_end_is_a_finding(
     assert card.forget == {"default": {"regurgitation": None, "knowledge": 0.0}}
     assert [record["runs_on"] for record in card.records] == [True, False, False, True]
     found = of_scores(Scorecard.from_json(json.loads(json.dumps(card.to_json()))))
-    assert remark(found[0]).startswith("never stops: 2 of 4 forget questions got the right answer")
+    assert scores_sentence(found[0]).startswith(
+        "never stops: 2 of 4 forget questions got the right answer"
+    )
     monkeypatch.undo()
     assert not any(each.name == "never stops" for each in of_scores(measure()))
 

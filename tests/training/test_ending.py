@@ -7,7 +7,7 @@ import math
 import pytest
 
 from expunge.evaluation.outcomes import Measured, of_run
-from expunge.evaluation.sentences import sentence
+from expunge.evaluation.sentences import run_sentence
 
 TARGET = Measured(1.0, 0.05, 1.0, 0.05, 1.0)
 GUESSING = math.log(2048)
@@ -37,7 +37,7 @@ def kept(forget: float, auc: float | None, retain: float = 0.95, loss: float = 4
 def test_every_ending(measured: Measured, ending: str) -> None:
     finding = of_run(measured, TARGET, GUESSING)
     assert finding.outcome == ending
-    assert sentence(finding)
+    assert run_sentence(finding)
 
 
 def test_what_chance_gives_to_few_documents_is_no_ending() -> None:
@@ -50,5 +50,5 @@ def test_what_chance_gives_to_few_documents_is_no_ending() -> None:
 
 
 def test_the_mend_points_the_other_way() -> None:
-    assert "raise" in sentence(of_run(kept(0.05, 0.9), TARGET, GUESSING))
-    assert "lower" in sentence(of_run(kept(0.0, 0.1), TARGET, GUESSING))
+    assert "raise" in run_sentence(of_run(kept(0.05, 0.9), TARGET, GUESSING))
+    assert "lower" in run_sentence(of_run(kept(0.0, 0.1), TARGET, GUESSING))

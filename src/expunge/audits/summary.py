@@ -210,7 +210,8 @@ def _worst_tuning(entry: Mapping[str, Any]) -> str:
 def _membership(attack: Attack, models: Models, case: Case) -> Summary:
     members, others = list(case.members), list(case.nonmembers)
     resamples = SideResamples(
-        *([document_of(row) for row in side] for side in (members, others)),
+        [document_of(row) for row in members],
+        [document_of(row) for row in others],
         case.budget.resamples,
         case.seed,
     )
@@ -284,7 +285,7 @@ def _membership(attack: Attack, models: Models, case: Case) -> Summary:
             attack.name,
             f"{attack.title} by {v}",
             "membership",
-            resamples.auc_above(sides["unlearned"][v], oracle and oracle[v]),
+            resamples.auc_above(sides["unlearned"][v], None if oracle is None else oracle[v]),
             oracle is not None,
             chance=p,
         )

@@ -41,7 +41,7 @@ from expunge.evaluation.outcomes import (
     Finding,
     Outcome,
 )
-from expunge.evaluation.sentences import sentence
+from expunge.evaluation.sentences import audit_sentence
 
 GRAVITY: tuple[Outcome | None, ...] = (
     "destroyed", "not forgotten", "partly forgotten", "over-unlearned", None, "forgotten",
@@ -78,10 +78,10 @@ class Verdict:
         """As audit.json holds it, in words."""
         return {
             "verdict": self.decides.outcome,
-            "sentence": sentence(self.decides),
+            "sentence": audit_sentence(self.decides),
             "weakest": self.decides.attack,
             "findings": [
-                {"verdict": each.outcome, "attack": each.attack, "sentence": sentence(each)}
+                {"verdict": each.outcome, "attack": each.attack, "sentence": audit_sentence(each)}
                 for each in self.findings
             ],
         }

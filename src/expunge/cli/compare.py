@@ -12,7 +12,7 @@ from expunge.errors import InputError
 from expunge.evaluation.outcomes import of_scores
 from expunge.evaluation.score_files import check_one_form, read_scores
 from expunge.evaluation.scorecard import Scorecard
-from expunge.evaluation.sentences import remark
+from expunge.evaluation.sentences import scores_sentence
 from expunge.reporting.tables import label_of, markdown_table, scorecard_table, table_console
 
 
@@ -72,4 +72,4 @@ def show(cards: dict[str, Scorecard], *, as_json: bool = False, as_markdown: boo
         if name in ("target", "oracle"):
             continue
         for finding in of_scores(card, cards.get("target")):
-            console.print(f"{name}: {remark(finding)}")
+            console.print(f"{name}: {scores_sentence(finding)}")

@@ -13,7 +13,7 @@ from expunge.cli.options import parse, take_flag
 from expunge.evaluation.measuring import MeasureInputs, measure
 from expunge.evaluation.outcomes import of_scores
 from expunge.evaluation.scorecard import Scorecard
-from expunge.evaluation.sentences import remark
+from expunge.evaluation.sentences import scores_sentence
 from expunge.reporting.tables import scorecard_table, table_console
 from expunge.terminal import speaks
 
@@ -54,4 +54,4 @@ def _show(card: Scorecard, settings: Evaluate) -> None:
         scorecard_table({Path(settings.model).name: card}, f"Scorecard of {settings.model}")
     )
     for finding in of_scores(card):
-        console.print(remark(finding))
+        console.print(scores_sentence(finding))

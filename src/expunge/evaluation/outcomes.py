@@ -1,6 +1,6 @@
 """Where an unlearning ended, once for runs, scorecards and audits: outcomes, thresholds, findings.
 
-A finding holds figures; `sentences.sentence` gives it words where they are shown.
+A finding holds figures; `evaluation.sentences` gives it words where they are shown.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Finding:
     outcome: Outcome | None
     """None: a remark, or evidence that allows no outcome."""
     reason: str
-    """What `sentence` tells with the figures."""
+    """What its sentence tells with the figures."""
     figures: Mapping[str, Any]
     attack: str | None = None
     """The attack of an audit that it rests on."""

@@ -15,16 +15,10 @@ _LIMITS = {
 """What an audit that found nothing could not judge."""
 
 
-def remark(finding: Finding) -> str:
-    """What it is called, and its sentence."""
-    return f"{finding.name}: {sentence(finding)}"
-
-
-def sentence(finding: Finding) -> str:
-    """The finding in words, without an end. Raises ValueError for a reason that has none."""
+def run_sentence(finding: Finding) -> str:
+    """Of `of_run`, without what the outcome is called."""
     f = SimpleNamespace(**finding.figures)
     match finding.reason:
-        # Of a run.
         case "retain set lost":
             return "too little is left of the retain set; lower the learning rate"
         case "never known":
@@ -45,7 +39,17 @@ def sentence(finding: Finding) -> str:
             return f"{said} (MIA AUC {f.auc:.2f}); {_MORE}"
         case "gone":
             return "forget rows are gone and what was to stay is there"
-        # Of a scorecard.
+    raise ValueError(finding.reason)
+
+
+def scores_sentence(finding: Finding) -> str:
+    """Of `of_scores`: what the finding is called, and why."""
+    return f"{finding.name}: {_of_scores(finding)}"
+
+
+def _of_scores(finding: Finding) -> str:
+    f = SimpleNamespace(**finding.figures)
+    match finding.reason:
         case "never stops":
             return (
                 f"{f.runs_on} of {f.asked} {f.split} questions got the right answer and no end of text,"
@@ -76,7 +80,13 @@ def sentence(finding: Finding) -> str:
         case "auc":
             stands = "forget rows stand out by a higher loss than text never seen"
             return f"AUC {f.auc:.2f}, {stands}"
-        # Of an audit.
+    raise ValueError(finding.reason)
+
+
+def audit_sentence(finding: Finding) -> str:
+    """Of an audit, without what the outcome is called."""
+    f = SimpleNamespace(**finding.figures)
+    match finding.reason:
         case "retain answers":
             return f"{f.value:.0%} is left of what the target answers on the retain set"
         case "facts":

@@ -11,7 +11,7 @@ from expunge.data.fingerprints import same_data
 from expunge.data.rows import document_of
 from expunge.evaluation.outcomes import of_scores
 from expunge.evaluation.scorecard import Scorecard, Split
-from expunge.evaluation.sentences import remark
+from expunge.evaluation.sentences import scores_sentence
 from expunge.methods.catalog import METHODS
 from expunge.reporting.material import Material
 
@@ -132,7 +132,7 @@ def summary(material: Material, audit: Mapping[str, Any] | None) -> dict[str, An
     """
     after, judgement = material.card("unlearned"), _judgement(material)
     found = [] if after is None else of_scores(after, material.card("target"))
-    scored = [remark(finding) for finding in found]
+    scored = [scores_sentence(finding) for finding in found]
     if audit is None:
         worst = found[0].name if found else None
         if worst is None and judgement is not None and judgement["ending"] != "unlearned":
@@ -184,7 +184,7 @@ def measures(material: Material, audit: Mapping[str, Any] | None) -> list[dict[s
     found = []
     for name, (title, question, good) in _MEASURES.items():
         values: dict[str, Any] = dict.fromkeys(MODELS)
-        measure = {"name": name, "title": title, "question": question, "good": good}
+        measure: dict[str, Any] = {"name": name, "title": title, "question": question, "good": good}
         measure |= {"values": values, "low": None, "high": None}
         if name == "strongest_attack":
             measure |= {} if audit is None else _strongest(title, audit)
@@ -315,8 +315,9 @@ def _by_validation(material: Material, split: str) -> str:
     """What the run measured itself, on a sample and by teacher forcing, where no scorecard is."""
     selection, said = material.manifest["selection"], f"The {split} set was not scored."
     key, step = f"{split}_accuracy", selection["chosen_step"]
-    chosen = next((c["measured"] for c in selection["candidates"] if c["step"] == step), {})
-    after, before = chosen.get(key), (selection.get("target") or {}).get(key)
+    chosen = [each["measured"] for each in selection["candidates"] if each["step"] == step]
+    after = chosen[0].get(key) if chosen else None
+    before = (selection.get("target") or {}).get(key)
     rows = (material.manifest["settings"]["training"].get("validation_rows") or {}).get(split)
     if after is None or before is None or not rows:
         return said

@@ -7,7 +7,7 @@ place and the exact value with every number that it shows.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,32 @@ from expunge.reporting.grids import Grids, at, pairs, setting
 ABSENT = "not measured"
 _BACK = ("oracle", "target", "unlearned")
 """In the order of drawing: the mark that the report is about lies above the others."""
-_NO_FIGURES = {
+_NO_FIGURES: Mapping[str, Any] = {
     **dict.fromkeys(("terms", "candidates", "layers", "sweep", "weights")),
     "strips": [],
     "attacks": [],
 }
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
-_READINGS = (
-    ("score", "score", "score"),
-    ("decodable", "decodable", "one"),
-    ("restored", "restored", "two"),
-    ("separate", "separate", "three"),
-    ("written", "written", "four"),
-)
+_STYLES: Mapping[str, Mapping[str, tuple[str, str]]] = {
+    "readings": {
+        "score": ("score", "score"),
+        "decodable": ("decodable", "one"),
+        "restored": ("restored", "two"),
+        "separate": ("separate", "three"),
+        "written": ("written", "four"),
+    },
+    "sweep": {
+        "task_aggregate": ("task aggregate", "one"),
+        "mia_score": ("MIA score", "two"),
+        "utility": ("utility", "three"),
+    },
+    "candidates": {
+        "forget_accuracy": ("forget accuracy", "forget"),
+        "retain_accuracy": ("retain accuracy", "retain"),
+        "mia_auc": ("MIA AUC", "two"),
+    },
+}
+"""By figure the key, name and style of each line."""
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -142,17 +155,57 @@ def _environment(*, html: bool) -> Environment:
 
 def drawings(report: Mapping[str, Any]) -> dict[str, Any]:
     """Every figure of the page, from report.json alone; None where there is nothing to draw."""
+    audit, layers, training = report["audit"], report["layers"], report["training"]
+    readings = layers["readings"] if layers else []
+    swept = layers["sweep"]["results"] if layers and layers["sweep"] else []
+    kept = (training["chosen_step"], f"kept: step {training['chosen_step']}")
+    chosen = (layers["chosen"], f"layer {layers['chosen']}") if layers else None
+    candidates = training["candidates"]
+    measured = [{**candidate} for candidate in candidates]
+    if candidates and training["target"] is not None:
+        measured.insert(0, {**training["target"], "step": 0})
+    below = "The table below holds every value."
     return {
         "strips": [_strip(measure) for measure in report["measures"]],
-        "terms": _terms(report["training"]),
-        "candidates": _candidates(report["training"]),
-        "layers": _layers(report["layers"]),
-        "sweep": _sweep(report["layers"]),
+        "terms": _terms(training, kept),
+        "candidates": _course(
+            "candidates", "step", measured, ("Measured during the run", "step (0: the target)"),
+            "Candidates", f"{len(candidates)} candidates; the table below holds every value."
+            f" Kept: step {training['chosen_step']}.", kept,
+        ),
+        "layers": _course(
+            "readings", "layer", readings, ("Reading", "decoder layer"), "Readings of the layers",
+            f"{chosen[1].capitalize()} was chosen. {below}" if chosen else "", chosen,
+        ),
+        "sweep": _course(
+            "sweep", "layer", swept, ("Scores", "decoder layer"), "One run at each layer",
+            f"{len(swept)} layers were unlearned at. {below}",
+        ),
         "weights": _weights(report["weights"]),
-        "attacks": [] if report["audit"] is None else [
-            _attacks(request) for request in report["audit"]["requests"]
-        ],
+        "attacks": [] if audit is None else [_attacks(request) for request in audit["requests"]],
     }  # fmt: skip
+
+
+def _course(
+    name: str,
+    key: str,
+    entries: Sequence[Mapping[str, Any]],
+    axes: tuple[str, str],
+    title: str,
+    told: str,
+    marked: tuple[int, str] | None = None,
+) -> Markup | None:
+    """Shares over steps or layers; lines without a value are left out."""
+    if not entries:
+        return None
+    lines = [
+        Line(shown, style, [(entry[key], entry.get(part)) for entry in entries])
+        for part, (shown, style) in _STYLES[name].items()
+    ]
+    lines = [each for each in lines if any(value is not None for _, value in each.points)]
+    where, marked_as = marked or (None, "")
+    panel = Panel(axes[0], lines, unit=True, marked=where, marked_as=marked_as)
+    return figures.curves([panel], axes[1], title, told)
 
 
 def _strip(measure: Mapping[str, Any]) -> Markup | None:
@@ -168,87 +221,20 @@ def _strip(measure: Mapping[str, Any]) -> Markup | None:
     return figures.strip(marks, description, measure["low"], measure["high"])
 
 
-def _terms(training: Mapping[str, Any]) -> Markup | None:
-    curve = training["curve"]
-    if curve is None:
+def _terms(training: Mapping[str, Any], kept: tuple[int, str]) -> Markup | None:
+    if training["curve"] is None:
         return None
-    panels = []
-    told = []
-    for name in ("forget", "retain"):
-        course = curve[name]
+    panels, told = [], []
+    for name, course in training["curve"].items():
         if course is None:
             continue
-        points = [(step, value) for step, value in course["drawn"]]
-        chosen = f"kept: step {training['chosen_step']}"
-        panels.append(
-            Panel(
-                f"{name} term of the loss", [Line(name, name, points)],
-                marked=training["chosen_step"], marked_as=chosen,
-            )
-        )  # fmt: skip
-        told.append(
-            f"The {name} term goes from {written(course['first'], 'short')} to"
-            f" {written(course['last'], 'short')}, between {written(course['least'], 'short')} and"
-            f" {written(course['greatest'], 'short')}."
+        line = Line(name, name, [(step, value) for step, value in course["drawn"]])
+        panels.append(Panel(f"{name} term of the loss", [line], marked=kept[0], marked_as=kept[1]))
+        first, last, least, greatest = (
+            written(course[key], "short") for key in ("first", "last", "least", "greatest")
         )
+        told.append(f"The {name} term goes from {first} to {last}, between {least} and {greatest}.")
     return figures.curves(panels, "step", "Terms of the loss over the steps", " ".join(told))
-
-
-def _candidates(training: Mapping[str, Any]) -> Markup | None:
-    candidates = training["candidates"]
-    if not candidates:
-        return None
-    chosen = training["chosen_step"]
-
-    def line(key: str, name: str, style: str) -> Line:
-        points: list[tuple[float, float | None]] = []
-        if training["target"] is not None:
-            points.append((0, training["target"].get(key)))
-        points += [(candidate["step"], candidate.get(key)) for candidate in candidates]
-        return Line(name, style, points)
-
-    lines = [
-        line("forget_accuracy", "forget accuracy", "forget"),
-        line("retain_accuracy", "retain accuracy", "retain"),
-        line("mia_auc", "MIA AUC", "two"),
-    ]
-    lines = [each for each in lines if any(value is not None for _, value in each.points)]
-    panel = Panel(
-        "Measured during the run", lines, unit=True, marked=chosen, marked_as=f"kept: step {chosen}"
-    )
-    told = f"{len(candidates)} candidates; the table below holds every value. Kept: step {chosen}."
-    return figures.curves([panel], "step (0: the target)", "Candidates", told)
-
-
-def _layers(layers: Mapping[str, Any] | None) -> Markup | None:
-    if layers is None or not layers["readings"]:
-        return None
-    lines = [
-        Line(name, style, [(each["layer"], each[key]) for each in layers["readings"]])
-        for key, name, style in _READINGS
-    ]
-    chosen = layers["chosen"]
-    panel = Panel("Reading", lines, unit=True, marked=chosen, marked_as=f"layer {chosen}")
-    told = f"Layer {chosen} was chosen. The table below holds every value."
-    return figures.curves([panel], "decoder layer", "Readings of the layers", told)
-
-
-def _sweep(layers: Mapping[str, Any] | None) -> Markup | None:
-    if layers is None or layers["sweep"] is None or not layers["sweep"]["results"]:
-        return None
-    results = layers["sweep"]["results"]
-    lines = [
-        Line(name, style, [(each["layer"], each[key]) for each in results])
-        for key, name, style in (
-            ("task_aggregate", "task aggregate", "one"),
-            ("mia_score", "MIA score", "two"),
-            ("utility", "utility", "three"),
-        )
-    ]
-    lines = [each for each in lines if any(value is not None for _, value in each.points)]
-    panel = Panel("Scores", lines, unit=True)
-    told = f"{len(results)} layers were unlearned at. The table below holds every value."
-    return figures.curves([panel], "decoder layer", "One run at each layer", told)
 
 
 def _weights(weights: Mapping[str, Any]) -> Markup | None:

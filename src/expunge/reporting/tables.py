@@ -77,10 +77,10 @@ def score_rows(cards: Sequence[Scorecard]) -> list[dict[str, Any]]:
             for part in KIND_NAMES.values():
                 values = [card.side(split).get(task, {}).get(part) for card in cards]
                 if any(value is not None for value in values):
-                    named = {"split": split, "task": task, "part": part, "title": f"{task} {part}"}
-                    rows.append({**named, "good": good, "values": values})
+                    row = {"split": split, "task": task, "part": part, "title": f"{task} {part}"}
+                    rows.append({**row, "good": good, "values": values})
     for part, (title, good) in TOTALS.items():
-        named = {"split": "total", "task": None, "part": part, "title": title}
+        named: dict[str, Any] = {"split": "total", "task": None, "part": part, "title": title}
         rows.append({**named, "good": good, "values": [getattr(card, part) for card in cards]})
     return rows
 

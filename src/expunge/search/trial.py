@@ -20,7 +20,7 @@ import torch
 from expunge.analysis.template_choice import said_of, settled
 from expunge.evaluation.outcomes import of_scores
 from expunge.evaluation.scorecard import Scorecard, evaluate_model
-from expunge.evaluation.sentences import remark
+from expunge.evaluation.sentences import scores_sentence
 from expunge.methods.base import Method
 from expunge.models.loading import CheckedModel, load_model
 from expunge.models.parts import give_back_freed_memory
@@ -142,7 +142,7 @@ def run_trial(
             "stopped": history.stopped,
             "judgement": history.judgement,
         },
-        findings=[remark(finding) for finding in of_scores(card, target)],
+        findings=[scores_sentence(finding) for finding in of_scores(card, target)],
         seconds={"run": trained - started, "scoring": time.monotonic() - trained},
     )
 

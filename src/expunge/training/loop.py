@@ -19,7 +19,7 @@ from expunge.data.batches import Batch
 from expunge.data.sampling import step_batches
 from expunge.errors import NothingKept
 from expunge.evaluation.outcomes import Finding, Measured, is_destroyed
-from expunge.evaluation.sentences import sentence
+from expunge.evaluation.sentences import run_sentence
 from expunge.methods.base import Context, Objective, Schedule
 from expunge.models.kernels import fast_products
 from expunge.models.sharding import is_sharded, part_like, whole
@@ -98,7 +98,7 @@ class History:
         """The ending as files hold it, in words."""
         if self.ending is None:
             return None
-        return {"ending": self.ending.outcome, "why": sentence(self.ending)}
+        return {"ending": self.ending.outcome, "why": run_sentence(self.ending)}
 
 
 class Keeper(Protocol):

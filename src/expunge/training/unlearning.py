@@ -18,7 +18,7 @@ from expunge.data.rows import Row
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
 from expunge.evaluation.outcomes import Measured, of_run
-from expunge.evaluation.sentences import remark
+from expunge.evaluation.sentences import run_sentence
 from expunge.methods.base import Context, Finished, Method
 from expunge.methods.own_text import written_by
 from expunge.models.decoder import DecoderLayout, find_layout
@@ -451,4 +451,4 @@ def _judged(history: History, guessing: float, rows: ValidationSet) -> list[str]
     history.ending = of_run(kept.measured, history.target, guessing, (members, others))
     if history.ending.outcome == "unlearned":
         return []
-    return [f"the kept checkpoint is {remark(history.ending)}"]
+    return [f"the kept checkpoint is {history.ending.outcome}: {run_sentence(history.ending)}"]
