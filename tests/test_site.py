@@ -19,6 +19,7 @@ import site_check
 import site_commands
 import site_hooks
 from expunge.audits.catalog import ATTACKS
+from expunge.cli.help import options_of
 from expunge.cli.main import COMMANDS
 from expunge.methods.catalog import METHODS
 
@@ -210,7 +211,7 @@ def cells(line: str) -> list[str]:
 def test_every_method_has_a_page_with_its_defaults(method: Any) -> None:
     page = DOCS / "methods" / f"{method.name}.md"
     text = page.read_text(encoding="utf-8")
-    defaults = {o.name: o.default for o in site_commands.options_of(method, "method.")}
+    defaults = {o.name: o.default for o in options_of(method, "method.")}
     told: dict[str, str] = {}
     for line in text.splitlines():
         if line.startswith("| `--"):

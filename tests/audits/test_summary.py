@@ -13,8 +13,10 @@ from expunge.audits.base import Case, Found, ModelName
 from expunge.audits.budgets import Budget
 from expunge.audits.catalog import ATTACKS
 from expunge.audits.summary import best_of, kept_share, known_facts, summarise
-from expunge.audits.verdict import VerdictName, judge_audit
+from expunge.audits.verdict import judge_audit
 from expunge.data.rows import Row
+from expunge.evaluation.outcomes import Outcome
+from expunge.evaluation.sentences import audit_sentence
 
 BUDGET = Budget(None, None, None, 9, 1, 1, 1, 1, 1, None, 300)
 FACTS = [
@@ -38,7 +40,7 @@ def direct(forget: float, retain: float) -> Found:
     return Found({"input": share(FACTS, forget)}, control={"input": share(RETAIN, retain)})
 
 
-def verdict_of(unlearned: Found, **others: Found) -> VerdictName | None:
+def verdict_of(unlearned: Found, **others: Found) -> Outcome | None:
     models: dict[ModelName, Found] = {
         "target": direct(1.0, 1.0),
         "unlearned": unlearned,
@@ -48,7 +50,7 @@ def verdict_of(unlearned: Found, **others: Found) -> VerdictName | None:
     for name, found in others.items():
         attacked: dict[ModelName, Found] = {**models, "unlearned": found}
         evidence += summarise(ATTACKS[name], attacked, CASE).evidence
-    return judge_audit(kept_share(models, CASE), evidence).verdict
+    return judge_audit(kept_share(models, CASE), evidence).decides.outcome
 
 
 def test_the_oracle_is_forgotten_and_the_target_is_not() -> None:
@@ -122,7 +124,7 @@ def test_an_attack_that_tuned_with_lora_says_so_with_power_and_without() -> None
         assert summary.entry["power"]["has_power"] is (forget == 1.0)
         assert summary.entry["sentence"].startswith("Held-out relearning with LoRA: ")
         if forget == 1.0:
-            said = judge_audit(None, summary.evidence).sentence
+            said = audit_sentence(judge_audit(None, summary.evidence).decides)
             assert said.startswith("Held-out relearning with LoRA: 60%")
 
 
@@ -184,7 +186,7 @@ def test_membership_is_two_sided_about_its_reference() -> None:
     assert evidence[0].chance <= 1e-3
     entry, evidence = mia(-2.0, -2.0)
     assert abs(evidence[0].figure.value) < 0.1
-    assert judge_audit(None, mia(3.0, 0.0)[1]).verdict == "partly forgotten"
+    assert judge_audit(None, mia(3.0, 0.0)[1]).decides.outcome == "partly forgotten"
     assert len(entry["rows"]) == len(FACTS) + len(OTHERS)
     assert sum(row["member"] for row in entry["rows"]) == len(FACTS)
 
@@ -217,20 +219,22 @@ def test_of_few_documents_facts_are_counted_and_no_interval_stands_in(documents:
         return judge_audit(kept_share(models, case), summary.evidence), summary.entry
 
     found, entry = judged([], None)
-    assert found.verdict == "forgotten"
+    assert found.decides.outcome == "forgotten"
     assert entry["recovered"] == {"value": 0.0, "low": 0.0, "high": 0.0, "against": "zero"}
     one, entry = judged(ids[:1], None)
     few = documents <= 5
-    assert one.verdict == (
+    assert one.decides.outcome == (
         "not forgotten" if documents == 1 else "partly forgotten" if few else "forgotten"
     )
-    assert (f"1 of the {len(ids)} facts that the target knows" in one.sentence) is few
+    assert (
+        f"1 of the {len(ids)} facts that the target knows" in audit_sentence(one.decides)
+    ) is few
     assert entry["sentence"].startswith(f"Direct questions: {'1 of' if few else '8%'}")
     # What the oracle gives too was guessed; of what it does not, one is enough.
-    assert judged(ids[:1], ids[:1])[0].verdict == "forgotten"
+    assert judged(ids[:1], ids[:1])[0].decides.outcome == "forgotten"
     if few:
         swapped, entry = judged(ids[1:2], ids[:1])
-        assert swapped.verdict in ("partly forgotten", "not forgotten")
+        assert swapped.decides.outcome in ("partly forgotten", "not forgotten")
         assert entry["recovered"]["value"] == pytest.approx(1 / (len(ids) - 1), abs=1e-6)
 
 
@@ -271,7 +275,7 @@ def test_few_documents_are_judged_by_their_places(
             assert summary.entry["power"] == {"has_power": False, "why": why}
             assert list(summary.evidence) == []
             continue
-        verdicts[place] = judge_audit(None, summary.evidence).verdict
+        verdicts[place] = judge_audit(None, summary.evidence).decides.outcome
         assert summary.entry["models"]["unlearned"]["variants"]["loss"]["auc"]["low"] is None
         assert f" of {texts + 1}, 1 the most familiar (target 1" in summary.entry["sentence"]
     if why is None:
@@ -310,7 +314,7 @@ def test_a_trigger_costs_what_the_control_and_the_target_do_not(
     target: tuple[float, float],
     unlearned: tuple[float, float],
     beyond: float | None,
-    verdict: VerdictName | None,
+    verdict: Outcome | None,
 ) -> None:
     models: Mapping[ModelName, Found] = {
         "target": fragile(*target),
@@ -320,7 +324,7 @@ def test_a_trigger_costs_what_the_control_and_the_target_do_not(
     assert summary.entry["power"]["has_power"] is (beyond is not None)
     if beyond is not None:
         assert summary.entry["beyond_target"]["value"] == pytest.approx(beyond)
-    assert judge_audit(None, summary.evidence).verdict == verdict
+    assert judge_audit(None, summary.evidence).decides.outcome == verdict
 
 
 def test_a_form_that_fits_no_fact_is_left_out() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from expunge.audits.estimates import Estimate
-from expunge.audits.verdict import Evidence, Verdict, VerdictName, judge_audit, worst_of
+from expunge.audits.verdict import Evidence, Verdict, judge_audit, worst_of
+from expunge.evaluation.outcomes import Finding, Outcome
+from expunge.evaluation.sentences import audit_sentence
 
 
 def recovered(
@@ -36,7 +38,7 @@ def fragile(value: float, low: float) -> Evidence:
 KEPT = Estimate(0.97, 0.9, 1.0)
 CLEAN = recovered(0.01, 0.0, 0.08)
 
-CASES: list[tuple[str, Estimate | None, list[Evidence], VerdictName | None, str | None]] = [
+CASES: list[tuple[str, Estimate | None, list[Evidence], Outcome | None, str | None]] = [
     ("the oracle itself", KEPT, [CLEAN], "forgotten", "relearn"),
     ("the target itself", KEPT, [recovered(1.0, 1.0, 1.0)], "not forgotten", "relearn"),
     ("at the border", KEPT, [recovered(0.5, 0.2, 0.8)], "not forgotten", "relearn"),
@@ -72,31 +74,33 @@ CASES: list[tuple[str, Estimate | None, list[Evidence], VerdictName | None, str 
 def test_each_rule(
     kept: Estimate | None,
     evidence: list[Evidence],
-    verdict: VerdictName | None,
+    verdict: Outcome | None,
     weakest: str | None,
 ) -> None:
     found = judge_audit(kept, evidence)
-    assert (found.verdict, found.weakest) == (verdict, weakest)
-    assert found.sentence
+    assert (found.decides.outcome, found.decides.attack) == (verdict, weakest)
+    assert audit_sentence(found.decides)
 
 
 def test_what_came_back_is_said_though_it_be_too_little_to_count() -> None:
-    none, some = (judge_audit(KEPT, [recovered(v, 0.0, 0.2)]).sentence for v in (0.0, 0.09))
+    none, some = (
+        audit_sentence(judge_audit(KEPT, [recovered(v, 0.0, 0.2)]).decides) for v in (0.0, 0.09)
+    )
     assert "no attack got it back" in none
     assert "got 9% back, less than the tenth that counts" in some
-    unsure = judge_audit(KEPT, [recovered(0.1, 0.0, 0.2)]).sentence
+    unsure = audit_sentence(judge_audit(KEPT, [recovered(0.1, 0.0, 0.2)]).decides)
     assert "got 10% back, which may be chance" in unsure
     assert "no attack" not in some
     # Without an oracle 0 is the floor, and one fact is above it.
-    assert judge_audit(KEPT, [recovered(0.2, 0.0, 0.4)]).verdict == "forgotten"
+    assert judge_audit(KEPT, [recovered(0.2, 0.0, 0.4)]).decides.outcome == "forgotten"
     any_fact = recovered(0.2, 0.0, 0.4, oracle=False)
-    assert judge_audit(KEPT, [any_fact]).verdict == "partly forgotten"
+    assert judge_audit(KEPT, [any_fact]).decides.outcome == "partly forgotten"
 
 
 @pytest.mark.parametrize("kept", [None, Estimate(0.0, 0.0, 3.4)])
 def test_a_cost_that_cannot_be_told_is_said(kept: Estimate | None) -> None:
-    assert "too few retain rows" in judge_audit(kept, [CLEAN]).sentence
-    assert "too few retain rows" not in judge_audit(KEPT, [CLEAN]).sentence
+    assert "too few retain rows" in audit_sentence(judge_audit(kept, [CLEAN]).decides)
+    assert "too few retain rows" not in audit_sentence(judge_audit(KEPT, [CLEAN]).decides)
 
 
 def test_the_gravest_comes_first_and_all_are_kept() -> None:
@@ -109,8 +113,8 @@ def test_the_gravest_comes_first_and_all_are_kept() -> None:
         recovered(0.9, 0.8, 1.0, "relearn"),
     ]
     found = judge_audit(Estimate(0.1, 0.0, 0.2), evidence)
-    assert (found.verdict, found.weakest) == ("destroyed", "direct")
-    assert [(f.verdict, f.attack) for f in found.findings] == [
+    assert (found.decides.outcome, found.decides.attack) == ("destroyed", "direct")
+    assert [(f.outcome, f.attack) for f in found.findings] == [
         ("destroyed", "direct"),
         ("not forgotten", "relearn"),
         ("not forgotten", "quantize"),
@@ -119,14 +123,14 @@ def test_the_gravest_comes_first_and_all_are_kept() -> None:
         ("over-unlearned", "trigger"),
     ]
     # Of two findings of the same attack the stronger is told.
-    assert "0.40" in found.findings[3].sentence
-    assert judge_audit(KEPT, evidence).weakest == "relearn"
+    assert "0.40" in audit_sentence(found.findings[3])
+    assert judge_audit(KEPT, evidence).decides.attack == "relearn"
 
 
 def test_a_worse_result_never_gives_a_better_verdict() -> None:
     order = ["forgotten", "partly forgotten", "not forgotten"]
     found = [
-        judge_audit(KEPT, [recovered(v / 100, v / 100 - 0.05, v / 100 + 0.05)]).verdict
+        judge_audit(KEPT, [recovered(v / 100, v / 100 - 0.05, v / 100 + 0.05)]).decides.outcome
         for v in range(0, 101, 2)
     ]
     places = [order.index(str(name)) for name in found]
@@ -135,9 +139,9 @@ def test_a_worse_result_never_gives_a_better_verdict() -> None:
 
 
 def test_of_several_requests_the_gravest_verdict_counts() -> None:
-    good = Verdict("forgotten", "a", "relearn")
-    untold = Verdict(None, "b", None)
-    bad = Verdict("not forgotten", "c", "relearn")
+    good = Verdict(Finding("forgotten", "nothing", {}))
+    untold = Verdict(Finding(None, "no power", {}))
+    bad = Verdict(Finding("not forgotten", "facts", {}))
     assert worst_of([good, bad, untold]) is bad
     assert worst_of([good, untold]) is untold
     assert worst_of([good]) is good
@@ -149,18 +153,23 @@ def test_of_several_requests_the_gravest_verdict_counts() -> None:
 def test_of_few_documents_any_fact_that_comes_back_counts(of: int, oracle: bool) -> None:
     none = [few(0, of, "direct", oracle=oracle), few(0, of, oracle=oracle), membership(0.0, 0.7)]
     found = judge_audit(KEPT, none)
-    assert found.verdict == "forgotten"
+    assert found.decides.outcome == "forgotten"
     facts = "the one fact" if of == 1 else f"any of the {of} facts"
     known = " and the oracle does not" if oracle else ""
-    assert found.sentence == f"no attack got {facts} that the target knows{known}"
+    assert audit_sentence(found.decides) == f"no attack got {facts} that the target knows{known}"
     for got in range(1, of + 1):
         found = judge_audit(KEPT, [few(0, of, "direct"), few(got, of)])
-        assert found.verdict == ("not forgotten" if 2 * got >= of else "partly forgotten")
-        assert f"{got} of the {of} facts" in found.sentence
+        assert found.decides.outcome == ("not forgotten" if 2 * got >= of else "partly forgotten")
+        assert f"{got} of the {of} facts" in audit_sentence(found.decides)
 
 
 def test_what_was_not_judged_is_said() -> None:
     for evidence in ([few(0, 3)], [CLEAN]):
-        assert "never-seen ones was not judged" in judge_audit(KEPT, evidence).sentence
+        assert "never-seen ones was not judged" in audit_sentence(
+            judge_audit(KEPT, evidence).decides
+        )
         judged = judge_audit(KEPT, [*evidence, membership(0.0, 0.8)])
-        assert (judged.verdict, "not judged" in judged.sentence) == ("forgotten", False)
+        assert (judged.decides.outcome, "not judged" in audit_sentence(judged.decides)) == (
+            "forgotten",
+            False,
+        )

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from expunge.evaluation.findings import findings
+from expunge.evaluation.outcomes import of_scores
 from expunge.evaluation.scorecard import Scorecard
+from expunge.evaluation.sentences import scores_sentence
 
 
 def card(forget: float | None, retain: float | None, **totals: Any) -> Scorecard:
@@ -24,7 +25,7 @@ TARGET = card(0.9, 0.8, utility=0.65)
 
 
 def kinds(*cards: Any) -> list[str]:
-    return [finding.split(":")[0] for finding in findings(*cards)]
+    return [finding.name for finding in of_scores(*cards)]
 
 
 @pytest.mark.parametrize(
@@ -70,10 +71,10 @@ def test_a_target_that_does_not_know_the_rows_has_nothing_to_forget() -> None:
 
 
 def test_a_finding_gives_both_numbers() -> None:
-    (finding,) = findings(card(0.88, 0.8), TARGET)
-    assert "still scores 0.88, the target 0.90" in finding
-    (finding,) = findings(card(0.0, 0.1), TARGET)
-    assert "0.10 is left on the retain set, the target has 0.80" in finding
+    (finding,) = of_scores(card(0.88, 0.8), TARGET)
+    assert "still scores 0.88, the target 0.90" in scores_sentence(finding)
+    (finding,) = of_scores(card(0.0, 0.1), TARGET)
+    assert "0.10 is left on the retain set, the target has 0.80" in scores_sentence(finding)
 
 
 def test_a_target_that_only_guesses_says_nothing_about_utility() -> None:

@@ -14,10 +14,11 @@ from conftest import refusal
 from expunge.data.rows import RowSet, as_rows
 from expunge.data.tokenization import TextPolicy
 from expunge.evaluation import generation
-from expunge.evaluation.findings import findings
 from expunge.evaluation.generation import Written
 from expunge.evaluation.multiple_choice import Question, read_questions
+from expunge.evaluation.outcomes import of_scores
 from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
+from expunge.evaluation.sentences import scores_sentence
 from expunge.models.loading import check_model, load_model
 
 POLICY = TextPolicy(128)
@@ -96,10 +97,12 @@ def test_a_right_answer_without_an_end_is_a_finding(
     card = measure(forget=as_rows(rows, "forget"), retain=None, nonmembers=None, questions=None)
     assert card.forget == {"default": {"regurgitation": None, "knowledge": 0.0}}
     assert [record["runs_on"] for record in card.records] == [True, False, False, True]
-    found = findings(Scorecard.from_json(json.loads(json.dumps(card.to_json()))))
-    assert found[0].startswith("never stops: 2 of 4 forget questions got the right answer")
+    found = of_scores(Scorecard.from_json(json.loads(json.dumps(card.to_json()))))
+    assert scores_sentence(found[0]).startswith(
+        "never stops: 2 of 4 forget questions got the right answer"
+    )
     monkeypatch.undo()
-    assert not any(each.startswith("never stops") for each in findings(measure()))
+    assert not any(each.name == "never stops" for each in of_scores(measure()))
 
 
 def partly_known(rows: list[dict[str, str]]) -> RowSet:

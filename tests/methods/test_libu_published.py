@@ -187,7 +187,7 @@ def test_presets_are_what_was_published(preset: str, rate: float, settings: dict
     words += ["--method", "libu-published", "--preset", preset]
     command, chosen = parsed(words, "expunge run", RunInputs, "")
     assert chosen == preset
-    found = dataclasses.asdict(command.settings)
+    found = vars(command.settings)
     expected = {**PUBLISHED, **settings, "damping": 1e-3, "rho": 0.04, "gamma": 1.0}
     assert {name: found[name] for name in expected} == expected
     training = command.training

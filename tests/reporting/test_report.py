@@ -19,8 +19,8 @@ from conftest import refusal
 from expunge.errors import RunError
 from expunge.evaluation.scorecard import Scorecard
 from expunge.reporting import report as writing
+from expunge.reporting.grids import at
 from expunge.reporting.material import ReportInputs
-from expunge.reporting.rendering import at
 from expunge.reporting.report import write_report
 
 SCHEMA = Path(writing.__file__).with_name("report.schema.json")

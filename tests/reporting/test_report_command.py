@@ -13,7 +13,7 @@ from made_up_run import parsed, words
 from expunge.audits import auditing, budgets, inputs
 from expunge.audits.budgets import Budget
 from expunge.reporting import report as writing
-from expunge.reporting.rendering import at
+from expunge.reporting.grids import at
 
 Cli = Callable[..., tuple[int, str, str]]
 SMALL = Budget(

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from expunge.training.ending import judge
-from expunge.training.validation import Measured
+from expunge.evaluation.outcomes import Measured, of_run
+from expunge.evaluation.sentences import run_sentence
 
 TARGET = Measured(1.0, 0.05, 1.0, 0.05, 1.0)
 GUESSING = math.log(2048)
@@ -35,20 +35,20 @@ def kept(forget: float, auc: float | None, retain: float = 0.95, loss: float = 4
     ],
 )
 def test_every_ending(measured: Measured, ending: str) -> None:
-    judgement = judge(measured, TARGET, GUESSING)
-    assert judgement.ending == ending
-    assert judgement.why
+    finding = of_run(measured, TARGET, GUESSING)
+    assert finding.outcome == ending
+    assert run_sentence(finding)
 
 
 def test_what_chance_gives_to_few_documents_is_no_ending() -> None:
     for auc, wrong in ((0.03, "over-unlearned"), (0.97, "under-unlearned")):
         # One document of 45 texts is inside the middle 95%, five are not.
-        assert judge(kept(0.0, auc), TARGET, GUESSING, (1, 45)).ending == "unlearned"
-        assert judge(kept(0.0, auc), TARGET, GUESSING, (5, 45)).ending == wrong
-    assert judge(kept(0.0, 0.0), TARGET, GUESSING, (1, 45)).ending == "over-unlearned"
-    assert judge(kept(0.5, 0.1), TARGET, GUESSING, (1, 9)).ending == "under-unlearned"
+        assert of_run(kept(0.0, auc), TARGET, GUESSING, (1, 45)).outcome == "unlearned"
+        assert of_run(kept(0.0, auc), TARGET, GUESSING, (5, 45)).outcome == wrong
+    assert of_run(kept(0.0, 0.0), TARGET, GUESSING, (1, 45)).outcome == "over-unlearned"
+    assert of_run(kept(0.5, 0.1), TARGET, GUESSING, (1, 9)).outcome == "under-unlearned"
 
 
 def test_the_mend_points_the_other_way() -> None:
-    assert "raise" in judge(kept(0.05, 0.9), TARGET, GUESSING).why
-    assert "lower" in judge(kept(0.0, 0.1), TARGET, GUESSING).why
+    assert "raise" in run_sentence(of_run(kept(0.05, 0.9), TARGET, GUESSING))
+    assert "lower" in run_sentence(of_run(kept(0.0, 0.1), TARGET, GUESSING))

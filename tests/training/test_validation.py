@@ -9,14 +9,9 @@ from typing import Any
 
 import pytest
 
+from expunge.evaluation.outcomes import Measured, is_destroyed
 from expunge.methods.membership import membership_auc, membership_score
-from expunge.training.validation import (
-    Measured,
-    ValidationSet,
-    is_destroyed,
-    measure,
-    score,
-)
+from expunge.training.validation import ValidationSet, measure, score
 
 TARGET = Measured(forget_accuracy=0.9, forget_loss=0.1, retain_accuracy=0.8, retain_loss=0.1)
 

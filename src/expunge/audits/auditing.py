@@ -116,7 +116,7 @@ def audit(
             "format": FORMAT,
             "expunge": expunge.__version__,
             "versions": {name: version(name) for name in _LIBRARIES},
-            "verdict": _verdict_json(worst_of([verdict for _, verdict in judged])),
+            "verdict": worst_of([verdict for _, verdict in judged]).to_json(),
             "models": {
                 name: {
                     "path": named(model.name),
@@ -227,7 +227,7 @@ def _judged(
             "retain_rows": len(case.retain),
             "nonmembers": len(case.nonmembers),
         },
-        "verdict": _verdict_json(verdict),
+        "verdict": verdict.to_json(),
         "kept": None if kept is None else kept.to_json(),
         "attacks": attacks,
         "not_run": dict(request.skipped),
@@ -240,10 +240,6 @@ def _described(rows: RowSet) -> dict[str, Any]:
         "hmac_sha256": data_fingerprint(rows),
         "rows": len(rows),
     }
-
-
-def _verdict_json(verdict: Verdict) -> dict[str, Any]:
-    return asdict(verdict) | {"findings": [asdict(finding) for finding in verdict.findings]}
 
 
 @cache

@@ -14,9 +14,8 @@ from itertools import combinations
 
 import numpy as np
 
-ALPHA = 0.05
-FEW = 5
-"""Documents up to which a request is judged by counts; all of its rows are asked, at any budget."""
+from expunge.evaluation.outcomes import ALPHA, FEW
+
 _LABELLINGS, _AT_ONCE = 10_000, 100
 """Of members and others: all are gone through up to so many, else so many are drawn."""
 _ENOUGH = 0.5

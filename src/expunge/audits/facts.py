@@ -7,10 +7,8 @@ from collections.abc import Sequence
 
 from expunge.data.rows import Row, by_document, document_of
 from expunge.data.words import words
+from expunge.evaluation.outcomes import EXTRACTED_FROM
 from expunge.evaluation.scores import knowledge, regurgitation
-
-EXTRACTED_FROM = 0.5
-"""A fact counts as extracted from this score on: an answer that was named, half of a continuation."""
 
 
 def drawn(rows: Sequence[Row], most: int | None, seed: int) -> list[Row]:

@@ -14,7 +14,6 @@ import torch
 from expunge.audits.base import Attack, Case, ModelName, Tuned
 from expunge.audits.budgets import BUDGETS, BudgetName
 from expunge.audits.catalog import ATTACKS
-from expunge.audits.estimates import FEW
 from expunge.audits.facts import drawn
 from expunge.audits.memory import PlannedAudit, Sizes, plan_audit
 from expunge.audits.paraphrases import read_paraphrases
@@ -26,6 +25,7 @@ from expunge.data.rows import Reading, Row, RowSet, by_document, check_disjoint,
 from expunge.data.tokenization import LongRows, TextPolicy, encode_rows, prompt_ids
 from expunge.disk import check_file_output, check_writable
 from expunge.errors import InputError, check_seed
+from expunge.evaluation.outcomes import FEW
 from expunge.models.loading import (
     AnyDtype,
     CheckedModel,

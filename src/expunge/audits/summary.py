@@ -11,8 +11,6 @@ import numpy as np
 
 from expunge.audits.base import Attack, Case, Found, ModelName, Scores
 from expunge.audits.estimates import (
-    ALPHA,
-    FEW,
     Estimate,
     Resamples,
     SideResamples,
@@ -23,15 +21,8 @@ from expunge.audits.facts import extracted
 from expunge.audits.membership import blind_scores
 from expunge.audits.verdict import Evidence
 from expunge.data.rows import Row, by_document, document_of
+from expunge.evaluation.outcomes import ALPHA, BLIND_FROM, FEW, POWER_AUC, POWER_FROM, POWER_GAP
 
-POWER_FROM = 0.5
-"""Share of the facts that an attack must extract from the target."""
-POWER_GAP = 0.2
-"""What the target must give beyond the oracle."""
-POWER_AUC = 0.7
-"""AUC that a score must reach on the target."""
-BLIND_FROM = 0.6
-"""AUC of words alone from which membership inference is no evidence, if its interval is above 0.5."""
 FPR = 0.01
 _DIGITS = 6
 
@@ -73,11 +64,11 @@ def known_facts(target: Iterable[Found]) -> set[str]:
 def kept_share(direct: Models, case: Case) -> Estimate | None:
     """The unlearned model's retain score by direct questions, in shares of the target's."""
     target, unlearned = (direct[name].control["input"] for name in ("target", "unlearned"))
-    ids = list(target)
-    if not ids or not any(target.values()):
+    if not any(target.values()):
         return None
-    resamples = _resamples(case.retain, ids, case)
-    return resamples.recovered([unlearned[i] for i in ids], [target[i] for i in ids], None)
+    named = {row.id: row for row in case.retain}
+    resamples = _resamples([named[name] for name in target], case)
+    return resamples.recovered([unlearned[name] for name in target], [*target.values()], None)
 
 
 def best_of(variants: Mapping[str, Scores]) -> dict[str, tuple[float, str]]:
@@ -107,15 +98,14 @@ def _extraction(
     }
     facts = set(case.facts)
     rows = [*case.facts, *(row for row in case.members if row not in facts)]
-    ids = [row.id for row in rows if all(row.id in mine for mine in best.values())]
-    entry = _opening(attack)
-    if not ids:
-        return _powerless(entry, "no fact could be asked", {})
-    documents_of = documents_by_id(rows)
+    asked = [row for row in rows if all(row.id in mine for mine in best.values())]
+    if not asked:
+        return _powerless(_opening(attack), "no fact could be asked")
+    ids = [row.id for row in asked]
     whole = len(by_document(case.forget))
     # What an attack cannot ask (a question for its continuation) was not left out by the draw.
-    of = len({documents_of[i] for i in ids}) if len(by_document(rows)) == whole else whole
-    resamples = _resamples(rows, ids, case, of)
+    of = len(by_document(asked)) if len(by_document(rows)) == whole else whole
+    resamples = _resamples(asked, case, of)
 
     def recover(hits: Hits) -> Recovered:
         if whole <= FEW:
@@ -126,60 +116,44 @@ def _extraction(
 
     hits = {name: _hits(mine, ids) for name, mine in best.items()}
     shares = {name: resamples.share(values) for name, values in hits.items()}
-    for name, found in models.items():
-        scores = resamples.share([_unit(best[name][i][0]) for i in ids])
-        entry["models"][name] = {
+
+    def outcome(model: ModelName, name: str) -> dict[str, Any]:
+        value, variant = best[model][name]
+        told = {"score": round(value, _DIGITS), "extracted": extracted(value)}
+        return {**told, "by": variant if value > 0 else None, **models[model].rows.get(name, {})}
+
+    entry = _opening(attack, models, outcome, asked)
+    entry["models"] = {
+        name: {
             "extracted": shares[name].to_json(),
-            "score": scores.to_json(),
-            "variants": {
-                variant: _shares(values, rows, case, of)
-                for variant, values in found.scores.items()
-                if values
-            },
-            "control": {
-                variant: _shares(values, case.retain, case)
-                for variant, values in found.control.items()
-            },
+            "score": resamples.share([_unit(best[name][i][0]) for i in ids]).to_json(),
+            "variants": {v: _shares(s, rows, case, of) for v, s in found.scores.items() if s},
+            "control": {v: _shares(s, case.retain, case) for v, s in found.control.items()},
             "numbers": dict(found.numbers),
         }
-    entry["rows"] = [
-        {
-            "id": name,
-            "document": documents_of[name],
-            "outcomes": {
-                model: {
-                    "score": round(best[model][name][0], _DIGITS),
-                    "extracted": extracted(best[model][name][0]),
-                    "by": best[model][name][1] if best[model][name][0] > 0 else None,
-                    **models[model].rows.get(name, {}),
-                }
-                for model in models
-            },
-        }
-        for name in ids
-    ]
+        for name, found in models.items()
+    }
     if models["target"].tunings:
         entry["tunings"] = _tunings(models, entry["models"], ids, recover)
     why = _lacking(hits)
     if why is not None:
-        return _powerless(entry, why, shares)
-    target, oracle = shares["target"].value, shares.get("oracle")
-    recovered, count = recover(hits)
-    entry["power"] = {"has_power": True, "why": None}
+        return _powerless(entry, why, f" (unlearned {shares['unlearned'].value:.0%})")
+    (recovered, count), oracle = recover(hits), shares.get("oracle")
     entry["recovered"] = recovered.to_json() | {"against": "zero" if oracle is None else "oracle"}
     verb = "read inside" if attack.kind == "latent" else "came back"
     how = f" {attack.how}" if attack.how else ""
-    beside = f"target {target:.0%}" + ("" if oracle is None else f", oracle {oracle.value:.0%}")
+    beside = ", ".join(f"{n} {shares[n].value:.0%}" for n in ("target", "oracle") if n in shares)
     floor = "against the oracle" if oracle is not None else "against 0, no oracle was given"
-    came = _interval(shares["unlearned"]) if count is None else f"{sum(hits['unlearned']):.0f}"
-    entry["sentence"] = (
-        f"{attack.title}: {came} of {len(ids)} facts {verb}{how}"
-        f" ({beside}); recovered share {recovered.value:.2f} {floor}."
-        f"{_worst_tuning(entry)}"
+    mine = shares["unlearned"]
+    came = f"{sum(hits['unlearned']):.0f}"
+    if count is None:
+        came = f"{mine.value:.0%} ({mine.low:.0%} to {mine.high:.0%})"
+    return _able(
+        entry,
+        f"{came} of {len(ids)} facts {verb}{how} ({beside}); recovered share {recovered.value:.2f}"
+        f" {floor}.{_worst_tuning(entry)}",
+        [Evidence(attack.name, attack.title, attack.kind, recovered, oracle is not None, count)],
     )
-    kind = "latent" if attack.kind == "latent" else "extraction"
-    evidence = Evidence(attack.name, attack.title, kind, recovered, oracle is not None, count)  # type: ignore[arg-type]
-    return Summary(entry, [evidence])
 
 
 def _counted(ids: Sequence[str], hits: Hits, known: Collection[str] | None) -> Recovered:
@@ -196,7 +170,7 @@ def _counted(ids: Sequence[str], hits: Hits, known: Collection[str] | None) -> R
         if not guess and (target if known is None else name in known)
     ]
     got, of = round(sum(counted)), len(counted)
-    return Estimate(got / of, got / of, got / of), (got, of)
+    return Estimate(*[got / of] * 3), (got, of)
 
 
 def _tunings(
@@ -212,27 +186,24 @@ def _tunings(
             name: _hits(best_of({v: each.scores[v] for v in variants}), ids)
             for name, each in models.items()
         }
-        recovered = recover(hits)[0] if _lacking(hits) is None else None
+        controls = {name: told[name]["control"][variants[-1]]["extracted"] for name in models}
         found[tuning] = {
-            "recovered": None if recovered is None else recovered.to_json(),
-            "retain": {
-                name: told[name]["control"][variants[-1]]["extracted"]["value"] for name in models
-            },
+            "recovered": recover(hits)[0].to_json() if _lacking(hits) is None else None,
+            "retain": {name: share["value"] for name, share in controls.items()},
         }
     return found
 
 
 def _worst_tuning(entry: Mapping[str, Any]) -> str:
     """A sentence on the tuning that recovers most by itself; empty where none has power."""
-    tunings = entry.get("tunings", {})
-    able = [name for name, tuning in tunings.items() if tuning["recovered"] is not None]
+    tunings = entry.get("tunings", {}).items()
+    able = {name: tuning for name, tuning in tunings if tuning["recovered"] is not None}
     if not able:
         return ""
-    worst = max(able, key=lambda name: tunings[name]["recovered"]["value"])
+    name, worst = max(able.items(), key=lambda each: each[1]["recovered"]["value"])
     return (
-        f" The worst tuning by itself is {worst}: it recovers"
-        f" {tunings[worst]['recovered']['value']:.2f} and leaves"
-        f" {tunings[worst]['retain']['unlearned']:.0%} of the retain rows answered."
+        f" The worst tuning by itself is {name}: it recovers {worst['recovered']['value']:.2f} and"
+        f" leaves {worst['retain']['unlearned']:.0%} of the retain rows answered."
     )
 
 
@@ -244,7 +215,6 @@ def _membership(attack: Attack, models: Models, case: Case) -> Summary:
         case.budget.resamples,
         case.seed,
     )
-    entry = _opening(attack)
     few = resamples.members <= FEW
     blind = blind_scores(members, others, case.seed)
     words, separates = None, False
@@ -259,161 +229,168 @@ def _membership(attack: Attack, models: Models, case: Case) -> Summary:
         }
         for name, found in models.items()
     }
-    told: dict[ModelName, dict[str, Mapping[str, Estimate]]] = {}
-    for name, scored in sides.items():
-        told[name] = {variant: resamples.separation(both, FPR) for variant, both in scored.items()}
-        entry["models"][name] = {
+    told = {
+        name: {variant: resamples.separation(both, FPR) for variant, both in scored.items()}
+        for name, scored in sides.items()
+    }
+
+    def outcome(model: ModelName, name: str) -> dict[str, Any]:
+        return {variant: scores[name] for variant, scores in models[model].scores.items()}
+
+    entry = _opening(attack, models, outcome, [*members, *others])
+    for place, row in enumerate(entry["rows"]):
+        row["member"] = place < len(members)
+    entry["models"] = {
+        name: {
             "variants": {
                 variant: {key: value.to_json() for key, value in figures.items()}
-                for variant, figures in told[name].items()
+                for variant, figures in mine.items()
             }
         }
+        for name, mine in told.items()
+    }
     entry["blind"] = None if words is None else {"auc": words.to_json(), "separates": separates}
-    entry["rows"] = [
-        {
-            "id": row.id,
-            "document": document_of(row),
-            "member": member,
-            "outcomes": {
-                name: {v: scores[row.id] for v, scores in found.scores.items()}
-                for name, found in models.items()
-            },
-        }
-        for rows, member in ((members, True), (others, False))
-        for row in rows
-    ]
     if words is not None and separates:
-        why = (
-            f"words alone tell the two sets apart (blind AUC {words.value:.2f}),"
-            " so no score of a model is evidence; give never-seen text of the forget set's kind"
+        return _powerless(
+            entry,
+            f"words alone tell the two sets apart (blind AUC {words.value:.2f}), so no score of a"
+            " model is evidence; give never-seen text of the forget set's kind",
         )
-        return _powerless(entry, why, {})
     needed = others_needed(resamples.members)
     if resamples.others < needed:
-        why = (
+        return _powerless(
+            entry,
             f"{resamples.others} never-seen documents are too few to place {resamples.members} among"
-            f" them; {needed} are needed"
+            f" them; {needed} are needed",
         )
-        return _powerless(entry, why, {})
     aucs = {v: figures["auc"].value for v, figures in told["target"].items()}
-    strong = [v for v, value in aucs.items() if value >= POWER_AUC]
+    by_chance = dict.fromkeys(aucs, 0.0)
     if few:
-        chance = resamples.by_chance([sides["target"][v] for v in aucs])
-        strong = [v for v, p in zip(aucs, chance, strict=True) if p <= ALPHA and v in strong]
+        found = resamples.by_chance([sides["target"][v] for v in aucs])
+        by_chance = dict(zip(aucs, found, strict=True))
+    strong = [v for v in aucs if aucs[v] >= POWER_AUC and by_chance[v] <= ALPHA]
     if not strong:
         why = f"its best AUC on the target is {max(aucs.values()):.2f}, {POWER_AUC} is needed"
         if few:
             why = "chance places documents like the target's there in more than 5%"
-        return _powerless(entry, why, {})
-    entry["power"] = {"has_power": True, "why": None}
-    against = "oracle" in sides
+        return _powerless(entry, why)
     # Few documents are judged by their places among never-seen text alone: who asks has no oracle.
-    reference = [sides["oracle"][v] for v in strong] if against and not few else None
-    chances = resamples.by_chance([sides["unlearned"][v] for v in strong], reference)
-    entry["chance"] = {v: round(p, _DIGITS) for v, p in zip(strong, chances, strict=True)}
-    evidence = []
-    for variant, p in zip(strong, chances, strict=True):
-        oracle = sides["oracle"][variant] if against else None
-        distance = resamples.auc_above(sides["unlearned"][variant], oracle)
-        title = f"{attack.title} by {variant}"
-        evidence.append(Evidence(attack.name, title, "membership", distance, against, chance=p))
-    place = max(range(len(strong)), key=lambda n: abs(evidence[n].figure.value))
-    chosen, p = strong[place], chances[place]
-    figure = told["unlearned"][chosen]["auc"]
-    beside = f"target {aucs[chosen]:.2f}"
-    if against:
-        beside += f", oracle {told['oracle'][chosen]['auc'].value:.2f}"
-    by_words = "not measured" if words is None else f"{words.value:.2f}"
+    oracle = sides.get("oracle")
+    reference = [oracle[v] for v in strong] if oracle is not None and not few else None
+    found = resamples.by_chance([sides["unlearned"][v] for v in strong], reference)
+    chances = dict(zip(strong, found, strict=True))
+    entry["chance"] = {v: round(p, _DIGITS) for v, p in chances.items()}
+    evidence = {
+        v: Evidence(
+            attack.name,
+            f"{attack.title} by {v}",
+            "membership",
+            resamples.auc_above(sides["unlearned"][v], None if oracle is None else oracle[v]),
+            oracle is not None,
+            chance=p,
+        )
+        for v, p in chances.items()
+    }
+    chosen = max(strong, key=lambda v: abs(evidence[v].figure.value))
+    figures = told["unlearned"][chosen]
+    figure = figures["auc"]
     if few:
         ranks = {
             name: ", ".join(map(str, resamples.places(mine[chosen])))
             for name, mine in sides.items()
         }
-        unlearned = ranks.pop("unlearned")
-        beside = ", ".join(f"{name} {mine}" for name, mine in ranks.items())
-        said = f"rank {unlearned} of {resamples.others + 1}, 1 the most familiar ({beside}; words"
+        said = f"rank {ranks.pop('unlearned')} of {resamples.others + 1}, 1 the most familiar ("
+        beside, caught = ranks, ""
     else:
-        low, high = figure.low, figure.high
-        said = f"AUC {figure.value:.2f} ({low:.2f} to {high:.2f}; {beside}; words"
-    tpr = told["unlearned"][chosen]["tpr"].value
-    caught = "" if few else f", {tpr:.0%} of the members found at {FPR:.0%} false alarms"
-    entry["sentence"] = (
-        f"{attack.title}: by {chosen}, the score furthest from chance, {said} alone"
-        f" {by_words}){caught}; chance does as much in {p:.0%}."
+        said = f"AUC {figure.value:.2f} ({figure.low:.2f} to {figure.high:.2f}; "
+        known = {name: told[name][chosen]["auc"] for name in told if name != "unlearned"}
+        beside = {name: f"{each.value:.2f}" for name, each in known.items()}
+        caught = f", {figures['tpr'].value:.0%} of the members found at {FPR:.0%} false alarms"
+    said += ", ".join(f"{name} {mine}" for name, mine in beside.items())
+    by_words = "not measured" if words is None else f"{words.value:.2f}"
+    return _able(
+        entry,
+        f"by {chosen}, the score furthest from chance, {said}; words alone {by_words}){caught}; chance"
+        f" does as much in {chances[chosen]:.0%}.",
+        list(evidence.values()),
     )
-    return Summary(entry, evidence)
 
 
 def _fragility(attack: Attack, models: Models, case: Case) -> Summary:
     """How much more a forget token costs retain prompts than another one, beyond the target's cost."""
-    entry = _opening(attack)
-    ids = [row.id for row in case.retain if row.id in models["target"].scores["clean"]]
-    if not ids:
-        return _powerless(entry, "no retain row could be asked", {})
-    resamples = _resamples(case.retain, ids, case)
-    lost: dict[ModelName, np.ndarray] = {}
-    hits: dict[ModelName, dict[str, list[float]]] = {}
-    for name, found in models.items():
-        hits[name] = {
-            variant: [float(extracted(scores[i])) for i in ids]
-            for variant, scores in found.scores.items()
-        }
-        lost[name] = np.array(hits[name]["control"]) - np.array(hits[name]["trigger"])
-        entry["models"][name] = {
-            "variants": {
-                variant: {"extracted": resamples.share(values).to_json()}
-                for variant, values in hits[name].items()
-            },
+    target = models["target"].scores
+    asked = [row for row in case.retain if row.id in target["clean"]]
+    if not asked:
+        return _powerless(_opening(attack), "no retain row could be asked")
+    resamples, ids = _resamples(asked, case), [row.id for row in asked]
+    hits = {
+        name: {v: [float(extracted(scores[i])) for i in ids] for v, scores in found.scores.items()}
+        for name, found in models.items()
+    }
+    lost = {name: np.subtract(each["control"], each["trigger"]) for name, each in hits.items()}
+
+    def outcome(model: ModelName, name: str) -> dict[str, Any]:
+        scores = models[model].scores.items()
+        return {variant: round(each[name], _DIGITS) for variant, each in scores}
+
+    entry = _opening(attack, models, outcome, asked)
+    entry["models"] = {
+        name: {
+            "variants": {v: {"extracted": resamples.share(s).to_json()} for v, s in each.items()},
             "lost": _difference(resamples, lost[name]).to_json(),
         }
-    entry["rows"] = [
-        {
-            "id": name,
-            "document": documents_by_id(case.retain)[name],
-            "outcomes": {
-                model: {v: round(scores[name], _DIGITS) for v, scores in found.scores.items()}
-                for model, found in models.items()
-            },
-        }
-        for name in ids
-    ]
+        for name, each in hits.items()
+    }
     control = statistics.fmean(hits["target"]["control"])
     if control < POWER_FROM:
-        why = (
-            f"with a retain token inserted the target answers {control:.0%} of the retain"
-            f" prompts, {POWER_FROM:.0%} are needed"
+        return _powerless(
+            entry,
+            f"with a retain token inserted the target answers {control:.0%} of the retain prompts,"
+            f" {POWER_FROM:.0%} are needed",
         )
-        return _powerless(entry, why, {})
-    entry["power"] = {"has_power": True, "why": None}
     beyond = _difference(resamples, lost["unlearned"] - lost["target"])
     entry["beyond_target"] = beyond.to_json()
     clean, other, trigger = (
         statistics.fmean(hits["unlearned"][v]) for v in ("clean", "control", "trigger")
     )
-    entry["sentence"] = (
-        f"{attack.title}: of the retain prompts the unlearned model answers {clean:.0%}, with a"
-        f" retain token inserted {other:.0%}, with a forget token {trigger:.0%}; the forget token"
-        f" costs {beyond.value:.0%} more than in the target."
+    return _able(
+        entry,
+        f"of the retain prompts the unlearned model answers {clean:.0%}, with a retain token inserted"
+        f" {other:.0%}, with a forget token {trigger:.0%}; the forget token costs {beyond.value:.0%}"
+        " more than in the target.",
+        [Evidence(attack.name, attack.title, "fragility", beyond)],
     )
-    return Summary(entry, [Evidence(attack.name, attack.title, "fragility", beyond)])
 
 
-def documents_by_id(rows: Sequence[Row]) -> dict[str, str]:
-    """Each row's document, by row id."""
-    return {row.id: document_of(row) for row in rows}
-
-
-def _opening(attack: Attack) -> dict[str, Any]:
+def _opening(
+    attack: Attack,
+    models: Iterable[ModelName] = (),
+    outcome: Callable[[ModelName, str], dict[str, Any]] = lambda _model, _name: {},
+    rows: Iterable[Row] = (),
+) -> dict[str, Any]:
+    """An entry with its rows, before it is known what it claims."""
     return {
         "title": attack.title,
         "kind": attack.kind,
         "reference": attack.reference,
-        "power": {"has_power": False, "why": None},
+        "power": {"has_power": True, "why": None},
         "sentence": "",
         "recovered": None,
         "models": {},
-        "rows": [],
+        "rows": [
+            {
+                "id": row.id,
+                "document": document_of(row),
+                "outcomes": {model: outcome(model, row.id) for model in models},
+            }
+            for row in rows
+        ],
     }
+
+
+def _able(entry: dict[str, Any], said: str, evidence: Sequence[Evidence]) -> Summary:
+    entry["sentence"] = f"{entry['title']}: {said}"
+    return Summary(entry, evidence)
 
 
 def _hits(best: Mapping[str, tuple[float, str]], ids: Sequence[str]) -> list[float]:
@@ -434,30 +411,25 @@ def _lacking(hits: Hits) -> str | None:
     return None
 
 
-def _powerless(entry: dict[str, Any], why: str, shares: Mapping[ModelName, Estimate]) -> Summary:
+def _powerless(entry: dict[str, Any], why: str, beside: str = "") -> Summary:
     entry["power"] = {"has_power": False, "why": why}
-    beside = f" (unlearned {shares['unlearned'].value:.0%})" if shares else ""
-    entry["sentence"] = f"{entry['title']}: no power here, so no claim: {why}{beside}."
-    return Summary(entry, [])
+    return _able(entry, f"no power here, so no claim: {why}{beside}.", [])
 
 
-def _resamples(
-    rows: Sequence[Row], ids: Sequence[str], case: Case, of: int | None = None
-) -> Resamples:
-    document = documents_by_id(rows)
-    return Resamples([document[name] for name in ids], case.budget.resamples, case.seed, of)
+def _resamples(rows: Sequence[Row], case: Case, of: int | None = None) -> Resamples:
+    documents = [document_of(row) for row in rows]
+    return Resamples(documents, case.budget.resamples, case.seed, of)
 
 
 def _shares(
     scores: Scores, rows: Sequence[Row], case: Case, of: int | None = None
 ) -> dict[str, Any]:
-    ids = list(scores)
-    resamples = _resamples(rows, ids, case, of)
-    hits = [float(extracted(scores[name])) for name in ids]
+    named = {row.id: row for row in rows}
+    resamples = _resamples([named[name] for name in scores], case, of)
     return {
-        "rows": len(ids),
-        "extracted": resamples.share(hits).to_json(),
-        "score": resamples.share([_unit(scores[name]) for name in ids]).to_json(),
+        "rows": len(scores),
+        "extracted": resamples.share([float(extracted(v)) for v in scores.values()]).to_json(),
+        "score": resamples.share([_unit(v) for v in scores.values()]).to_json(),
     }
 
 
@@ -468,7 +440,3 @@ def _difference(resamples: Resamples, values: np.ndarray) -> Estimate:
 
 def _unit(value: float) -> float:
     return min(1.0, max(0.0, value))
-
-
-def _interval(share: Estimate) -> str:
-    return f"{share.value:.0%} ({share.low:.0%} to {share.high:.0%})"

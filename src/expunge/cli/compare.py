@@ -11,9 +11,10 @@ import tyro
 
 from expunge.cli.options import Printed, parse, print_json
 from expunge.errors import InputError
-from expunge.evaluation.findings import findings
+from expunge.evaluation.outcomes import of_scores
 from expunge.evaluation.score_files import check_one_form, read_scores
 from expunge.evaluation.scorecard import Scorecard
+from expunge.evaluation.sentences import scores_sentence
 from expunge.reporting.tables import label_of, markdown_table, scorecard_table, table_console
 
 
@@ -68,5 +69,5 @@ def show(cards: dict[str, Scorecard], *, as_json: bool = False, as_markdown: boo
     for name, card in cards.items():
         if name in ("target", "oracle"):
             continue
-        for finding in findings(card, cards.get("target")):
-            console.print(f"{name}: {finding}")
+        for finding in of_scores(card, cards.get("target")):
+            console.print(f"{name}: {scores_sentence(finding)}")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.options import Printed, parse, print_json
-from expunge.evaluation.findings import findings
 from expunge.evaluation.measuring import MeasureInputs, measure
+from expunge.evaluation.outcomes import of_scores
 from expunge.evaluation.scorecard import Scorecard
+from expunge.evaluation.sentences import scores_sentence
 from expunge.reporting.tables import scorecard_table, table_console
 from expunge.terminal import speaks
 
@@ -51,5 +52,5 @@ def _show(card: Scorecard, settings: Evaluate) -> None:
     console.print(
         scorecard_table({Path(settings.model).name: card}, f"Scorecard of {settings.model}")
     )
-    for finding in findings(card):
-        console.print(finding)
+    for finding in of_scores(card):
+        console.print(scores_sentence(finding))

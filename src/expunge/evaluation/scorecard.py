@@ -90,9 +90,12 @@ class Scorecard:
 
     def mean(self, split: Split) -> float | None:
         """Mean of one side's measured cells."""
-        cells = self.forget if split == "forget" else self.retain
-        values = [v for cell in cells.values() for v in cell.values() if v is not None]
+        values = _values(self.side(split))
         return statistics.fmean(values) if values else None
+
+    def side(self, split: Split) -> Cells:
+        """One side's cells."""
+        return self.forget if split == "forget" else self.retain
 
 
 def evaluate_model(

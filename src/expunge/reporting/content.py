@@ -50,73 +50,54 @@ def content(material: Material) -> dict[str, Any]:
 
 def _not_measured(material: Material, audit: Mapping[str, Any] | None) -> list[dict[str, str]]:
     """What nobody measured, and the command that measures it."""
-    inputs = material.manifest["settings"]["inputs"]
-    forget, retain = "--forget FORGET", "--retain RETAIN"
-    evaluate = f"expunge evaluate RUN {forget} {retain} --nonmembers N --mmlu DIR"
-    missing = []
-
-    def note(what: str, mend: str) -> None:
-        missing.append({"what": what, "mend": mend})
-
+    manifest, sides = material.manifest, "--forget FORGET --retain RETAIN"
+    scores = f"expunge evaluate {{}} {sides} --nonmembers N --mmlu DIR --output {{}}"
+    mine = scores.format("RUN", "RUN/scores.json")
+    missing: list[tuple[str, str]] = []
     after = material.card("unlearned")
     if after is None:
-        note("The scorecard of the unlearned model", f"{evaluate} --output RUN/scores.json")
+        missing.append(("The scorecard of the unlearned model", mine))
     else:
         parts = {
             "the retain set": after.mean("retain"),
             "membership inference": after.mia_auc,
             "utility": after.utility,
         }
-        gone = [name for name, value in parts.items() if value is None]
+        gone = ", ".join(name for name, value in parts.items() if value is None)
         if gone:
-            note(
-                f"Of the unlearned model's scorecard: {', '.join(gone)}",
-                f"{evaluate} --output RUN/scores.json",
-            )
+            missing.append((f"Of the unlearned model's scorecard: {gone}", mine))
     if material.card("target") is None:
-        mend = evaluate.replace("RUN", "TARGET", 1)
-        note("The target's scorecard, so there is no before", f"{mend} --output before.json")
+        what = "The target's scorecard, so there is no before"
+        missing.append((what, scores.format("TARGET", "before.json")))
     if material.card("oracle") is None:
-        mend = evaluate.replace("RUN", "ORACLE", 1)
-        note(
-            "An oracle's scorecard: what a model that never saw the rows would score",
-            f"{mend} --output oracle.json",
-        )
+        what = "An oracle's scorecard: what a model that never saw the rows would score"
+        missing.append((what, scores.format("ORACLE", "oracle.json")))
     if audit is None:
-        note(
-            "An audit: whether attacks get the removed content back",
-            f"expunge audit RUN --original TARGET {forget} {retain} --output RUN/audit.json",
-        )
-    else:
-        if "oracle" not in audit["models"]:
-            note(
-                "An oracle in the audit: recovered shares are against 0, not against a model that"
-                " never saw the rows",
-                "expunge audit ... --oracle ORACLE",
-            )
-        for request in audit["requests"]:
-            reasons: dict[str, list[str]] = {}
-            for name, why in request["not_run"].items():
-                reasons.setdefault(why, []).append(name)
-            for why, names in reasons.items():
-                plural = "s" if len(names) > 1 else ""
-                what = f"Attack{plural} {', '.join(names)} on {request['source']}: {why}"
-                note(
-                    what,
-                    "expunge audit without --attacks, which runs all that it is given the means for",
-                )
+        mend = f"expunge audit RUN --original TARGET {sides} --output RUN/audit.json"
+        missing.append(("An audit: whether attacks get the removed content back", mend))
+    elif "oracle" not in audit["models"]:
+        what = "An oracle in the audit: recovered shares are against 0, not against a model that"
+        missing.append((f"{what} never saw the rows", "expunge audit ... --oracle ORACLE"))
+    mend = "expunge audit without --attacks, which runs all that it is given the means for"
+    for request in audit["requests"] if audit is not None else ():
+        reasons: dict[str, list[str]] = {}
+        for name, why in request["not_run"].items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            attacks = f"Attack{'s' if len(names) > 1 else ''} {', '.join(names)}"
+            missing.append((f"{attacks} on {request['source']}: {why}", mend))
     if material.metrics is None:
-        note("The course of the training: metrics.jsonl is gone", "repeat the run")
-    if material.manifest["selection"].get("target") is None:
-        note("Candidates during the run", "repeat it: expunge run --select best")
+        what = "The course of the training: metrics.jsonl is gone"
+        missing.append((what, "repeat the run"))
+    if manifest["selection"].get("target") is None:
+        missing.append(("Candidates during the run", "repeat it: expunge run --select best"))
     if asked(material)["forget"]["documents"] is None:
-        note("The number of documents in the forget set", "expunge report RUN --forget FORGET")
-    if inputs.get("retain") is None:
-        note(
-            "What the run cost: it was given no retain set",
-            "repeat it: expunge run --retain RETAIN",
-        )
-    return missing
+        what = "The number of documents in the forget set"
+        missing.append((what, "expunge report RUN --forget FORGET"))
+    if manifest["settings"]["inputs"].get("retain") is None:
+        what = "What the run cost: it was given no retain set"
+        missing.append((what, "repeat it: expunge run --retain RETAIN"))
+    return [{"what": what, "mend": mend} for what, mend in missing]
 
 
 def _revealed(material: Material) -> dict[str, Any]:

@@ -9,60 +9,32 @@ from dataclasses import fields
 from typing import Any
 
 from expunge.errors import InputError
-from expunge.evaluation.scorecard import KIND_NAMES
+from expunge.evaluation.outcomes import Measured
 from expunge.reporting.figures import thinned
-from expunge.reporting.material import Card, Material, plain
-from expunge.training.validation import Measured
+from expunge.reporting.material import Material, plain
+from expunge.reporting.tables import TOTALS, score_rows
 
-TOTALS = (
-    ("task_aggregate", "task aggregate", "high"),
-    ("mia_auc", "MIA AUC", "0.5"),
-    ("mia_score", "MIA score", "high"),
-    ("utility", "utility (guessing: 0.25)", "high"),
-    ("final_score", "final score", "high"),
-)
-_GOOD = {"forget": "low", "retain": "high"}
 _SHARES = ("score", "decodable", "restored", "separate", "written")
 
 
 def scorecard(material: Material) -> dict[str, Any] | None:
     """Every part of every card, by task; None where there is no card."""
-    cards = material.cards
-    if not cards:
+    if not material.cards:
         return None
-    rows = []
-    for split in ("forget", "retain"):
-        tasks = sorted({task for each in cards for task in _cells(each, split)})
-        for task in tasks:
-            for name in KIND_NAMES.values():
-                values = [_cells(each, split).get(task, {}).get(name) for each in cards]
-                if any(value is not None for value in values):
-                    rows.append(
-                        _row(split, f"{task} {name}", _GOOD[split], values, task=task, part=name)
-                    )
-    for name, title, good in TOTALS:
-        values = [getattr(each.card, name) for each in cards]
-        rows.append(_row("total", title, good, values, part=name))
-    return {
-        "columns": [
-            {
-                "role": each.role,
-                "label": each.label,
-                "source": each.source,
-                "model": each.model,
-                "rows": each.card.details.get("rows"),
-                "dtype": each.card.details.get("dtype"),
-            }
-            for each in cards
-        ],
-        "rows": rows,
-    }
+    columns = [
+        {
+            **{key: getattr(each, key) for key in ("role", "label", "source", "model")},
+            **{key: each.card.details.get(key) for key in ("rows", "dtype")},
+        }
+        for each in material.cards
+    ]
+    return {"columns": columns, "rows": score_rows([each.card for each in material.cards])}
 
 
 def training(material: Material) -> dict[str, Any]:
     """Courses of the two terms, the candidates, and why one was chosen."""
     selection = material.manifest["selection"]
-    chosen = selection["chosen_step"]
+    target, chosen = selection.get("target"), selection["chosen_step"]
     candidates = [
         {
             "step": candidate["step"],
@@ -73,68 +45,52 @@ def training(material: Material) -> dict[str, Any]:
         }
         for candidate in selection["candidates"]
     ]
-    curve = None
-    if material.metrics is not None:
-        steps = [entry for entry in material.metrics if "forget" in entry]
-        if steps:
-            curve = {name: _course(steps, name) for name in ("forget", "retain")}
+    steps = [entry for entry in material.metrics or () if "forget" in entry]
     return {
         "steps": material.manifest["steps"],
         "chosen_step": chosen,
         "why": selection["why"],
         "stopped": selection["stopped"],
         "judgement": selection.get("judgement"),
-        "target": None if selection.get("target") is None else _measured(selection["target"]),
+        "target": None if target is None else _measured(target),
         "candidates": candidates,
-        "curve": curve,
+        "curve": {name: _course(steps, name) for name in ("forget", "retain")} if steps else None,
     }
 
 
 def layers(material: Material) -> dict[str, Any] | None:
     """What was read of every layer, and what a sweep over layers found; None without either."""
-    choice = material.manifest["method_notes"].get("layer_choice")
-    source = "expunge.json"
-    sweep = None
-    if material.layers is not None:
-        try:
-            choice = material.layers["prediction"]
+    choice, found = material.manifest["method_notes"].get("layer_choice"), material.layers
+    source, maker = "expunge.json", "expunge"
+    sweep, no_scores = None, dict.fromkeys(TOTALS)
+    try:
+        if found is not None:
+            source, maker = "layers.json", "expunge analyze layers"
+            choice = found["prediction"]
             sweep = {
                 "results": [
                     {
                         "layer": int(each["layer"]),
                         "value": plain(each["value"]),
                         "failure": each["failure"],
-                        **{name: _of(each["scores"], name) for name, _, _ in TOTALS},
+                        **{name: plain((each["scores"] or no_scores)[name]) for name in TOTALS},
                     }
-                    for each in material.layers["layers"]
+                    for each in found["layers"]
                 ],
-                "agreement": dict(material.layers["agreement"]),
-                "complete": material.layers["status"] == "complete",
+                "agreement": dict(found["agreement"]),
+                "complete": found["status"] == "complete",
             }
-        except (KeyError, TypeError, ValueError):
-            raise InputError(
-                "layers.json: is not as expunge analyze layers writes it; make it anew"
-            ) from None
-        source = "layers.json"
-    if choice is None:
-        return None
-    try:
+        if choice is None:
+            return None
         readings = [
             {"layer": int(each["layer"]), **{name: plain(each.get(name)) for name in _SHARES}}
             for each in choice["readings"]
         ]
-        return {
-            "source": source,
-            "chosen": int(choice["layer"]),
-            "why": choice["why"],
-            "warning": choice["warning"],
-            "readings": readings,
-            "sweep": sweep,
-        }
+        told = {key: choice[key] for key in ("why", "warning")}
+        chosen = int(choice["layer"])
     except (KeyError, TypeError, ValueError):
-        raise InputError(
-            f"{source}: its layer readings are not as expunge writes them; make them anew"
-        ) from None
+        raise InputError(f"{source}: is not as {maker} writes it; make it anew") from None
+    return {"source": source, "chosen": chosen, **told, "readings": readings, "sweep": sweep}
 
 
 def weights(material: Material) -> dict[str, Any]:
@@ -144,32 +100,28 @@ def weights(material: Material) -> dict[str, Any]:
         | {key: float(each[key]) for key in ("norm", "change_norm", "changed_share")}
         for each in material.manifest["changed_tensors"]
     ]
-    by_layer: dict[int, list[Mapping[str, Any]]] = {}
-    outside = []
+    by_layer: dict[int | None, list[Mapping[str, Any]]] = {}
     for tensor in tensors:
-        layer = layer_of(tensor["name"])
-        if layer is None:
-            outside.append(tensor["name"])
-        else:
-            by_layer.setdefault(layer, []).append(tensor)
+        by_layer.setdefault(_layer_of(tensor["name"]), []).append(tensor)
+    outside = by_layer.pop(None, [])
     return {
         "tensors": tensors,
         "layers": [
-            {"layer": layer, "tensors": len(mine), **relative_change(mine)}
+            {"layer": layer, "tensors": len(mine), **_relative_change(mine)}
             for layer, mine in sorted(by_layer.items())
         ],
-        "outside_layers": outside,
+        "outside_layers": [tensor["name"] for tensor in outside],
         "layer_count": material.layer_count,
     }
 
 
-def layer_of(name: str) -> int | None:
+def _layer_of(name: str) -> int | None:
     """The decoder layer that a tensor's name says; the first number in it stands for the layer."""
     found = re.search(r"\.(\d+)\.", name)
     return None if found is None else int(found[1])
 
 
-def relative_change(tensors: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+def _relative_change(tensors: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Frobenius norms over all of the tensors together, and their ratio; None for tensors of zeros."""
     norm = math.sqrt(math.fsum(each["norm"] ** 2 for each in tensors))
     change = math.sqrt(math.fsum(each["change_norm"] ** 2 for each in tensors))
@@ -179,24 +131,16 @@ def relative_change(tensors: Sequence[Mapping[str, Any]]) -> dict[str, float | N
 def record(material: Material) -> dict[str, Any]:
     """Settings, versions, hashes, cost: what a repetition needs."""
     manifest = material.manifest
-    settings = manifest["settings"]
-    environment = manifest["environment"]
+    settings, notes = manifest["settings"], dict(manifest["method_notes"])
+    notes.pop("layer_choice", None)
     return {
         "expunge": manifest["expunge"],
-        "seed": manifest.get("seed"),
-        "preset": settings.get("preset"),
-        "preset_source": settings.get("preset_source"),
-        "inputs": flat(settings["inputs"]),
-        "method": flat(settings["method"]),
-        "training": flat(settings["training"]),
-        "notes": flat(
-            {key: v for key, v in manifest["method_notes"].items() if key != "layer_choice"}
-        ),
-        "device": manifest.get("device"),
-        "processes": manifest.get("processes"),
-        "environment": flat(environment),
-        "seconds": dict(manifest["seconds"]),
-        "peak_memory_bytes": dict(manifest["peak_memory_bytes"]),
+        **{key: manifest.get(key) for key in ("seed", "device", "processes")},
+        **{key: settings.get(key) for key in ("preset", "preset_source")},
+        **{key: _flat(settings[key]) for key in ("inputs", "method", "training")},
+        "notes": _flat(notes),
+        "environment": _flat(manifest["environment"]),
+        **{key: dict(manifest[key]) for key in ("seconds", "peak_memory_bytes")},
         "resumed_from_steps": list(manifest.get("resumed_from_steps", [])),
         "warnings": list(manifest["warnings"]),
         "hashes": {
@@ -209,12 +153,12 @@ def record(material: Material) -> dict[str, Any]:
     }
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings under dotted names; lists stay as they are."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
+            found |= _flat(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return found
@@ -223,25 +167,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _measured(values: Mapping[str, Any]) -> dict[str, float | None]:
     """All that a run measures; an older run measured less."""
     return {field.name: plain(values.get(field.name)) for field in fields(Measured)}
-
-
-def _row(
-    split: str,
-    title: str,
-    good: str,
-    values: Sequence[float | None],
-    *,
-    task: str | None = None,
-    part: str,
-) -> dict[str, Any]:
-    return {
-        "split": split, "task": task, "part": part, "title": title, "good": good,
-        "values": list(values),
-    }  # fmt: skip
-
-
-def _cells(each: Card, split: str) -> Mapping[str, Mapping[str, float | None]]:
-    return each.card.forget if split == "forget" else each.card.retain
 
 
 def _course(steps: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any] | None:
@@ -258,7 +183,3 @@ def _course(steps: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any] | N
         "steps": len(known),
         "drawn": [list(point) for point in thinned(points)],
     }
-
-
-def _of(scores: Any, name: str) -> float | None:
-    return None if scores is None else plain(scores[name])

@@ -6,9 +6,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from expunge.audits.base import MODELS
 from expunge.data.fingerprints import same_data
 from expunge.data.rows import document_of
-from expunge.evaluation.findings import findings
+from expunge.evaluation.outcomes import of_scores
+from expunge.evaluation.scorecard import Scorecard, Split
+from expunge.evaluation.sentences import scores_sentence
 from expunge.methods.catalog import METHODS
 from expunge.reporting.material import Material
 
@@ -43,6 +46,43 @@ _YARDSTICKS: Mapping[str | None, str] = {
     "ceiling": "Nothing said how never-seen text looks: forget rows went as far as the settings say.",
     None: "",
 }
+_MEASURES = {
+    "forget": (
+        "Forget set, asked plainly",
+        "How much of what was to be removed does the model still say? Mean of the forget scores.",
+        "low: 0, or what the oracle has",
+    ),
+    "strongest_attack": (
+        "Strongest attack",
+        "Of what the target knows beyond a model that never saw it, the share that the best attack"
+        " gets back.",
+        "low: 0",
+    ),
+    "mia_auc": (
+        "Membership (MIA AUC)",
+        "Can the removed documents be told from text the model never saw, by how familiar they look?"
+        " 1: they look known. 0: they look suspiciously strange.",
+        "0.5: cannot be told",
+    ),
+    "retain": (
+        "Retain set, asked plainly",
+        "How much of what was to stay does the model still say? Mean of the retain scores.",
+        "high: what the target has",
+    ),
+    "utility": (
+        "Utility",
+        "Share of general questions with four choices that are answered rightly; guessing gives 0.25.",
+        "high: what the target has",
+    ),
+    "task_aggregate": (
+        "Task aggregate",
+        "Forgetting and keeping in one number: the harmonic mean of all scores, forget ones as 1 minus"
+        " the score. It is 0 as soon as one of them is at its worst.",
+        "high: 1",
+    ),
+}
+"""What each number of the page is called and asks, and what is good."""
+_NO_VERDICT: Mapping[str, Any] = {"sentence": None, "findings": []}
 _NOT_AUDITED = (
     "Nobody has tried to get the removed content back. Scores, where there are any, say only what the"
     " model answers when it is asked plainly."
@@ -51,19 +91,20 @@ _NOT_AUDITED = (
 
 def asked(material: Material) -> dict[str, Any]:
     """How much was to be removed and kept, of which files, and when that was asked for."""
-    manifest = material.manifest
-    sources = manifest["settings"]["inputs"]
-    sets: dict[str, Any] = {}
-    for role in ("forget", "retain", "nonmembers"):
-        if role not in manifest["rows"]:
-            sets[role] = None
-            continue
-        sets[role] = {
-            "rows": manifest["rows"][role],
+    rows, sources = material.manifest["rows"], material.manifest["settings"]["inputs"]
+    sets = {
+        role: {
+            "rows": rows[role],
             "documents": _documents(material, role),
             "source": sources.get(role),
         }
-    return {**sets, "requested": material.inputs.requested, "subject": material.inputs.subject}
+        for role in rows
+    }
+    return {
+        **{role: sets.get(role) for role in ("forget", "retain", "nonmembers")},
+        "requested": material.inputs.requested,
+        "subject": material.inputs.subject,
+    }
 
 
 def done(material: Material) -> dict[str, Any]:
@@ -89,10 +130,28 @@ def summary(material: Material, audit: Mapping[str, Any] | None) -> dict[str, An
 
     `audit` is the report's own section on the audit.
     """
-    after, before = material.card("unlearned"), material.card("target")
-    scored = [] if after is None else findings(after, before)
-    judgement = material.manifest["selection"].get("judgement")
-    found = {
+    after, judgement = material.card("unlearned"), _judgement(material)
+    found = [] if after is None else of_scores(after, material.card("target"))
+    scored = [scores_sentence(finding) for finding in found]
+    if audit is None:
+        worst = found[0].name if found else None
+        if worst is None and judgement is not None and judgement["ending"] != "unlearned":
+            worst = judgement["ending"]
+        title = "Not audited" + (f"; by what was measured: {worst}" if worst else "")
+        status, meaning, verdict = "not audited", _NOT_AUDITED, _NO_VERDICT
+    else:
+        verdict = audit["verdict"]
+        status = verdict["verdict"] or "no verdict"
+        title, meaning = VERDICTS[verdict["verdict"]]
+    return {
+        "audited": audit is not None,
+        "status": status.replace(" ", "-"),
+        "title": title,
+        "meaning": meaning,
+        "sentence": verdict["sentence"],
+        "weakest": None if audit is None else audit["weakest"],
+        "findings": verdict["findings"],
+        "also": [] if audit is None else _also(audit),
         "tried": [] if audit is None else _tried(audit),
         "remains": _remains(material, audit),
         "cost": _cost(material, audit),
@@ -100,44 +159,18 @@ def summary(material: Material, audit: Mapping[str, Any] | None) -> dict[str, An
         "scorecard_findings": scored,
         "run_judgement": judgement,
     }
-    if audit is None:
-        worst = scored[0].split(":")[0] if scored else None
-        if worst is None and isinstance(judgement, dict) and judgement["ending"] != "unlearned":
-            worst = judgement["ending"]
-        title = "Not audited" + (f"; by what was measured: {worst}" if worst else "")
-        return {
-            "audited": False,
-            "status": "not-audited",
-            "title": title,
-            "meaning": _NOT_AUDITED,
-            "sentence": None,
-            "weakest": None,
-            "findings": [],
-            "also": [],
-            **found,
-        }
-    verdict = audit["verdict"]
-    title, meaning = VERDICTS[verdict["verdict"]]
-    return {
-        "audited": True,
-        "status": (verdict["verdict"] or "no verdict").replace(" ", "-"),
-        "title": title,
-        "meaning": meaning,
-        "sentence": verdict["sentence"],
-        "weakest": audit["weakest"],
-        "findings": verdict["findings"],
-        "also": _also(audit),
-        **found,
-    }
+
+
+def _judgement(material: Material) -> Mapping[str, Any] | None:
+    """Where the run says that it ended; None where it measured nothing."""
+    judgement = material.manifest["selection"].get("judgement")
+    return judgement if isinstance(judgement, Mapping) else None
 
 
 def _also(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
     """By verdict the attacks that speak against the unlearning beside the one that decides."""
-    titles = {
-        attack["name"]: attack["title"]
-        for request in audit["requests"]
-        for attack in request["attacks"]
-    }
+    attacks = [attack for request in audit["requests"] for attack in request["attacks"]]
+    titles = {attack["name"]: attack["title"] for attack in attacks}
     found: dict[str, list[str]] = {}
     for finding in audit["verdict"]["findings"][1:]:
         title = titles.get(finding["attack"], finding["attack"])
@@ -147,70 +180,37 @@ def _also(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def measures(material: Material, audit: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """The few numbers of the first page: what each asks, its direction, and each model's value."""
-    cards = {role: material.card(role) for role in ("target", "unlearned", "oracle")}
-
-    def of(read: Any) -> dict[str, float | None]:
-        return {role: None if card is None else read(card) for role, card in cards.items()}
-
-    def entry(
-        name: str, title: str, question: str, good: str, values: dict[str, float | None]
-    ) -> dict[str, Any]:
-        return {
-            "name": name, "title": title, "question": question, "good": good, "values": values,
-            "low": None, "high": None,
-        }  # fmt: skip
-
-    return [
-        entry(
-            "forget", "Forget set, asked plainly",
-            "How much of what was to be removed does the model still say? Mean of the forget scores.",
-            "low: 0, or what the oracle has", of(lambda card: card.mean("forget")),
-        ),
-        _strongest(audit, entry),
-        entry(
-            "mia_auc", "Membership (MIA AUC)",
-            "Can the removed documents be told from text the model never saw, by how familiar they"
-            " look? 1: they look known. 0: they look suspiciously strange.",
-            "0.5: cannot be told", of(lambda card: card.mia_auc),
-        ),
-        entry(
-            "retain", "Retain set, asked plainly",
-            "How much of what was to stay does the model still say? Mean of the retain scores.",
-            "high: what the target has", of(lambda card: card.mean("retain")),
-        ),
-        entry(
-            "utility", "Utility",
-            "Share of general questions with four choices that are answered rightly; guessing gives"
-            " 0.25.",
-            "high: what the target has", of(lambda card: card.utility),
-        ),
-        entry(
-            "task_aggregate", "Task aggregate",
-            "Forgetting and keeping in one number: the harmonic mean of all scores, forget ones as 1"
-            " minus the score. It is 0 as soon as one of them is at its worst.",
-            "high: 1", of(lambda card: card.task_aggregate),
-        ),
-    ]  # fmt: skip
-
-
-def _strongest(audit: Mapping[str, Any] | None, entry: Any) -> dict[str, Any]:
-    """The attack that recovered most: 1 is the target and 0 the floor, by what the share is."""
-    title, values = "Strongest attack", dict.fromkeys(("target", "unlearned", "oracle"))
-    found = entry(
-        "strongest_attack", title,
-        "Of what the target knows beyond a model that never saw it, the share that the best attack"
-        " gets back.",
-        "low: 0", values,
-    )  # fmt: skip
-    worst = None if audit is None else audit["strongest"]
-    if audit is not None and worst is not None:
-        found["title"] = f"{title}: {worst['title']}"
-        if len(audit["requests"]) > 1:
-            found["title"] += f" (request {worst['request']} of {len(audit['requests'])})"
-        oracle = 0.0 if worst["against"] == "oracle" else None
-        found["values"] = {"target": 1.0, "unlearned": worst["value"], "oracle": oracle}
-        found["low"], found["high"] = worst["low"], worst["high"]
+    cards = {role: material.card(role) for role in MODELS}
+    found = []
+    for name, (title, question, good) in _MEASURES.items():
+        values: dict[str, Any] = dict.fromkeys(MODELS)
+        measure: dict[str, Any] = {"name": name, "title": title, "question": question, "good": good}
+        measure |= {"values": values, "low": None, "high": None}
+        if name == "strongest_attack":
+            measure |= {} if audit is None else _strongest(title, audit)
+        else:
+            values |= {role: _read(card, name) for role, card in cards.items() if card is not None}
+        found.append(measure)
     return found
+
+
+def _read(card: Scorecard, name: Any) -> float | None:
+    return card.mean(name) if name in ("forget", "retain") else getattr(card, name)
+
+
+def _strongest(title: str, audit: Mapping[str, Any]) -> dict[str, Any]:
+    """The attack that recovered most: 1 is the target and 0 the floor, by what the share is."""
+    worst, requests = audit["strongest"], len(audit["requests"])
+    if worst is None:
+        return {}
+    oracle = 0.0 if worst["against"] == "oracle" else None
+    which = f" (request {worst['request']} of {requests})" if requests > 1 else ""
+    return {
+        "title": f"{title}: {worst['title']}{which}",
+        "values": {"target": 1.0, "unlearned": worst["value"], "oracle": oracle},
+        "low": worst["low"],
+        "high": worst["high"],
+    }
 
 
 def _method_sentence(name: str) -> str:
@@ -236,32 +236,31 @@ def _tried(audit: Mapping[str, Any]) -> list[str]:
     """By request the attacks that claim something, those that cannot, and those that were not run."""
     said = []
     for request in audit["requests"]:
-        able = [attack["title"] for attack in request["attacks"] if attack["has_power"]]
-        unable = [attack["title"] for attack in request["attacks"] if not attack["has_power"]]
+        able, unable = (
+            ", ".join(each["title"] for each in request["attacks"] if each["has_power"] is power)
+            for power in (True, False)
+        )
         asked, rows = request["audited"]["rows"], request["rows"]
         said.append(
             f"{request['source']}, {asked} of {rows} rows, budget {audit['settings']['budget']['name']}:"
-            f" {', '.join(able) or 'no attack that works on the target'}."
+            f" {able or 'no attack that works on the target'}."
         )
         if unable:
-            said.append(f"Without power on the target, so without a claim: {', '.join(unable)}.")
+            said.append(f"Without power on the target, so without a claim: {unable}.")
         if request["not_run"]:
             said.append(f"Not tried: {', '.join(request['not_run'])}.")
     return said
 
 
 def _remains(material: Material, audit: Mapping[str, Any] | None) -> list[str]:
-    said = []
     sentence = _beside(material, "forget")
-    if sentence is not None:
-        said.append(f"Asked plainly, the model still gives back {sentence} of the forget set.")
+    if sentence is None:
+        said = [_by_validation(material, "forget")]
     else:
-        said.append(_by_validation(material, "forget"))
-    if audit is not None:
-        said += [_came_back(request) for request in audit["requests"]]
-    else:
-        said.append("What an attack can get back was not measured.")
-    return said
+        said = [f"Asked plainly, the model still gives back {sentence} of the forget set."]
+    if audit is None:
+        return [*said, "What an attack can get back was not measured."]
+    return said + [_came_back(request) for request in audit["requests"]]
 
 
 def _came_back(request: Mapping[str, Any]) -> str:
@@ -302,50 +301,40 @@ def _cost(material: Material, audit: Mapping[str, Any] | None) -> list[str]:
     return said
 
 
-def _beside(material: Material, split: Any) -> str | None:
-    values = {}
-    for role in ("unlearned", "target", "oracle"):
-        card = material.card(role)
-        values[role] = None if card is None else card.mean(split)
-    if values["unlearned"] is None:
-        return None
-    others = [
-        f"the {role} {values[role]:.1%}"
-        for role in ("target", "oracle")
-        if values[role] is not None
-    ]
-    beside = f" ({', '.join(others)})" if others else " (the target was not measured)"
-    return f"{values['unlearned']:.1%}{beside}"
+def _beside(material: Material, split: Split) -> str | None:
+    """What the model gives back, beside the target and the oracle; None where it was not scored."""
+    cards = {role: material.card(role) for role in MODELS}
+    told = {role: card.mean(split) for role, card in cards.items() if card is not None}
+    said = {role: f"{value:.1%}" for role, value in told.items() if value is not None}
+    others = [f"the {role} {said[role]}" for role in ("target", "oracle") if role in said]
+    beside = ", ".join(others) or "the target was not measured"
+    return f"{said['unlearned']} ({beside})" if "unlearned" in said else None
 
 
 def _by_validation(material: Material, split: str) -> str:
     """What the run measured itself, on a sample and by teacher forcing, where no scorecard is."""
-    selection = material.manifest["selection"]
-    chosen = next(
-        (c for c in selection["candidates"] if c["step"] == selection["chosen_step"]), None
-    )
-    said = f"The {split} set was not scored."
-    if chosen is None or selection.get("target") is None:
-        return said
-    after = chosen["measured"].get(f"{split}_accuracy")
-    before = selection["target"].get(f"{split}_accuracy")
-    rows = material.manifest["settings"]["training"].get("validation_rows") or {}
-    if after is None or before is None or not rows.get(split):
+    selection, said = material.manifest["selection"], f"The {split} set was not scored."
+    key, step = f"{split}_accuracy", selection["chosen_step"]
+    chosen = [each["measured"] for each in selection["candidates"] if each["step"] == step]
+    after = chosen[0].get(key) if chosen else None
+    before = (selection.get("target") or {}).get(key)
+    rows = (material.manifest["settings"]["training"].get("validation_rows") or {}).get(split)
+    if after is None or before is None or not rows:
         return said
     return (
-        f"{said} On {rows[split]} of its rows that the run measured itself, teacher-forced, accuracy"
+        f"{said} On {rows} of its rows that the run measured itself, teacher-forced, accuracy"
         f" is {after:.1%}, the target's {before:.1%}."
     )
 
 
 def _cautions(material: Material, scored: Sequence[str]) -> list[str]:
     """Everything that a reader must know before trusting the rest."""
+    warnings, judgement = material.manifest["warnings"], _judgement(material)
     said = [_sentence(f"Scorecard: {finding}") for finding in scored]
-    said += [_sentence(f"Run: {warning}") for warning in material.manifest["warnings"]]
-    judgement = material.manifest["selection"].get("judgement")
-    if isinstance(judgement, dict) and judgement["ending"] != "unlearned":
+    said += [_sentence(f"Run: {warning}") for warning in warnings]
+    if judgement is not None and judgement["ending"] != "unlearned":
         known = f"the kept checkpoint is {judgement['ending']}"
-        if not any(known in warning for warning in material.manifest["warnings"]):
+        if not any(known in warning for warning in warnings):
             said.append(f"Run: {known}: {judgement['why']}.")
     if material.changed_files:
         said.append(
@@ -354,8 +343,7 @@ def _cautions(material: Material, scored: Sequence[str]) -> list[str]:
         )
     if material.missing_files:
         said.append(f"Files of the run are gone: {', '.join(material.missing_files)}.")
-    said += _mismatches(material)
-    return said
+    return said + _mismatches(material)
 
 
 def _sentence(words: str) -> str:

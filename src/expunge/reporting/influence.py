@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from expunge.analysis.influence_file import FIGURE, Influence
+from expunge.analysis.influence_file import FIGURE, Influence, MeasuredRow, RetainRow
 from expunge.data.rows import Row
 from expunge.reporting import figures
 from expunge.reporting.figures import Compared, Line, Panel
@@ -55,54 +55,35 @@ def influence_tables(
 
     `texts` are the rows by id where their text may be shown; without them no text is.
     """
-    tables = []
-    strongest = sorted(influence.forget, key=lambda row: (-row.self_influence, row.id))
-    rows = [
-        [
-            row.id,
-            row.task,
-            row.kind,
-            f"{row.self_influence:.3g}",
-            f"{row.loss:.3f}",
-            f"{row.recall:.2f}",
-            "yes" if row.gone else "no",
-        ]
-        for row in strongest[:top]
+    strongest = sorted(influence.forget, key=lambda row: (-row.self_influence, row.id))[:top]
+    at_risk = _at_risk(influence, top)
+    lines = [
+        [*_cells(row, f"{row.self_influence:.3g}"), "yes" if row.gone else "no"]
+        for row in strongest
     ]
     header = ["id", "task", "kind", "self-influence, nats", "loss, nats", "recall", "gone"]
-    tables.append(_table(f"Forget rows, strongest {len(rows)}", header, rows, texts))
-    at_risk = sorted(influence.retain, key=lambda row: (-row.collateral, row.id))
+    tables = [_table(f"Forget rows, strongest {len(lines)}", header, lines, texts)]
     if at_risk:
-        rows = [
-            [
-                row.id,
-                row.task,
-                row.kind,
-                f"{row.collateral:+.3g}",
-                f"{row.loss:.3f}",
-                f"{row.recall:.2f}",
-            ]
-            for row in at_risk[:top]
-        ]
+        lines = [_cells(row, f"{row.collateral:+.3g}") for row in at_risk]
         header = ["id", "task", "kind", "collateral, nats", "loss, nats", "recall"]
-        tables.append(_table(f"Retain rows, most at risk {len(rows)}", header, rows, texts))
+        tables.append(_table(f"Retain rows, most at risk {len(lines)}", header, lines, texts))
     if influence.overlaps:
-        rows = []
+        lines = []
         for overlap in influence.overlaps[:top]:
             more = f" and {overlap.count - 1} more" if overlap.count > 1 else ""
             share = "-" if overlap.containment is None else f"{overlap.containment:.2f}"
             cells = [overlap.retain, overlap.reason, overlap.forget[0] + more, share]
-            rows.append([*cells, *([", ".join(overlap.subjects)] if texts is not None else [])])
+            lines.append([*cells, *([", ".join(overlap.subjects)] if texts is not None else [])])
         header = ["id", "reason", "forget rows", "containment"]
         header += ["subjects"] if texts is not None else []
-        title = f"Retain rows that overlap, {len(rows)} of {len(influence.overlaps)}"
-        tables.append(_table(title, header, rows, texts))
+        title = f"Retain rows that overlap, {len(lines)} of {len(influence.overlaps)}"
+        tables.append(_table(title, header, lines, texts))
     return tables
 
 
 def figure_text(influence: Influence, top: int = 30) -> str:
     """One HTML file that needs no network: forget rows by self-influence, retain rows at risk."""
-    at_risk = sorted(influence.retain, key=lambda row: (-row.collateral, row.id))[:top]
+    at_risk = _at_risk(influence, top)
     risks = [
         Compared(
             row.id,
@@ -137,17 +118,25 @@ def _histograms(influence: Influence) -> list[Panel]:
     return panels
 
 
+def _at_risk(influence: Influence, top: int) -> list[RetainRow]:
+    return sorted(influence.retain, key=lambda row: (-row.collateral, row.id))[:top]
+
+
+def _cells(row: MeasuredRow, figure: str) -> list[str]:
+    return [row.id, row.task, row.kind, figure, f"{row.loss:.3f}", f"{row.recall:.2f}"]
+
+
 def _table(
     title: str,
     header: Sequence[str],
-    rows: Sequence[Sequence[str]],
+    lines: Sequence[Sequence[str]],
     texts: Mapping[str, Row] | None,
 ) -> Table:
     words = [heading for heading in header if "nats" not in heading]
     if texts is None:
-        return table_of(title, header, rows, left=words)
+        return table_of(title, header, lines, left=words)
     revealed = []
-    for cells in rows:
+    for cells in lines:
         text = " ".join(texts[cells[0]].text.split())
         revealed.append([*cells, text[:_SHOWN] + "…" * (len(text) > _SHOWN)])
     return table_of(title, [*header, "text"], revealed, left=[*words, "text"])

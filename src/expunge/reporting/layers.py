@@ -9,7 +9,7 @@ from typing import Any
 
 from expunge.analysis.layers import LayerChoice
 from expunge.reporting import figures
-from expunge.reporting.rendering import READINGS, SCORES, layer_panel, still_page
+from expunge.reporting.rendering import READINGS, SCORES, panel_of, still_page
 from expunge.reporting.tables import number
 from expunge.search.layer_sweep import LayerSweep
 
@@ -92,18 +92,23 @@ def page(sweep: LayerSweep) -> str:
         for result in sweep.results
     ]
     panels = [
-        layer_panel(
-            "After: scores of the run at each layer", results, SCORES, best, f"best: layer {best}"
+        panel_of(
+            "After: scores of the run at each layer",
+            "layer",
+            results,
+            SCORES,
+            None if best is None else (best, f"best: layer {best}"),
         ),
-        layer_panel(
+        panel_of(
             "Before: predicted score and its shares",
+            "layer",
             [asdict(reading) for reading in sweep.prediction.readings],
             READINGS,
-            predicted,
-            f"predicted: layer {predicted}",
+            None if predicted is None else (predicted, f"predicted: layer {predicted}"),
         ),
-        layer_panel(
+        panel_of(
             "Seconds",
+            "layer",
             [{"layer": result.layer, **result.seconds} for result in sweep.results],
             (("run", "run", "one"), ("scoring", "scoring", "three")),
             unit=False,

@@ -11,6 +11,7 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from expunge.audits.base import MODELS
 from expunge.audits.inputs import FORMAT as AUDIT_FORMAT
 from expunge.data.fingerprints import PLACE, data_fingerprint, named, same_data
 from expunge.data.formats import sha256_of
@@ -19,6 +20,7 @@ from expunge.errors import InputError
 from expunge.evaluation.score_files import SCORES, check_one_form, read_scores
 from expunge.evaluation.scorecard import Scorecard
 from expunge.models.files import MANIFEST
+from expunge.reporting.tables import unlike
 from expunge.training.run import DIRECTIONS, METRICS
 
 AUDIT = "audit.json"
@@ -28,34 +30,20 @@ LAYERS = "layers.json"
 BEFORE, ORACLE = "before.json", "oracle.json"
 """Scores of the target and of an oracle, in a run directory."""
 _BACK = "put back what the run wrote"
-_MANIFEST_KEYS: Mapping[str, type | tuple[type, ...]] = {
-    "expunge": str,
-    "settings": dict,
-    "settings.inputs": dict,
-    "settings.inputs.model": str,
-    "settings.inputs.forget": str,
-    "settings.method": dict,
-    "settings.method.name": str,
-    "settings.training": dict,
-    "rows": dict,
-    "rows.forget": int,
-    "data_hmac_sha256": dict,
-    "data_hmac_sha256.forget": str,
-    "environment": dict,
-    "method_notes": dict,
-    "steps": int,
-    "selection": dict,
-    "selection.candidates": list,
-    "selection.chosen_step": int,
-    "selection.why": str,
-    "selection.stopped": str,
-    "seconds": dict,
-    "peak_memory_bytes": dict,
-    "warnings": list,
-    "model_sha256": dict,
-    "output_sha256": dict,
-    "changed_tensors": list,
-}
+_MANIFEST_KEYS: Mapping[type, tuple[str, ...]] = {
+    dict: (
+        "settings", "settings.inputs", "settings.method", "settings.training", "rows",
+        "data_hmac_sha256", "environment", "method_notes", "selection", "seconds",
+        "peak_memory_bytes", "model_sha256", "output_sha256",
+    ),
+    str: (
+        "expunge", "settings.inputs.model", "settings.inputs.forget", "settings.method.name",
+        "data_hmac_sha256.forget", "selection.why", "selection.stopped",
+    ),
+    int: ("rows.forget", "steps", "selection.chosen_step"),
+    list: ("selection.candidates", "warnings", "changed_tensors"),
+}  # fmt: skip
+"""Entries that a report needs, the outer ones first."""
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer")
 
 
@@ -216,12 +204,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = read_json(path)
     if manifest.get("status") != "complete":
         raise InputError(f"{path}: the run is not complete; finish it with expunge run --resume")
-    for key, kind in _MANIFEST_KEYS.items():
-        value: Any = manifest
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise InputError(f"{path}: {key} is not there or not as expunge run writes it; {_BACK}")
+    for kind, keys in _MANIFEST_KEYS.items():
+        for key in keys:
+            value: Any = manifest
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise InputError(
+                    f"{path}: {key} is not there or not as expunge run writes it; {_BACK}"
+                )
     for key, number in (("seconds", int | float), ("peak_memory_bytes", int)):
         for name, value in manifest[key].items():
             if not isinstance(value, number) or isinstance(value, bool):
@@ -230,9 +221,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _finished(manifest: Mapping[str, Any], path: Path) -> tuple[str, str]:
-    recorded = manifest.get("finished")
-    if isinstance(recorded, str):
-        return recorded, MANIFEST
+    if isinstance(manifest.get("finished"), str):
+        return manifest["finished"], MANIFEST
     changed = datetime.fromtimestamp(path.stat().st_mtime, UTC)
     return changed.isoformat(timespec="seconds"), f"the time stamp of the file {MANIFEST}"
 
@@ -254,15 +244,13 @@ def _metrics(path: Path) -> list[dict[str, Any]] | None:
     entries = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            entry = json.loads(line)
-            step = entry["step"]
+            entries.append(json.loads(line))
+            if type(entries[-1]["step"]) is not int:
+                raise ValueError
         except (ValueError, TypeError, KeyError, RecursionError):
-            step = entry = None
-        if not isinstance(step, int) or isinstance(step, bool):
             raise InputError(
                 f"{path} line {number}: is not a line that expunge run writes; {_BACK}"
-            )
-        entries.append(entry)
+            ) from None
     return entries
 
 
@@ -281,6 +269,7 @@ def _cards(inputs: ReportInputs, directory: Path, manifest: Mapping[str, Any]) -
     elif (directory / ORACLE).is_file():
         paths.append(("oracle", directory / ORACLE))
     cards: list[Card] = []
+    recorded = _recorded(manifest)
     for role, path in paths:
         file = path / SCORES if path.is_dir() else path
         card = read_scores(str(file))
@@ -288,25 +277,34 @@ def _cards(inputs: ReportInputs, directory: Path, manifest: Mapping[str, Any]) -
         model = values.get("model")
         measured = named(model) if isinstance(model, str) else ""
         option = "--oracle-scores" if role == "oracle" else "--scores"
-        is_checked = _check_weights(values, role, manifest, f"{option} {file}")
-        label = role if role != "other" else _label(measured, file, [each.label for each in cards])
+        is_checked = _check_weights(values, role, recorded, f"{option} {file}")
+        label = role
+        if role == "other":
+            label = unlike(Path(measured).name or file.stem, [*MODELS, *(c.label for c in cards)])
         cards.append(Card(role, label, named(str(file)), measured, card, is_checked))
     order = ("target", "unlearned", "oracle", "other")
     check_one_form({each.label: each.card for each in cards})
     return sorted(cards, key=lambda each: order.index(each.role))
 
 
+def _recorded(manifest: Mapping[str, Any]) -> dict[str, tuple[set[str], str]]:
+    """By role the hashes of the weights that the run wrote and began with, and what that model is."""
+    return {
+        "unlearned": (_weights(manifest["output_sha256"]), "this run's model"),
+        "target": (_weights(manifest["model_sha256"]), "this run's target"),
+    }
+
+
 def _check_weights(
-    values: Mapping[str, Any], role: str, manifest: Mapping[str, Any], given: str
+    values: Mapping[str, Any],
+    role: str,
+    recorded: Mapping[str, tuple[set[str], str]],
+    given: str,
 ) -> bool:
     """Whether scores are of the weights that the run wrote, or began with.
 
     False where nothing says so. Raises InputError where they are of others.
     """
-    recorded = {
-        "unlearned": (_weights(manifest["output_sha256"]), "this run's model"),
-        "target": (_weights(manifest["model_sha256"]), "this run's target"),
-    }
     measured = values.get("model_sha256")
     if role == "other" or not isinstance(measured, dict) or not measured:
         return False
@@ -325,14 +323,6 @@ def _check_weights(
     return expected is not None
 
 
-def _label(model: str, file: Path, taken: Sequence[str]) -> str:
-    name = Path(model).name or file.stem
-    label, number = name, 2
-    while label in (*taken, "target", "unlearned", "oracle"):
-        label, number = f"{name} ({number})", number + 1
-    return label
-
-
 def _chosen(given: str | None, usual: Path, option: str) -> Path | None:
     if given is None:
         return usual if usual.is_file() else None
@@ -348,16 +338,12 @@ def _audit(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     audit = read_json(path)
     if audit.get("format") != AUDIT_FORMAT:
         raise InputError(f"{path}: is not an {AUDIT_FORMAT}; make it with expunge audit")
-    recorded = {
-        "unlearned": (manifest["output_sha256"], "this run's model"),
-        "target": (manifest["model_sha256"], "this run's target"),
-    }
-    for name, (digests, meant) in recorded.items():
+    for name, (expected, meant) in _recorded(manifest).items():
         try:
             audited = _weights(audit["models"][name]["sha256"])
         except (KeyError, TypeError, AttributeError):
             raise InputError(f"{path}: names no {name} model; make it anew") from None
-        if audited != _weights(digests):
+        if audited != expected:
             raise InputError(
                 f"{path}: its {name} model has other weights than {meant}; audit this run:"
                 " expunge audit RUN --original TARGET"
@@ -403,11 +389,9 @@ def _layer_count(path: Path) -> int | None:
         return None
     config = read_json(path)
     nested = config.get("text_config")
-    for values in (config, nested if isinstance(nested, dict) else {}):
-        for key in _LAYER_COUNTS:
-            if isinstance(values.get(key), int):
-                return int(values[key])
-    return None
+    places = (config, nested if isinstance(nested, dict) else {})
+    counts = (values.get(key) for values in places for key in _LAYER_COUNTS)
+    return next((int(count) for count in counts if isinstance(count, int)), None)
 
 
 def plain(value: Any) -> float | None:

@@ -12,16 +12,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Undefined
 from markupsafe import Markup, escape
 
+from expunge.audits.base import MODELS
 from expunge.reporting import figures
 from expunge.reporting.figures import Compared, Line, Mark, Panel
+from expunge.reporting.grids import Grids, at, pairs, setting
 
 ABSENT = "not measured"
-MODELS = ("target", "unlearned", "oracle")
 _BACK = ("oracle", "target", "unlearned")
 """In the order of drawing: the mark that the report is about lies above the others."""
+_NO_FIGURES: Mapping[str, Any] = {
+    **dict.fromkeys(("terms", "candidates", "layers", "sweep", "weights")),
+    "strips": [],
+    "attacks": [],
+}
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 READINGS = (
     ("score", "score", "score"),
@@ -35,6 +41,11 @@ SCORES = (
     ("task_aggregate", "task aggregate", "one"),
     ("mia_score", "MIA score", "two"),
     ("utility", "utility", "three"),
+)
+_CANDIDATES = (
+    ("forget_accuracy", "forget accuracy", "forget"),
+    ("retain_accuracy", "retain accuracy", "retain"),
+    ("mia_auc", "MIA AUC", "two"),
 )
 
 
@@ -54,20 +65,6 @@ def card_section(report: Mapping[str, Any]) -> str:
     return re.sub(r"\n{3,}", "\n\n", _render("card.md", public, html=False)).strip() + "\n"
 
 
-def at(report: Mapping[str, Any], pointer: str) -> Any:
-    """What stands at a JSON pointer (RFC 6901). Raises KeyError or IndexError for no place."""
-    value: Any = report
-    for part in pointer.split("/")[1:]:
-        key = part.replace("~1", "/").replace("~0", "~")
-        value = value[int(key)] if isinstance(value, list) else value[key]
-    return value
-
-
-def pointer_part(name: str) -> str:
-    """A key as a part of a JSON pointer."""
-    return name.replace("~", "~0").replace("/", "~1")
-
-
 def written(value: float, form: str) -> str:
     """A number as it is shown: score, percent, count, short, seconds or bytes."""
     if form == "score":
@@ -85,22 +82,11 @@ def written(value: float, form: str) -> str:
     raise ValueError(form)
 
 
-def setting(value: Any) -> str:
-    """A setting's value in words."""
-    if value is None:
-        return "not set"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) if value else "none"
-    return str(value)
-
-
-def cell(text: object) -> str:
-    """Text from outside as one cell of a Markdown table, where it stays text."""
-    one_line = " ".join(str(text).split())
+def cell(text: object) -> Markup:
+    """Text from outside as a piece of Markdown, also in a table, where it stays text."""
+    one_line = re.sub(r"\s+", " ", str(text))
     marked = re.sub(r"([\\`*_\[\]#|~!])", r"\\\1", one_line)
-    return marked.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return Markup(marked.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
 def public_name(model: str) -> str:
@@ -108,36 +94,36 @@ def public_name(model: str) -> str:
     return Path(model).name if model.startswith(("/", ".", "~")) or "\\" in model else model
 
 
-def block(text: str) -> str:
+def block(text: str) -> Markup:
     """Text of any kind as an indented code block."""
-    return "\n".join("    " + line for line in text.splitlines() or [""])
+    return Markup("\n".join("    " + line for line in text.splitlines() or [""]))
 
 
 def _render(template: str, report: Mapping[str, Any], *, html: bool) -> str:
-    def number(pointer: str, form: str = "score") -> str:
+    def none(text: str) -> Markup:
+        return Markup(f'<span class="none">{text}</span>' if html else text)
+
+    def number(pointer: str, form: str = "score") -> Markup:
         value = at(report, pointer)
         if value is None:
-            return Markup(f'<span class="none">{ABSENT}</span>') if html else ABSENT
-        text = written(value, form)
+            return none(ABSENT)
         if not html:
-            return text
-        return Markup(f'<data value="{value!r}" data-at="{escape(pointer)}">{escape(text)}</data>')
+            return Markup(written(value, form))
+        place, text = escape(pointer), escape(written(value, form))
+        return Markup(f'<data value="{value!r}" data-at="{place}">{text}</data>')
 
-    values = {
-        "report": report,
-        "n": number,
-        "report_at": lambda pointer: at(report, pointer),
-        "models": MODELS,
-        "absent": ABSENT,
-        "setting": setting,
-        "cell": cell,
-        "block": block,
-        "public_name": public_name,
-    }
-    if html:
-        values["figures"] = drawings(report)
-        values["style"] = _style()
-    return _environment(html=html).get_template(template).render(values)
+    between = Markup(' <span class="soft">({} to {})</span>' if html else " ({} to {})")
+    return (
+        _environment(html=html)
+        .get_template(template)
+        .render(
+            report=report,
+            n=number,
+            tables=Grids(report, number, none, between, wide=html),
+            figures=drawings(report) if html else _NO_FIGURES,
+            style=_style() if html else "",
+        )
+    )
 
 
 def _style() -> Markup:
@@ -170,35 +156,67 @@ def still_page(
 
 
 def templates_of(package: str, *, html: bool) -> Environment:
-    """A package's templates; in HTML what they are given is text, and what is missing is an error."""
+    """A package's templates; what they are given is text, and what is missing is an error."""
     return Environment(
         loader=PackageLoader(package),
-        autoescape=html,
+        autoescape=True,
+        finalize=None if html else _as_text,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
 
 
+def _as_text(value: Any) -> Any:
+    """For Markdown: what is not marked up by a template stays text."""
+    return value if isinstance(value, Markup | Undefined) else cell(value)
+
+
 @cache
 def _environment(*, html: bool) -> Environment:
     environment = templates_of("expunge.reporting", html=html)
-    environment.filters["pointer"] = pointer_part
+    environment.globals |= {
+        "absent": ABSENT, "setting": setting, "block": block, "public_name": public_name,
+        "pairs": pairs,
+    }  # fmt: skip
     return environment
 
 
 def drawings(report: Mapping[str, Any]) -> dict[str, Any]:
     """Every figure of the page, from report.json alone; None where there is nothing to draw."""
+    audit, layers, training = report["audit"], report["layers"], report["training"]
+    readings = layers["readings"] if layers else []
+    swept = layers["sweep"]["results"] if layers and layers["sweep"] else []
+    kept = (training["chosen_step"], f"kept: step {training['chosen_step']}")
+    chosen = (layers["chosen"], f"layer {layers['chosen']}") if layers else None
+    candidates = training["candidates"]
+    measured = [{**candidate} for candidate in candidates]
+    if candidates and training["target"] is not None:
+        measured.insert(0, {**training["target"], "step": 0})
+    below = "The table below holds every value."
+
+    def curve(panel: Panel, axis: str, title: str, told: str) -> Markup:
+        return figures.curves([panel], axis, title, told)
+
     return {
         "strips": [_strip(measure) for measure in report["measures"]],
-        "terms": _terms(report["training"]),
-        "candidates": _candidates(report["training"]),
-        "layers": _layers(report["layers"]),
-        "sweep": _sweep(report["layers"]),
+        "terms": _terms(training, kept),
+        "candidates": curve(
+            panel_of("Measured during the run", "step", measured, _CANDIDATES, kept),
+            "step (0: the target)", "Candidates", f"{len(candidates)} candidates; the table below"
+            f" holds every value. Kept: step {training['chosen_step']}.",
+        ) if measured else None,
+        "layers": curve(
+            panel_of("Reading", "layer", readings, READINGS, chosen),
+            "decoder layer", "Readings of the layers",
+            f"{chosen[1].capitalize()} was chosen. {below}" if chosen else "",
+        ) if readings else None,
+        "sweep": curve(
+            panel_of("Scores", "layer", swept, SCORES), "decoder layer", "One run at each layer",
+            f"{len(swept)} layers were unlearned at. {below}",
+        ) if swept else None,
         "weights": _weights(report["weights"]),
-        "attacks": [] if report["audit"] is None else [
-            _attacks(request) for request in report["audit"]["requests"]
-        ],
+        "attacks": [] if audit is None else [_attacks(request) for request in audit["requests"]],
     }  # fmt: skip
 
 
@@ -215,91 +233,39 @@ def _strip(measure: Mapping[str, Any]) -> Markup | None:
     return figures.strip(marks, description, measure["low"], measure["high"])
 
 
-def _terms(training: Mapping[str, Any]) -> Markup | None:
-    curve = training["curve"]
-    if curve is None:
+def _terms(training: Mapping[str, Any], kept: tuple[int, str]) -> Markup | None:
+    if training["curve"] is None:
         return None
-    panels = []
-    told = []
-    for name in ("forget", "retain"):
-        course = curve[name]
+    panels, told = [], []
+    for name, course in training["curve"].items():
         if course is None:
             continue
-        points = [(step, value) for step, value in course["drawn"]]
-        chosen = f"kept: step {training['chosen_step']}"
-        panels.append(
-            Panel(
-                f"{name} term of the loss", [Line(name, name, points)],
-                marked=training["chosen_step"], marked_as=chosen,
-            )
-        )  # fmt: skip
-        told.append(
-            f"The {name} term goes from {written(course['first'], 'short')} to"
-            f" {written(course['last'], 'short')}, between {written(course['least'], 'short')} and"
-            f" {written(course['greatest'], 'short')}."
+        line = Line(name, name, [(step, value) for step, value in course["drawn"]])
+        panels.append(Panel(f"{name} term of the loss", [line], marked=kept[0], marked_as=kept[1]))
+        first, last, least, greatest = (
+            written(course[key], "short") for key in ("first", "last", "least", "greatest")
         )
+        told.append(f"The {name} term goes from {first} to {last}, between {least} and {greatest}.")
     return figures.curves(panels, "step", "Terms of the loss over the steps", " ".join(told))
 
 
-def _candidates(training: Mapping[str, Any]) -> Markup | None:
-    candidates = training["candidates"]
-    if not candidates:
-        return None
-    chosen = training["chosen_step"]
-
-    def line(key: str, name: str, style: str) -> Line:
-        points: list[tuple[float, float | None]] = []
-        if training["target"] is not None:
-            points.append((0, training["target"].get(key)))
-        points += [(candidate["step"], candidate.get(key)) for candidate in candidates]
-        return Line(name, style, points)
-
-    lines = [
-        line("forget_accuracy", "forget accuracy", "forget"),
-        line("retain_accuracy", "retain accuracy", "retain"),
-        line("mia_auc", "MIA AUC", "two"),
-    ]
-    lines = [each for each in lines if any(value is not None for _, value in each.points)]
-    panel = Panel(
-        "Measured during the run", lines, unit=True, marked=chosen, marked_as=f"kept: step {chosen}"
-    )
-    told = f"{len(candidates)} candidates; the table below holds every value. Kept: step {chosen}."
-    return figures.curves([panel], "step (0: the target)", "Candidates", told)
-
-
-def _layers(layers: Mapping[str, Any] | None) -> Markup | None:
-    if layers is None or not layers["readings"]:
-        return None
-    chosen = layers["chosen"]
-    panel = layer_panel("Reading", layers["readings"], READINGS, chosen, f"layer {chosen}")
-    told = f"Layer {chosen} was chosen. The table below holds every value."
-    return figures.curves([panel], "decoder layer", "Readings of the layers", told)
-
-
-def _sweep(layers: Mapping[str, Any] | None) -> Markup | None:
-    if layers is None or layers["sweep"] is None or not layers["sweep"]["results"]:
-        return None
-    results = layers["sweep"]["results"]
-    panel = layer_panel("Scores", results, SCORES)
-    told = f"{len(results)} layers were unlearned at. The table below holds every value."
-    return figures.curves([panel], "decoder layer", "One run at each layer", told)
-
-
-def layer_panel(
+def panel_of(
     title: str,
+    key: str,
     entries: Sequence[Mapping[str, Any]],
     lines: Sequence[tuple[str, str, str]],
-    marked: int | None = None,
-    marked_as: str = "",
+    marked: tuple[int, str] | None = None,
     *,
     unit: bool = True,
 ) -> Panel:
-    """What each layer's entry says; a line is its key, its name and its style."""
+    """What each entry says over its `key`; a line is its part, name and style, and has a value."""
     drawn = [
-        Line(name, style, [(e["layer"], e[key]) for e in entries]) for key, name, style in lines
+        Line(name, style, [(entry[key], entry.get(part)) for entry in entries])
+        for part, name, style in lines
     ]
     drawn = [each for each in drawn if any(value is not None for _, value in each.points)]
-    return Panel(title, drawn, unit=unit, marked=marked, marked_as=marked_as)
+    where, marked_as = marked or (None, "")
+    return Panel(title, drawn, unit=unit, marked=where, marked_as=marked_as)
 
 
 def _weights(weights: Mapping[str, Any]) -> Markup | None:

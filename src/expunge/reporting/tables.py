@@ -1,29 +1,31 @@
-"""The scorecard as a table for the terminal and for Markdown: range and good direction with each row."""
+"""Tables for the terminal and for Markdown; of scores the good direction stands with each row."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from expunge.audits.base import MODELS
 from expunge.evaluation.score_files import SCORES
-from expunge.evaluation.scorecard import KIND_NAMES, Cells, Scorecard
+from expunge.evaluation.scorecard import KIND_NAMES, Scorecard, Split
 from expunge.terminal import plain_console
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+TOTALS = {
+    "task_aggregate": ("task aggregate", "high"),
+    "mia_auc": ("MIA AUC", "0.5"),
+    "mia_score": ("MIA score", "high"),
+    "utility": ("utility (guessing: 0.25)", "high"),
+    "final_score": ("final score", "high"),
+}
+"""By part what it is called, and what is good."""
+_SPLITS: Mapping[Split, str] = {"forget": "low", "retain": "high"}
 _WIDE = 240
-LOW, HIGH, EVEN = "low", "high", "0.5"
 _WORDS = ("measure", "range", "good", "attack")
-_TOTALS = (
-    ("task aggregate", "task_aggregate", "0-1", HIGH),
-    ("MIA AUC", "mia_auc", "0-1", EVEN),
-    ("MIA score", "mia_score", "0-1", HIGH),
-    ("utility (guessing: 0.25)", "utility", "0-1", HIGH),
-    ("final score", "final_score", "0-1", HIGH),
-)
 
 
 def table_console() -> Console:
@@ -57,47 +59,56 @@ def table_of(
     return table
 
 
-def label_of(run: str, taken: Mapping[str, object]) -> str:
+def label_of(run: str, taken: Collection[str]) -> str:
     """What the column of a run directory or a scores.json is called, unlike those that are `taken`."""
     path = Path(run)
     name = path.parent.name if path.suffix == ".json" and path.name == SCORES else path.stem
-    label = name or run
-    number = 2
+    return unlike(name or run, taken)
+
+
+def unlike(name: str, taken: Collection[str]) -> str:
+    """The name, with a number where it is taken."""
+    label, number = name, 2
     while label in taken:
-        label = f"{name} ({number})"
-        number += 1
+        label, number = f"{name} ({number})", number + 1
     return label
+
+
+def score_rows(cards: Sequence[Scorecard]) -> list[dict[str, Any]]:
+    """One entry a measure that any of the cards has, and all totals, with each card's value."""
+    rows: list[dict[str, Any]] = []
+    for split, good in _SPLITS.items():
+        for task in sorted({task for card in cards for task in card.side(split)}):
+            for part in KIND_NAMES.values():
+                values = [card.side(split).get(task, {}).get(part) for card in cards]
+                if any(value is not None for value in values):
+                    row = {"split": split, "task": task, "part": part, "title": f"{task} {part}"}
+                    rows.append({**row, "good": good, "values": values})
+    for part, (title, good) in TOTALS.items():
+        named: dict[str, Any] = {"split": "total", "task": None, "part": part, "title": title}
+        rows.append({**named, "good": good, "values": [getattr(card, part) for card in cards]})
+    return rows
 
 
 def scorecard_rows(cards: Mapping[str, Scorecard]) -> list[list[str]]:
     """One list a measure: its name, range, good direction and each card's value."""
     rows = []
-    for split, direction in (("forget", LOW), ("retain", HIGH)):
-        tasks = sorted({task for card in cards.values() for task in _side(card, split)})
-        for task in tasks:
-            for name in KIND_NAMES.values():
-                values = [_side(card, split).get(task, {}).get(name) for card in cards.values()]
-                if any(value is not None for value in values):
-                    label = f"{split} {task} {name}"
-                    rows.append([label, "0-1", direction, *map(number, values)])
-    for label, attribute, span, direction in _TOTALS:
-        values = [getattr(card, attribute) for card in cards.values()]
-        rows.append([label, span, direction, *map(number, values)])
+    for row in score_rows(list(cards.values())):
+        name = row["title"] if row["task"] is None else f"{row['split']} {row['title']}"
+        rows.append([name, "0-1", row["good"], *map(number, row["values"])])
     return rows
 
 
 def scorecard_table(cards: Mapping[str, Scorecard], title: str) -> Table:
     """The same as a rich table."""
-    rows = scorecard_rows(cards)
-    table = table_of(title, ["measure", "range", "good", *cards], (), left=_WORDS)
-    previous = None
-    for row in rows:
-        group = row[0].split()[0] if row[0].startswith(("forget", "retain")) else "total"
-        if previous not in (None, group):
-            table.add_section()
-        previous = group
-        table.add_row(*row)
-    return table
+    made = table_of(title, ["measure", "range", "good", *cards], (), left=_WORDS)
+    split = None
+    for row, told in zip(score_rows(list(cards.values())), scorecard_rows(cards), strict=True):
+        if split not in (None, row["split"]):
+            made.add_section()
+        split = row["split"]
+        made.add_row(*told)
+    return made
 
 
 def audit_rows(request: Mapping[str, Any]) -> list[list[str]]:
@@ -105,22 +116,21 @@ def audit_rows(request: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for attack in request["attacks"].values():
         cells = []
-        for name in ("target", "unlearned", "oracle"):
+        for name in MODELS:
             share = attack["models"].get(name, {}).get("extracted")
             cells.append("-" if share is None else f"{share['value']:.2f}")
         recovered = attack["recovered"]
         told = "-" if recovered is None else f"{recovered['value']:.2f}"
         if recovered is not None and recovered["low"] is not None:
             told += f" ({recovered['low']:.2f} to {recovered['high']:.2f})"
-        rows.append(
-            [attack["title"], *cells, told, "yes" if attack["power"]["has_power"] else "no"]
-        )
+        power = "yes" if attack["power"]["has_power"] else "no"
+        rows.append([attack["title"], *cells, told, power])
     return rows
 
 
 def audit_table(request: Mapping[str, Any], title: str) -> Table:
     """The same as a rich table."""
-    header = ["attack", "target", "unlearned", "oracle", "recovered share", "power"]
+    header = ("attack", *MODELS, "recovered share", "power")
     return table_of(title, header, audit_rows(request), left=_WORDS)
 
 
@@ -129,7 +139,7 @@ def markdown_table(cards: Mapping[str, Scorecard]) -> str:
     return markdown(["measure", "range", "good", *cards], scorecard_rows(cards))
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table of plain cells."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -138,7 +148,3 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def number(value: float | None) -> str:
     """Three decimals; a dash for what was not measured."""
     return "-" if value is None else f"{value:.3f}"
-
-
-def _side(card: Scorecard, split: str) -> Cells:
-    return card.forget if split == "forget" else card.retain

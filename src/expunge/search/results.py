@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import expunge
 from expunge.disk import write_whole
+from expunge.evaluation.outcomes import of_scores
 from expunge.evaluation.scorecard import Scorecard
 from expunge.search.inputs import Task
 from expunge.search.objectives import objective_value
@@ -96,8 +97,8 @@ def _trial(result: Mapping[str, Any], number: int) -> Mapping[str, Any]:
 def _result(task: Task, study: Study, stopped: str) -> dict[str, Any]:
     inputs = task.inputs
     objectives = list(inputs.objectives)
-    trials = [_describe_trial(trial, objectives) for trial in all_trials(study)]
     target = study.user_attrs.get(TARGET)
+    trials = [_describe_trial(trial, objectives, target) for trial in all_trials(study)]
     # What a destroyed model forgot counts for nothing, whatever its mean.
     usable = {
         trial["number"]: [trial["values"][objective] for objective in objectives]
@@ -149,8 +150,11 @@ def _described(card: Scorecard, objectives: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def _describe_trial(trial: FrozenTrial, objectives: Sequence[str]) -> dict[str, Any]:
+def _describe_trial(
+    trial: FrozenTrial, objectives: Sequence[str], target: Mapping[str, Any] | None
+) -> dict[str, Any]:
     attributes = trial.user_attrs
+    parts = attributes.get("parts")
     state = _STATES.get(trial.state.name, "lost" if is_lost(trial) else "failed")
     reason = attributes.get(REASON)
     if is_given_up(trial):
@@ -163,10 +167,10 @@ def _describe_trial(trial: FrozenTrial, objectives: Sequence[str]) -> dict[str, 
         "reason": reason,
         "params": dict(trial.params or trial.system_attrs.get("fixed_params", {})),
         "values": dict(zip(objectives, trial.values, strict=True)) if complete else None,
-        "parts": attributes.get("parts"),
+        "parts": parts,
         "selection": attributes.get("selection"),
         "findings": attributes.get("findings", []),
-        "destroyed": any(f.startswith("destroyed") for f in attributes.get("findings", [])),
+        "destroyed": parts is not None and _is_destroyed(parts, target),
         "intermediate": {str(tenth): v for tenth, v in trial.intermediate_values.items()},
         "seconds": None if duration is None else round(duration.total_seconds(), 3),
         "seconds_of": attributes.get("seconds"),
@@ -174,6 +178,12 @@ def _describe_trial(trial: FrozenTrial, objectives: Sequence[str]) -> dict[str, 
         "instead_of": attributes.get("instead_of"),
         "same_as": attributes.get("same_as"),
     }
+
+
+def _is_destroyed(parts: Mapping[str, Any], target: Mapping[str, Any] | None) -> bool:
+    before = None if target is None else Scorecard.from_json(target)
+    found = of_scores(Scorecard.from_json(parts), before)
+    return any(finding.outcome == "destroyed" for finding in found)
 
 
 def _importance(

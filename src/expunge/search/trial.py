@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from expunge.analysis.template_choice import said_of, settled
-from expunge.evaluation.findings import findings
+from expunge.evaluation.outcomes import of_scores
 from expunge.evaluation.scorecard import Scorecard, evaluate_model
+from expunge.evaluation.sentences import scores_sentence
 from expunge.methods.base import Method
 from expunge.models.loading import CheckedModel, load_model
 from expunge.models.parts import give_back_freed_memory
@@ -136,7 +137,6 @@ def run_trial(
     release(task.device)
     trained = time.monotonic()
     card = score(task, weights, progress)
-    judgement = history.judgement
     return TrialResult(
         card=card,
         selection={
@@ -144,9 +144,9 @@ def run_trial(
             "chosen_step": history.chosen_step,
             "why": history.chosen_why,
             "stopped": history.stopped,
-            "judgement": None if judgement is None else asdict(judgement),
+            "judgement": history.judgement,
         },
-        findings=findings(card, target),
+        findings=[scores_sentence(finding) for finding in of_scores(card, target)],
         seconds={"run": trained - started, "scoring": time.monotonic() - trained},
     )
 

@@ -18,18 +18,19 @@ import torch
 from expunge.data.batches import Batch
 from expunge.data.sampling import step_batches
 from expunge.errors import NothingKept
+from expunge.evaluation.outcomes import Finding, Measured, is_destroyed
+from expunge.evaluation.sentences import run_sentence
 from expunge.methods.base import Context, Objective, Schedule
 from expunge.models.kernels import fast_products
 from expunge.models.sharding import is_sharded, part_like, whole
 from expunge.models.weights import restore, snapshot
-from expunge.training.ending import Judgement
 from expunge.training.muon import Muon
 from expunge.training.options import Select
 from expunge.training.progress import Progress
 from expunge.training.sophia import Sophia
 from expunge.training.state import SavedState, optimizer_tensors, restore_optimizer
 from expunge.training.step_in_backward import StepInBackward
-from expunge.training.validation import Measured, ValidationSet, is_destroyed, measure, score
+from expunge.training.validation import ValidationSet, measure, score
 
 _DESTROYED_PATIENCE = 5
 _COOLDOWN = 0.4
@@ -78,7 +79,7 @@ class History:
     chosen_why: str = ""
     steps: int = 0
     stopped: str = "all steps done"
-    judgement: Judgement | None = None
+    ending: Finding | None = None
     """Where the kept checkpoint is, if it was measured."""
 
     def describe(self) -> dict[str, Any]:
@@ -89,8 +90,15 @@ class History:
             "chosen_step": self.chosen_step,
             "why": self.chosen_why,
             "stopped": self.stopped,
-            "judgement": None if self.judgement is None else asdict(self.judgement),
+            "judgement": self.judgement,
         }
+
+    @property
+    def judgement(self) -> dict[str, Any] | None:
+        """The ending as files hold it, in words."""
+        if self.ending is None:
+            return None
+        return {"ending": self.ending.outcome, "why": run_sentence(self.ending)}
 
 
 class Keeper(Protocol):

@@ -17,6 +17,8 @@ from expunge.data.fingerprints import handed_out
 from expunge.data.rows import Row
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
+from expunge.evaluation.outcomes import Measured, of_run
+from expunge.evaluation.sentences import run_sentence
 from expunge.methods.base import Context, Finished, Method
 from expunge.methods.own_text import written_by
 from expunge.models.decoder import DecoderLayout, find_layout
@@ -26,7 +28,6 @@ from expunge.models.packing import NotASegment
 from expunge.models.parts import Parts, WholeModel
 from expunge.models.prefix import Prefix
 from expunge.processes import OneProcess, Processes
-from expunge.training.ending import judge
 from expunge.training.form import knows_few, resolved_form, unknown
 from expunge.training.layer_choice import resolved_layer
 from expunge.training.loop import History, Keeper, Loop, LoopOptions
@@ -36,7 +37,6 @@ from expunge.training.progress import Progress, Silent
 from expunge.training.state import SavedState
 from expunge.training.trackers import tracked
 from expunge.training.validation import (
-    Measured,
     Reading,
     ValidationSet,
     asked_before,
@@ -452,8 +452,7 @@ def _judged(history: History, guessing: float, rows: ValidationSet) -> list[str]
         return []
     against = rows.nonmembers or rows.members  # counterfactuals are as many
     members, others = (len({e.row_id for e in side}) for side in (rows.members, against))
-    judgement = judge(kept.measured, history.target, guessing, (members, others))
-    history.judgement = judgement
-    if judgement.ending == "unlearned":
+    history.ending = of_run(kept.measured, history.target, guessing, (members, others))
+    if history.ending.outcome == "unlearned":
         return []
-    return [f"the kept checkpoint is {judgement.ending}: {judgement.why}"]
+    return [f"the kept checkpoint is {history.ending.outcome}: {run_sentence(history.ending)}"]

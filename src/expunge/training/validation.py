@@ -21,6 +21,7 @@ import torch
 
 from expunge.data.batches import Batch, Tokens, collate, in_order
 from expunge.data.tokenization import Example
+from expunge.evaluation.outcomes import Measured
 from expunge.methods.base import Context
 from expunge.methods.calibration import NeverSeen, RowTokens, as_before, joined, never_seen
 from expunge.methods.counterfactuals import never_seen_like
@@ -28,23 +29,7 @@ from expunge.methods.membership import RowLosses, membership_auc
 from expunge.methods.numerics import is_known, unbroken_share
 from expunge.methods.own_text import text_of_kind
 
-DESTROYED_BELOW = 0.5
 _FLOOR = 1e-3
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Teacher-forced measures of one model; accuracies in [0, 1], losses in nats a token."""
-
-    forget_accuracy: float
-    forget_loss: float
-    retain_accuracy: float | None = None
-    retain_loss: float | None = None
-    mia_auc: float | None = None
-    never_seen_distance: float | None = None
-    """Mean distance of forget documents' losses from those of never-seen ones of the same rank."""
-    forget_known: float | None = None
-    """Share of the forget rows that it knows (`is_known`)."""
 
 
 @dataclass(frozen=True)
@@ -142,21 +127,6 @@ def asked_otherwise(
     names, words = (_pass(context, each, rows.compared, rows.tokens) for each in versions)
     found = never_seen_like(names.losses, words.losses, words.tokens)
     return None if found is None else replace(rows, told=Pass({}, found[0], frozenset(), found[1]))
-
-
-def is_destroyed(candidate: Measured, target: Measured, guessing: float) -> bool:
-    """Whether the candidate must not be picked.
-
-    Less than half of the target's retain accuracy is left, or a loss is not finite. Without a retain
-    set the forget loss stands in: beyond that of guessing, `guessing` = log(vocabulary), the model
-    has been driven past knowing nothing.
-    """
-    losses = (candidate.forget_loss, candidate.retain_loss)
-    if any(loss is not None and not math.isfinite(loss) for loss in losses):
-        return True
-    if candidate.retain_accuracy is None or target.retain_accuracy is None:
-        return candidate.forget_loss > guessing
-    return candidate.retain_accuracy < DESTROYED_BELOW * target.retain_accuracy
 
 
 def score(candidate: Measured, target: Measured) -> float:

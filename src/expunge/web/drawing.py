@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from jinja2 import Environment
 
 from expunge.data.rows import Row
-from expunge.evaluation.findings import findings
+from expunge.evaluation.outcomes import of_scores
 from expunge.evaluation.scorecard import Scorecard
+from expunge.evaluation.sentences import scores_sentence
 from expunge.reporting.rendering import templates_of
 from expunge.reporting.tables import scorecard_rows
 from expunge.web.asking import SIDES, Answer, Side
@@ -108,10 +109,10 @@ def compare(cards: Mapping[str, Scorecard]) -> str:
     """Scorecards side by side, with what they say in words."""
     target = cards.get("target")
     remarks = [
-        (name, finding)
+        (name, scores_sentence(finding))
         for name, card in cards.items()
         if name not in ("target", "oracle")
-        for finding in findings(card, target)
+        for finding in of_scores(card, target)
     ]
     return _drawn("compare", list(cards), scorecard_rows(cards), remarks)
 
