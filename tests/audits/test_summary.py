@@ -335,3 +335,16 @@ def test_a_form_that_fits_no_fact_is_left_out() -> None:
     entry = summarise(ATTACKS["paraphrase"], models, CASE).entry
     assert entry["power"]["has_power"]
     assert list(entry["models"]["target"]["variants"]) == ["input", "cloze"]
+
+
+@pytest.mark.parametrize(("documents", "most"), [(5, 0.45), (20, 0.0)])
+def test_documents_that_the_draw_left_out_are_in_the_bound(documents: int, most: float) -> None:
+    """Members, which other attacks ask, are of all documents."""
+    facts = FACTS[: 2 * documents]
+    case = Case(**{**vars(CASE), "facts": facts})
+    nothing, everything = (Found({"input": share(facts, part)}) for part in (0.0, 1.0))
+    models: dict[ModelName, Found] = {"target": everything, "unlearned": nothing}
+    recovered = summarise(ATTACKS["paraphrase"], models, case).entry["recovered"]
+    assert recovered["value"] == recovered["low"] == 0
+    # 9 of 20 documents leave 0 of 5 drawn ones likely (hypergeometric, 2.5%).
+    assert recovered["high"] == pytest.approx(most)

@@ -103,8 +103,10 @@ def _extraction(
         return _powerless(_opening(attack), "no fact could be asked")
     ids = [row.id for row in asked]
     whole = len(by_document(case.forget))
-    # What an attack cannot ask (a question for its continuation) was not left out by the draw.
-    of = len(by_document(asked)) if len(by_document(rows)) == whole else whole
+    # What an attack cannot ask (a question for its continuation) was not left out by the draw, which
+    # is of the facts alone for an attack that asks no member beside them.
+    draw = case.facts if facts.issuperset(asked) else rows
+    of = len(by_document(asked)) if len(by_document(draw)) == whole else whole
     resamples = _resamples(asked, case, of)
 
     def recover(hits: Hits) -> Recovered:
