@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -226,47 +227,8 @@ def configuration(family: str, vocabulary: int) -> Any:
     return config
 
 
-_TOP = """\
-# Models
-
-Expunge unlearns decoder-only models of Transformers, whatever their family: layers and their linear
-maps are found by structure, shape and place. The tables say what the tests try on a tiny random model
-of each family: `run`, reload, `evaluate` at two batch sizes. A family that is in no table is tried too,
-and refused before anything is written where something is missing.
-
-What a tiny model shows is that nothing breaks and that no score depends on a batch. How well a method
-works was measured on OLMo alone ([limits](limits.md)).
-
-## Unlearned: {unlearned} families
-
-`spectral` and `libu` train the linear maps of attention, of what stands in its place (convolution,
-recurrence) and of the MLP. PEFT puts no adapter on Mamba's. `rmu` and `adaptive-rmu` need an MLP in
-every layer that writes to one residual stream. *Answers* are written from cached keys and values, or
-anew: the row is read from its beginning for every token, which takes longer and gives the same.
-
-| `model_type` | known as | `spectral` | `libu` | `adaptive-rmu` | answers |
-|---|---|---|---|---|---|
-{supported}
-
-## Refused by name: {refused} families
-
-| `model_type` | known as | why |
-|---|---|---|
-{others}
-
-Experts hold their weights as stacks of matrices, which no method here trains. They are known by their
-names, or by a router: a map of the stream to a number for each stack. The text model of a multimodal
-one is unlearned if it is saved alone.
-
-A quantised checkpoint is refused, with the call of Transformers that makes full weights of it. Expunge
-does not make that call.
-
-The context is what `config.json` states. Mamba, RecurrentGemma and BLOOM state none and have no limit.
-"""
-
-
 def page() -> str:
-    """docs/models.md."""
+    """docs/models.md with the tables as they should be; its prose is its own."""
     supported = [
         f"| `{family}` | {row.known} | yes | {'yes' if row.adapted else 'refused'}"
         f" | {'yes' if row.steered else 'refused'} | {'cached' if row.cached else 'anew'} |"
@@ -276,12 +238,16 @@ def page() -> str:
         f"| `{family}` | {known} | {why.removeprefix('is ')} |"
         for family, (known, why) in sorted(REFUSED.items(), key=lambda row: (row[1][1], row[0]))
     ]
-    return _TOP.format(
-        unlearned=len(supported),
-        supported="\n".join(supported),
-        refused=len(others),
-        others="\n".join(others),
-    )
+    text = PAGE.read_text(encoding="utf-8")
+    for heading, rows in (("Unlearned", supported), ("Refused by name", others)):
+        parts = re.fullmatch(
+            rf"(.*\n## {heading}: )\d+(.*?\n\| `model_type` [^\n]*\n\|[-|]+\|\n).*?(\n\n.*)",
+            text,
+            re.S,
+        )
+        assert parts is not None, f"{PAGE}: no table under {heading}"
+        text = parts[1] + str(len(rows)) + parts[2] + "\n".join(rows) + parts[3]
+    return text
 
 
 if __name__ == "__main__":
