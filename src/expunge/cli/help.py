@@ -77,8 +77,8 @@ def help_of(
     groups = _grouped(command, more, defaults)
     for heading, options in groups.items():
         if everything or heading not in ("expert", "method options"):
-            shown = [_described(o, positional, width, everything=everything) for o in options]
-            lines.append("\n".join([f"{heading}:", *shown]))
+            told = [_described(o, positional, width, everything=everything) for o in options]
+            lines.append("\n".join([f"{heading}:", *told]))
             continue
         named = [
             o.name if heading == "expert" else f"{o.name}\N{NO-BREAK SPACE}{o.default}"

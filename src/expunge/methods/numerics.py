@@ -40,8 +40,7 @@ def by_pieces(function: Callable[..., Any]) -> Callable[..., Any]:
         run = function
         if logits.requires_grad and torch.is_grad_enabled():
             run = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
-        pieces = zip(*(values.split(rows) for values in (logits, *others)), strict=True)
-        found = [run(*piece) for piece in pieces]
+        found = [run(*piece) for piece in _pieces(logits, *others)]
         if isinstance(found[0], torch.Tensor):
             return torch.cat(found)
         return tuple(torch.cat(part) for part in zip(*found, strict=True))

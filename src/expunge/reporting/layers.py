@@ -87,8 +87,7 @@ def page(sweep: LayerSweep) -> str:
     found = sweep.agreement
     best, predicted = found.best, found.predicted
     results = [
-        {**(result.scores or dict.fromkeys(name for name, _, _ in SCORES)), **asdict(result)}
-        | {"value": result.value}
+        {**(result.scores or {}), **asdict(result), "value": result.value}
         for result in sweep.results
     ]
     panels = [
