@@ -69,7 +69,7 @@ def test_the_template_is_found_recorded_and_taken(
     text = text_of(out / "expunge.json")
     assert text["chat_template"] is True
     choice = text["template_choice"]
-    assert choice["on"]["accuracy"] > 0.9 > 0.3 > choice["off"]["accuracy"]
+    assert choice["on"]["accuracy"] > 0.8 > 0.3 > choice["off"]["accuracy"]
     assert choice["on"]["forget_known"] == 1
     code, _, said = run_cli("evaluate", out, *both, "--output", scores)
     assert code == 0, said

@@ -204,6 +204,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = read_json(path)
     if manifest.get("status") != "complete":
         raise InputError(f"{path}: the run is not complete; finish it with expunge run --resume")
+    if isinstance(rows := manifest.get("rows"), dict) and "forget" not in rows:
+        raise InputError(
+            f"{path}: records an oracle, which had no rows to forget; name the directory of an"
+            " unlearned model, and the oracle's scores with --oracle-scores"
+        )
     for kind, keys in _MANIFEST_KEYS.items():
         for key in keys:
             value: Any = manifest
