@@ -56,6 +56,29 @@ def test_steps_are_those_of_torch() -> None:
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+def test_normalized_gradients_have_the_same_say_however_long_they_are() -> None:
+    """As of unit gradients, whatever each step's is scaled by."""
+    scaled, unit, plain = (nn.Parameter(draw(12, 8)) for _ in range(3))
+    optimizers = (
+        Muon([scaled], 0.01, normalized=True),
+        Muon([unit], 0.01),
+        Muon([plain], 0.01),
+    )
+    for step, length in enumerate((1e3, 1e-3, 1.0)):
+        gradient = draw(12, 8, seed=step + 1)
+        given = (length * gradient, gradient / gradient.norm(), length * gradient)
+        for matrix, optimizer, grad in zip((scaled, unit, plain), optimizers, given, strict=True):
+            matrix.grad = grad
+            optimizer.step()
+    assert torch.allclose(scaled, unit, atol=1e-5)
+    assert not torch.allclose(scaled, plain, atol=1e-3)
+    before = scaled.detach().clone()
+    fresh = Muon([scaled], 0.01, normalized=True)
+    scaled.grad = torch.zeros(12, 8)
+    fresh.step()
+    assert torch.equal(scaled, before)
+
+
 def test_a_whitened_step_is_that_of_the_matrix_behind_white_inputs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,8 +1,8 @@
 """Spectral unlearning: full weights, moved by the same length along every singular direction.
 
     L = mean_F H(o_t - o_t*) + w mean_R H2(o_t - o_t^0)        (`log_odds` has all its terms)
-    M <- mu M + (1 - mu) grad L
-    W <- W - eta 0.2 sqrt(max(m, n)) c U V^T R    with U S V^T = (mu M + (1 - mu) grad L) R^T
+    G = grad L / ||grad L||,   M <- mu M + (1 - mu) G
+    W <- W - eta 0.2 sqrt(max(m, n)) c U V^T R    with U S V^T = (mu M + (1 - mu) G) R^T
 
 The loss ends per token: a forget token's log-odds at those of a never-seen one, a retain token's at the
 target's. The step is Muon's (Jordan et al., 2024): the momentum of each matrix of the decoder's layers,
@@ -77,7 +77,7 @@ class SpectralObjective(LogOddsObjective):
         self._linears = context.layout.linears(settings.targets)
         self._whitening: dict[str, Whitening] = {}
         super().__init__(settings, context, [f"{name}.weight" for name in self._linears])
-        options = {"momentum": settings.momentum, "iterations": _ITERATIONS}
+        options = {"momentum": settings.momentum, "iterations": _ITERATIONS, "normalized": True}
         self.optimizer = OptimizerSpec("muon", options, in_backward=True, whitening=self._whitening)
 
     def _ask_about_held(self) -> None:

@@ -7,6 +7,10 @@ Muon (Jordan et al., 2024), scaled to the size of a step of Adam (arXiv 2502.169
 the place of W, (m, n). R = 1 is Muon itself. With R it is not the matrix that moves as far in every
 direction, but what it gives for held inputs x; c keeps the root mean square of the step.
 
+If `normalized`, G / ||G|| stands for G (as by layer in arXiv 1905.11286), so that each step's batch has the
+same say in M. Gradients of unlearning differ tenfold from step to step: hardly any at the start from retain
+rows, then the steepest of all from one that is lost.
+
 Of sharded matrices weights, gradients and momentum stay so; the step of each is made by one process.
 """
 
@@ -19,7 +23,7 @@ import torch
 from torch import nn
 
 from expunge.methods.base import Whitening
-from expunge.models.sharding import one_each, sharers
+from expunge.models.sharding import one_each, sharers, whole
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _PRODUCTS = torch.bfloat16
@@ -38,10 +42,12 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         momentum: float = 0.95,
         iterations: int = 5,
+        normalized: bool = False,
         whitening: Mapping[nn.Parameter, Whitening] | None = None,
     ) -> None:
         """`whitening` holds R of the matrices that have one."""
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "iterations": iterations})
+        self._normalized = normalized
         self._whitening = dict(whitening or {})
 
     @torch.no_grad()
@@ -58,11 +64,13 @@ class Muon(torch.optim.Optimizer):
         updates = []
         for matrix in matrices:
             assert matrix.grad is not None
-            state = self.state[matrix]
+            gradient, state = matrix.grad, self.state[matrix]
+            if self._normalized:
+                gradient = gradient / whole(gradient.norm()).clamp(min=_LEAST)
             if not state:
-                state["momentum_buffer"] = torch.zeros_like(matrix.grad)
-            mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
-            updates.append(matrix.grad.lerp(mean, group["momentum"]))
+                state["momentum_buffer"] = torch.zeros_like(gradient)
+            mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+            updates.append(gradient.lerp(mean, group["momentum"]))
 
         def step(index: int, update: torch.Tensor) -> torch.Tensor:
             return direction(update, group["iterations"], self._whitening.get(matrices[index]))
