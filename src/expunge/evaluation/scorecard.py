@@ -15,6 +15,7 @@ from expunge.evaluation.generation import Written
 from expunge.evaluation.memorisation import mean_memorisation, memorisation
 from expunge.evaluation.multiple_choice import Question, accuracy, check_prompts, prompt_for
 from expunge.evaluation.passes import Passes
+from expunge.evaluation.score_values import read_mapping, read_score
 from expunge.evaluation.scores import final_score, knowledge, regurgitation, task_aggregate
 from expunge.methods.membership import membership_auc, membership_score
 from expunge.processes import OneProcess, Processes
@@ -71,7 +72,7 @@ class Scorecard:
         """
 
         def total(name: str) -> float | None:
-            return _read_score(name, values[name])
+            return read_score(name, values[name])
 
         return cls(
             forget=_read_cells("forget", values["forget"]),
@@ -82,7 +83,7 @@ class Scorecard:
             utility=total("utility"),
             final_score=total("final_score"),
             memorisation=_read_cells("memorisation", values.get("memorisation", {})),
-            details=_read_mapping("details", values.get("details", {})),
+            details=read_mapping("details", values.get("details", {})),
         )
 
     def mean(self, split: Split) -> float | None:
@@ -282,36 +283,8 @@ def _prompts(
 def _read_cells(split: str, values: object) -> Cells:
     return {
         task: {
-            name: _read_score(f"{split} {task} {name}", value)
-            for name, value in _read_mapping(f"{split} {task}", cell).items()
+            name: read_score(f"{split} {task} {name}", value)
+            for name, value in read_mapping(f"{split} {task}", cell).items()
         }
-        for task, cell in _read_mapping(split, values).items()
+        for task, cell in read_mapping(split, values).items()
     }
-
-
-def _read_mapping(place: str, value: object) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise InputError(f"{place} holds {_shown(value)} where names with values belong")
-    return value
-
-
-def _read_score(place: str, value: object) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise InputError(f"{place} holds {_shown(value)}; a score is a number from 0 to 1, or null")
-    return float(value)
-
-
-def _shown(value: object) -> str:
-    """A number as it is; of anything else, which may be text of a row, the kind."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    kinds = {
-        str: "text",
-        bool: "true or false",
-        int: "a whole number",
-        list: "a list",
-        dict: "names",
-    }
-    return kinds.get(type(value), "null")

@@ -1,7 +1,7 @@
 """The scores of TOFU (arXiv 2401.06121), as pure functions of losses.
 
-l(a) is the mean loss of a token of answer a after its question, in nats, and P(a) = exp(-l(a)). The truth
-ratio of a row compares a right answer with wrong ones of the same form:
+l(a) is the mean loss of a token of answer a after its question, in nats, and P(a) = exp(-l(a)). The
+truth ratio of a row compares a right answer with wrong ones of the same form:
 
     authors         R = exp(mean_j l(wrong_j) - l(right)), as the authors' aggregation computes it
     openunlearning  1/R, as OpenUnlearning does
@@ -104,7 +104,7 @@ def set_scores(name: SetName, losses: SetLosses) -> dict[str, float | None]:
     return dict(zip(PARTS, values, strict=True))
 
 
-def model_utility(kept: Mapping[str, Mapping[str, float | None]]) -> float | None:
+def model_utility(kept: Mapping[SetName, Mapping[str, float | None]]) -> float | None:
     """Harmonic mean of the nine: three parts of each of the kept sets; None where one is missing."""
     values = [kept.get(name, {}).get(part) for name in KEPT for part in PARTS]
     if any(value is None for value in values):
@@ -120,10 +120,8 @@ def all_scores(
     `oracle` are the log truth ratios of the retrained model's forget rows.
     """
     names: tuple[SetName, ...] = ("forget", *KEPT)
-    parts = {
-        name: set_scores(name, sets[name]) if name in sets else dict.fromkeys(PARTS)
-        for name in names
-    }
+    nothing: dict[str, float | None] = dict.fromkeys(PARTS)
+    parts = {name: set_scores(name, sets[name]) if name in sets else nothing for name in names}
     ratios = sets["forget"].log_truth_ratios() if "forget" in sets else None
     quality = None if ratios is None or oracle is None else forget_quality(ratios, oracle)
     return {

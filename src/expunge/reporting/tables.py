@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from expunge.evaluation.protocols.base import Protocol, ProtocolScores
+
 TOTALS = {
     "task_aggregate": ("task aggregate", "high"),
     "mia_auc": ("MIA AUC", "0.5"),
@@ -119,6 +121,22 @@ def scorecard_table(cards: Mapping[str, Scorecard], title: str) -> Table:
         split = row["split"]
         made.add_row(*told)
     return made
+
+
+def protocol_rows(protocol: Protocol, cards: Mapping[str, ProtocolScores]) -> list[list[str]]:
+    """One list a measure of a protocol beside SemEval's: as `scorecard_rows`."""
+    rows = []
+    for name, measure in protocol.measures.items():
+        values = [card.scores[name] for card in cards.values()]
+        cells = ["-" if value is None else format(value, measure.form) for value in values]
+        rows.append([measure.title, f"{measure.low:g}-{measure.high:g}", measure.good, *cells])
+    return rows
+
+
+def protocol_table(protocol: Protocol, cards: Mapping[str, ProtocolScores], title: str) -> Table:
+    """The same as a rich table."""
+    header = ["measure", "range", "good", *cards]
+    return table_of(title, header, protocol_rows(protocol, cards), left=_WORDS)
 
 
 def audit_rows(request: Mapping[str, Any]) -> list[list[str]]:
