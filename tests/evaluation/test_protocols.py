@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +115,15 @@ def test_tofu_end_to_end(
     scores, records, oracle = tmp_path / "s.json", tmp_path / "r.jsonl", tmp_path / "o.json"
     code, out, err = run_cli("evaluate", oracle_dir, *options, "--json", "--output", oracle)
     assert (code, err) == (0, "")
-    told = ("--oracle-scores", oracle, "--output", scores, "--records", records)
-    code, out, err = run_cli("evaluate", memorised_dir, *options, *told)
+    more = ("--oracle-scores", oracle, "--output", scores, "--records", records)
+    code, out, err = run_cli("evaluate", memorised_dir, *options, *more)
     assert (code, err) == (0, "")
     found = json.loads(scores.read_text())["scores"]
     assert list(found) == list(MEASURES)
     for name, measure in MEASURES.items():
         assert found[name] is not None
-        row = next(line for line in out.splitlines() if line.strip().startswith(measure.title))
-        assert row.split()[-1] == format(found[name], measure.form)
+        told = next(line for line in out.splitlines() if line.strip().startswith(measure.title))
+        assert told.split()[-1] == format(found[name], measure.form)
     assert found["forget_rouge"] == found["forget_exact_memorisation"] == 1
     assert found["forget_probability"] > 0.9
     assert found["retain_extraction_strength"] == 1
@@ -251,6 +252,6 @@ def test_an_oracle_of_other_rows_is_refused(
 def test_options_of_another_protocol_are_refused() -> None:
     for protocol, name in (("tofu", "nonmembers"), ("tofu", "mmlu"), ("semeval", "world_facts")):
         values: dict[str, Any] = {"model": "m", "forget": "f", "protocol": protocol, name: "x"}
-        message = refusal(lambda values=values: ProtocolInputs(**values))  # type: ignore[misc]
+        message = refusal(partial(ProtocolInputs, **values))
         assert message.startswith(f"--{name.replace('_', '-')}: is of --protocol ")
         assert message.endswith(f"this is {protocol}; leave it out")

@@ -58,8 +58,8 @@ def _recalled(arguments: Sequence[str]) -> Sequence[str]:
     said = take_option(rest, "--protocol")[1]
     if said is None and config is not None and Path(config).is_file():
         said = yaml_fields(Path(config)).get("protocol")
-    own = () if said in (None, SEMEVAL) else OWN[SEMEVAL]
-    return [name for name in _RECALLED if name not in own]
+    others = () if said in (None, SEMEVAL) else OWN["semeval"]
+    return [name for name in _RECALLED if name not in others]
 
 
 def _show(card: Scorecard | ProtocolScores, settings: Evaluate) -> None:

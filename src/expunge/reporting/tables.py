@@ -85,7 +85,12 @@ def score_rows(cards: Sequence[Scorecard]) -> list[dict[str, Any]]:
             for part in KIND_NAMES.values():
                 values = [card.side(split).get(task, {}).get(part) for card in cards]
                 if any(value is not None for value in values):
-                    row = {"split": split, "task": task, "part": part, "title": f"{task} {part}"}
+                    row: dict[str, Any] = {
+                        "split": split,
+                        "task": task,
+                        "part": part,
+                        "title": f"{task} {part}",
+                    }
                     rows.append({**row, "good": good, "values": values})
         for part in MEMORISATION:
             values = [card.memorisation.get(split, {}).get(part) for card in cards]

@@ -223,7 +223,7 @@ def _measured(
         right=[right for _, right, *_ in by_row] if compared else None,
         wrong=[others for _, _, *others in by_row] if compared else None,
     )
-    ratios = found.log_truth_ratios() or [None] * len(by_row)
+    ratios: Sequence[float | None] = found.log_truth_ratios() or [None] * len(by_row)
     lines = zip(questions.rows, written, found.rouge, found.answer, ratios, strict=True)
     return found, [
         {
