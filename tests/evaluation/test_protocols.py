@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from conftest import refusal
+from expunge.cli.evaluate import _recalled
 from expunge.evaluation import generation
 from expunge.evaluation.protocols.inputs import ProtocolInputs
 from expunge.evaluation.protocols.measuring import measure_by_protocol
@@ -255,3 +256,13 @@ def test_options_of_another_protocol_are_refused() -> None:
         message = refusal(partial(ProtocolInputs, **values))
         assert message.startswith(f"--{name.replace('_', '-')}: is of --protocol ")
         assert message.endswith(f"this is {protocol}; leave it out")
+
+
+def test_a_run_directory_tells_only_what_the_protocol_takes(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("protocol: tofu\n")
+    assert {"retain", "nonmembers", "mmlu"} <= set(_recalled(["out"]))
+    for arguments in (["out", "--protocol", "tofu"], ["out", "--config", str(config)]):
+        assert {"forget", "retain", "columns"} <= set(_recalled(arguments))
+        assert not {"nonmembers", "mmlu"} & set(_recalled(arguments))
+    assert not {"retain", "nonmembers", "mmlu"} & set(_recalled(["out", "--protocol=muse"]))

@@ -33,9 +33,8 @@ class Evaluate(Printed, ProtocolInputs):
 
     Examples:
       expunge evaluate out
+      expunge evaluate out --forget f.jsonl --retain r.jsonl --nonmembers n.jsonl --output s.json
       expunge evaluate out --protocol tofu --forget forget05_perturbed.jsonl --retain r.jsonl
-      expunge evaluate model --forget f.jsonl --retain r.jsonl --output scores.json
-      expunge evaluate out --forget f.jsonl --retain r.jsonl --nonmembers n.jsonl
     """
 
 
@@ -58,8 +57,10 @@ def _recalled(arguments: Sequence[str]) -> Sequence[str]:
     said = take_option(rest, "--protocol")[1]
     if said is None and config is not None and Path(config).is_file():
         said = yaml_fields(Path(config)).get("protocol")
-    others = () if said in (None, SEMEVAL) else OWN["semeval"]
-    return [name for name in _RECALLED if name not in others]
+    if said in (None, SEMEVAL):
+        return _RECALLED
+    kept = {"retain"}.intersection(*(own for name, own in OWN.items() if name == said))
+    return [name for name in _RECALLED if name in kept or name not in OWN["semeval"]]
 
 
 def _show(card: Scorecard | ProtocolScores, settings: Evaluate) -> None:

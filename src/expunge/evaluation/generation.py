@@ -37,8 +37,9 @@ def generate(
     batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
     drafts: Sequence[Sequence[int]] | None = None,
+    longest: int | None = None,
 ) -> list[Written]:
-    """The continuation of each prompt (token ids), without special tokens.
+    """The continuation of each prompt (token ids), without special tokens; at most `longest` tokens.
 
     `drafts` are continuations worth a try, one a prompt: a good one saves time and no draft changes
     what is written. The model's own generation settings play no part but for its ends of text. Raises
@@ -57,7 +58,7 @@ def generate(
     answers = [()] * len(prompts) if drafts is None else drafts
     requests = []
     for number, prompt in enumerate(prompts):
-        room = min(MAX_NEW_TOKENS, context - len(prompt))
+        room = min(longest or MAX_NEW_TOKENS, context - len(prompt))
         # Whoever is done stops: the draft of a right answer goes on to the end of text.
         draft = [] if drafts is None else [*answers[number], *ends[:1]][:room]
         requests.append(Request(prompt, draft, room, []))

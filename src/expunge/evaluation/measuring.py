@@ -36,7 +36,10 @@ from expunge.processes import Processes, processes_of, refused_together
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_OF_PROTOCOLS = ("real_authors", "world_facts", "oracle_scores")
+_OF_PROTOCOLS = (
+    "real_authors", "world_facts", "oracle_scores", "forget_questions", "forget_solved",
+    "retain_questions", "retain_solved",
+)  # fmt: skip
 """What other protocols read."""
 AnySets = TypeVar("AnySets", bound="Sets")
 

@@ -16,7 +16,7 @@ from expunge.data.batches import PAD_ID
 from expunge.data.rows import Row
 from expunge.data.tokenization import Example, TextPolicy, answer_ids, prompt_ids
 from expunge.evaluation.generation import Written, generate
-from expunge.evaluation.membership import document_losses
+from expunge.evaluation.membership import document_log_probs, document_losses
 from expunge.evaluation.multiple_choice import choice_log_probs
 from expunge.processes import Processes, gathered
 
@@ -35,7 +35,7 @@ class Passes:
     progress: Callable[[str, int, int], None]
     processes: Processes
 
-    def written(self, rows: Sequence[Row], name: str) -> list[Written]:
+    def written(self, rows: Sequence[Row], name: str, longest: int | None = None) -> list[Written]:
         """What comes after each row's prompt, in the order of the rows, whichever process wrote it."""
         prompts = [prompt_ids(row, self.tokenizer, self.policy) for row in rows]
         drafts = [
@@ -53,6 +53,7 @@ class Passes:
                 self.batch_size,
                 advance,
                 [drafts[i] for i in mine],
+                longest,
             )
             return gathered(self.processes, dict(zip(mine, written, strict=True)))
 
@@ -60,6 +61,13 @@ class Passes:
         """The mean loss of each row's counted tokens by its id, in nats a token."""
         with self._phase(f"loss of {name}", len(examples)) as advance:
             return document_losses(
+                self.model, examples, PAD_ID, self.batch_size, advance, self.processes
+            )
+
+    def log_probs(self, examples: Sequence[Example], name: str) -> dict[str, torch.Tensor]:
+        """Log-probabilities of each row's counted tokens by its id, (tokens,), in nats."""
+        with self._phase(f"loss of {name}", len(examples)) as advance:
+            return document_log_probs(
                 self.model, examples, PAD_ID, self.batch_size, advance, self.processes
             )
 

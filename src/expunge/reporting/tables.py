@@ -134,7 +134,7 @@ def protocol_rows(protocol: Protocol, cards: Mapping[str, ProtocolScores]) -> li
     for name, measure in protocol.measures.items():
         values = [card.scores[name] for card in cards.values()]
         cells = ["-" if value is None else format(value, measure.form) for value in values]
-        rows.append([measure.title, f"{measure.low:g}-{measure.high:g}", measure.good, *cells])
+        rows.append([measure.title, measure.range, measure.good, *cells])
     return rows
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from expunge.errors import InputError
 from expunge.evaluation.score_values import read_mapping, read_score
@@ -28,11 +28,17 @@ class Measure:
     """How one score is shown."""
 
     title: str
-    good: Literal["low", "high"]
+    good: str
+    """low, high, or the number that is best."""
     low: float = 0.0
     """The least it can be."""
     high: float = 1.0
     form: str = ".3f"
+
+    @property
+    def range(self) -> str:
+        """From the least to the most that it can be."""
+        return f"{self.low:g}{' to ' if self.low < 0 else '-'}{self.high:g}"
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,19 @@ from typing import Literal
 from expunge.errors import InputError
 from expunge.evaluation.measuring import MeasureInputs
 
-ProtocolName = Literal["semeval", "tofu"]
+ProtocolName = Literal["semeval", "tofu", "muse"]
 OWN: Mapping[ProtocolName, tuple[str, ...]] = {
-    "semeval": ("members", "nonmembers", "mmlu", "mmlu_shots"),
-    "tofu": ("real_authors", "world_facts", "oracle_scores"),
+    "semeval": ("retain", "members", "nonmembers", "mmlu", "mmlu_shots"),
+    "tofu": ("retain", "real_authors", "world_facts", "oracle_scores"),
+    "muse": (
+        "forget_questions",
+        "forget_solved",
+        "retain_questions",
+        "retain_solved",
+        "members",
+        "nonmembers",
+        "oracle_scores",
+    ),
 }
 """Options that are of one protocol alone."""
 
@@ -28,11 +37,25 @@ class ProtocolInputs(MeasureInputs):
     world_facts: str | None = None
     """TOFU's questions on the world, with wrong answers. Model utility needs them."""
     oracle_scores: str | None = None
-    """Scores of a model retrained without the forget set, by the same protocol. Forget quality needs
-    them."""
+    """Scores of a model retrained without the forget set, by the same protocol. Forget quality and
+    PrivLeak are relative to it."""
+    forget_questions: str | None = None
+    """MUSE's questions on the forget set, for KnowMem."""
+    forget_solved: str | None = None
+    """Solved questions that stand before each of --forget-questions; MUSE has ten."""
+    retain_questions: str | None = None
+    """MUSE's questions on what was to stay, for KnowMem."""
+    retain_solved: str | None = None
+    """Solved questions that stand before each of --retain-questions; MUSE has ten."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.protocol == "muse" and self.chat_template == "on":
+            raise InputError(
+                "--chat-template: is not of --protocol muse, whose prompts are plain; leave it out"
+            )
+        if self.protocol == "muse":
+            object.__setattr__(self, "chat_template", "off")
         for field in fields(self):
             owners = [name for name, own in OWN.items() if field.name in own]
             given = getattr(self, field.name) != field.default
