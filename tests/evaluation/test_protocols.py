@@ -14,7 +14,9 @@ import torch
 
 from conftest import refusal
 from expunge.cli.evaluate import _recalled
+from expunge.errors import RunError
 from expunge.evaluation import generation
+from expunge.evaluation.protocols.base import check_finite
 from expunge.evaluation.protocols.inputs import ProtocolInputs
 from expunge.evaluation.protocols.measuring import measure_by_protocol
 from expunge.evaluation.protocols.tofu import MEASURES
@@ -266,3 +268,9 @@ def test_a_run_directory_tells_only_what_the_protocol_takes(tmp_path: Path) -> N
         assert {"forget", "retain", "columns"} <= set(_recalled(arguments))
         assert not {"nonmembers", "mmlu"} & set(_recalled(arguments))
     assert not {"retain", "nonmembers", "mmlu"} & set(_recalled(["out", "--protocol=muse"]))
+
+
+def test_a_loss_that_is_no_number_ends_the_measurement() -> None:
+    check_finite({"a": 1.0})
+    with pytest.raises(RunError, match=r"row 'b': .* \(2 such rows\)"):
+        check_finite({"a": 1.0, "b": math.nan, "c": math.inf})

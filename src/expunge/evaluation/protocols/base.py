@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from expunge.errors import InputError
+from expunge.errors import InputError, RunError
 from expunge.evaluation.score_values import read_mapping, read_score
 
 if TYPE_CHECKING:
@@ -99,6 +99,15 @@ class Protocol:
     """Material with the fields `forget` and `retain`, checked against the model in each form. Raises
     InputError before weights are loaded."""
     measure: Callable[[Any, Passes], ProtocolScores]
+
+
+def check_finite(values: Mapping[str, float]) -> None:
+    """Raises RunError where a number of a row, by its id, is none."""
+    if wrong := [row for row, value in values.items() if not math.isfinite(value)]:
+        raise RunError(
+            f"row {wrong[0]!r}: the model's loss is no number ({len(wrong)} such rows); measure another"
+            " checkpoint, or with --dtype float32"
+        )
 
 
 def _numbers(place: str, values: object) -> dict[str, float]:

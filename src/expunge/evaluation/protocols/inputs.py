@@ -23,7 +23,7 @@ OWN: Mapping[ProtocolName, tuple[str, ...]] = {
         "oracle_scores",
     ),
 }
-"""Options that are of one protocol alone."""
+"""By protocol the options that not every one takes."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from expunge.evaluation.muse import (
     solved_prompt,
 )
 from expunge.evaluation.passes import Passes
-from expunge.evaluation.protocols.base import Measure, Protocol, ProtocolScores
+from expunge.evaluation.protocols.base import Measure, Protocol, ProtocolScores, check_finite
 from expunge.evaluation.protocols.inputs import ProtocolInputs
 from expunge.evaluation.score_files import read_protocol_scores
 from expunge.evaluation.scorecard import check_prompts_of
@@ -136,7 +136,7 @@ def _retrained(source: str) -> float:
 
 
 def measure(material: Material, passes: Passes) -> ProtocolScores:
-    """Generates and reads every set."""
+    """Generates and reads every set. Raises RunError for a model whose losses are no numbers."""
     records = _records(passes, "forget", "verbatim", material.forget.rows, VERBATIM_TOKENS)
     scores: dict[str, float | None] = dict.fromkeys(MEASURES)
     scores["verbmem"] = statistics.fmean(record["score"] for record in records)
@@ -184,8 +184,10 @@ def _records(
 def _lowest(passes: Passes, rows: RowSet, name: str) -> list[float]:
     """min-40% of each text, in nats a token."""
     examples = encode_rows(rows, passes.tokenizer, passes.policy, eos=False)
-    found = passes.log_probs(examples, name)
-    return [min_k(found[row.id], LOWEST) for row in rows]
+    log_probs = passes.log_probs(examples, name)
+    found = {row.id: min_k(log_probs[row.id], LOWEST) for row in rows}
+    check_finite(found)
+    return list(found.values())
 
 
 PROTOCOL = Protocol(name=NAME, measures=MEASURES, read=read, measure=measure)

@@ -15,10 +15,10 @@ from expunge.data.columns import text_in, type_name
 from expunge.data.formats import Record, Role, open_source
 from expunge.data.rows import Row, RowSet, check_disjoint
 from expunge.data.tokenization import Example, TextPolicy, encode_rows, writable
-from expunge.errors import InputError, RunError
+from expunge.errors import InputError
 from expunge.evaluation.memorisation import mean_memorisation, memorisation
 from expunge.evaluation.passes import Passes
-from expunge.evaluation.protocols.base import Measure, Protocol, ProtocolScores
+from expunge.evaluation.protocols.base import Measure, Protocol, ProtocolScores, check_finite
 from expunge.evaluation.protocols.inputs import ProtocolInputs
 from expunge.evaluation.score_files import read_protocol_scores
 from expunge.evaluation.scorecard import check_prompts_of
@@ -207,11 +207,7 @@ def _measured(
     """Losses and ROUGE of a set, and a record a row."""
     written = passes.written(questions.rows.rows, name)
     losses = passes.losses(questions.examples(passes.tokenizer, passes.policy), name)
-    if wrong := [row for row, loss in losses.items() if not math.isfinite(loss)]:
-        raise RunError(
-            f"row {wrong[0]!r}: the model's loss is no number ({len(wrong)} such rows); measure another"
-            " checkpoint, or with --dtype float32"
-        )
+    check_finite(losses)
     by_row = [[losses[row.id] for row in rows] for rows in questions.worded()]
     compared = questions.right is not None and questions.wrong is not None
     found = SetLosses(
