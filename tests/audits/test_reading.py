@@ -25,9 +25,10 @@ from expunge.audits.paraphrase import _forms
 from expunge.audits.sampling import Sampled
 from expunge.audits.subject import Ask, Reader, asked
 from expunge.audits.trigger import typical
-from expunge.audits.verbatim import extraction_strength, right_tokens, verbatim_share
+from expunge.audits.verbatim import right_tokens, verbatim_share
 from expunge.data.rows import Row, as_rows, document_of
 from expunge.data.tokenization import TextPolicy, encode_rows
+from expunge.evaluation.memorisation import extraction_strength
 from expunge.models.decoder import find_layout
 
 
@@ -166,14 +167,6 @@ def test_a_draw_at_the_border_of_two_tokens_is_left_to_the_row_alone() -> None:
     choose = Sampled(1.0, torch.tensor([[border], [0.2]], dtype=torch.float64))
     assert choose(torch.ones(2, 2), [(0, 0), (1, 0)])[1] == [True, False]
     assert choose(torch.ones(2, 2).bfloat16(), [(0, 0), (1, 0)])[1] == [False, False]
-
-
-@pytest.mark.parametrize(
-    ("right", "expected"),
-    [("1111", 1.0), ("0000", 0.0), ("1110", 0.0), ("0111", 0.75), ("1011", 0.5)],
-)
-def test_extraction_strength_at_its_limits(right: str, expected: float) -> None:
-    assert extraction_strength([token == "1" for token in right]) == expected
 
 
 def test_extraction_strength_and_shares_are_those_of_greedy_decoding(tokenizer: Any) -> None:

@@ -108,7 +108,8 @@ def test_records_name_rows_and_show_text_only_when_asked(
     masked = records(path)
     assert_silent_on(texts, path.read_text())
     assert [record["id"] for record in masked[:8]] == [row["id"] for row in forget_rows]
-    assert all(set(r) == {"id", "split", "task", "kind", "score", "runs_on"} for r in masked)
+    measured = {"extraction_strength", "exact_memorisation", "score", "runs_on"}
+    assert all(set(r) == {"id", "split", "task", "kind"} | measured for r in masked)
     code, out, _ = evaluate("--quiet", "--records", path, "--reveal")
     assert code == 0
     revealed = records(path)

@@ -138,6 +138,7 @@ SAID = {"role": "assistant", "content": "In Torun."}
 FORMS: list[tuple[dict[str, object], tuple[str, str, str]]] = [
     ({"question": "Name it.", "answer": "In Torun."}, ("Name it.", "In Torun.", "qa")),
     ({"prompt": "Ada lives", "completion": "in Torun."}, ("Ada lives", "in Torun.", "sc")),
+    ({"prompt": "Where does", "gt": "Ada live?"}, ("Where does", "Ada live?", "sc")),
     ({"text": "Where?", "labels": "In Torun."}, ("Where?", "In Torun.", "qa")),
     ({"instruction": "Say", "input": "Ada", "output": "Hi"}, ("Say\nAda", "Hi", "qa")),
     ({"instruction": "Say", "input": "", "output": "Hi"}, ("Say", "Hi", "qa")),

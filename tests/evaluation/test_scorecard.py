@@ -82,7 +82,7 @@ def test_a_right_answer_without_an_end_is_a_finding(
     measure: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "expunge.evaluation.scorecard.generate",
+        "expunge.evaluation.passes.generate",
         lambda _model, _tokenizer, prompts, *_: [
             Written(f" {text}", ended)
             for text, ended in (
@@ -133,6 +133,22 @@ def test_cells_and_aggregate_are_means_of_the_records(
     assert card.task_aggregate == pytest.approx(harmonic_mean([max(0, part) for part in parts]))
     assert card.mean("retain") == 1
     assert 0 < (card.mean("forget") or 0) < 1
+
+
+def test_memorisation_is_the_mean_of_the_records(measure: Measure, forget_rows: Any) -> None:
+    card = measure(forget=partly_known(forget_rows), retain=None)
+    for name in ("extraction_strength", "exact_memorisation"):
+        values = [record[name] for record in card.records]
+        assert card.memorisation["forget"][name] == pytest.approx(fmean(values))
+        assert 0 < fmean(values) < 1
+        assert card.memorisation["retain"][name] is None
+    known = {"extraction_strength": 1.0, "exact_memorisation": 1.0}
+    assert measure().memorisation == {"forget": known, "retain": known}
+
+
+def test_a_file_from_before_memorisation_is_read(measure: Measure) -> None:
+    older = {k: v for k, v in measure().to_json().items() if k != "memorisation"}
+    assert Scorecard.from_json(older).memorisation == {}
 
 
 def comparable(card: Scorecard) -> Mapping[str, Any]:

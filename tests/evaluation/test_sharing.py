@@ -157,7 +157,7 @@ def test_each_row_is_generated_once(
         asked.extend(map(tuple, prompts))
         return generate(model, tokenizer, prompts, *others)
 
-    monkeypatch.setattr("expunge.evaluation.scorecard.generate", counted)
+    monkeypatch.setattr("expunge.evaluation.passes.generate", counted)
     in_all(3, lambda processes: measure(processes, nonmembers=None, questions=None))
     assert len(asked) == len(set(asked)) == 16
 

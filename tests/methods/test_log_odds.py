@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from conftest import shaken
-from expunge.audits.likelihood import min_k_plus_plus
 from expunge.data.batches import Batch, Tokens, collate
 from expunge.data.random_text import random_examples
 from expunge.errors import InputError
+from expunge.evaluation.likelihood import min_k_plus_plus
 from expunge.methods.base import Context
 from expunge.methods.calibration import NeverSeen, Pair, RowTokens, token_spread
 from expunge.methods.libu import LIBU

@@ -11,17 +11,17 @@ from collections.abc import Sequence
 import torch
 
 from expunge.audits.base import Advance, Attack, Case, Found
-from expunge.audits.likelihood import (
-    loss_score,
-    min_k,
-    min_k_plus_plus,
-    zlib_score,
-)
 from expunge.audits.subject import Subject
 from expunge.data.batches import PAD_ID, collate
 from expunge.data.rows import Row, document_of
 from expunge.data.tokenization import encode_rows
 from expunge.evaluation.batches import token_batches
+from expunge.evaluation.likelihood import (
+    loss_score,
+    min_k,
+    min_k_plus_plus,
+    zlib_score,
+)
 from expunge.methods.forward import logits_at
 from expunge.methods.numerics import target_moments
 from expunge.models.kernels import fast_products

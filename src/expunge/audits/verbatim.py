@@ -18,22 +18,13 @@ from expunge.data.rows import Row
 from expunge.data.tokenization import Example, encode_rows
 from expunge.evaluation.batches import padded, token_batches
 from expunge.evaluation.decoding import alone, choices
+from expunge.evaluation.memorisation import extraction_strength
 from expunge.methods.forward import logits_at
 from expunge.models.kernels import fast_products
 
 PREFIXES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 LEAST_TOKENS = 8
 """A prefix that leaves fewer tokens is not scored: a phrase's end can be guessed."""
-
-
-def extraction_strength(right: Sequence[bool]) -> float:
-    """1 - k / n, where after the first k of n tokens greedy decoding writes the rest without a mistake.
-
-    `right` says of every token whether it is the likeliest after those before it. 0: not even the last
-    one; 1: all of them.
-    """
-    wrong = [place for place, token in enumerate(right) if not token]
-    return 1.0 - ((wrong[-1] + 1) / len(right) if wrong else 0.0)
 
 
 def verbatim_share(right: Sequence[bool], start: int) -> float:

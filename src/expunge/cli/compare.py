@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,10 +12,26 @@ import tyro
 from expunge.cli.options import Printed, parse, print_json
 from expunge.errors import InputError
 from expunge.evaluation.outcomes import of_scores
-from expunge.evaluation.score_files import check_one_form, read_scores
+from expunge.evaluation.protocols.base import Protocol
+from expunge.evaluation.protocols.catalog import PROTOCOLS
+from expunge.evaluation.score_files import (
+    check_one_form,
+    opened,
+    protocol_in,
+    read_protocol_scores,
+    read_scores,
+)
 from expunge.evaluation.scorecard import Scorecard
 from expunge.evaluation.sentences import scores_sentence
-from expunge.reporting.tables import label_of, markdown_table, scorecard_table, table_console
+from expunge.reporting.tables import (
+    label_of,
+    markdown,
+    markdown_table,
+    protocol_rows,
+    protocol_table,
+    scorecard_table,
+    table_console,
+)
 
 
 @dataclass(frozen=True)
@@ -44,15 +60,36 @@ class Compare(Printed):
 def main(arguments: Sequence[str]) -> int:
     """Parses, reads, prints."""
     settings = parse(Compare, arguments, "expunge compare", positional="runs")
-    cards = {}
+    sources: dict[str, str] = {}
     if settings.original is not None:
-        cards["target"] = read_scores(settings.original)
+        sources["target"] = settings.original
     if settings.oracle is not None:
-        cards["oracle"] = read_scores(settings.oracle)
+        sources["oracle"] = settings.oracle
     for run in settings.runs:
-        cards[label_of(run, cards)] = read_scores(run)
+        sources[label_of(run, sources)] = run
+    name = protocol_in(opened(next(iter(sources.values())))[1])
+    if name in PROTOCOLS:
+        return _of_protocol(PROTOCOLS[name], sources, settings)
+    cards = {label: read_scores(source) for label, source in sources.items()}
     check_one_form(cards)
     show(cards, as_json=settings.json, as_markdown=settings.markdown)
+    return 0
+
+
+def _of_protocol(protocol: Protocol, sources: Mapping[str, str], settings: Compare) -> int:
+    """Scores of a protocol beside SemEval's; all must be of it."""
+    cards = {
+        label: read_protocol_scores(source, protocol.name, protocol.measures)
+        for label, source in sources.items()
+    }
+    check_one_form(cards)
+    if settings.json:
+        print_json({label: card.to_json() for label, card in cards.items()})
+    elif settings.markdown:
+        header = ["measure", "range", "good", *cards]
+        sys.stdout.write(markdown(header, protocol_rows(protocol, cards)))
+    else:
+        table_console().print(protocol_table(protocol, cards, f"Scores by {protocol.name}"))
     return 0
 
 

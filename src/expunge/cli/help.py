@@ -22,7 +22,9 @@ from typing import Any, Literal, Union
 HELP = ("-h", "--help", "--help-all")
 _GROUPS = {
     "rows": (
-        "forget retain calibration nonmembers score-nonmembers paraphrases mmlu columns chat-template"
+        "forget retain calibration nonmembers score-nonmembers paraphrases mmlu real-authors world-facts"
+        " oracle-scores forget-questions forget-solved retain-questions retain-solved columns"
+        " chat-template"
     ),
     "model": "model original base oracle output overwrite resume dtype device",
     "when to stop": "epochs max-steps time-limit select",

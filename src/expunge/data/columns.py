@@ -48,6 +48,7 @@ _FORMS = (
     Form(("input",), "output"),
     Form(("question",), "answer", "qa"),
     Form(("prompt",), "completion"),
+    Form(("prompt",), "gt", "sc"),
     Form(("instruction", "input"), "output", "qa"),
     Form(("instruction",), "output", "qa"),
     Form(("text",), "labels"),
@@ -56,8 +57,8 @@ _FORMS = (
     Form(("text",), kind="sc"),
     Form(("document",), kind="sc"),
 )
-"""SemEval and LUME, TOFU, TRL, Alpaca with and without an input, KnowUnDo, chats (OpenAI's form and
-ShareGPT's), plain texts, and SemEval's member files. Of several that fit, the one that reads most
+"""SemEval and LUME, TOFU, TRL, MUSE, Alpaca with and without an input, KnowUnDo, chats (OpenAI's form
+and ShareGPT's), plain texts, and SemEval's member files. Of several that fit, the one that reads most
 columns is meant."""
 _OTHER_WORDINGS = {
     "answer": ("paraphrased_answer", "perturbed_answer", "original_answer", "paraphrased_question")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any
 
+from expunge.data.authors import QUESTIONS, author_of, in_blocks_of_authors
 from expunge.data.columns import (
     Form,
     Kind,
@@ -32,6 +33,7 @@ from expunge.errors import InputError
 
 DEFAULT_TASK = "default"
 _LISTED_IDS = 10
+_ALONE = "the row alone"
 _LONGEST_NAME = 200
 """Characters of a document's name; it stands in reports, where no text of a row may."""
 
@@ -183,7 +185,8 @@ def check_disjoint(first: RowSet, second: RowSet) -> None:
 def document_of(row: Row) -> str:
     """The document, or person, that a row is about: rows of one belong together.
 
-    The column `document` names it, else LUME's ids do; any other row is a document of its own.
+    The column `document` names it, else LUME's ids do, else the order of TOFU's rows; any other row is a
+    document of its own.
     """
     return row.document or document_in(row.id) or row.id
 
@@ -230,6 +233,18 @@ def _checked(
         raise InputError(f"{name} {faults[0]}{more}")
     if not rows:
         raise InputError(f"{name}: holds no rows; give at least one")
+    alone = {"question, answer": len(rows)}, {_ALONE: len(rows)}
+    if (read["columns"], read["document"]) == alone and in_blocks_of_authors(
+        [r.text for r in rows]
+    ):
+        # Of a name that is in the text no part may stand in a report.
+        rows = [
+            replace(row, document=f"{role}-author-{author_of(position)}")
+            for position, row in enumerate(rows)
+        ]
+        read["document"] = Counter(
+            {f"blocks of {QUESTIONS} rows with a name of their own": len(rows)}
+        )
     return tuple(rows), {about: dict(counts) for about, counts in read.items()}
 
 
@@ -261,7 +276,7 @@ def _row_of(
     cue = parts.joiner.rstrip()  # words that join ("\nAnswer: ") are no part of the answer
     prompt, between = parts.prompt + cue, parts.joiner[len(cue) :]
     row = Row(row_id, prompt, parts.output, task, kind, between, document, parts.turns)
-    by = "the column document" if document else "the id" if document_in(row.id) else "the row alone"
+    by = "the column document" if document else "the id" if document_in(row.id) else _ALONE
     return row, (", ".join(parts.form.columns), told, by)
 
 

@@ -69,6 +69,8 @@ class Request:
     prompt: Sequence[int]
     draft: Sequence[int]
     room: int
+    right: list[bool] | None = None
+    """If a list, it is filled: whether each token of the draft is the choice after those before it."""
 
 
 @dataclass(repr=False)
@@ -181,6 +183,26 @@ def _accept(
         drafted = draft[position : position + 1]
         if row.over(ends) or list(drafted) != row.new[-1:]:
             return
+
+
+def _foreseen(
+    model: PreTrainedModel,
+    row: _Row,
+    tokens: Sequence[int],
+    near: Sequence[bool],
+    choose: Choice,
+) -> list[bool]:
+    """Of each token of the draft whether it is the choice after those of the draft before it."""
+    draft = row.request.draft
+    return [
+        (
+            _alone(model, replace(row, new=[*draft[:place]]), choose)
+            if near[place]
+            else tokens[place]
+        )
+        == wanted
+        for place, wanted in enumerate(draft)
+    ]
 
 
 def choices(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
@@ -332,6 +354,8 @@ class _Pool:
             span = slice(start, start + count)
             chosen = (tokens[span], near[span])
             _accept(self._model, row, drafts[number], *chosen, self._ends, self._choose)
+            if row.request.right is not None and drafts[number]:
+                row.request.right[:] = _foreseen(self._model, row, *chosen, self._choose)
             start += count
             past: Past | None = None if row.over(self._ends) else []
             if cache is not None and past is not None:

@@ -25,6 +25,9 @@ class Written(NamedTuple):
 
     text: str
     ended: bool
+    right: tuple[bool, ...] = ()
+    """Of each token of its draft, as far as there was room: whether it is the likeliest after prompt and
+    draft before it. What a pass with the draft tells (teacher forcing), without one of its own."""
 
 
 def generate(
@@ -34,8 +37,9 @@ def generate(
     batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
     drafts: Sequence[Sequence[int]] | None = None,
+    longest: int | None = None,
 ) -> list[Written]:
-    """The continuation of each prompt (token ids), without special tokens.
+    """The continuation of each prompt (token ids), without special tokens; at most `longest` tokens.
 
     `drafts` are continuations worth a try, one a prompt: a good one saves time and no draft changes
     what is written. The model's own generation settings play no part but for its ends of text. Raises
@@ -51,20 +55,25 @@ def generate(
             f" ({len(full)} such rows); shorten it"
         )
     ends = ends_of(model, tokenizer)
+    answers = [()] * len(prompts) if drafts is None else drafts
     requests = []
     for number, prompt in enumerate(prompts):
-        room = min(MAX_NEW_TOKENS, context - len(prompt))
+        room = min(longest or MAX_NEW_TOKENS, context - len(prompt))
         # Whoever is done stops: the draft of a right answer goes on to the end of text.
-        draft = [*drafts[number], *ends[:1]][:room] if drafts is not None else []
-        requests.append(Request(prompt, draft, room))
+        draft = [] if drafts is None else [*answers[number], *ends[:1]][:room]
+        requests.append(Request(prompt, draft, room, []))
     outputs: list[list[int]] = [[] for _ in prompts]
     with torch.no_grad(), fast_products(model.dtype, model.device):
         for index, tokens in greedy(model, requests, frozenset(ends), batch_size):
             outputs[index] = tokens
             advance(1)
     return [
-        Written(text_of(tokens, tokenizer, ends), bool(tokens) and tokens[-1] in ends)
-        for tokens in outputs
+        Written(
+            text_of(tokens, tokenizer, ends),
+            bool(tokens) and tokens[-1] in ends,
+            tuple((request.right or ())[: len(answer)]),
+        )
+        for tokens, request, answer in zip(outputs, requests, answers, strict=True)
     ]
 
 

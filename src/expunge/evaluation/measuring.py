@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from expunge.analysis.template_choice import settled
 from expunge.data.chat_templates import Template, template_of
@@ -16,6 +17,7 @@ from expunge.data.tokenization import LongRows, TextPolicy
 from expunge.disk import check_file_output, deliver
 from expunge.errors import InputError
 from expunge.evaluation.multiple_choice import Question, read_questions
+from expunge.evaluation.protocols.base import ProtocolScores
 from expunge.evaluation.score_files import is_records, is_scores, records_text, scores_text
 from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
 from expunge.models.files import MANIFEST
@@ -29,7 +31,17 @@ from expunge.models.loading import (
     said_of_dtype,
     text_policies,
 )
-from expunge.processes import processes_of, refused_together
+from expunge.processes import Processes, processes_of, refused_together
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_OF_PROTOCOLS = (
+    "real_authors", "world_facts", "oracle_scores", "forget_questions", "forget_solved",
+    "retain_questions", "retain_solved",
+)  # fmt: skip
+"""What other protocols read."""
+AnySets = TypeVar("AnySets", bound="Sets")
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,31 @@ class MeasureInputs(Reading):
             raise InputError("--reveal: adds text to the records; give --records FILE")
 
 
+class Sets(Protocol):
+    """What the form of the text is settled on."""
+
+    @property
+    def forget(self) -> RowSet:
+        """Rows that were to be removed."""
+
+    @property
+    def retain(self) -> RowSet | None:
+        """Rows that were to stay."""
+
+
+@dataclass(frozen=True, repr=False)
+class Prepared(Generic[AnySets]):
+    """A loaded model, and what it is measured on."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    policy: TextPolicy
+    material: AnySets
+    weights: Mapping[str, str]
+    """SHA-256 by file with weights."""
+    processes: Processes
+
+
 def measure(
     inputs: MeasureInputs,
     progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
@@ -94,13 +131,45 @@ def measure(
     Of the processes that accelerate launch started each loads the model and measures its share, each
     returns the whole scorecard, and the main one writes. Raises InputError before anything is written.
     """
+    ready = prepared(inputs, lambda *of_model: read_material(inputs, *of_model), message)
+    material = ready.material
+    card = evaluate_model(
+        ready.model,
+        ready.tokenizer,
+        material.forget,
+        material.retain,
+        material.nonmembers,
+        material.questions,
+        material.examples,
+        members=material.members,
+        policy=ready.policy,
+        batch_size=inputs.batch_size,
+        progress=progress,
+        processes=ready.processes,
+    )
+    if material.calibrated_on:
+        mia = {**card.details["mia"], "calibrated_on": True}
+        card = replace(card, details={**card.details, "mia": mia})
+    write_scores(inputs, ready, card)
+    return card
+
+
+def prepared(
+    inputs: MeasureInputs,
+    read: Callable[[CheckedModel, Sequence[TextPolicy]], AnySets],
+    message: Callable[[str], None],
+) -> Prepared[AnySets]:
+    """Checks the outputs and the model, reads the material, loads the weights, settles the form.
+
+    What one process refuses all refuse. Raises InputError.
+    """
     device = resolve_device(inputs.device)
     processes = processes_of(device)
     with refused_together(processes):
         _check_outputs(inputs)
         checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
         policies = text_policies(checked, inputs.chat_template, inputs.long_rows)
-        material = read_material(inputs, checked, policies)
+        material = read(checked, policies)
         # Before the work: the directory may be away when the scores are written.
         weights = {path.name: sha256_of(path) for path in checked.files.weights}
         model = load_model(checked, resolve_dtype(checked, inputs.dtype), device)
@@ -111,31 +180,20 @@ def measure(
             policies, lambda: model, checked.tokenizer, material.forget, material.retain, message
         )
     )[0]
-    card = evaluate_model(
-        model,
-        checked.tokenizer,
-        material.forget,
-        material.retain,
-        material.nonmembers,
-        material.questions,
-        material.examples,
-        members=material.members,
-        policy=policy,
-        batch_size=inputs.batch_size,
-        progress=progress,
-        processes=processes,
-    )
-    if material.calibrated_on:
-        mia = {**card.details["mia"], "calibrated_on": True}
-        card = replace(card, details={**card.details, "mia": mia})
+    return Prepared(model, checked.tokenizer, policy, material, weights, processes)
+
+
+def write_scores(
+    inputs: MeasureInputs, ready: Prepared[Any], card: Scorecard | ProtocolScores
+) -> None:
+    """Writes the files that were asked for; of several processes the main one does."""
     files = {}
     if inputs.output is not None:
-        files[Path(inputs.output)] = scores_text(card, inputs.model, weights)
+        files[Path(inputs.output)] = scores_text(card, inputs.model, ready.weights)
     if inputs.records is not None:
         files[Path(inputs.records)] = records_text(card, reveal=inputs.reveal)
-    if processes.is_main:
+    if ready.processes.is_main:
         deliver(files, private=[Path(inputs.records or "")] if inputs.reveal else ())
-    return card
 
 
 def check_measure(inputs: MeasureInputs) -> None:
@@ -189,8 +247,8 @@ def _calibrated_on(model: Path, nonmembers: RowSet) -> bool:
 
 
 def _check_outputs(inputs: MeasureInputs) -> None:
-    names = ("model", "forget", "retain", "nonmembers", "members", "mmlu")
-    read = {name: getattr(inputs, name) for name in names}
+    names = ("model", "forget", "retain", "nonmembers", "members", "mmlu", *_OF_PROTOCOLS)
+    read = {name.replace("_", "-"): getattr(inputs, name, None) for name in names}
     if inputs.output is not None:
         check_file_output("output", Path(inputs.output), read, is_scores)
     if inputs.records is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,36 @@ def document_losses(
             advance(len(batches[number]))
     # In the order of the batches, for the windows of a row may lie in several.
     return RowLosses.of_all(gathered(processes, found)).means()
+
+
+def document_log_probs(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    pad_id: int,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda _: None,
+    processes: Processes | None = None,
+) -> dict[str, torch.Tensor]:
+    """Log-probabilities of each row's counted tokens in nats, (tokens,), by row id, in no order.
+
+    A windowed row counts as one document. Several processes share the batches and each gets all.
+    """
+    processes = processes or OneProcess()
+    batches = token_batches([len(e) for e in examples], batch_size, model)
+    found: dict[int, list[tuple[str, torch.Tensor]]] = {}
+    with torch.no_grad(), fast_products(model.dtype, model.device):
+        for number in range(processes.rank, len(batches), processes.count):
+            batch = collate(examples, batches[number], pad_id).to(model.device)
+            log_probs, counted = counted_log_probs(model, batch), batch.token_mask[:, 1:]
+            found[number] = [
+                (row, log_probs[line][counted[line]].cpu())
+                for line, row in enumerate(batch.row_ids)
+            ]
+            advance(len(batches[number]))
+    parts: dict[str, list[torch.Tensor]] = {}
+    for row, values in itertools.chain.from_iterable(gathered(processes, found)):
+        parts.setdefault(row, []).append(values)
+    return {row: torch.cat(values) for row, values in parts.items()}
 
 
 def counted_log_probs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from expunge.data.batches import PAD_ID
 from expunge.data.rows import Row, RowSet, check_disjoint, documents
-from expunge.data.tokenization import TextPolicy, answer_ids, encode_rows, prompt_ids, writable
+from expunge.data.tokenization import TextPolicy, encode_rows, prompt_ids, writable
 from expunge.data.words import words
 from expunge.errors import InputError
-from expunge.evaluation.generation import Written, generate
-from expunge.evaluation.membership import document_losses
-from expunge.evaluation.multiple_choice import (
-    Question,
-    accuracy,
-    check_prompts,
-    choice_log_probs,
-    prompt_for,
-)
+from expunge.evaluation.generation import Written
+from expunge.evaluation.memorisation import mean_memorisation, memorisation
+from expunge.evaluation.multiple_choice import Question, accuracy, check_prompts, prompt_for
+from expunge.evaluation.passes import Passes
+from expunge.evaluation.score_values import read_mapping, read_score
 from expunge.evaluation.scores import final_score, knowledge, regurgitation, task_aggregate
 from expunge.methods.membership import membership_auc, membership_score
-from expunge.processes import OneProcess, Processes, gathered
+from expunge.processes import OneProcess, Processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,11 +41,13 @@ class Scorecard:
     mia_score: float | None
     utility: float | None
     final_score: float | None
+    memorisation: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    """By split: extraction strength and exact memorisation in [0, 1], means over rows."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Counts and mean losses behind the scores."""
     records: Sequence[Mapping[str, Any]] = field(default_factory=tuple, repr=False)
-    """One entry a row: id, split, task, kind, score, what was generated, and `runs_on`: whether the
-    right answer came and no end of text behind it."""
+    """One entry a row: id, split, task, kind, score, extraction strength, exact memorisation, what was
+    generated, and `runs_on`: whether the right answer came and no end of text behind it."""
 
     def to_json(self) -> dict[str, Any]:
         """The contents of scores.json; records are a file of their own."""
@@ -63,6 +59,7 @@ class Scorecard:
             "mia_score": self.mia_score,
             "utility": self.utility,
             "final_score": self.final_score,
+            "memorisation": {split: dict(means) for split, means in self.memorisation.items()},
             "details": dict(self.details),
         }
 
@@ -75,7 +72,7 @@ class Scorecard:
         """
 
         def total(name: str) -> float | None:
-            return _read_score(name, values[name])
+            return read_score(name, values[name])
 
         return cls(
             forget=_read_cells("forget", values["forget"]),
@@ -85,7 +82,8 @@ class Scorecard:
             mia_score=total("mia_score"),
             utility=total("utility"),
             final_score=total("final_score"),
-            details=_read_mapping("details", values.get("details", {})),
+            memorisation=_read_cells("memorisation", values.get("memorisation", {})),
+            details=read_mapping("details", values.get("details", {})),
         )
 
     def mean(self, split: Split) -> float | None:
@@ -120,10 +118,10 @@ def evaluate_model(
     share rows, documents and questions; each gets the whole scorecard. Raises InputError for rows that
     do not fit the context.
     """
-    measured = _Measured(model, tokenizer, policy, batch_size, progress, processes or OneProcess())
-    records = measured.generated(forget, "forget")
+    passes = Passes(model, tokenizer, policy, batch_size, progress, processes or OneProcess())
+    records = _generated(passes, forget, "forget")
     if retain is not None:
-        records += measured.generated(retain, "retain")
+        records += _generated(passes, retain, "retain")
     forget_cells, retain_cells = _cells(records, "forget"), _cells(records, "retain")
     aggregate = None
     if retain is not None:
@@ -136,8 +134,8 @@ def evaluate_model(
     }
     auc = mia = None
     if nonmembers is not None:
-        inside = measured.losses(members or forget, "members")
-        others = measured.losses(nonmembers, "non-members")
+        inside = _losses(passes, members or forget, "members")
+        others = _losses(passes, nonmembers, "non-members")
         auc = membership_auc(inside, others)
         mia = membership_score(auc)
         details["mia"] = {
@@ -149,7 +147,7 @@ def evaluate_model(
         }
     utility = None
     if questions is not None:
-        utility, by_subject = measured.utility(questions, examples or {})
+        utility, by_subject = _utility(passes, questions, examples or {})
         details["utility"] = {"questions": len(questions), "by_subject": by_subject}
     return Scorecard(
         forget=forget_cells,
@@ -159,6 +157,10 @@ def evaluate_model(
         mia_score=mia,
         utility=utility,
         final_score=final_score(aggregate, mia, utility),
+        memorisation={
+            split: mean_memorisation(r for r in records if r["split"] == split)
+            for split in ("forget", "retain")
+        },
         details=details,
         records=records,
     )
@@ -184,13 +186,7 @@ def check_material(
     if members is not None and nonmembers is not None:
         check_disjoint(members, nonmembers)
     for rows in (forget, retain or ()):
-        for row in rows:
-            length = len(prompt_ids(row, tokenizer, policy))
-            if length >= policy.context:
-                raise InputError(
-                    f"row {row.id!r}: its prompt has {length} tokens and fills the context of"
-                    f" {policy.context}; shorten it"
-                )
+        check_prompts_of(rows, tokenizer, policy)
         encode_rows(rows, tokenizer, policy, eos=False)
     if nonmembers is not None:
         for rows in (members or forget, nonmembers):
@@ -199,84 +195,43 @@ def check_material(
         check_prompts(tokenizer, _prompts(questions, examples), policy.context)
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """The model that is measured, and how."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    policy: TextPolicy
-    batch_size: int
-    progress: Callable[[str, int, int], None]
-    processes: Processes
-
-    def generated(self, rows: RowSet, split: Split) -> list[dict[str, Any]]:
-        """A record a row, in the order of the rows, whichever process generated it."""
-        prompts = [prompt_ids(row, self.tokenizer, self.policy) for row in rows]
-        drafts = [
-            answer_ids(row, prompt, self.tokenizer, self.policy)
-            for row, prompt in zip(rows, prompts, strict=True)
-        ]
-        # Rows of similar length cost the same, so neighbours by length go to different processes.
-        order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]) - len(drafts[i]))
-        mine = order[self.processes.rank :: self.processes.count]
-        with self._phase(f"generate {split}", len(rows)) as advance:
-            written = generate(
-                self.model,
-                self.tokenizer,
-                [prompts[i] for i in mine],
-                self.batch_size,
-                advance,
-                [drafts[i] for i in mine],
+def check_prompts_of(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, policy: TextPolicy
+) -> None:
+    """Raises InputError for a row whose prompt leaves no room for an answer."""
+    for row in rows:
+        length = len(prompt_ids(row, tokenizer, policy))
+        if length >= policy.context:
+            raise InputError(
+                f"row {row.id!r}: its prompt has {length} tokens and fills the context of"
+                f" {policy.context}; shorten it"
             )
-            records = {
-                i: _record(writable(rows.rows[i], self.tokenizer), split, found)
-                for i, found in zip(mine, written, strict=True)
-            }
-            return gathered(self.processes, records)
 
-    def losses(self, rows: RowSet, name: str) -> list[float]:
-        """The mean loss of each document, in nats a token."""
-        examples = encode_rows(documents(rows), self.tokenizer, self.policy, eos=False)
-        with self._phase(f"loss of {name}", len(examples)) as advance:
-            losses = document_losses(
-                self.model,
-                examples,
-                PAD_ID,
-                self.batch_size,
-                advance,
-                self.processes,
-            )
-        return list(losses.values())
 
-    def utility(
-        self, questions: Sequence[Question], examples: Mapping[str, Sequence[Question]]
-    ) -> tuple[float, dict[str, float]]:
-        """Accuracy over all questions, and by subject."""
-        prompts = _prompts(questions, examples)
-        with self._phase("utility", len(questions)) as advance:
-            scores = choice_log_probs(
-                self.model, self.tokenizer, prompts, self.batch_size, advance, self.processes
-            )
-        by_subject = {}
-        for subject in sorted({question.subject for question in questions}):
-            chosen = [i for i, question in enumerate(questions) if question.subject == subject]
-            by_subject[subject] = accuracy(scores[chosen], [questions[i] for i in chosen])
-        return accuracy(scores, questions), by_subject
+def _generated(passes: Passes, rows: RowSet, split: Split) -> list[dict[str, Any]]:
+    """A record a row, in the order of the rows."""
+    return [
+        _record(writable(row, passes.tokenizer), split, found)
+        for row, found in zip(rows, passes.written(rows.rows, split), strict=True)
+    ]
 
-    @contextmanager
-    def _phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Tells the progress of the body, which calls what it is given with its share as it is done."""
-        done = 0
 
-        def advance(count: int) -> None:
-            nonlocal done
-            # The other processes, of whom nothing is heard until the end, are about as far.
-            done = min(total, done + count * self.processes.count)
-            self.progress(name, done, total)
+def _losses(passes: Passes, rows: RowSet, name: str) -> list[float]:
+    """The mean loss of each document, in nats a token."""
+    examples = encode_rows(documents(rows), passes.tokenizer, passes.policy, eos=False)
+    return list(passes.losses(examples, name).values())
 
-        yield advance
-        self.progress(name, total, total)
+
+def _utility(
+    passes: Passes, questions: Sequence[Question], examples: Mapping[str, Sequence[Question]]
+) -> tuple[float, dict[str, float]]:
+    """Accuracy over all questions, and by subject."""
+    scores = passes.choices(_prompts(questions, examples), "utility")
+    by_subject = {}
+    for subject in sorted({question.subject for question in questions}):
+        chosen = [i for i, question in enumerate(questions) if question.subject == subject]
+        by_subject[subject] = accuracy(scores[chosen], [questions[i] for i in chosen])
+    return accuracy(scores, questions), by_subject
 
 
 def _record(row: Row, split: Split, written: Written) -> dict[str, Any]:
@@ -289,6 +244,7 @@ def _record(row: Row, split: Split, written: Written) -> dict[str, Any]:
         "task": row.task,
         "kind": row.kind,
         "score": score,
+        **memorisation(written.right),
         "runs_on": row.kind == "qa" and score == 0 and begun and not written.ended,
         "generated": written.text,
     }
@@ -324,39 +280,11 @@ def _prompts(
     ]
 
 
-def _read_cells(split: Split, values: object) -> Cells:
+def _read_cells(split: str, values: object) -> Cells:
     return {
         task: {
-            name: _read_score(f"{split} {task} {name}", value)
-            for name, value in _read_mapping(f"{split} {task}", cell).items()
+            name: read_score(f"{split} {task} {name}", value)
+            for name, value in read_mapping(f"{split} {task}", cell).items()
         }
-        for task, cell in _read_mapping(split, values).items()
+        for task, cell in read_mapping(split, values).items()
     }
-
-
-def _read_mapping(place: str, value: object) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise InputError(f"{place} holds {_shown(value)} where names with values belong")
-    return value
-
-
-def _read_score(place: str, value: object) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise InputError(f"{place} holds {_shown(value)}; a score is a number from 0 to 1, or null")
-    return float(value)
-
-
-def _shown(value: object) -> str:
-    """A number as it is; of anything else, which may be text of a row, the kind."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    kinds = {
-        str: "text",
-        bool: "true or false",
-        int: "a whole number",
-        list: "a list",
-        dict: "names",
-    }
-    return kinds.get(type(value), "null")

@@ -28,19 +28,23 @@ What else stands in Latin text (accented letters, the micro sign) is no word in 
 class _Tokens(Tokenizer):
     """Matches of a pattern in lower case; as in the protocol, longer ones of a-z are stemmed."""
 
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern: str, *, stems: bool = True) -> None:
         self._find = regex.compile(pattern, regex.V1).findall
+        self._stems = stems
         # Each word once: stemming took most of the scoring time.
         self._stem = lru_cache(maxsize=100_000)(PorterStemmer().stem)
 
     def tokenize(self, text: str) -> list[str]:
         found = self._find(same_form(text).lower())
+        if not self._stems:
+            return found
         return [self._stem(w) if w.isascii() and len(w) > 3 else w for w in found]
 
 
 _TOKENIZER = _Tokens(_WORDS)
 _SCORER = RougeScorer(["rougeL"], tokenizer=_TOKENIZER)
 _LETTERS = RougeScorer(["rougeL"], tokenizer=_Tokens(r"\w"))
+_UNSTEMMED = RougeScorer(["rougeL"], tokenizer=_Tokens(_WORDS, stems=False))
 
 
 def regurgitation(reference: str, continuation: str) -> float:
@@ -51,6 +55,12 @@ def regurgitation(reference: str, continuation: str) -> float:
     """
     scorer = _SCORER if _TOKENIZER.tokenize(reference) else _LETTERS
     return float(scorer.score(reference, continuation)["rougeL"].recall)
+
+
+def rouge_f1(reference: str, text: str) -> float:
+    """ROUGE-L F1 without stemmer, in [0, 1], by the same words and letters; what MUSE measures."""
+    scorer = _UNSTEMMED if _TOKENIZER.tokenize(reference) else _LETTERS
+    return float(scorer.score(reference, text)["rougeL"].fmeasure)
 
 
 def knowledge(reference: str, answer: str) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from expunge.audits.base import MODELS
+from expunge.reporting.tables import measure_name
 
 Column = tuple[str, str, str]
 """Head, place below that of the row, and form: one of a number, or one of `_TOLD`."""
@@ -19,9 +20,7 @@ _TOLD: Mapping[str, Callable[[Any], str]] = {
     "list": ", ".join,
     "yes": lambda value: "yes" if value else "no",
     "power": lambda attack: "yes" if attack["has_power"] else f"no: {attack['why_no_power']}",
-    "measure": lambda row: " ".join(
-        ([] if row["task"] is None else [row["split"]]) + [row["title"]]
-    ),
+    "measure": measure_name,
     "note": lambda candidate: ", ".join(
         name for name, is_it in (("kept", "chosen"), ("destroyed", "destroyed")) if candidate[is_it]
     ),

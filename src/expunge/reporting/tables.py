@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expunge.audits.base import MODELS
+from expunge.evaluation.memorisation import MEMORISATION
 from expunge.evaluation.score_files import SCORES
 from expunge.evaluation.scorecard import KIND_NAMES, Scorecard, Split
 from expunge.terminal import plain_console
@@ -14,6 +15,8 @@ from expunge.terminal import plain_console
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+    from expunge.evaluation.protocols.base import Protocol, ProtocolScores
 
 TOTALS = {
     "task_aggregate": ("task aggregate", "high"),
@@ -82,21 +85,35 @@ def score_rows(cards: Sequence[Scorecard]) -> list[dict[str, Any]]:
             for part in KIND_NAMES.values():
                 values = [card.side(split).get(task, {}).get(part) for card in cards]
                 if any(value is not None for value in values):
-                    row = {"split": split, "task": task, "part": part, "title": f"{task} {part}"}
+                    row: dict[str, Any] = {
+                        "split": split,
+                        "task": task,
+                        "part": part,
+                        "title": f"{task} {part}",
+                    }
                     rows.append({**row, "good": good, "values": values})
+        for part in MEMORISATION:
+            values = [card.memorisation.get(split, {}).get(part) for card in cards]
+            if any(value is not None for value in values):
+                row = {"split": split, "task": None, "part": part, "title": part.replace("_", " ")}
+                rows.append({**row, "good": good, "values": values})
     for part, (title, good) in TOTALS.items():
         named: dict[str, Any] = {"split": "total", "task": None, "part": part, "title": title}
         rows.append({**named, "good": good, "values": [getattr(card, part) for card in cards]})
     return rows
 
 
+def measure_name(row: Mapping[str, Any]) -> str:
+    """What a measure is called in a table: of one set by its name."""
+    return row["title"] if row["split"] == "total" else f"{row['split']} {row['title']}"
+
+
 def scorecard_rows(cards: Mapping[str, Scorecard]) -> list[list[str]]:
     """One list a measure: its name, range, good direction and each card's value."""
-    rows = []
-    for row in score_rows(list(cards.values())):
-        name = row["title"] if row["task"] is None else f"{row['split']} {row['title']}"
-        rows.append([name, "0-1", row["good"], *map(number, row["values"])])
-    return rows
+    return [
+        [measure_name(row), "0-1", row["good"], *map(number, row["values"])]
+        for row in score_rows(list(cards.values()))
+    ]
 
 
 def scorecard_table(cards: Mapping[str, Scorecard], title: str) -> Table:
@@ -109,6 +126,22 @@ def scorecard_table(cards: Mapping[str, Scorecard], title: str) -> Table:
         split = row["split"]
         made.add_row(*told)
     return made
+
+
+def protocol_rows(protocol: Protocol, cards: Mapping[str, ProtocolScores]) -> list[list[str]]:
+    """One list a measure of a protocol beside SemEval's: as `scorecard_rows`."""
+    rows = []
+    for name, measure in protocol.measures.items():
+        values = [card.scores[name] for card in cards.values()]
+        cells = ["-" if value is None else format(value, measure.form) for value in values]
+        rows.append([measure.title, measure.range, measure.good, *cells])
+    return rows
+
+
+def protocol_table(protocol: Protocol, cards: Mapping[str, ProtocolScores], title: str) -> Table:
+    """The same as a rich table."""
+    header = ["measure", "range", "good", *cards]
+    return table_of(title, header, protocol_rows(protocol, cards), left=_WORDS)
 
 
 def audit_rows(request: Mapping[str, Any]) -> list[list[str]]:

@@ -10,14 +10,14 @@ from statistics import fmean
 import pytest
 import torch
 
-from expunge.audits.likelihood import (
+from expunge.audits.membership import blind_scores
+from expunge.data.rows import Row
+from expunge.evaluation.likelihood import (
     loss_score,
     min_k,
     min_k_plus_plus,
     zlib_score,
 )
-from expunge.audits.membership import blind_scores
-from expunge.data.rows import Row
 
 DRAW = random.Random(0)
 LOG_PROBS = [-DRAW.expovariate(1) for _ in range(23)]

@@ -1,0 +1,93 @@
+"""The passes of a measurement: what a model writes, what its losses are, which letters it prefers.
+
+Several processes, each with the model, share rows, documents and questions; each gets all results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from expunge.data.batches import PAD_ID
+from expunge.data.rows import Row
+from expunge.data.tokenization import Example, TextPolicy, answer_ids, prompt_ids
+from expunge.evaluation.generation import Written, generate
+from expunge.evaluation.membership import document_log_probs, document_losses
+from expunge.evaluation.multiple_choice import choice_log_probs
+from expunge.processes import Processes, gathered
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, repr=False)
+class Passes:
+    """A model in memory, and how it is measured."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    policy: TextPolicy
+    batch_size: int
+    progress: Callable[[str, int, int], None]
+    processes: Processes
+
+    def written(self, rows: Sequence[Row], name: str, longest: int | None = None) -> list[Written]:
+        """What comes after each row's prompt, in the order of the rows, whichever process wrote it."""
+        prompts = [prompt_ids(row, self.tokenizer, self.policy) for row in rows]
+        drafts = [
+            answer_ids(row, prompt, self.tokenizer, self.policy)
+            for row, prompt in zip(rows, prompts, strict=True)
+        ]
+        # Rows of similar length cost the same, so neighbours by length go to different processes.
+        order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]) - len(drafts[i]))
+        mine = order[self.processes.rank :: self.processes.count]
+        with self._phase(f"generate {name}", len(rows)) as advance:
+            written = generate(
+                self.model,
+                self.tokenizer,
+                [prompts[i] for i in mine],
+                self.batch_size,
+                advance,
+                [drafts[i] for i in mine],
+                longest,
+            )
+            return gathered(self.processes, dict(zip(mine, written, strict=True)))
+
+    def losses(self, examples: Sequence[Example], name: str) -> dict[str, float]:
+        """The mean loss of each row's counted tokens by its id, in nats a token."""
+        with self._phase(f"loss of {name}", len(examples)) as advance:
+            return document_losses(
+                self.model, examples, PAD_ID, self.batch_size, advance, self.processes
+            )
+
+    def log_probs(self, examples: Sequence[Example], name: str) -> dict[str, torch.Tensor]:
+        """Log-probabilities of each row's counted tokens by its id, (tokens,), in nats."""
+        with self._phase(f"loss of {name}", len(examples)) as advance:
+            return document_log_probs(
+                self.model, examples, PAD_ID, self.batch_size, advance, self.processes
+            )
+
+    def choices(self, prompts: Sequence[str], name: str) -> torch.Tensor:
+        """Log-probability of the letters after each prompt, (prompts, 4)."""
+        with self._phase(name, len(prompts)) as advance:
+            return choice_log_probs(
+                self.model, self.tokenizer, prompts, self.batch_size, advance, self.processes
+            )
+
+    @contextmanager
+    def _phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Tells the progress of the body, which calls what it is given with its share as it is done."""
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            # The other processes, of whom nothing is heard until the end, are about as far.
+            done = min(total, done + count * self.processes.count)
+            self.progress(name, done, total)
+
+        yield advance
+        self.progress(name, total, total)

@@ -1,0 +1,66 @@
+"""The options of `expunge evaluate` beyond the default protocol's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from expunge.errors import InputError
+from expunge.evaluation.measuring import MeasureInputs
+
+ProtocolName = Literal["semeval", "tofu", "muse"]
+OWN: Mapping[ProtocolName, tuple[str, ...]] = {
+    "semeval": ("retain", "members", "nonmembers", "mmlu", "mmlu_shots"),
+    "tofu": ("retain", "real_authors", "world_facts", "oracle_scores"),
+    "muse": (
+        "forget_questions",
+        "forget_solved",
+        "retain_questions",
+        "retain_solved",
+        "members",
+        "nonmembers",
+        "oracle_scores",
+    ),
+}
+"""By protocol the options that not every one takes."""
+
+
+@dataclass(frozen=True)
+class ProtocolInputs(MeasureInputs):
+    """What is measured, by which protocol."""
+
+    protocol: ProtocolName = "semeval"
+    """What is measured, and how. semeval: the scorecard of SemEval-2025 Task 4."""
+    real_authors: str | None = None
+    """TOFU's questions on real authors, with wrong answers. Model utility needs them."""
+    world_facts: str | None = None
+    """TOFU's questions on the world, with wrong answers. Model utility needs them."""
+    oracle_scores: str | None = None
+    """Scores of a model retrained without the forget set, by the same protocol. Forget quality and
+    PrivLeak are relative to it."""
+    forget_questions: str | None = None
+    """MUSE's questions on the forget set, for KnowMem."""
+    forget_solved: str | None = None
+    """Solved questions that stand before each of --forget-questions; MUSE has ten."""
+    retain_questions: str | None = None
+    """MUSE's questions on what was to stay, for KnowMem."""
+    retain_solved: str | None = None
+    """Solved questions that stand before each of --retain-questions; MUSE has ten."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.protocol == "muse" and self.chat_template == "on":
+            raise InputError(
+                "--chat-template: is not of --protocol muse, whose prompts are plain; leave it out"
+            )
+        if self.protocol == "muse":
+            object.__setattr__(self, "chat_template", "off")
+        for field in fields(self):
+            owners = [name for name, own in OWN.items() if field.name in own]
+            given = getattr(self, field.name) != field.default
+            if given and owners and self.protocol not in owners:
+                option = field.name.replace("_", "-")
+                raise InputError(
+                    f"--{option}: is of --protocol {owners[0]}, this is {self.protocol}; leave it out"
+                )
