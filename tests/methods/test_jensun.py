@@ -54,6 +54,15 @@ def test_divergence_from_certainty_is_that_of_a_prediction_from_one_token() -> N
         assert float(certain_jsd(p[token].log())) == pytest.approx(jsd(certain, p), rel=1e-5)
 
 
+def test_what_is_unlikely_beyond_measure_is_not_pulled() -> None:
+    log_prob = torch.tensor([-0.5, -30.0], requires_grad=True)
+    certain_jsd(log_prob).sum().backward()
+    assert log_prob.grad is not None
+    p = math.exp(-0.5)
+    expected = p / 2 * math.log(p / (1 + p))
+    assert log_prob.grad.tolist() == pytest.approx([expected, 0], abs=1e-9)
+
+
 def started(
     method: JensUn, context: Context, forget_rows: list[dict[str, str]], tokenizer: Any
 ) -> Compared:

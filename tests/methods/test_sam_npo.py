@@ -55,7 +55,7 @@ def test_the_forget_term_is_that_of_weights_one_step_uphill(
     assert norm > 1e-3
     with torch.no_grad():
         for weight, step in zip(weights, slope, strict=True):
-            weight += 0.5 / norm * step
+            weight.add_(step, alpha=0.5 / norm)
             weight.grad = None
     flat = plain.loss(forget, None).total
     flat.backward()
