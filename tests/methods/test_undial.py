@@ -66,7 +66,10 @@ def test_without_strength_the_target_is_its_own_student(make_context: Contexts) 
     assert float(torch.stack(gradients).norm()) < 1e-5  # of rounding
 
 
-def test_it_holds_no_retain_text_unless_told() -> None:
-    assert not UNDIAL().needs_retain
-    assert UNDIAL(retain_weight=1.0).needs_retain
+def test_as_in_the_paper_it_needs_no_retain_text(make_context: Contexts) -> None:
+    method = UNDIAL(retain_weight=0.0)
+    assert not method.needs_retain
+    context = make_context()
+    batch = collate(context.forget, [0], context.pad_id)
+    assert method.start(context).loss(batch, batch).retain is None
     assert "--method.strength -1" in refusal(lambda: UNDIAL(strength=-1))

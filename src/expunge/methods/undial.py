@@ -3,8 +3,7 @@
     L = mean_F KL(softmax(z_before - strength * onehot(token)) || p) + w * CE(retain)
 
 What the target would say beside the token is kept, so the model ends at a distribution and not without
-end. Dong et al., arXiv 2402.10052; the paper's cross-entropy has the same gradient. It holds no retain
-text, as the paper's does not, unless a weight is given.
+end. Dong et al., arXiv 2402.10052; the paper's cross-entropy has the same gradient, and w is 0 there.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ class UNDIAL(GradientSettings):
 
     strength: float = 10.0
     """What each forget token's logit is lowered by; the paper has 3, 10 and 30."""
-    retain_weight: float = 0.0
-    """Weight of the retain term."""
+    retain_weight: float = 1.0
+    """Weight of the retain term; the paper holds no retain text."""
 
     name: ClassVar[str] = "undial"
     defaults: ClassVar[RunDefaults] = RunDefaults(epochs=10, batch_size=16, learning_rate=1e-3)
