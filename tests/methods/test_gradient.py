@@ -6,50 +6,19 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
-import torch
 
-from conftest import tiny_model
-from expunge.data.batches import collate
-from expunge.methods.base import Context, Terms
+from compared import Compared
+from expunge.methods.base import Context
 from expunge.methods.gradient_ascent import GradientAscent
 from expunge.methods.gradient_difference import GradientDifference
 from expunge.methods.kl_minimization import KLMinimization
 from expunge.methods.losses import cross_entropy, npo, simnpo, token_kl
 from expunge.methods.npo import NPO
-from expunge.methods.numerics import row_means, row_sums, token_log_probs
+from expunge.methods.numerics import row_means, row_sums
 from expunge.methods.simnpo import SimNPO
 
 Contexts = Callable[..., Context]
 Parameters = Literal["lora", "full"]
-
-
-class Compared:
-    """A started method after its weights were moved, beside a model that was left alone."""
-
-    def __init__(self, method: Any, context: Context, vocabulary: int) -> None:
-        self.original = tiny_model("olmo", vocabulary)
-        self.objective = method.start(context)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in self.objective.parameters.values():
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
-        self.forget = collate(context.forget, [4, 1, 0], context.pad_id)
-        self.retain = collate(context.retain, [0, 1, 2], context.pad_id)
-        self.terms: Terms = self.objective.loss(self.forget, self.retain)
-
-    def logits(self, side: str, *, before: bool) -> torch.Tensor:
-        batch = getattr(self, side)
-        if not before:
-            return self.objective.logits(batch).detach()
-        with torch.no_grad():
-            return self.original(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask
-            ).logits
-
-    def log_probs(self, side: str, *, before: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = getattr(self, side)
-        logits = self.logits(side, before=before)
-        return token_log_probs(logits, batch.input_ids), batch.token_mask[:, 1:]
 
 
 @pytest.fixture(params=["lora", "full"])

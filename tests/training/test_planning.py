@@ -21,11 +21,14 @@ from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.base import generator_of
 from expunge.methods.catalog import METHODS
 from expunge.methods.gradient_difference import GradientDifference
+from expunge.methods.idk_dpo import IDKDPO
 from expunge.methods.kl_minimization import KLMinimization
 from expunge.methods.libu import LIBU
 from expunge.methods.npo import NPO
 from expunge.methods.retrain import Retrain
+from expunge.methods.sam_npo import SamNPO
 from expunge.methods.spectral import Spectral
+from expunge.methods.undial import UNDIAL
 from expunge.models.decoder import find_layout
 from expunge.models.weights import train_only
 from expunge.training.memory import (
@@ -340,6 +343,28 @@ def test_what_reads_the_target_beside_the_model_counts_its_weights_and_logits(
     )
     assert part(held, TRAINED) == 2 * part(plain, TRAINED)
     assert part(held, LOGITS) > part(plain, LOGITS)
+
+
+def test_what_asks_the_target_about_forget_rows_counts_its_logits(
+    planned: Callable[..., Plan],
+) -> None:
+    plain, held = (planned(m(parameters="full", retain_weight=0.0)) for m in (NPO, UNDIAL))
+    assert part(held, TRAINED) == 2 * part(plain, TRAINED)
+    assert part(held, LOGITS) > part(plain, LOGITS)
+
+
+def test_a_preferred_output_runs_beside_the_rejected_one(planned: Callable[..., Plan]) -> None:
+    plain, both = planned(NPO()), planned(IDKDPO())
+    for kind in (ACTIVATIONS, LOGITS):
+        assert part(plain, kind) < part(both, kind) <= 2 * part(plain, kind)
+
+
+def test_a_step_that_may_not_be_cut_is_not_proposed_to_be(checked: Callable[..., Any]) -> None:
+    for method, proposed in ((NPO(), True), (SamNPO(), False)):
+        model, prepared = checked(method)
+        options = [option for option, _ in alternatives(model, prepared, "float32", CPU)]
+        assert any("--micro-batch-size" in option for option in options) is proposed
+        assert any("--batch-size" in option for option in options)
 
 
 def test_candidates_take_the_layers_above_and_the_head(planned: Callable[..., Plan]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from expunge.data.batches import Batch, Tokens, in_order
+from expunge.data.rows import Row
 from expunge.data.sampling import Sampling
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
@@ -127,6 +128,8 @@ class Context:
     """Those that share the rows of every step."""
     sampling: Sampling = field(default_factory=Sampling)
     """How the method draws its rows."""
+    preferred: Sequence[Example] = ()
+    """What is to be said in the place of each forget example; empty unless the method names some."""
     resumed: Mapping[str, Any] | None = None
     """The notes of a start whose parameters and optimiser will be put back; None for a new run."""
     measures: bool = True
@@ -276,6 +279,8 @@ class Method(Protocol):
     name: ClassVar[str]
     defaults: ClassVar[RunDefaults]
     presets: ClassVar[Mapping[str, Preset]]
+    whole_steps: ClassVar[bool]
+    """Whether all forget rows of a step must be in one pass, and so in one process."""
 
     @property
     def needs_retain(self) -> bool:
@@ -296,6 +301,9 @@ class Method(Protocol):
     @property
     def has_adapter(self) -> bool:
         """Whether there is an adapter to keep."""
+
+    def preferred(self, forget: Sequence[Row], retain: Sequence[Row], seed: int) -> Sequence[Row]:
+        """What is to be said in the place of each forget row, by its id; empty: nothing is."""
 
     def check(self, layout: DecoderLayout) -> None:
         """Raises InputError for settings that this model cannot take; no weights are needed."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from expunge.methods.adaptive_rmu import AdaptiveRMU
+from expunge.methods.alt_po import AltPO
 from expunge.methods.chunked_gradient_difference import ChunkedGradientDifference
 from expunge.methods.gradient_ascent import GradientAscent
 from expunge.methods.gradient_difference import GradientDifference
+from expunge.methods.idk_dpo import IDKDPO
+from expunge.methods.jensun import JensUn
 from expunge.methods.kl_minimization import KLMinimization
 from expunge.methods.libu import LIBU
 from expunge.methods.libu_published import PublishedLIBU
@@ -14,9 +17,13 @@ from expunge.methods.npo import NPO
 from expunge.methods.npo_merging import NPOMerging
 from expunge.methods.retrain import Retrain
 from expunge.methods.rmu import RMU
+from expunge.methods.sam_npo import SamNPO
+from expunge.methods.satimp import SatImp
 from expunge.methods.simnpo import SimNPO
 from expunge.methods.spectral import Spectral
 from expunge.methods.token_npo import TokenNPO
+from expunge.methods.undial import UNDIAL
+from expunge.methods.wga import WGA
 
 METHODS = {
     method.name: method
@@ -32,6 +39,13 @@ METHODS = {
         NPO,
         SimNPO,
         TokenNPO,
+        SamNPO,
+        IDKDPO,
+        AltPO,
+        WGA,
+        SatImp,
+        UNDIAL,
+        JensUn,
         NPOMerging,
         ChunkedGradientDifference,
         LocalizedGradientDifference,

@@ -12,7 +12,7 @@ import math
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from random import Random
 
@@ -25,6 +25,7 @@ _RARE = 0.05
 _DRAWS = 8
 """Of another word: there may be no other."""
 _MORE = 1.2
+_EXCHANGED = frozenset({"name", "number", "rare"})
 _REMEMBERED = 0.2
 """Share of what rare words add, below which names and numbers have changed nothing."""
 
@@ -36,28 +37,71 @@ def exchanged(rows: Sequence[Row], others: Sequence[Row], seed: int) -> tuple[li
     wherever it stands in its row: a name another name of any row, drawn as often as it stands there, a
     rare word another rare one; a number as many other digits. Same seed, same rows.
     """
-    texts = [row.text for row in (*rows, *others)]
-    found = Counter(word for text in texts for word in set(_WORD.findall(text)))
-    most = max(1, int(_RARE * len(texts)))
+    exchange = _Exchanges(rows, others, seed)
+    fewer = frozenset({"name", "number"})
+    return (
+        [exchange.version(row, fewer) for row in rows],
+        [exchange.version(row, _EXCHANGED) for row in rows],
+    )
 
-    def kind(word: str) -> str:
+
+def other_answers(rows: Sequence[Row], others: Sequence[Row], seed: int) -> list[Row]:
+    """The rows with other names, numbers and rare words, of questions in the answer alone.
+
+    They are drawn from `others` where these have any of the kind, so that no row is told what another
+    forgets. A word of the question stays as it is in the answer. An answer that has nothing to exchange
+    is that of another question. Same seed, same rows.
+    """
+    exchange = _Exchanges(rows, others, seed, own=False)
+    answers = sorted({row.output for row in (others or rows) if row.kind == "qa"})
+    found = []
+    for row in rows:
+        if row.kind != "qa":
+            found.append(exchange.version(row, _EXCHANGED))
+            continue
+        other = exchange.version(row, _EXCHANGED, _WORD.findall(row.input))
+        choice = [answer for answer in answers if answer != row.output]
+        if other.output == row.output and choice:
+            other = replace(row, output=Random(f"{seed} {row.id}").choice(choice))
+        found.append(other)
+    return found
+
+
+class _Exchanges:
+    """Other words for those of some rows, drawn from others, and from these where `own` says so or no
+    other has any of the kind."""
+
+    def __init__(
+        self, rows: Sequence[Row], others: Sequence[Row], seed: int, *, own: bool = True
+    ) -> None:
+        texts = [row.text for row in (*rows, *others)]
+        self._seed = seed
+        self._found = Counter(word for text in texts for word in set(_WORD.findall(text)))
+        self._most = max(1, int(_RARE * len(texts)))
+        self._pools = self._pooled(texts)
+        if not own:
+            self._pools |= self._pooled(texts[len(rows) :])
+
+    def _pooled(self, texts: Sequence[str]) -> dict[str, list[str]]:
+        """The words of the texts by their kind, as often as they stand there."""
+        pools = defaultdict(list)
+        for text in texts:
+            for word in _WORD.findall(text):
+                pools[self._kind(word)].append(word)
+        return dict(pools)
+
+    def _kind(self, word: str) -> str:
         if word.isdigit():
             return "number"
         if word[0].isupper():
-            return "word" if word.lower() in found else "name"
-        return "rare" if word.islower() and found[word] <= most else "word"
+            return "word" if word.lower() in self._found else "name"
+        return "rare" if word.islower() and self._found[word] <= self._most else "word"
 
-    pools = defaultdict(list)
-    for text in texts:
-        for word in _WORD.findall(text):
-            pools[kind(word)].append(word)
-
-    def version(row: Row, kinds: frozenset[str]) -> Row:
-        other = _Exchange(Random(f"{seed} {row.id}"), kinds, kind, pools)
+    def version(self, row: Row, kinds: frozenset[str], kept: Iterable[str] = ()) -> Row:
+        """The row with other words of these kinds; `kept` ones stay."""
+        rng = Random(f"{self._seed} {row.id}")
+        other = _Exchange(rng, kinds, self._kind, self._pools, kept)
         return replace(row, input=_WORD.sub(other, row.input), output=_WORD.sub(other, row.output))
-
-    fewer = frozenset({"name", "number"})
-    return [version(row, fewer) for row in rows], [version(row, fewer | {"rare"}) for row in rows]
 
 
 class _Exchange:
@@ -69,9 +113,10 @@ class _Exchange:
         kinds: frozenset[str],
         kind: Callable[[str], str],
         pools: Mapping[str, Sequence[str]],
+        kept: Iterable[str],
     ) -> None:
         self._rng, self._kinds, self._kind, self._pools = rng, kinds, kind, pools
-        self._found: dict[str, str] = {}
+        self._found = {word: word for word in kept}
 
     def __call__(self, match: re.Match[str]) -> str:
         word = match[0]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from expunge.data.batches import Batch, Tokens
+from expunge.data.rows import Row
 from expunge.data.sampling import Sampling
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
@@ -50,6 +51,8 @@ class TokenSettings:
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass, at the price of a second forward pass."""
 
+    whole_steps: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         check_finite(self)
         check_random_rows(self.random_rows)
@@ -79,6 +82,10 @@ class TokenSettings:
     def sampling(self) -> Sampling:
         """As many retain rows as forget rows, all of them in turn."""
         return Sampling()
+
+    def preferred(self, forget: Sequence[Row], retain: Sequence[Row], seed: int) -> Sequence[Row]:
+        """Nothing: rows are pushed away from, and towards no other."""
+        return ()
 
     def shape(self, layers: Sequence[int] | None = None) -> LoraShape | None:
         """The adapter on some layers, or all; None: weights are trained themselves."""
@@ -250,13 +257,17 @@ class GradientObjective:
         return total / max(1, len(nll))
 
     def log_probs_before(
-        self, context: Context, examples: Sequence[Example], phase: str
+        self,
+        context: Context,
+        examples: Sequence[Example],
+        phase: str,
+        tokens: Tokens | None = None,
     ) -> torch.Tensor:
         """Each row's summed log-probability and its counted tokens, (examples, 2), as the model is."""
         found = torch.zeros(len(examples), 2, device=context.device)
         for batch in context.passes(examples, phase):
             with torch.no_grad(), context.autocast():
-                log_probs, mask = self.log_probs(batch)
+                log_probs, mask = self.log_probs(batch, tokens)
             sums = torch.stack([row_sums(log_probs, mask), mask.sum(1).float()], dim=1)
             found[list(batch.indices)] = sums
         return found

@@ -7,6 +7,8 @@ activation for the two of the RMU family.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional
 
@@ -44,6 +46,34 @@ def token_kl(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tens
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
+@by_pieces
+def token_jsd(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:
+    """Jensen-Shannon divergence of distributions, 0 to log 2: (n, vocabulary) twice -> (n,)."""
+    log_p = functional.log_softmax(logits.float(), dim=-1)
+    log_q = functional.log_softmax(reference_logits.float(), dim=-1)
+    log_mean = torch.logaddexp(log_p, log_q) - math.log(2)
+    both = log_p.exp() * (log_p - log_mean) + log_q.exp() * (log_q - log_mean)
+    return both.sum(-1) / 2
+
+
+def certain_jsd(log_prob: torch.Tensor) -> torch.Tensor:
+    """Jensen-Shannon divergence of a distribution from certainty of one token, 0 to log 2: any shape.
+
+    With p = exp(log_prob) of that token it is log 2 + (p log p - (1 + p) log(1 + p)) / 2, as what the
+    others share makes no difference.
+    """
+    p = log_prob.float().exp()
+    return math.log(2) + (p * log_prob.float() - (1 + p) * torch.log1p(p)) / 2
+
+
+def lowered(logits: torch.Tensor, targets: torch.Tensor, strength: float) -> torch.Tensor:
+    """The logits with each target's own lowered: logits (n, vocabulary), targets (n,) -> as logits.
+
+    What a student of UNDIAL learns. Dong et al., arXiv 2402.10052.
+    """
+    return logits.scatter_add(1, targets[:, None], logits.new_full((len(targets), 1), -strength))
+
+
 def top_kl(logits: torch.Tensor, reference: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """KL(reference || model) where all tokens but the chosen ones count as one: (n, vocabulary) -> (n,).
 
@@ -56,6 +86,20 @@ def top_kl(logits: torch.Tensor, reference: torch.Tensor, chosen: torch.Tensor) 
     rest = (1 - q.sum(-1, keepdim=True)).clamp(min=_LEAST_REST)
     log_q = torch.cat([reference.float(), rest.log()], -1)
     return (torch.cat([q, rest], -1) * (log_q - log_p)).sum(-1)
+
+
+def weighted_ascent(
+    log_probs: torch.Tensor, mask: torch.Tensor, saturation: float, importance: float = 0.0
+) -> torch.Tensor:
+    """Gradient ascent with token weights: mean of p^saturation (1 - p)^importance log p.
+
+    All (rows, tokens), the mean over masked ones; no gradient runs through the weights. Without
+    importance it is WGA (Wang et al., arXiv 2502.19301), with both SatImp (Yang et al., arXiv
+    2505.11953), with neither gradient ascent.
+    """
+    now = log_probs.detach().float()
+    weights = (saturation * now).exp() * (-torch.expm1(now)) ** importance
+    return masked_mean(weights * log_probs, mask)
 
 
 def npo(log_prob: torch.Tensor, reference_log_prob: torch.Tensor, beta: float) -> torch.Tensor:
@@ -74,6 +118,16 @@ def token_npo(
     All (rows, tokens). Bronec and Helcl, arXiv 2503.13690.
     """
     return masked_mean(2 / beta * functional.softplus(beta * (log_probs - reference).float()), mask)
+
+
+def dpo(gained: torch.Tensor, lost: torch.Tensor, beta: float) -> torch.Tensor:
+    """Direct preference optimisation: -(2 / beta) * mean log sigmoid(beta * (gained - lost)).
+
+    (rows,) each: by how much the summed log-probability of the preferred and of the rejected output is
+    over the reference's. Rafailov et al., arXiv 2305.18290, eq. 7, scaled as NPO is: at the reference
+    it is (2 / beta) log 2 and its gradient does not depend on beta.
+    """
+    return -2 / beta * functional.logsigmoid(beta * (gained - lost).float()).mean()
 
 
 def adaptive_weights(

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from expunge.data.batches import Batch, Tokens
+from expunge.data.rows import Row
 from expunge.data.sampling import Sampling
 from expunge.errors import InputError
 from expunge.methods.base import (
@@ -49,6 +50,7 @@ class SteeringSettings:
     """Settings of every method of the RMU family."""
 
     name: ClassVar[str]
+    whole_steps: ClassVar[bool] = False
     layer: int | Literal["auto"] = "auto"
     """Decoder layer l whose output is steered, from 0; auto: chosen by a pass over a sample of rows
     before the run, as `expunge analyze layers --predict-only` shows."""
@@ -108,6 +110,10 @@ class SteeringSettings:
     def matches_tokens(self) -> Tokens | None:
         """None: a row's hidden states move as one."""
         return None
+
+    def preferred(self, forget: Sequence[Row], retain: Sequence[Row], seed: int) -> Sequence[Row]:
+        """Nothing: rows are pushed away from, and towards no other."""
+        return ()
 
     @property
     def has_adapter(self) -> bool:

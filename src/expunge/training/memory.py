@@ -28,14 +28,17 @@ from expunge.analysis.template_choice import PASS_ANSWERS
 from expunge.data.batches import Batch, collate
 from expunge.data.tokenization import Example
 from expunge.methods.gradient import GradientSettings
+from expunge.methods.jensun import JensUn
 from expunge.methods.kl_minimization import KLMinimization
 from expunge.methods.libu import LIBU
 from expunge.methods.libu_published import PublishedLIBU
 from expunge.methods.log_odds import TOP, LogOddsSettings
 from expunge.methods.npo_merging import NPOMerging
 from expunge.methods.numerics import piece_rows
+from expunge.methods.sam_npo import SamNPO
 from expunge.methods.steering import TRAINED_LAYERS
 from expunge.methods.token_npo import TokenNPO
+from expunge.methods.undial import UNDIAL
 from expunge.models.engine import CacheLayout, pass_tokens_on
 from expunge.models.loading import CheckedModel
 from expunge.models.states import DROP_AFTER
@@ -76,6 +79,8 @@ PRODUCT_BYTES, MOST_PRODUCTS = 583_000, 1024
 """Bytes that oneDNN keeps of each product of another shape, whatever its size, and of how many."""
 STEP_NUMBERS = 4
 """Temporaries of an optimiser's step on one matrix, in float32 copies of it."""
+_ASK_TARGET = (KLMinimization, TokenNPO, UNDIAL, JensUn)
+"""Methods that ask the target in every step."""
 _CHECKED_ROWS = 3
 CONTEXT_BYTES = 600 * 2**20
 """Assumed, for no figure here is measured on a GPU."""
@@ -262,7 +267,7 @@ class Formula:
         # Of sharded weights two layers and what is in none are whole while they are used.
         whole = 2 * shapes.layer + shapes.outside if self._shards > 1 else 0
         copies = 1
-        if isinstance(self._method, (KLMinimization, TokenNPO)) or self._segment is not None:
+        if isinstance(self._method, _ASK_TARGET) or self._segment is not None:
             copies = 1 if self._method.has_adapter else 2  # those from before are swapped in
         return {
             WEIGHTS: self._item * (frozen // self._shards + whole),
@@ -310,6 +315,8 @@ class Formula:
             return {**passes, GRADIENTS: largest + move}
         if self._device_type == "cuda" and self._optimizer() > self._trained:
             move = gradients  # PyTorch moves all at once there
+        if isinstance(self._method, SamNPO):
+            passes[GRADIENTS] = 2 * gradients  # the way to the weights nearby, and these
         if accumulates:
             passes[GRADIENTS] = gradients
         return max(passes, {GRADIENTS: gradients + move}, key=lambda parts: sum(parts.values()))
@@ -345,9 +352,11 @@ class Formula:
             lens = 2 if method.lens_weight > 0 and self._shapes.layers > 1 else 1
             kept, copies = [lens, 1, 1], [lens + (5 if self._matches else 0), 1, 2]
         else:
-            divergence = isinstance(method, KLMinimization) or getattr(method, "kl_weight", 0) > 0
-            kept = [1, 2 if divergence else 1, 1]
-            copies = [1, 3 if divergence else 1, 1]
+            divergence = getattr(method, "kl_weight", 0) > 0
+            divergence |= isinstance(method, (KLMinimization, JensUn))
+            distils = isinstance(method, UNDIAL)  # what the target says, and what is to be said
+            kept = [3 if distils else 1, 2 if divergence else 1, 1]
+            copies = [3 if distils else 1, 3 if divergence else 1, 1]
         whole = sum(n * times for n, times in zip(counts, kept, strict=False)) + 3 * max(counts)
         pieces = [self._pieces(n, k + 2) for n, k in zip(counts, copies, strict=False)]
         return self._item * self._shapes.vocabulary * whole + sum(pieces)
@@ -369,7 +378,8 @@ class Formula:
         if self._segment is not None:
             return {}
         size = self._prepared.used["batch_size"]
-        sides = [_longest(rows, size) for rows in (self._prepared.forget, self._listed) if rows]
+        asked = (self._prepared.forget, self._listed, self._prepared.preferred)
+        sides = [_longest(rows, size) for rows in asked if rows]
         batches = [collate(rows, range(len(rows)), self._prepared.pad_id) for rows in sides]
         tokens = max(batch.input_ids.numel() for batch in batches)
         counted = max(int(batch.mask(method.tokens)[:, 1:].sum()) for batch in batches)

@@ -287,7 +287,8 @@ def _changes(prepared: Prepared, dtype: str) -> Iterator[tuple[str, dict[str, An
         yield "--dtype bfloat16", {}, "bfloat16"
     if prepared.used["select"] == "best":
         yield "--select last", {"select": "last"}, dtype
-    if prepared.options.micro_batch_size != 1 and prepared.used["batch_size"] > 1:
+    cuts = prepared.used["batch_size"] > 1 and not prepared.method.whole_steps
+    if cuts and prepared.options.micro_batch_size != 1:
         yield "--micro-batch-size 1", {"micro_batch_size": 1}, dtype
     if getattr(prepared.method, "gradient_checkpointing", None) is False:
         yield "--method.gradient_checkpointing", {"gradient_checkpointing": True}, dtype

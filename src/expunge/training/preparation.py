@@ -24,6 +24,7 @@ from expunge.data.tokenization import Example, TextPolicy, count_windowed, encod
 from expunge.errors import InputError
 from expunge.methods.base import Method
 from expunge.methods.counterfactuals import exchanged
+from expunge.methods.preference import encode_beside
 from expunge.methods.retrain import Retrain
 from expunge.models.decoder import DecoderLayout
 from expunge.models.loading import CheckedModel, context_of, policies_of, vocabulary_of
@@ -106,6 +107,8 @@ class Prepared:
     """Whether it says of the forget rows what is wanted of them."""
     counterfactuals: Sequence[Sequence[Example]] = ()
     """Two versions of the forget documents (`exchanged`); empty where other text says how far to go."""
+    preferred: Sequence[Example] = ()
+    """What is to be said in the place of each forget example; empty unless the method names some."""
 
     @property
     def retrains(self) -> bool:
@@ -164,8 +167,8 @@ class EncodedSets:
     forget: Sequence[Example]
     retain: Sequence[Example] | None
     """None where there is no retain set."""
-    sample: tuple[Sequence[Row], Sequence[Row]]
-    """Forget and retain rows that `--chat-template auto` reads."""
+    rows: tuple[Sequence[Row], Sequence[Row]]
+    """Forget and retain rows before they were tokens."""
     members: Sequence[Example]
     """The forget set's documents; empty where nothing is compared with them."""
     nonmembers: Sequence[Example]
@@ -174,6 +177,11 @@ class EncodedSets:
     the method is not told by tokens."""
     influence: RowsAtRisk | None = None
     """None without --influence."""
+
+    @property
+    def sample(self) -> tuple[Sequence[Row], Sequence[Row]]:
+        """Forget and retain rows that `--chat-template auto` reads."""
+        return evenly(self.rows[0]), evenly(self.rows[1])
 
 
 def prepare(
@@ -262,7 +270,7 @@ def encode_sets(
         text=policy.describe(tokenizer),
         forget=encode_rows(forget, tokenizer, policy, eos=False),
         retain=None if retain is None else encode_rows(retain, tokenizer, policy, eos=True),
-        sample=(evenly(forget), evenly(retain or ())),
+        rows=(forget.rows, () if retain is None else retain.rows),
         members=encode_rows(documents(forget), tokenizer, policy, eos=False)
         if nonmembers or versions
         else (),
@@ -291,6 +299,11 @@ def prepare_encoded(
         raise InputError(
             "--method retrain: trains the model from before the fine-tune, and none was given; use"
             " expunge run --base BASE, or choose another method"
+        )
+    if method.whole_steps and options.micro_batch_size is not None:
+        raise InputError(
+            f"--micro-batch-size {options.micro_batch_size}: --method {method.name} needs all rows of a"
+            " step in one pass; leave it out, and lower --batch-size where memory is short"
         )
     if retrains and sets.influence is not None:
         raise InputError("--influence: --method retrain takes all retain rows alike; leave it out")
@@ -352,6 +365,9 @@ def prepare_encoded(
         has_template=bool(tokenizer.chat_template),
         asks_base=asks_base,
         counterfactuals=sets.counterfactuals,
+        preferred=encode_beside(
+            forgotten, method.preferred(*sets.rows, options.seed), tokenizer, policy
+        ),
     )
 
 

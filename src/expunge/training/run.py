@@ -160,6 +160,11 @@ def run(
                 f"--method {method.name}: the full weights that it trains cannot be sharded; choose"
                 " --method spectral, or libu, which trains an adapter, or a configuration without FSDP"
             )
+        if processes.count > 1 and method.whole_steps:
+            raise InputError(
+                f"--method {method.name}: all forget rows of a step move the weights together, so one"
+                " process must hold them; start it without accelerate launch, or choose --method npo"
+            )
     hashing = time.monotonic()
     model_sha256 = checked.files.sha256()
     hash_seconds = time.monotonic() - hashing

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -17,12 +17,14 @@ from expunge.methods.base import generator_of
 from expunge.methods.gradient import GradientSettings
 from expunge.methods.localized_gradient_difference import LocalizedGradientDifference
 from expunge.methods.npo_merging import NPOMerging
+from expunge.methods.preference import PreferenceSettings
 from expunge.methods.spectral import Spectral
 from expunge.models.decoder import DecoderLayout, map_sizes, skeleton_of
 from expunge.models.loading import CheckedModel
 from expunge.training.loop import micro_batches, part
 from expunge.training.preparation import Prepared
 
+Row = TypeVar("Row")
 _EPOCHS = 10
 """Epochs whose steps are looked at; those of more would hardly be larger."""
 
@@ -161,8 +163,11 @@ def largest_batches(prepared: Prepared, pass_tokens: int | None, processes: int)
         accumulates |= count > 1
         count *= processes
         for index in range(count):
-            first, *rest = [side[part(len(side), index, count)] or side[:1] for side in sides]
+            first, *rest = [_cut(side, index, count) for side in sides]
             kinds = [first]
+            if isinstance(prepared.method, PreferenceSettings):  # both outputs of a row at once
+                mine = _cut(forget.indices(step), index, count)
+                kinds = [[*first, *(prepared.preferred[row] for row in mine)]]
             for rows in rest:
                 kinds += [[e for e in rows if e.listed is listed] for listed in (True, False)]
             tokens = [tokens_of(rows, packed=packed) for rows in kinds]
@@ -174,6 +179,11 @@ def largest_batches(prepared: Prepared, pass_tokens: int | None, processes: int)
                 best, largest = sum(tokens), kinds
     batches = [collate(rows, range(len(rows)), prepared.pad_id) for rows in largest if rows]
     return Largest(batches, accumulates, len(sizes), every / steps)
+
+
+def _cut(rows: Sequence[Row], index: int, count: int) -> list[Row]:
+    """The rows of part `index` of `count`; an idle one where there is none."""
+    return list(rows[part(len(rows), index, count)] or rows[:1])
 
 
 def tokens_of(examples: Sequence[Example], *, packed: bool) -> int:

@@ -268,6 +268,7 @@ def unlearn_prepared(
             engine=engine,
             processes=place.processes,
             sampling=prepared.method.sampling,
+            preferred=prepared.preferred,
             resumed=None if place.saved is None else place.saved.facts["notes"],
             measures=prepared.measures,
         )

@@ -1,0 +1,55 @@
+"""WGA: gradient ascent that pushes a token the less, the less likely it is already.
+
+    L = mean_F p^alpha log p + w * CE(retain)
+
+p is a token's probability; no gradient runs through p^alpha. The gradient of log p grows as 1 / p, so
+plain ascent goes on pushing what is gone. Wang et al., arXiv 2502.19301.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from expunge.data.batches import Batch
+from expunge.errors import InputError
+from expunge.methods.base import Context, Preset, RunDefaults, Terms
+from expunge.methods.gradient import GradientObjective, GradientSettings
+from expunge.methods.losses import weighted_ascent
+
+
+@dataclass(frozen=True)
+class WGA(GradientSettings):
+    """Settings of weighted gradient ascent."""
+
+    alpha: float = 1.0
+    """Exponent of the weights: at 0 this is gradient difference."""
+    retain_weight: float = 1.0
+    """Weight of the retain term."""
+
+    name: ClassVar[str] = "wga"
+    defaults: ClassVar[RunDefaults] = RunDefaults(epochs=10, batch_size=16, learning_rate=1e-3)
+    presets: ClassVar[Mapping[str, Preset]] = {}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha < 0:
+            raise InputError(f"--method.alpha {self.alpha}: must be 0 or more")
+
+    def start(self, context: Context) -> WGAObjective:
+        """Makes the weights trainable."""
+        return WGAObjective(self, context)
+
+
+class WGAObjective(GradientObjective):
+    """Weighted gradient ascent at work on one model."""
+
+    def __init__(self, settings: WGA, context: Context) -> None:
+        super().__init__(settings, context)
+        self._alpha, self._weight = settings.alpha, settings.retain_weight
+
+    def loss(self, forget: Batch, retain: Batch | None) -> Terms:
+        """Both terms of L."""
+        ascent = weighted_ascent(*self.log_probs(forget), self._alpha)
+        return self.with_retain(ascent, retain, self._weight)
