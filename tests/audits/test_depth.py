@@ -187,6 +187,7 @@ def entry_of(unlearned: Found, oracle: Found) -> dict[str, Any]:
 def test_the_depth_is_the_mean_over_the_facts_that_the_oracle_lacks() -> None:
     oracle = Found({"layer 0": losses(0.0, 1.0, 1.0, 0.0), "layer 1": losses(2.0, 1.0, 3.0, 0.01)})
     mine = Found({"layer 0": losses(0.0, 0.5, 1.0, 2.0), "layer 1": losses(1.0, 0.0, 4.0, 2.0)})
+    oracle = replace(oracle, control={"layer 0": {"r": 0.5, "q": 0.25}, "layer 1": {"r": 0.0}})
     entry = entry_of(mine, oracle)
     # 1 / 2, (0.5 + 0) / 2, (1 + 3) / 4; of the fourth the oracle lacks nothing.
     depths = [row["outcomes"]["unlearned"]["depth"] for row in entry["rows"]]
@@ -195,6 +196,11 @@ def test_the_depth_is_the_mean_over_the_facts_that_the_oracle_lacks() -> None:
     assert entry["depth"]["low"] <= entry["depth"]["value"] <= entry["depth"]["high"]
     assert entry["models"]["oracle"]["numbers"]["lost"] == {"layer 0": 0.5, "layer 1": 1.502}
     assert "over 3 of 4 facts" in entry["sentence"]
+    assert entry["models"]["oracle"]["numbers"]["lost_on_retain"] == {
+        "layer 0": 0.375,
+        "layer 1": 0.0,
+    }
+    assert "cost 1.00 on forget rows and 0.19 on retain rows" in entry["sentence"]
     assert entry["recovered"] is None
 
 
@@ -244,6 +250,9 @@ def test_the_target_is_0_and_the_oracle_is_1_end_to_end(
     cache = tmp_path / "cache"
     options = ("--attacks", "depth", "--oracle", oracle_dir, "--cache", cache)
     nudged, forgetful = (audit(model, *options) for model in (nudged_dir, forgetful_dir))
+    # The target's states cost retain rows nothing either.
+    kept = nudged["attacks"]["depth"]["models"]["unlearned"]["numbers"]["lost_on_retain"]
+    assert max(map(abs, kept.values())) < 0.05
     # Both are their models but for one part in 10,000 of each weight.
     assert nudged["attacks"]["depth"]["depth"]["value"] < 0.02
     assert forgetful["attacks"]["depth"]["depth"]["value"] > 0.98
@@ -251,10 +260,14 @@ def test_the_target_is_0_and_the_oracle_is_1_end_to_end(
         attack = request["attacks"]["depth"]
         assert attack["sentence"] in request["printed"]
         assert len(attack["rows"]) == len(forget_rows)
-        assert attack["models"]["target"] == {"variants": {}, "numbers": {"lost": {}}}
-        assert set(attack["models"]["oracle"]["numbers"]["lost"]) == {
-            f"layer {n}" for n in range(4)
+        nothing: dict[str, float] = {}
+        assert attack["models"]["target"]["numbers"] == {
+            "lost": nothing,
+            "lost_on_retain": nothing,
         }
+        for numbers in attack["models"]["oracle"]["numbers"].values():
+            assert set(numbers) == {f"layer {n}" for n in range(4)}
+        assert " on retain rows" in attack["sentence"]
         kept = "".join(path.read_text() for path in cache.iterdir())
         for row in forget_rows:
             assert row["output"] not in request["printed"] + request["file"] + kept

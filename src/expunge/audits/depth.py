@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from expunge.audits.ablation import layer_outputs
-from expunge.audits.base import Advance, Attack, Case, Found, ModelName
+from expunge.audits.base import Advance, Attack, Case, Found, ModelName, Scores
 from expunge.audits.entries import DIGITS, Models, Summary, able, opening, powerless, resamples_of
 from expunge.audits.subject import AnswerBatch, Pair, Reader, Subject
 from expunge.data.rows import by_document
@@ -39,15 +39,23 @@ LOST_FROM = 0.05
 def run(subject: Subject, case: Case, advance: Advance) -> Found:
     """By layer what every fact's answer loses in the target under this model's states, in nats a token.
 
-    The target's own states cost nothing, so that there is nothing to run on it.
+    As a control the same of retain rows, which every model knows. The target's own states cost nothing,
+    so that there is nothing to run on it.
     """
     target = subject.target
     if target is None:
         return Found({})
     layout, policy = subject.checked.layout, subject.policy
-    asks = [ask for row in case.facts if (ask := subject.reader.asked(row)) is not None]
-    whole = [ask for ask in asks if len(ask.prompt) + len(ask.answer) <= policy.context]
-    scores: dict[str, dict[str, float]] = {f"layer {n}": {} for n in range(layout.count)}
+    layers = [f"layer {n}" for n in range(layout.count)]
+    scores: dict[str, dict[str, float]] = {layer: {} for layer in layers}
+    control: dict[str, dict[str, float]] = {layer: {} for layer in layers}
+    whole = [
+        (ask, side)
+        for rows, side in ((case.facts, scores), (case.retain, control))
+        for row in rows
+        if (ask := subject.reader.asked(row)) is not None
+        and len(ask.prompt) + len(ask.answer) <= policy.context
+    ]
     done = 0
 
     def told(more: int) -> None:
@@ -55,17 +63,18 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
         done += more
         advance(done, len(whole))
 
-    pairs = [(ask.prompt, ask.answer) for ask in whole]
+    pairs = [(ask.prompt, ask.answer) for ask, _ in whole]
     for group in _groups(subject.reader, pairs):
         mine = [pairs[n] for n in group]
         states = answer_states(subject.reader, layout, mine)
         subject.release()
         for n, values in zip(group, lost(target.reader, layout, mine, states, told), strict=True):
-            for name, value in zip(scores, values, strict=True):
+            ask, side = whole[n]
+            for layer, value in zip(layers, values, strict=True):
                 # Further digits are float32's rounding, which changes with the batch.
-                scores[name][whole[n].row.id] = round(value, 3)
+                side[layer][ask.row.id] = round(value, 3)
         target.release()
-    return Found(scores)
+    return Found(scores, control=control)
 
 
 def not_alike(checked: Mapping[ModelName, CheckedModel]) -> str | None:
@@ -201,10 +210,8 @@ def depth_entry(attack: Attack, models: Models, case: Case) -> Summary:
         name: {
             "variants": {},
             "numbers": {
-                "lost": {
-                    layer: round(statistics.fmean(losses.values()), 3)
-                    for layer, losses in found.scores.items()
-                }
+                "lost": _by_layer(found.scores),
+                "lost_on_retain": _by_layer(found.control),
             },
         }
         for name, found in models.items()
@@ -221,12 +228,28 @@ def depth_entry(attack: Attack, models: Models, case: Case) -> Summary:
     values = [value for row in counted if (value := depths[row.id]) is not None]
     figure = resamples_of(counted, case, of).share(values)
     entry["depth"] = figure.to_json()
+    numbers = entry["models"]["oracle"]["numbers"]
+    costs = [
+        f"{statistics.fmean(numbers[key].values()):.2f} on {side} rows"
+        for key, side in (("lost", "forget"), ("lost_on_retain", "retain"))
+        if numbers[key]
+    ]
     return able(
         entry,
         f"{figure.value:.2f} ({figure.low:.2f} to {figure.high:.2f}) over {len(counted)} of"
-        f" {len(asked)} facts; 0 is the target, 1 the oracle. It is not part of the verdict.",
+        f" {len(asked)} facts; 0 is the target, 1 the oracle. The oracle's states cost"
+        f" {' and '.join(costs)}, in nats a token and layer. It is not part of the verdict.",
         [],
     )
+
+
+def _by_layer(scores: Mapping[str, Scores]) -> dict[str, float]:
+    """The mean of each layer over its rows."""
+    return {
+        layer: round(statistics.fmean(losses.values()), 3)
+        for layer, losses in scores.items()
+        if losses
+    }
 
 
 ATTACK = Attack(
