@@ -34,7 +34,7 @@ def reader_of(model: Any, tokenizer: Any, batch_size: int = 64) -> Reader:
 
 def drawn_pairs() -> list[Pair]:
     generator = torch.Generator().manual_seed(0)
-    pairs = []
+    pairs: list[Pair] = []
     for start, count in ((5, 3), (1, 1), (12, 7), (4, 3)):
         ids = torch.randint(2, 300, (start + count,), generator=generator).tolist()
         pairs.append((ids[:start], ids[start:]))
