@@ -29,8 +29,9 @@ from methods import Material, replaced
 NOTE = """\
 Target and oracle: share of the facts that each attack extracts, the mean over the audits. Methods:
 recovered share; 0 is as if never trained on, 1 as before. `membership` is the AUC furthest from
-chance. `trigger` is what a forget token in a retain prompt costs beyond the target. A dash: no
-material, or the attack has no power. {rows}, budget {budget}.
+chance. `trigger` is what a forget token in a retain prompt costs beyond the target. `depth` is 0 for
+the target and 1 for the oracle. A dash: no material, or the attack has no power.
+{rows}, budget {budget}.
 """
 
 
@@ -101,6 +102,8 @@ def recovered(attack: Mapping[str, Any] | None) -> float | None:
         return furthest(attack["models"]["unlearned"])
     if attack["kind"] == "fragility":
         return float(attack["beyond_target"]["value"])
+    if attack["kind"] == "depth":
+        return float(attack["depth"]["value"])
     return float(attack["recovered"]["value"])
 
 
@@ -120,6 +123,8 @@ def given(attacks: Sequence[Mapping[str, Any] | None], model: str) -> float | No
             values.append(furthest(attack["models"][model]))
         elif attack["kind"] == "fragility":
             values.append(float(attack["models"][model]["lost"]["value"]))
+        elif attack["kind"] == "depth":
+            values.append({"target": 0.0, "oracle": 1.0}[model])  # by definition
         else:
             values.append(float(attack["models"][model]["extracted"]["value"]))
     return sum(values) / len(values) if values else None

@@ -38,7 +38,9 @@ from expunge.reporting.tables import markdown
 _STEPS, _RATE, _FLAT = 600, 2e-2, 1e-5
 _MOST_ITERATIONS = {"all rows": 10_000, "left out": 5_000}
 VOCABULARY, LENGTH, TOPICS, WIDTH = 24, 9, 4, 8
-KINDS = (("diagonal", "data"), ("diagonal", "model"), ("ekfac", "data"), ("ekfac", "model"))
+KINDS = (
+    ("diagonal", "data"), ("diagonal", "model"), ("ekfac", "data"), ("ekfac", "model"), ("cg", "data"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def test_a_row_that_repeats_a_forget_row_is_hurt_most(setting: Setting) -> None:
     assert max(result.collateral) == result.collateral[1] > 0
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "ekfac"])
+@pytest.mark.parametrize("kind", ["diagonal", "ekfac", "cg"])
 @pytest.mark.parametrize("labels", ["data", "model"])
 def test_twice_the_same_and_whatever_the_batch_size(
     setting: Setting, kind: str, labels: str
@@ -147,10 +147,11 @@ def test_drawn_labels_change_the_curvature_with_their_seed(setting: Setting) -> 
 
 
 def test_without_a_retain_set_there_is_self_influence_alone(setting: Setting) -> None:
-    result = leave_out(setting.passes(), setting.rows, [], CurvatureOptions())
-    assert len(result.self_influence) == len(setting.rows)
-    assert list(result.collateral) == []
-    assert min(result.self_influence) > 0
+    for kind in ("diagonal", "cg"):
+        result = leave_out(setting.passes(), setting.rows, [], CurvatureOptions(kind))
+        assert len(result.self_influence) == len(setting.rows)
+        assert list(result.collateral) == []
+        assert min(result.self_influence) > 0
 
 
 def test_a_model_without_curvature_is_refused(setting: Setting) -> None:

@@ -24,14 +24,15 @@ def test_predictions_rank_rows_as_retraining_does(benchmark: Any) -> None:
     truth = benchmark.measure_truth(problem, alone=20, groups=2)
     assert min(truth.own.values()) > 0  # at a minimum, a row that is left out is only ever lost
     exact = benchmark.exact(problem, truth)
-    diagonal, ekfac = (
-        benchmark.correlations(problem, truth, kind, "data") for kind in ("diagonal", "ekfac")
+    diagonal, ekfac, whole = (
+        benchmark.correlations(problem, truth, kind, "data") for kind in ("diagonal", "ekfac", "cg")
     )
     assert exact[0] >= 0.9
     assert diagonal[0] >= 0.6
     assert ekfac[0] >= diagonal[0] - 0.05
-    # Losses of other rows follow the parts of the curvature that both leave out.
-    assert exact[1] > ekfac[1] > diagonal[1] > 0
+    # Losses of other rows follow the parts of the curvature that both leave out: 0.58, 0.39, 0.20, 0.12.
+    assert exact[1] > whole[1] > ekfac[1] > diagonal[1] > 0
+    assert whole[0] == pytest.approx(ekfac[0])
 
 
 def test_a_minimum_that_was_not_reached_ends_the_benchmark(

@@ -104,6 +104,26 @@ def test_layers_curvature_and_damping_change_what_is_predicted(analyze: Cli) -> 
     assert len({tuple(values) for values in [base, *others]}) == 7
 
 
+def test_conjugate_gradients_say_how_far_they_came(
+    analyze: Cli, texts: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "influence.json"
+    code, out, err = analyze("--curvature", "cg", "--layers", "2-3", "--output", path)
+    assert code == 0
+    assert "at most" in err
+    assert silent(texts, out, err, path.read_text())
+    values = json.loads(path.read_text())
+    residuals = values["curvature"]["residuals"]
+    assert residuals[0] == 1.0
+    assert residuals[-1] <= 0.1
+    assert f"conjugate gradients: {len(residuals) - 1} iterations" in err
+    assert len(values["retain"]) == 8
+    code, _, err = analyze("--curvature", "cg", "--dtype", "bfloat16", "--output", tmp_path / "x")
+    assert code == 2
+    assert "--curvature cg: its products are too rough in bfloat16; give --dtype float32" in err
+    assert not (tmp_path / "x").exists()
+
+
 def test_never_seen_rows_set_the_threshold_and_a_model_that_never_learned_has_all_gone(
     run_cli: Cli, model_dir: Callable[[str], Path], row_files: dict[str, Path], tmp_path: Path
 ) -> None:

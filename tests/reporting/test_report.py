@@ -117,6 +117,33 @@ def test_the_strongest_attack_is_that_of_all_requests_and_none_that_reads_inside
     assert "Request 1 of 2: f.jsonl" in words(page)
 
 
+def test_the_depth_is_shown_beside_the_attacks(tmp_path: Path, fits: Check) -> None:
+    manifest = made_up(tmp_path / "run")
+    path = tmp_path / "run" / "audit.json"
+    audited = audit(path, manifest)
+    attacks = audited["requests"][0]["attacks"]
+    figure = {"value": 0.731, "low": 0.512, "high": 0.904}
+    attacks["depth"] = {
+        **attacks["quantize"],
+        "title": "Unlearning depth",
+        "kind": "depth",
+        "sentence": "Unlearning depth: 0.73.",
+        "recovered": None,
+        "depth": figure,
+        "models": {n: {"variants": {}, "numbers": {}} for n in ("target", "unlearned", "oracle")},
+    }
+    path.write_text(json.dumps(audited))
+    write_report(ReportInputs(run=str(tmp_path / "run")))
+    page, data, _ = read(tmp_path / "run")
+    fits(data)
+    shown = {a["name"]: a for a in data["audit"]["requests"][0]["attacks"]}
+    assert shown["depth"]["depth"] == figure
+    assert shown["quantize"]["depth"] is None
+    assert "Unlearning depth 0.731 ( 0.512 to 0.904 )" in words(page)
+    (strongest,) = [m for m in data["measures"] if m["name"] == "strongest_attack"]
+    assert "depth" not in strongest["title"]
+
+
 def test_each_tuning_is_shown_with_the_retain_rows_that_it_leaves(
     tmp_path: Path, fits: Check
 ) -> None:

@@ -22,7 +22,14 @@ from expunge.analysis.influence_file import (
     is_influence,
     thresholds_of,
 )
-from expunge.analysis.leave_out import CurvatureKind, CurvatureOptions, LeaveOut, leave_out
+from expunge.analysis.leave_out import (
+    MOST_ITERATIONS,
+    PASSES_A_PRODUCT,
+    CurvatureKind,
+    CurvatureOptions,
+    LeaveOut,
+    leave_out,
+)
 from expunge.analysis.overlap import overlaps
 from expunge.analysis.row_gradients import (
     Labels,
@@ -42,7 +49,6 @@ from expunge.disk import check_file_output, deliver
 from expunge.errors import InputError, check_seed
 from expunge.methods.curvature import DampingUnit
 from expunge.models.decoder import DecoderLayout, skeleton_of
-from expunge.models.kernels import fast_products
 from expunge.models.loading import (
     RunDtype,
     check_model,
@@ -74,7 +80,8 @@ class InfluenceInputs(Reading):
     figure: str | None = None
     """Write the figure here, one HTML file that needs no network."""
     curvature: CurvatureKind = "diagonal"
-    """The Fisher's diagonal, or EK-FAC (arXiv 2308.03296)."""
+    """The Fisher's diagonal; EK-FAC (arXiv 2308.03296); or cg: EK-FAC for self-influence, the whole
+    Gauss-Newton matrix by conjugate gradients for collateral."""
     labels: Labels = "data"
     """Labels of the Fisher: the rows' own tokens, or tokens drawn from the model."""
     damping: float = 1.0
@@ -170,6 +177,10 @@ def analyze_influence(
         for policy in policies
     ]
     rows, dtype = forms[-1], resolve_dtype(checked, inputs.dtype)
+    if inputs.curvature == "cg" and dtype != "float32":
+        raise InputError(
+            f"--curvature cg: its products are too rough in {dtype}; give --dtype float32"
+        )
     skeleton = skeleton_of(checked.config, trust_remote_code=checked.trust_remote_code)
     maps = linear_maps(skeleton, checked.layout, first, last)
     cost = cost_of(inputs, skeleton, maps, rows, dtype)
@@ -183,13 +194,18 @@ def analyze_influence(
     maps = linear_maps(model, checked.layout, first, last)
     passes = RowGradients(model, maps, PAD_ID, inputs.batch_size, inputs.tokens)
     forget, retain = rows["forget"], rows.get("retain", [])
-    with fast_products(model.dtype, torch.device(device)):
-        message(f"about {_duration(_timed(passes, forget, retain, cost))} (from one batch)")
-        options = CurvatureOptions(
-            inputs.curvature, inputs.labels, inputs.damping, inputs.damping_unit, inputs.seed
+    about = "at most" if inputs.curvature == "cg" else "about"
+    message(f"{about} {_duration(_timed(passes, forget, retain, cost))} (from one batch)")
+    options = CurvatureOptions(
+        inputs.curvature, inputs.labels, inputs.damping, inputs.damping_unit, inputs.seed
+    )
+    found = leave_out(passes, forget, retain, options, progress)
+    if found.residuals:
+        message(
+            f"conjugate gradients: {len(found.residuals) - 1} iterations, residual"
+            f" {found.residuals[-1]:.2g} of the gradient"
         )
-        found = leave_out(passes, forget, retain, options, progress)
-        unseen = passes.run(rows["nonmembers"]) if "nonmembers" in rows else []
+    unseen = passes.run(rows["nonmembers"]) if "nonmembers" in rows else []
     kinds = [row.kind for row in sets.get("nonmembers", ())]
     vocabulary = model.config.get_text_config().vocab_size
     influence = Influence(
@@ -207,6 +223,7 @@ def analyze_influence(
             "tokens": found.tokens,
             "mean_fisher": found.mean_fisher,
             "damping": found.damping,
+            "residuals": list(found.residuals),
         },
         thresholds=thresholds_of(list(zip(kinds, unseen, strict=True)), vocabulary),
         forget=[],
@@ -250,18 +267,23 @@ def cost_of(
     parameters = sum(out * inside for out, inside in shapes)
     # The curvature and the step, and the largest block's gradient of one row twice.
     held = 4 * (2 * parameters + 2 * max(out * inside for out, inside in shapes))
-    if inputs.curvature == "ekfac":
+    if inputs.curvature != "diagonal":
         squares = sum(out * out + inside * inside for out, inside in shapes)
         # Covariances in float32, while the eigenvectors that replace them are computed in float64.
         held += 4 * squares + 2 * 8 * max(out * out + inside * inside for out, inside in shapes)
         held += 4 * squares
+    if inputs.curvature == "cg":
+        # Solution, residual, direction, and what a product and a preconditioner give.
+        held += 4 * 5 * parameters
     width = getattr(torch, dtype).itemsize
     model_bytes = width * sum(parameter.numel() for parameter in skeleton.parameters())
     tokens = {name: sum(len(w) for row in side for w in row) for name, side in rows.items()}
     forget, retain = tokens["forget"], tokens.get("retain", 0)
-    passes = 3 if inputs.curvature == "ekfac" else 2
+    passes = 2 if inputs.curvature == "diagonal" else 3
     at_once = inputs.curvature == "diagonal" and inputs.labels == "data"
     total = passes * (forget + retain) + (forget if retain and not at_once else 0)
+    if inputs.curvature == "cg":
+        total += PASSES_A_PRODUCT * MOST_ITERATIONS * retain
     return Cost(parameters, model_bytes + held, total)
 
 

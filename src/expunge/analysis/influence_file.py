@@ -83,7 +83,7 @@ class Influence:
     settings: Mapping[str, Any]
     """Every option that a number depends on."""
     curvature: Mapping[str, Any]
-    """Maps, parameters, tokens, the mean of the Fisher, the damping."""
+    """Maps, parameters, tokens, the Fisher's mean, the damping, residuals of conjugate gradients."""
     thresholds: Mapping[str, Threshold]
     """By kind."""
     forget: Sequence[ForgetRow]

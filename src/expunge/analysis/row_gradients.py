@@ -8,19 +8,22 @@ the number of rows. The loss of a row is the sum over its counted tokens; its wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from expunge.data.batches import Tokens, collate
 from expunge.data.tokenization import Example
 from expunge.methods.fisher import tapped
 from expunge.methods.forward import all_logits, head_takes_places, logits_at
 from expunge.methods.numerics import target_log_probs, unbroken_share
-from expunge.models.decoder import DecoderLayout, map_sizes
+from expunge.models.decoder import DecoderLayout, forward_hook, map_sizes
+from expunge.models.kernels import fast_products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,13 +99,58 @@ class RowGradients:
         """
         known: dict[int, Known] = {}
         order = sorted(range(len(rows)), key=lambda place: -max(map(len, rows[place])))
-        with _frozen(self.model), torch.set_grad_enabled(receive is not None):
+        products = fast_products(self.model.dtype, self.model.device)
+        with _frozen(self.model), torch.set_grad_enabled(receive is not None), products:
             for start in range(0, len(order), self.batch_size):
                 places = order[start : start + self.batch_size]
                 drawn = [seed * 2**31 + place for place in places] if labels == "model" else None
                 known.update(zip(places, self._batch(rows, places, receive, drawn), strict=True))
                 advance(len(places))
         return [known[place] for place in range(len(rows))]
+
+    def gauss_newton(
+        self,
+        rows: Sequence[Windows],
+        direction: Mapping[str, torch.Tensor],
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> dict[str, torch.Tensor]:
+        """sum_t J_t^T (diag(p_t) - p_t p_t^T) J_t `direction` over the rows' counted tokens.
+
+        J_t is the Jacobian of a token's logits in the maps, p_t its probabilities: the Gauss-Newton
+        matrix of the summed loss, which is the Fisher matrix of the model's own labels (Martens, arXiv
+        1412.1193). `direction` and what is returned hold (out, in) by map. Forward mode gives J v, an
+        ordinary backward pass J^T u.
+        """
+        found = blocks_of_zeros(self.maps)
+
+        def add(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+            inputs = wide(with_ones(inputs, self.maps[name]))
+            # Padding has no gradient.
+            found[name] += gradient_of(inputs.flatten(0, 1), wide(gradients).flatten(0, 1))
+
+        windows = sorted((w for row in rows for w in row), key=len, reverse=True)
+        for start in range(0, len(windows), self.batch_size):
+            examples = windows[start : start + self.batch_size]
+            batch = collate(examples, range(len(examples)), self.pad_id).to(self.model.device)
+            where = batch.mask(self.tokens)[:, 1:]
+            inputs = (where, batch.input_ids, batch.attention_mask)
+            tangent = self._tangent(direction, *inputs)
+            products = fast_products(self.model.dtype, self.model.device)
+            with _frozen(self.model), tapped(self.maps, add, len(examples)), products:
+                logits = self._logits(*inputs)
+                logits.backward(output_product(logits.detach(), tangent))
+            advance(len(examples))
+        return found
+
+    @torch.no_grad()
+    def _tangent(
+        self, direction: Mapping[str, torch.Tensor], *inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """How the logits at the marked places change along `direction`, (marked, vocabulary)."""
+        # Fused attention has no forward mode.
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), moved(self.maps, direction):
+            tangent: torch.Tensor = forward_ad.unpack_dual(self._logits(*inputs)).tangent
+            return tangent
 
     def counted(self, rows: Sequence[Windows]) -> int:
         """How many tokens the losses of these rows count; at least 1."""
@@ -174,6 +222,35 @@ def drawn_labels(logits: torch.Tensor, counts: Sequence[int], seeds: Sequence[in
     limits = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
     labels = torch.searchsorted(cumulative, limits)[:, 0]
     return labels.clamp(max=logits.shape[-1] - 1)
+
+
+@contextmanager
+def moved(maps: Mapping[str, nn.Module], direction: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Forward-mode passes in the body are differentiated along `direction`, (out, in) by map.
+
+    Each map's output gets s V x with s = 0 and ds = 1, so that no weight is touched.
+    """
+
+    def hook_of(name: str) -> Callable[..., torch.Tensor]:
+        def hook(
+            module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+        ) -> torch.Tensor:
+            zero, one = output.new_zeros(()), output.new_ones(())
+            along = with_ones(args[0], module) @ direction[name].to(output.dtype).T
+            return output + forward_ad.make_dual(zero, one) * along
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in maps.items():
+            stack.enter_context(forward_hook(module, hook_of(name)))
+        yield
+
+
+def output_product(logits: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
+    """(diag(p) - p p^T) times a tangent, p the softmax: both (n, vocabulary)."""
+    p, tangent = wide(logits).softmax(-1), wide(tangent)
+    return (p * (tangent - (p * tangent).sum(-1, keepdim=True))).to(logits.dtype)
 
 
 def gradient_of(inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,6 @@ from expunge.audits.inputs import (
     FORMAT,
     AuditInputs,
     Request,
-    check_cache,
     check_output,
     checked_models,
     fitted,
@@ -28,7 +27,7 @@ from expunge.audits.inputs import (
     read_sets,
     requests_of,
 )
-from expunge.audits.partial import Partial
+from expunge.audits.partial import Partial, check_cache
 from expunge.audits.subject import Subject
 from expunge.audits.summary import kept_share, known_facts, summarise
 from expunge.audits.verdict import Evidence, Verdict, judge_audit, worst_of
@@ -99,8 +98,9 @@ def audit(
         progress.message,
     )
     found: Results = {}
+    subjects: dict[ModelName, Subject] = {}
     for name in (n for n in MODELS if n in checked):
-        subject = Subject(
+        subjects[name] = Subject(
             name,
             checked[name],
             dtypes[name],
@@ -108,8 +108,9 @@ def audit(
             fitted(policy, checked[name]),
             inputs.batch_size,
             BUDGETS[inputs.budget].tokens,
+            subjects.get("target"),
         )
-        _attack(subject, requests, inputs, digests[name], device, partial, progress, found)
+        _attack(subjects[name], requests, inputs, digests, device, partial, progress, found)
     judged = [_judged(request, n, found, inputs) for n, request in enumerate(requests)]
     report = finite(
         {
@@ -155,7 +156,7 @@ def _attack(
     subject: Subject,
     requests: Sequence[Request],
     inputs: AuditInputs,
-    digest: Mapping[str, str],
+    digests: Mapping[ModelName, Mapping[str, str]],
     device: str,
     partial: Partial,
     progress: Progress,
@@ -166,7 +167,7 @@ def _attack(
     done = 0
     for number, request in enumerate(requests):
         for attack in request.attacks:
-            facts = _facts(inputs, request, attack, subject, digest, device)
+            facts = _facts(inputs, request, attack, subject, digests, device)
             result = partial.read(facts)
             if result is None:
                 bar = _Bar(progress, subject.name, done, total)
@@ -257,7 +258,7 @@ def _facts(
     request: Request,
     attack: Attack,
     subject: Subject,
-    digest: Mapping[str, str],
+    digests: Mapping[ModelName, Mapping[str, str]],
     device: str,
 ) -> dict[str, Any]:
     """All that the result of one attack on one model follows from."""
@@ -285,7 +286,8 @@ def _facts(
         "versions": {name: version(name) for name in _LIBRARIES},
         "attack": attack.name,
         "model": subject.name,
-        "weights": dict(digest),
+        "weights": dict(digests[subject.name]),
+        "patched": dict(digests["target"]) if attack.patches else None,
         "rows": content.hexdigest(),
         "budget": asdict(case.budget),
         "learning_rate": case.learning_rate,

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 ModelName = Literal["target", "unlearned", "oracle"]
 MODELS: tuple[ModelName, ...] = ("target", "unlearned", "oracle")
-Kind = Literal["extraction", "membership", "fragility", "latent"]
-"""Content that comes back; members told from non-members; damage to what was to stay; traces inside."""
+Kind = Literal["extraction", "membership", "fragility", "latent", "depth"]
+"""Content that comes back; members told from non-members; damage to what was to stay; traces inside; how
+far inside they are gone."""
 Tuned = Literal["full", "lora"]
 """What attacks by tuning train: every weight, or a low-rank adapter beside them."""
 Advance = Callable[[int, int], None]
@@ -90,3 +91,5 @@ class Attack:
     run: Callable[[Subject, Case, Advance], Found]
     tunes: bool = False
     """Whether it trains the model, so that its result follows from how."""
+    patches: bool = False
+    """Whether it writes the model's states into the target, so that its result follows from both."""

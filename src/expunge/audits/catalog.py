@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from expunge.audits import (
     ablation,
     benign,
+    depth,
     direct,
     latent,
     membership,
@@ -30,6 +31,7 @@ ATTACKS: Mapping[str, Attack] = {
         ablation.ATTACK,
         trigger.ATTACK,
         latent.ATTACK,
+        depth.ATTACK,
         quantize.ATTACK,
         relearn.ATTACK,
         benign.ATTACK,

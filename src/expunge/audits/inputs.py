@@ -14,6 +14,7 @@ import torch
 from expunge.audits.base import Attack, Case, ModelName, Tuned
 from expunge.audits.budgets import BUDGETS, BudgetName
 from expunge.audits.catalog import ATTACKS
+from expunge.audits.depth import not_alike
 from expunge.audits.facts import drawn
 from expunge.audits.memory import PlannedAudit, Sizes, plan_audit
 from expunge.audits.paraphrases import read_paraphrases
@@ -23,7 +24,7 @@ from expunge.data.chat_templates import Template, template_of
 from expunge.data.formats import Role
 from expunge.data.rows import Reading, Row, RowSet, by_document, check_disjoint, documents
 from expunge.data.tokenization import LongRows, TextPolicy, encode_rows, prompt_ids
-from expunge.disk import check_file_output, check_writable
+from expunge.disk import check_file_output
 from expunge.errors import InputError, check_seed
 from expunge.evaluation.outcomes import FEW
 from expunge.models.loading import (
@@ -65,7 +66,8 @@ class AuditInputs(Reading):
     """Forget files of earlier requests, which are audited again."""
     attacks: tuple[str, ...] = ()
     """Attacks to run, of direct, paraphrase, sample, verbatim, membership, ablate, trigger, latent,
-    quantize, relearn and benign, with commas or spaces between; none: all that there is material for."""
+    depth, quantize, relearn and benign, with commas or spaces between; none: all that there is material
+    for."""
     budget: BudgetName = "quick"
     """How many rows, steps and samples."""
     learning_rate: float | None = None
@@ -310,7 +312,7 @@ def requests_of(
             seed=inputs.seed,
             learning_rate=rate,
         )
-        attacks, skipped = _chosen(inputs, case)
+        attacks, skipped = _chosen(inputs, case, checked)
         found.append(Request(rows, case, attacks, skipped))
         for model in checked.values():
             for policy in policies:
@@ -337,14 +339,18 @@ def check_audit(inputs: AuditInputs, target: CheckedModel) -> None:
     planned_here(inputs, requests, models, policies[-1], alone)
 
 
-def _chosen(inputs: AuditInputs, case: Case) -> tuple[list[Attack], dict[str, str]]:
+def _chosen(
+    inputs: AuditInputs, case: Case, checked: Mapping[ModelName, CheckedModel]
+) -> tuple[list[Attack], dict[str, str]]:
     """The attacks to run, direct questions always among them, and why others are not."""
     wanted = inputs.attack_names()
-    impossible = {}
-    if not case.nonmembers:
-        impossible["membership"] = "no never-seen text was given (--nonmembers)"
-    if not any(row.kind == "qa" for row in case.facts):
-        impossible["latent"] = "no forget row is a question"
+    questions = any(row.kind == "qa" for row in case.facts)
+    whys = {
+        "membership": None if case.nonmembers else "no never-seen text was given (--nonmembers)",
+        "latent": None if questions else "no forget row is a question",
+        "depth": not_alike(checked),
+    }
+    impossible = {name: why for name, why in whys.items() if why is not None}
     for name in wanted:
         if name in impossible:
             raise InputError(f"--attacks {name}: {impossible[name]}; leave it out")
@@ -389,12 +395,3 @@ def check_output(inputs: AuditInputs, output: str) -> None:
 
 def _is_audit(text: str) -> bool:
     return bool(json.loads(text)["format"] == FORMAT)
-
-
-def check_cache(directory: Path) -> None:
-    """Raises InputError where nothing can be kept there."""
-    if not directory.absolute().parent.is_dir():
-        raise InputError(f"--cache {directory}: its directory does not exist; make it first")
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"--cache {directory}: is a file; name a directory")
-    check_writable(directory, inside=True, option="--cache")

@@ -18,9 +18,8 @@ import torch
 
 from expunge.audits.ablation import layer_outputs
 from expunge.audits.base import Advance, Attack, Case, Found
-from expunge.audits.subject import Reader, Subject
+from expunge.audits.subject import Pair, Reader, Subject
 from expunge.data.rows import Row, document_of
-from expunge.evaluation.batches import padded, token_batches
 from expunge.methods.forward import logits_at
 from expunge.models.decoder import DecoderLayout, last_layer_gives
 from expunge.models.kernels import fast_products
@@ -148,9 +147,6 @@ def probe_outcomes(true: np.ndarray, false: np.ndarray, folds: Sequence[int]) ->
     return found
 
 
-Pair = tuple[tuple[int, ...], tuple[int, ...]]
-
-
 def _pair(reader: Reader, row: Row, output: str) -> Pair | None:
     """Prompt and the first tokens of an answer, or None where they do not fit the context."""
     worded = replace(row, output=output)
@@ -166,27 +162,21 @@ def _read(
 ) -> tuple[list[list[list[int]]], list[np.ndarray]]:
     """By layer: the ranks of every pair's answer tokens, and the states at their last one."""
     model = reader.model
-    texts = [[*prompt, *answer] for prompt, answer in pairs]
     ranks: list[list[list[int]]] = [[[] for _ in pairs] for _ in range(layout.count)]
     states: list[list[torch.Tensor]] = [
         [torch.empty(0) for _ in pairs] for _ in range(layout.count)
     ]
-    for chosen in token_batches([len(t) for t in texts], reader.batch_size, model):
-        ids = padded([texts[index] for index in chosen]).to(model.device)
-        where = torch.zeros(ids.shape, dtype=torch.bool)
-        for line, index in enumerate(chosen):
-            where[line, len(pairs[index][0]) - 1 : len(texts[index]) - 1] = True
-        targets = ids[:, 1:][where[:, :-1].to(ids.device)]
+    for batch in reader.answer_batches(pairs):
         with fast_products(model.dtype, model.device):
-            outputs = layer_outputs(model, layout, ids)
+            outputs = layer_outputs(model, layout, batch.ids)
             for layer, output in enumerate(outputs):
-                values = lens_rank(_lens(reader, layout, output, where, ids), targets).tolist()
-                start = 0
-                for line, index in enumerate(chosen):
-                    count = len(pairs[index][1])
-                    ranks[layer][index] = values[start : start + count]
-                    start += count
-                    states[layer][index] = output[line, len(texts[index]) - 1].float().cpu()
+                lens = _lens(reader, layout, output, batch.where, batch.ids)
+                values = lens_rank(lens, batch.targets).split(batch.counts)
+                for line, (index, mine) in enumerate(zip(batch.chosen, values, strict=True)):
+                    ranks[layer][index] = mine.tolist()
+                    states[layer][index] = (
+                        output[line, sum(map(len, pairs[index])) - 1].float().cpu()
+                    )
     arrays = [
         torch.stack(mine).numpy() if mine else np.zeros((0, 1), np.float32) for mine in states
     ]

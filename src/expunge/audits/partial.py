@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from expunge.audits.base import Found, ModelName
-from expunge.disk import PART, own, write_whole
+from expunge.disk import PART, check_writable, own, write_whole
+from expunge.errors import InputError
 
 SUFFIX = ".partial"
 _NAME = re.compile(rf"\w+-(target|unlearned|oracle)-[0-9a-f]{{16}}\.json|{PART.pattern}")
@@ -68,6 +69,15 @@ class Partial:
         name = f"{facts['attack']}-{facts['model']}-{digest[:16]}.json"
         lasting = self._lasting if facts["model"] in REPEATED else None
         return [place / name for place in (self._directory, lasting) if place is not None]
+
+
+def check_cache(directory: Path) -> None:
+    """Raises InputError where nothing can be kept there."""
+    if not directory.absolute().parent.is_dir():
+        raise InputError(f"--cache {directory}: its directory does not exist; make it first")
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"--cache {directory}: is a file; name a directory")
+    check_writable(directory, inside=True, option="--cache")
 
 
 def _holds_results(directory: Path) -> bool:

@@ -78,6 +78,26 @@ def asked(
     return Ask(writable(row, tokenizer), tuple(ids), tuple(answer), room)
 
 
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Token ids of a prompt and of an answer to it."""
+
+
+@dataclass(frozen=True, repr=False)
+class AnswerBatch:
+    """Prompts followed by their answers, and where the answers' tokens are told."""
+
+    chosen: Sequence[int]
+    """Which of the pairs, in the order of the rows."""
+    ids: torch.Tensor
+    """(rows, tokens), padded on the right."""
+    where: torch.Tensor
+    """(rows, tokens): the places before an answer's tokens, whose states predict them."""
+    targets: torch.Tensor
+    """(marked,): the answers' tokens, one row after the other."""
+    counts: list[int]
+    """Tokens of each row's answer."""
+
+
 @dataclass(frozen=True, repr=False)
 class Reader:
     """A model in memory, and how it is asked."""
@@ -129,28 +149,27 @@ class Reader:
         asks = [self.asked(row) for row in rows]
         return self.answers([ask for ask in asks if ask is not None])
 
-    def log_probs(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float = 1.0
-    ) -> list[list[float]]:
+    def log_probs(self, pairs: Sequence[Pair], temperature: float = 1.0) -> list[list[float]]:
         """For each (prompt, answer) the log-probability of every token of the answer, in nats."""
-        texts = [[*prompt, *answer] for prompt, answer in pairs]
         found: list[list[float]] = [[] for _ in pairs]
-        batches = token_batches([len(t) for t in texts], self.batch_size, self.model)
         with torch.no_grad(), fast_products(self.model.dtype, self.model.device):
-            for chosen in batches:
-                ids = padded([texts[index] for index in chosen]).to(self.model.device)
-                where = torch.zeros(ids.shape, dtype=torch.bool)
-                for line, index in enumerate(chosen):
-                    where[line, len(pairs[index][0]) - 1 : len(texts[index]) - 1] = True
-                logits = logits_at(self.model, where, input_ids=ids, use_cache=False)
-                targets = ids[:, 1:][where[:, :-1].to(ids.device)]
-                values = target_log_probs(logits.float() / temperature, targets).tolist()
-                start = 0
-                for index in chosen:
-                    count = len(pairs[index][1])
-                    found[index] = values[start : start + count]
-                    start += count
+            for batch in self.answer_batches(pairs):
+                logits = logits_at(self.model, batch.where, input_ids=batch.ids, use_cache=False)
+                values = target_log_probs(logits.float() / temperature, batch.targets)
+                for index, mine in zip(batch.chosen, values.split(batch.counts), strict=True):
+                    found[index] = mine.tolist()
         return found
+
+    def answer_batches(self, pairs: Sequence[Pair]) -> Iterator[AnswerBatch]:
+        """(prompt, answer) pairs in batches of similar length, the longest first."""
+        texts = [[*prompt, *answer] for prompt, answer in pairs]
+        for chosen in token_batches([len(t) for t in texts], self.batch_size, self.model):
+            ids = padded([texts[index] for index in chosen]).to(self.model.device)
+            where = torch.zeros(ids.shape, dtype=torch.bool)
+            for line, index in enumerate(chosen):
+                where[line, len(pairs[index][0]) - 1 : len(texts[index]) - 1] = True
+            targets = ids[:, 1:][where[:, :-1].to(ids.device)]
+            yield AnswerBatch(chosen, ids, where, targets, [len(pairs[n][1]) for n in chosen])
 
 
 class Subject:
@@ -165,7 +184,10 @@ class Subject:
         policy: TextPolicy,
         batch_size: int,
         longest: int = MAX_NEW_TOKENS,
+        target: Subject | None = None,
     ) -> None:
+        """`target` is the one that this model is compared with; None: it is itself."""
+        self.target = target
         self.name, self.checked, self.dtype, self.policy = name, checked, dtype, policy
         self._device, self._batch_size, self._longest = device, batch_size, longest
         self._reader: Reader | None = None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from expunge.audits.base import Attack, Case, Found, ModelName, Scores
+from expunge.audits.depth import depth_entry
+from expunge.audits.entries import DIGITS, Models, Summary, able, opening, powerless, resamples_of
 from expunge.audits.estimates import (
     Estimate,
     Resamples,
@@ -24,21 +26,11 @@ from expunge.data.rows import Row, by_document, document_of
 from expunge.evaluation.outcomes import ALPHA, BLIND_FROM, FEW, POWER_AUC, POWER_FROM, POWER_GAP
 
 FPR = 0.01
-_DIGITS = 6
 
-Models = Mapping[ModelName, Found]
 Hits = Mapping[ModelName, Sequence[float]]
 """By model 1 for each fact that came back, 0 for the others."""
 Recovered = tuple[Estimate, tuple[int, int] | None]
 """Share, and of few documents the counts that it is of."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """An attack's entry in audit.json, and what the verdict takes from it."""
-
-    entry: dict[str, Any]
-    evidence: Sequence[Evidence]
 
 
 def summarise(
@@ -50,6 +42,8 @@ def summarise(
     """
     if attack.kind == "membership":
         return _membership(attack, models, case)
+    if attack.kind == "depth":
+        return depth_entry(attack, models, case)
     if attack.kind == "fragility":
         return _fragility(attack, models, case)
     return _extraction(attack, models, case, known)
@@ -67,7 +61,7 @@ def kept_share(direct: Models, case: Case) -> Estimate | None:
     if not any(target.values()):
         return None
     named = {row.id: row for row in case.retain}
-    resamples = _resamples([named[name] for name in target], case)
+    resamples = resamples_of([named[name] for name in target], case)
     return resamples.recovered([unlearned[name] for name in target], [*target.values()], None)
 
 
@@ -100,14 +94,14 @@ def _extraction(
     rows = [*case.facts, *(row for row in case.members if row not in facts)]
     asked = [row for row in rows if all(row.id in mine for mine in best.values())]
     if not asked:
-        return _powerless(_opening(attack), "no fact could be asked")
+        return powerless(opening(attack), "no fact could be asked")
     ids = [row.id for row in asked]
     whole = len(by_document(case.forget))
     # What an attack cannot ask (a question for its continuation) was not left out by the draw, which
     # is of the facts alone for an attack that asks no member beside them.
     draw = case.facts if facts.issuperset(asked) else rows
     of = len(by_document(asked)) if len(by_document(draw)) == whole else whole
-    resamples = _resamples(asked, case, of)
+    resamples = resamples_of(asked, case, of)
 
     def recover(hits: Hits) -> Recovered:
         if whole <= FEW:
@@ -121,10 +115,10 @@ def _extraction(
 
     def outcome(model: ModelName, name: str) -> dict[str, Any]:
         value, variant = best[model][name]
-        told = {"score": round(value, _DIGITS), "extracted": extracted(value)}
+        told = {"score": round(value, DIGITS), "extracted": extracted(value)}
         return {**told, "by": variant if value > 0 else None, **models[model].rows.get(name, {})}
 
-    entry = _opening(attack, models, outcome, asked)
+    entry = opening(attack, models, outcome, asked)
     entry["models"] = {
         name: {
             "extracted": shares[name].to_json(),
@@ -139,7 +133,7 @@ def _extraction(
         entry["tunings"] = _tunings(models, entry["models"], ids, recover)
     why = _lacking(hits)
     if why is not None:
-        return _powerless(entry, why, f" (unlearned {shares['unlearned'].value:.0%})")
+        return powerless(entry, why, f" (unlearned {shares['unlearned'].value:.0%})")
     (recovered, count), oracle = recover(hits), shares.get("oracle")
     entry["recovered"] = recovered.to_json() | {"against": "zero" if oracle is None else "oracle"}
     verb = "read inside" if attack.kind == "latent" else "came back"
@@ -150,7 +144,7 @@ def _extraction(
     came = f"{sum(hits['unlearned']):.0f}"
     if count is None:
         came = f"{mine.value:.0%} ({mine.low:.0%} to {mine.high:.0%})"
-    return _able(
+    return able(
         entry,
         f"{came} of {len(ids)} facts {verb}{how} ({beside}); recovered share {recovered.value:.2f}"
         f" {floor}.{_worst_tuning(entry)}",
@@ -239,7 +233,7 @@ def _membership(attack: Attack, models: Models, case: Case) -> Summary:
     def outcome(model: ModelName, name: str) -> dict[str, Any]:
         return {variant: scores[name] for variant, scores in models[model].scores.items()}
 
-    entry = _opening(attack, models, outcome, [*members, *others])
+    entry = opening(attack, models, outcome, [*members, *others])
     for place, row in enumerate(entry["rows"]):
         row["member"] = place < len(members)
     entry["models"] = {
@@ -253,14 +247,14 @@ def _membership(attack: Attack, models: Models, case: Case) -> Summary:
     }
     entry["blind"] = None if words is None else {"auc": words.to_json(), "separates": separates}
     if words is not None and separates:
-        return _powerless(
+        return powerless(
             entry,
             f"words alone tell the two sets apart (blind AUC {words.value:.2f}), so no score of a"
             " model is evidence; give never-seen text of the forget set's kind",
         )
     needed = others_needed(resamples.members)
     if resamples.others < needed:
-        return _powerless(
+        return powerless(
             entry,
             f"{resamples.others} never-seen documents are too few to place {resamples.members} among"
             f" them; {needed} are needed",
@@ -275,13 +269,13 @@ def _membership(attack: Attack, models: Models, case: Case) -> Summary:
         why = f"its best AUC on the target is {max(aucs.values()):.2f}, {POWER_AUC} is needed"
         if few:
             why = "chance places documents like the target's there in more than 5%"
-        return _powerless(entry, why)
+        return powerless(entry, why)
     # Few documents are judged by their places among never-seen text alone: who asks has no oracle.
     oracle = sides.get("oracle")
     reference = [oracle[v] for v in strong] if oracle is not None and not few else None
     found = resamples.by_chance([sides["unlearned"][v] for v in strong], reference)
     chances = dict(zip(strong, found, strict=True))
-    entry["chance"] = {v: round(p, _DIGITS) for v, p in chances.items()}
+    entry["chance"] = {v: round(p, DIGITS) for v, p in chances.items()}
     evidence = {
         v: Evidence(
             attack.name,
@@ -310,7 +304,7 @@ def _membership(attack: Attack, models: Models, case: Case) -> Summary:
         caught = f", {figures['tpr'].value:.0%} of the members found at {FPR:.0%} false alarms"
     said += ", ".join(f"{name} {mine}" for name, mine in beside.items())
     by_words = "not measured" if words is None else f"{words.value:.2f}"
-    return _able(
+    return able(
         entry,
         f"by {chosen}, the score furthest from chance, {said}; words alone {by_words}){caught}; chance"
         f" does as much in {chances[chosen]:.0%}.",
@@ -323,8 +317,8 @@ def _fragility(attack: Attack, models: Models, case: Case) -> Summary:
     target = models["target"].scores
     asked = [row for row in case.retain if row.id in target["clean"]]
     if not asked:
-        return _powerless(_opening(attack), "no retain row could be asked")
-    resamples, ids = _resamples(asked, case), [row.id for row in asked]
+        return powerless(opening(attack), "no retain row could be asked")
+    resamples, ids = resamples_of(asked, case), [row.id for row in asked]
     hits = {
         name: {v: [float(extracted(scores[i])) for i in ids] for v, scores in found.scores.items()}
         for name, found in models.items()
@@ -333,9 +327,9 @@ def _fragility(attack: Attack, models: Models, case: Case) -> Summary:
 
     def outcome(model: ModelName, name: str) -> dict[str, Any]:
         scores = models[model].scores.items()
-        return {variant: round(each[name], _DIGITS) for variant, each in scores}
+        return {variant: round(each[name], DIGITS) for variant, each in scores}
 
-    entry = _opening(attack, models, outcome, asked)
+    entry = opening(attack, models, outcome, asked)
     entry["models"] = {
         name: {
             "variants": {v: {"extracted": resamples.share(s).to_json()} for v, s in each.items()},
@@ -345,7 +339,7 @@ def _fragility(attack: Attack, models: Models, case: Case) -> Summary:
     }
     control = statistics.fmean(hits["target"]["control"])
     if control < POWER_FROM:
-        return _powerless(
+        return powerless(
             entry,
             f"with a retain token inserted the target answers {control:.0%} of the retain prompts,"
             f" {POWER_FROM:.0%} are needed",
@@ -355,44 +349,13 @@ def _fragility(attack: Attack, models: Models, case: Case) -> Summary:
     clean, other, trigger = (
         statistics.fmean(hits["unlearned"][v]) for v in ("clean", "control", "trigger")
     )
-    return _able(
+    return able(
         entry,
         f"of the retain prompts the unlearned model answers {clean:.0%}, with a retain token inserted"
         f" {other:.0%}, with a forget token {trigger:.0%}; the forget token costs {beyond.value:.0%}"
         " more than in the target.",
         [Evidence(attack.name, attack.title, "fragility", beyond)],
     )
-
-
-def _opening(
-    attack: Attack,
-    models: Iterable[ModelName] = (),
-    outcome: Callable[[ModelName, str], dict[str, Any]] = lambda _model, _name: {},
-    rows: Iterable[Row] = (),
-) -> dict[str, Any]:
-    """An entry with its rows, before it is known what it claims."""
-    return {
-        "title": attack.title,
-        "kind": attack.kind,
-        "reference": attack.reference,
-        "power": {"has_power": True, "why": None},
-        "sentence": "",
-        "recovered": None,
-        "models": {},
-        "rows": [
-            {
-                "id": row.id,
-                "document": document_of(row),
-                "outcomes": {model: outcome(model, row.id) for model in models},
-            }
-            for row in rows
-        ],
-    }
-
-
-def _able(entry: dict[str, Any], said: str, evidence: Sequence[Evidence]) -> Summary:
-    entry["sentence"] = f"{entry['title']}: {said}"
-    return Summary(entry, evidence)
 
 
 def _hits(best: Mapping[str, tuple[float, str]], ids: Sequence[str]) -> list[float]:
@@ -413,21 +376,11 @@ def _lacking(hits: Hits) -> str | None:
     return None
 
 
-def _powerless(entry: dict[str, Any], why: str, beside: str = "") -> Summary:
-    entry["power"] = {"has_power": False, "why": why}
-    return _able(entry, f"no power here, so no claim: {why}{beside}.", [])
-
-
-def _resamples(rows: Sequence[Row], case: Case, of: int | None = None) -> Resamples:
-    documents = [document_of(row) for row in rows]
-    return Resamples(documents, case.budget.resamples, case.seed, of)
-
-
 def _shares(
     scores: Scores, rows: Sequence[Row], case: Case, of: int | None = None
 ) -> dict[str, Any]:
     named = {row.id: row for row in rows}
-    resamples = _resamples([named[name] for name in scores], case, of)
+    resamples = resamples_of([named[name] for name in scores], case, of)
     return {
         "rows": len(scores),
         "extracted": resamples.share([float(extracted(v)) for v in scores.values()]).to_json(),

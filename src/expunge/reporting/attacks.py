@@ -79,7 +79,7 @@ def _attack(name: str, attack: Mapping[str, Any]) -> dict[str, Any]:
         "has_power": attack["power"]["has_power"],
         "why_no_power": attack["power"]["why"],
         **{key: recovered[key] for key in _RECOVERED},
-        **{key: attack.get(key) for key in ("blind", "beyond_target")},
+        **{key: attack.get(key) for key in ("blind", "beyond_target", "depth")},
         "tunings": [{"name": key, **each} for key, each in attack.get("tunings", {}).items()],
         "models": models,
     }
