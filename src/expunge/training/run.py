@@ -85,8 +85,8 @@ ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
-class RunInputs(Reading):
-    """Where a run reads and writes, and on what."""
+class Sources(Reading):
+    """Where a run or a sweep of runs reads and writes, and on what."""
 
     model: str
     """The target model: a directory, or a hub id."""
@@ -99,25 +99,31 @@ class RunInputs(Reading):
     nonmembers: Annotated[
         str | None, tyro.conf.arg(name="calibration", aliases=("--nonmembers",))
     ] = None
-    """Text like the forget set's that the model never saw. Forget rows are to look like it, and the
-    checkpoint is chosen by it."""
-    base: str | None = None
-    """The model from before the fine-tune. `--method retrain` trains it on the rows to keep; with other
-    methods, and no --calibration, forget rows are to look as they do to it, and as much dearer as other
-    text of their kind has become."""
+    """Non-members: text that the model never saw. It is of the forget set's kind. Forget rows are moved
+    to its losses, and the checkpoint is chosen by it."""
     dtype: RunDtype = "auto"
     """Dtype of frozen weights and products. Trained tensors are float32 always. auto: the one of the
     model's files, for float16 files float32."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    keep_adapter: bool = False
-    """Also write the LoRA adapter, beside the merged model, to OUT/adapter."""
     overwrite: bool = False
     """Replace an existing output. Without --resume also discard an unfinished run."""
-    resume: bool = False
-    """Go on with an unfinished run. Its settings must be the same; without one a run begins."""
     trust_remote_code: bool = False
     """Run code that the model's directory brings along."""
+
+
+@dataclass(frozen=True)
+class RunInputs(Sources):
+    """What one run is given beside its method and its training options."""
+
+    base: str | None = None
+    """The model from before the fine-tune. `--method retrain` trains it on the rows to keep. Other
+    methods raise the losses of forget rows to its losses, if --calibration is not given. What the
+    fine-tune added to the loss of other text of their kind is added to these."""
+    keep_adapter: bool = False
+    """Also write the LoRA adapter, beside the merged model, to OUT/adapter."""
+    resume: bool = False
+    """Go on with an unfinished run. Its settings must be the same; without one a run begins."""
 
 
 def run(
