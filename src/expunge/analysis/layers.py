@@ -117,9 +117,8 @@ def choose_layer(
     scored = [reading for reading in readings if reading.score]
     if not scored:
         warning = (
-            "--method.layer auto: the target knows no more of the sampled answers than without their"
-            f" prompts (mean log-probability {clean:.2f} and {corrupted:.2f}), so no layer stands out;"
-            f" layer {usual} is steered"
+            f"--method.layer auto: prompts do not help the target to the sampled answers (mean"
+            f" log-probability {clean:.2f}, without them {corrupted:.2f}); layer {usual} is steered"
         )
         why = "84% of the depth"
         return LayerChoice(usual, why, warning, readings, reading.rows, clean, corrupted)

@@ -472,8 +472,7 @@ def _nothing_usable(history: History) -> str:
     return (
         f"no checkpoint can be kept ({history.stopped}; {len(history.candidates)} measured,"
         f" retain accuracy {'unknown' if last is None else f'{last:.2f}'} at the last);"
-        " lower --learning-rate, validate more often with --validate-every,"
-        " or keep the last state as it is with --select last"
+        " lower --learning-rate or --validate-every, or give --select last"
     )
 
 

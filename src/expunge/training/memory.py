@@ -193,7 +193,7 @@ class Formula:
         return copies * self._trained + self._optimizer()
 
     def _of_base(self) -> Iterator[tuple[str, dict[str, int]]]:
-        """The pass of the base over the forget rows, where it is the yardstick; then it is let go."""
+        """The pass of the base over the forget rows, if it is the reference; then it is let go."""
         if self._prepared.yardstick == "base":
             weights = {WEIGHTS: self._item * self._shapes.numbers // self._shards}
             yield "ask base", {**weights, **self._measured()}

@@ -114,7 +114,7 @@ class Prepared:
 
     @property
     def yardstick(self) -> Literal["nonmembers", "base", "counterfactuals", "ceiling"] | None:
-        """What says where unlearning ends: never-seen text, the base's losses on the forget rows,
+        """What says where unlearning ends: non-members, the base's losses on the forget rows,
         counterfactuals of them, or none, and then the method's settings. None: nothing is unlearned."""
         if self.retrains:
             return None
@@ -389,9 +389,8 @@ def _check_retain(method: Method, retain: object | None) -> list[str]:
     """Raises InputError where a retain set is missing; returns warnings."""
     if retain is None and method.needs_retain:
         raise InputError(
-            f"--method {method.name}: needs a retain set, none was given; give --retain with rows"
-            " that must stay (text like the forget set's that is not to go), set the method's"
-            " retain weight to 0 where it has one, or choose gradient-ascent"
+            f"--method {method.name}: needs a retain set; give --retain with rows of the forget set's"
+            " kind that must stay, or choose gradient-ascent"
         )
     if retain is None:
         return [
