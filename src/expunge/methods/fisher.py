@@ -104,15 +104,18 @@ class FactorCovariances:
 
     def add(self, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         """Adds tokens of a module: (..., in) and (..., out)."""
-        # A token without a gradient is padding, or counts for no loss.
-        counted = inputs * gradients.any(-1, keepdim=True)
-        for total, factor in zip(self._sums[name], (gradients, counted), strict=True):
+        for total, factor in zip(self._sums[name], (gradients, inputs), strict=True):
             total += gram(factor)
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Adds the tokens whose forward and backward pass run in the body."""
-        with tapped(self._modules, self.add, rows=1):
+
+        def counted(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+            # A token without a gradient is padding, or counts for no loss.
+            self.add(name, inputs * gradients.any(-1, keepdim=True), gradients)
+
+        with tapped(self._modules, counted, rows=1):
             yield
 
     def bases(self) -> dict[str, Eigenbasis]:
