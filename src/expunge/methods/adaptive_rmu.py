@@ -77,8 +77,8 @@ class AdaptiveRMU(SteeringSettings):
     directions: int | Literal["auto", "shared", "per-task"] = "auto"
     """Random directions: one that all forget text shares, one for each task as at SemEval, or so many,
     spread over the rows. Auto: one for each task, but three over the rows if there are fewer than three
-    tasks. A shared one is learned in the fewest steps. Whoever finds it can remove it and has all text
-    back."""
+    tasks. A shared one is learned in the fewest steps. An adversary who finds it has all
+    text back."""
     draws: int = 32
     """Random directions of which each one is the best: states along it give a few forget rows the
     highest loss in the frozen model. Along some, rows stay better predicted than non-members,
