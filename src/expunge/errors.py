@@ -11,7 +11,7 @@ class ExpungeError(Exception):
 
     exit_code = 1
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str = "") -> None:
         # Options are fields; a message has them as they are written on the command line.
         super().__init__(
             re.sub(r"(?<![\w/.-])--[a-z][\w.-]*", lambda m: m[0].replace("_", "-"), message)

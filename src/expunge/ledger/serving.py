@@ -215,7 +215,7 @@ def _check_lineage(inputs: ServeInputs, erased: Sequence[int], runs: Sequence[Ru
         outputs = [r.output for r in runs if r.completed_at and set(missing) <= set(r.requests)]
         last = f" such as {outputs[-1]}" if outputs else ""
         raise InputError(
-            f"--model {inputs.model}: no run of the ledger removed the served requests"
+            f"--model {inputs.model}: no run removed the served requests"
             f" {_numbers(missing)} from it; give the model that they were removed from{last}, serve"
             " them --again, or --accept-model"
         )
