@@ -36,7 +36,8 @@ from expunge.methods.npo_merging import NPOMerging
 from expunge.methods.numerics import piece_rows
 from expunge.methods.steering import TRAINED_LAYERS
 from expunge.methods.token_npo import TokenNPO
-from expunge.models.engine import CacheLayout, pass_tokens_on
+from expunge.models.cache_layout import CacheLayout
+from expunge.models.engine import pass_tokens_on
 from expunge.models.loading import CheckedModel
 from expunge.models.states import DROP_AFTER
 from expunge.training.preparation import Prepared

@@ -21,6 +21,8 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Select = Literal["best", "last"]
 _MOST_RISK = 10.0
+_COOLDOWN = 0.4
+"""Share of the steps in which a trapezoid falls."""
 _COUNTS = ("epochs", "max_steps", "batch_size", "validate_every", "micro_batch_size", "save_every")
 CacheDtype = Literal["float32", "bfloat16"]
 RetainSampling = Literal["uniform", "influence"]
@@ -186,3 +188,16 @@ def resolved(
         "risk_factor": options.risk_factor if options.retain_sampling == "influence" else None,
         "skip_gone": options.skip_gone,
     }
+
+
+def schedule_factor(schedule: Schedule, done: float) -> float:
+    """What the learning rate is multiplied by once a share `done` of the steps is taken.
+
+    The trapezoid is constant, then falls to 0 in a line (arXiv 2405.18392): of as many steps more are
+    long ones than under a cosine, and the last still end where they aim.
+    """
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return min(1.0, (1 - done) / _COOLDOWN)

@@ -21,16 +21,18 @@ from expunge.evaluation.outcomes import Measured, of_run
 from expunge.evaluation.sentences import run_sentence
 from expunge.methods.base import Context, Finished, Method
 from expunge.methods.own_text import written_by
+from expunge.models.cache_layout import CacheLayout, lay_out
 from expunge.models.decoder import DecoderLayout, find_layout
-from expunge.models.engine import CacheLayout, SegmentEngine, lay_out
+from expunge.models.engine import SegmentEngine
 from expunge.models.kernels import fast_products
 from expunge.models.packing import NotASegment
 from expunge.models.parts import Parts, WholeModel
 from expunge.models.prefix import Prefix
 from expunge.processes import OneProcess, Processes
 from expunge.training.form import resolved_form, unknown
+from expunge.training.history import History
 from expunge.training.layer_choice import resolved_layer
-from expunge.training.loop import History, Keeper, Loop, LoopOptions
+from expunge.training.loop import Keeper, Loop, LoopOptions
 from expunge.training.options import TrainingOptions, seconds, size_in_bytes
 from expunge.training.preparation import Prepared, prepare
 from expunge.training.progress import Progress, Silent
