@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
-from expunge.cli.help import Option, options_of, shown
+from expunge.cli.help import Option, options_of
+from expunge.terminal import shown
 
 OF_ALL = (
     Option("--config", "file", "null", "Read options from YAML; the command line overrides them."),

@@ -42,8 +42,8 @@ def unlearn(
     """Unlearns `forget` from `model` in place and keeps `retain`.
 
     Rows are `expunge.data.rows.Row` or mappings with `input`, `output` and optionally `id`, `task`,
-    `kind`. `calibration`, or by its old name `nonmembers`, is never-seen text that forget rows are to
-    look like; without it the losses of `base`, the model from before the fine-tune, say how. `options`
+    `kind`. `calibration`, or by its old name `nonmembers`, are non-members that forget rows are to look
+    like; without them the losses of `base`, the model from before the fine-tune, say how. `options`
     are the fields of `TrainingOptions`, those of `expunge run`: epochs, max_steps, batch_size,
     learning_rate, seed, time_limit, ... Raises InputError for wrong rows or settings before the model is
     touched, RunError where no checkpoint can be kept.

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import errno
+import re
 
 
 class ExpungeError(Exception):
     """A failure that is explained by its one-line message alone."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        # Options are fields; a message has them as they are written on the command line.
+        super().__init__(
+            re.sub(r"(?<![\w/.-])--[a-z][\w.-]*", lambda m: m[0].replace("_", "-"), message)
+        )
 
 
 class InputError(ExpungeError):

@@ -1,4 +1,4 @@
-"""What reaches a terminal: control characters of ids, names and paths are shown there, not obeyed."""
+"""What people read: settings in words; a terminal shows control characters, and does not obey them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,19 @@ _EXCHANGED = threading.RLock()
 
 quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 """Whether the command shows no progress (--quiet)."""
+
+
+def shown(value: object) -> str:
+    """A setting's value in words, as YAML has it; null if nothing is set, none for an empty list."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return " ".join(map(shown, value)) or "none"
+    return str(value)
 
 
 def speaks() -> bool:

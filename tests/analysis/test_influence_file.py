@@ -38,7 +38,7 @@ def test_thresholds_are_medians_of_never_seen_rows_where_there_are_enough() -> N
     rows = [("sc", known(float(n), n / 20)) for n in range(11)] + [("qa", known(9.0, 0.0))] * 9
     found = thresholds_of(rows, vocabulary=50)
     assert (found["sc"].answer_loss, found["sc"].recall) == (5.0, 0.25)
-    assert found["sc"].source == "medians of 11 never-seen rows"
+    assert found["sc"].source == "medians of 11 non-members"
     assert (found["qa"].answer_loss, found["qa"].recall) == (math.log(50), 0.0)
     assert "guessing" in found["qa"].source
 
@@ -131,4 +131,4 @@ def test_other_rows_are_refused_by_id() -> None:
     message = refusal(lambda: check_same_rows("f.json", rows, forget, forget))
     assert "no entry for 1 of the retain rows, first 'a'" in message
     message = refusal(lambda: check_same_rows("f.json", rows, retain, retain))
-    assert "are gone, first 'a'" in message
+    assert "marks 1 rows as gone that are not in the forget set, first 'a'" in message

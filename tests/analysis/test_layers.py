@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from conftest import FAMILIES, random_examples, shaken, tiny_model
-from expunge.analysis import layers
-from expunge.analysis.layers import ANSWER_TOKENS, LayerChoice, LayerPass, choose_layer
+from expunge.analysis import layer_rows
+from expunge.analysis.layer_rows import ANSWER_TOKENS
+from expunge.analysis.layers import LayerChoice, LayerPass, choose_layer
 from expunge.data.rows import as_rows
 from expunge.data.tokenization import Example, TextPolicy, encode_rows
 from expunge.models.decoder import DecoderLayout, find_layout
@@ -260,7 +261,7 @@ def test_a_target_that_knows_nothing_gets_the_usual_layer_and_a_warning(
     choice = choose(model, forget, retain)
     assert choice.layer == 2
     assert choice.warning is not None
-    assert "no layer stands out" in choice.warning
+    assert "prompts do not help the target" in choice.warning
     assert all(reading.score is None for reading in choice.readings)
 
 
@@ -285,7 +286,7 @@ def example(row_id: str, answer: str, **more: Any) -> Example:
 
 
 def test_a_row_is_cut_behind_the_tokens_that_are_read() -> None:
-    row = layers._row(example("x", "bppp" + "a" * 20))
+    row = layer_rows._row(example("x", "bppp" + "a" * 20))
     assert row is not None
     assert row.places == tuple(range(3, 3 + ANSWER_TOKENS))
     assert row.prompt == (1, 2, 3)  # never BOS
@@ -294,30 +295,30 @@ def test_a_row_is_cut_behind_the_tokens_that_are_read() -> None:
 
 
 def test_text_without_a_prompt_is_split_in_its_middle() -> None:
-    row = layers._row(example("x", "b" + "a" * 9))
+    row = layer_rows._row(example("x", "b" + "a" * 9))
     assert row is not None
     assert row.prompt == (1, 2, 3, 4)
     assert row.places == (4, 5, 6, 7, 8)
-    assert layers._row(example("x", "a")) is None
-    assert layers._row(example("x", "ba")) is None
+    assert layer_rows._row(example("x", "a")) is None
+    assert layer_rows._row(example("x", "ba")) is None
 
 
 def test_the_sample_holds_as_many_of_every_kind_and_each_row_once() -> None:
     rows = [example(f"q{i}", "ppaa", kind="qa", first=i) for i in range(40)]
     rows += [example(f"s{i}", "pppaa", task="Task2") for i in range(3)]
     rows += [example("q0", "ppaaa", kind="qa"), example("r", "ppaa", listed=False)]
-    sample = layers._sample(rows, torch.Generator().manual_seed(0))
-    assert len(sample) == layers.ROWS
+    sample = layer_rows.sampled(rows, torch.Generator().manual_seed(0))
+    assert len(sample) == layer_rows.ROWS
     assert sum(len(row.ids) == 5 for row in sample) == 3
-    again = layers._sample(rows, torch.Generator().manual_seed(0))
-    other = layers._sample(rows, torch.Generator().manual_seed(1))
+    again = layer_rows.sampled(rows, torch.Generator().manual_seed(0))
+    other = layer_rows.sampled(rows, torch.Generator().manual_seed(1))
     assert sample == again != other
 
 
 def test_only_the_prompt_is_exchanged() -> None:
-    rows = [row for row in map(layers._row, random_examples((12, 9), VOCABULARY)) if row]
+    rows = [row for row in map(layer_rows._row, random_examples((12, 9), VOCABULARY)) if row]
     for row, ids in zip(
-        rows, layers._corrupted(rows, torch.Generator().manual_seed(0)), strict=True
+        rows, layer_rows.corrupted_ids(rows, torch.Generator().manual_seed(0)), strict=True
     ):
         kept = [place for place in range(len(row.ids)) if place not in row.prompt]
         assert [ids[place] for place in kept] == [row.ids[place] for place in kept]

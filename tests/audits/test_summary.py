@@ -252,7 +252,7 @@ def test_a_fact_that_no_attack_gets_from_the_target_does_not_count() -> None:
 
 
 @pytest.mark.parametrize(("documents", "texts", "why"), [
-    (1, 38, "38 never-seen documents are too few to place 1 among them; 39 are needed"),
+    (1, 38, "38 non-members are too few to place 1 among them; 39 are needed"),
     (1, 60, None), (3, 20, None), (5, 4, None),
 ])  # fmt: skip
 def test_few_documents_are_judged_by_their_places(
@@ -288,7 +288,10 @@ def test_where_words_alone_separate_membership_is_no_evidence() -> None:
     entry, evidence = mia(3.0, None, case)
     assert entry["blind"]["separates"]
     assert evidence == []
-    assert "no power here, so no claim: words alone tell the two sets apart" in entry["sentence"]
+    assert (
+        "no power here, so no claim: words alone separate members from non-members"
+        in entry["sentence"]
+    )
 
 
 def fragile(control: float, trigger: float) -> Found:

@@ -136,7 +136,7 @@ def test_never_seen_rows_set_the_threshold_and_a_model_that_never_learned_has_al
     code, out, _ = run_cli(*command, "--device", "cpu", *options)
     assert code == 0
     values = json.loads(out)
-    assert values["thresholds"]["sc"]["source"] == "medians of 12 never-seen rows"
+    assert values["thresholds"]["sc"]["source"] == "medians of 12 non-members"
     limits = values["thresholds"]
     assert {row["kind"] for row in values["forget"]} == {"sc", "qa"}
     for row in values["forget"]:

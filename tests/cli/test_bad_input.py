@@ -140,7 +140,19 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "run choice": (RUN + "--schedule linear", ("--schedule", "'constant'", "'cosine'")),
     "run device": (RUN + "--device gpu", ("--device gpu: unknown; use auto, cpu",)),
     "run time": (RUN + "--time-limit soon", ("--time-limit soon", "90s, 20m or 1h")),
-    "run required": ("run {model} --retain {retain} --output {new}", ("--forget", "--help")),
+    "run required": (
+        "run {model} --retain {retain} --output {new}",
+        ("expunge: --forget: is missing; give rows to remove: file, directory or hub id\n",),
+    ),
+    "run misspelt": (
+        RUN.replace("--forget", "--forgit"),
+        ("--forgit: unknown; did you mean --forget?",),
+    ),
+    "run no value": (RUN + "--epochs", ("--epochs: needs a value",)),
+    "audit required": ("audit {model}", ("--original: is missing; give the target",)),
+    "compare required": ("compare", ("RUNS: is missing; give runs to compare",)),
+    "run null": (RUN + "--epochs null --max-steps 0", ("--max-steps 0",)),
+    "run underscore": (RUN + "--method.random_rows -1", ("--method.random-rows -1",)),
     "run taken": (RUN + "--output {taken}", ("--output {taken}: exists", "--overwrite")),
     "run overwrite": (
         RUN + "--output {taken} --overwrite",
@@ -228,7 +240,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "run inf": (RUN + "--max-grad-norm=inf", ("--max-grad-norm inf: must be a finite number",)),
     "run random": (
         RUN + "--method.random-rows 99999999999999999999",
-        ("--method.random_rows 99999999999999999999: must be 0 or more, and 1,048,576 at most",),
+        ("--method.random-rows 99999999999999999999: must be 0 or more, and 1,048,576 at most",),
     ),
     "run core": (
         RUN + "--device cpu:5",
@@ -247,14 +259,13 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "demo no methods": ("demo {new} --methods", ("--methods: is empty",)),
     "build seed": ("benchmark build {new} --seed=-1", ("--seed -1: must be in [0, 2^32)",)),
     "build below a file": ("benchmark build {forget}/x", ("{forget} is a file",)),
-    "inspect nothing": ("data inspect", ("--rows", "--help")),
+    "inspect nothing": ("data inspect", ("ROWS: is missing", "give the rows")),
     "inspect empty": ("data inspect {empty} --model {model}", ("{empty}: is empty",)),
     "inspect row": (INSPECT + "--row ada00sc", ("--row ada00sc", "did you mean 'ada00sc1'?")),
     "inspect option": (INSPECT + "--reveel", ("--reveel", "did you mean --reveal?")),
     "inspect key": (INSPECT + "--config {inspect_key}", ("'modl'", "'model'")),
     "inspect role": (INSPECT + "--role keep", ("--role", "'retain'")),
     "data what": ("data inspekt", ("data inspect ROWS --model MODEL",)),
-    "compare nothing": ("compare", ("--runs", "expunge compare --help")),
     "compare nowhere": ("compare {nowhere}", ("{nowhere}: not found", "expunge evaluate")),
     "compare run": ("compare {taken}", ("{taken}/scores.json: not found", "expunge evaluate")),
     "compare other": ("compare {list}", ("{list}: is not a scores.json", "expunge evaluate")),
@@ -497,8 +508,8 @@ def test_an_empty_word_is_no_path_of_this_directory(run_cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--epochs two", "--epochs 'two': takes a whole number or None"),
-        ("--learning-rate x", "--learning-rate 'x': takes a number or None"),
+        ("--epochs two", "--epochs 'two': takes a whole number or null"),
+        ("--learning-rate x", "--learning-rate 'x': takes a number or null"),
         (
             "--method adaptive-rmu --method.layer x",
             "--method.layer 'x': takes a whole number or auto",

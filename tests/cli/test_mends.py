@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import site_commands  # noqa: E402
+from prose import below, texts  # noqa: E402
 
 SOURCE = Path(expunge.__file__).parent
 Place = tuple[str, str]
@@ -74,15 +75,6 @@ def definitions() -> dict[Place, ast.AST]:
     return found
 
 
-def below(node: ast.AST) -> Iterator[ast.AST]:
-    """What a node is made of, but for annotations and docstrings."""
-    for name, value in ast.iter_fields(node):
-        for each in value if isinstance(value, list) else [value]:
-            is_doc = isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant)
-            if isinstance(each, ast.AST) and not is_doc and name not in ("annotation", "returns"):
-                yield each
-
-
 def code(node: ast.AST) -> Iterator[ast.AST]:
     """A node and all below it."""
     yield node
@@ -123,18 +115,6 @@ def mentioned(place: Place) -> Sequence[Place]:
 def texts_of(place: Place) -> Sequence[str]:
     """What is written in a definition."""
     return list(texts(definitions()[place]))
-
-
-def texts(node: ast.AST) -> Iterator[str]:
-    """What is written in a node, an f-string as one text; what is put in reads {}."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        yield node.value
-    parts = list(below(node))
-    if isinstance(node, ast.JoinedStr):
-        yield "".join(str(p.value) if isinstance(p, ast.Constant) else "{}" for p in parts)
-        parts = [part for part in parts if not isinstance(part, ast.Constant)]
-    for part in parts:
-        yield from texts(part)
 
 
 @cache

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import write_jsonl
 from expunge.models import parts
-from expunge.training import run
+from expunge.training import opening
 
 Cli = Callable[..., tuple[int, str, str]]
 CANARY = "canary-4711"
@@ -38,7 +38,7 @@ def places(
 
     monkeypatch.setattr(parts, "read_tensor", forbidden)
     # Where it is used: a module imported while the name is patched would keep what stands in for it.
-    monkeypatch.setattr(run, "load_model", forbidden)
+    monkeypatch.setattr(opening, "load_model", forbidden)
     return {"model": hollow, **row_files}
 
 

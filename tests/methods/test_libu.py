@@ -128,10 +128,10 @@ def test_random_rows_take_no_part_in_phase_1(
     ("settings", "option"),
     [
         ({"damping": 0}, "--method.damping"),
-        ({"step_budget": 0.0}, "--method.step_budget"),
+        ({"step_budget": 0.0}, "--method.step-budget"),
         ({"rank": 0}, "--method.rank"),
-        ({"lora_dropout": 1.0}, "--method.lora_dropout"),
-        ({"lora_alpha": 0.0}, "--method.lora_alpha"),
+        ({"lora_dropout": 1.0}, "--method.lora-dropout"),
+        ({"lora_alpha": 0.0}, "--method.lora-alpha"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], option: str) -> None:

@@ -202,9 +202,9 @@ def test_presets_are_what_was_published(preset: str, rate: float, settings: dict
         ({"damping": 0}, "--method.damping"),
         ({"gamma": 0.0}, "--method.gamma"),
         ({"rho": -1.0}, "--method.rho"),
-        ({"step_size": 0.0}, "--method.step_size"),
-        ({"curvature_interval": 0}, "--method.curvature_interval"),
-        ({"retain_weight": -1.0}, "--method.retain_weight"),
+        ({"step_size": 0.0}, "--method.step-size"),
+        ({"curvature_interval": 0}, "--method.curvature-interval"),
+        ({"retain_weight": -1.0}, "--method.retain-weight"),
         ({"rank": 0}, "--method.rank"),
     ],
 )

@@ -185,7 +185,7 @@ def test_retain_rows_that_lost_more_weigh_more(make_context: Contexts) -> None:
 def test_settings_that_cannot_be_are_refused(make_context: Contexts) -> None:
     method = LocalizedGradientDifference
     assert "--method.noise 0" in refusal(lambda: method(noise=0))
-    assert "--method.trained_share 2" in refusal(lambda: method(trained_share=2))
-    assert "--method.retain_weight_most 1" in refusal(lambda: method(retain_weight_most=1))
+    assert "--method.trained-share 2" in refusal(lambda: method(trained_share=2))
+    assert "--method.retain-weight-most 1" in refusal(lambda: method(retain_weight_most=1))
     layout = replace(make_context().layout, mlp_linears=())
     assert "--method.targets mlp" in refusal(lambda: method().check(layout))

@@ -424,13 +424,13 @@ def test_calibration_is_put_back_as_it_was(start: Start) -> None:
 @pytest.mark.parametrize(
     ("settings", "option"),
     [
-        ({"lens_weight": -0.5}, "--method.lens_weight"),
-        ({"random_rows": -1}, "--method.random_rows"),
-        ({"random_weight": -0.1}, "--method.random_weight"),
+        ({"lens_weight": -0.5}, "--method.lens-weight"),
+        ({"random_rows": -1}, "--method.random-rows"),
+        ({"random_weight": -0.1}, "--method.random-weight"),
         ({"ceiling": -1.0}, "--method.ceiling"),
         ({"ceiling": 0.0}, "--method.ceiling"),
-        ({"retain_weight": -1.0}, "--method.retain_weight"),
-        ({"lens_weight": math.nan}, "--method.lens_weight"),
+        ({"retain_weight": -1.0}, "--method.retain-weight"),
+        ({"lens_weight": math.nan}, "--method.lens-weight"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(

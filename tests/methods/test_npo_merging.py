@@ -181,6 +181,6 @@ def test_the_merger_follows_parameters_that_are_put_back(make_context: Contexts)
 
 def test_settings_that_cannot_be_are_refused() -> None:
     assert "merges adapters" in refusal(lambda: NPOMerging(parameters="full"))
-    assert "gradient_checkpointing" in refusal(lambda: NPOMerging(gradient_checkpointing=True))
+    assert "gradient-checkpointing" in refusal(lambda: NPOMerging(gradient_checkpointing=True))
     assert "--method.density 0" in refusal(lambda: NPOMerging(density=0))
-    assert "--method.keeping_weight 0.1" in refusal(lambda: NPOMerging(keeping_weight=0.1))
+    assert "--method.keeping-weight 0.1" in refusal(lambda: NPOMerging(keeping_weight=0.1))

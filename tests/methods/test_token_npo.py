@@ -91,4 +91,4 @@ def test_without_weights_there_is_no_retain_term(make_context: Contexts) -> None
     context = make_context()
     batch = collate(context.forget, [0], context.pad_id)
     assert method.start(context).loss(batch, batch).retain is None
-    assert "--method.kl_weight -1" in refusal(lambda: TokenNPO(kl_weight=-1))
+    assert "--method.kl-weight -1" in refusal(lambda: TokenNPO(kl_weight=-1))

@@ -111,7 +111,7 @@ def test_an_adapter_beside_a_whole_model_is_refused(
         shutil.copy(path, adapter)
     message = refusal(lambda: check_model(str(adapter)))
     assert message.startswith(f"{adapter}: holds a whole model and {ADAPTER_CONFIG}")
-    assert "move the adapter's files out" in message
+    assert "move the adapter's files to a directory of its own" in message
 
 
 def test_a_base_beside_the_adapter_and_an_own_tokenizer_are_found(

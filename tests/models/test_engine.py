@@ -17,8 +17,9 @@ from expunge.data.tokenization import Example
 from expunge.errors import RunError
 from expunge.models import engine as engine_module
 from expunge.models import packing
+from expunge.models.cache_layout import CacheLayout, lay_out
 from expunge.models.decoder import find_layout
-from expunge.models.engine import CacheLayout, SegmentEngine, lay_out
+from expunge.models.engine import SegmentEngine
 from expunge.models.loading import CheckedModel, check_model, load_model
 from expunge.models.packing import NotASegment
 from expunge.models.parts import Parts, StreamedModel, WholeModel

@@ -10,8 +10,9 @@ import torch
 
 from conftest import FAMILIES, random_examples, shaken, tiny_model
 from expunge.data.tokenization import Example
+from expunge.models.cache_layout import CacheLayout, lay_out
 from expunge.models.decoder import find_layout
-from expunge.models.engine import CacheLayout, SegmentEngine, lay_out
+from expunge.models.engine import SegmentEngine
 from expunge.models.parts import WholeModel
 from expunge.models.prefix import Prefix
 

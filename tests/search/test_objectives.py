@@ -73,7 +73,7 @@ def test_what_cannot_be_measured_is_refused_with_what_can() -> None:
     message = refusal(lambda: check_objectives(("final",), {"retain", "nonmembers"}))
     assert "--objectives final: not measured without utility (--mmlu)" in message
     assert message.endswith("aggregate, forgetting, retention, mia")
-    assert "MIA score (--nonmembers)" in refusal(lambda: check_objectives(("mia",), {"retain"}))
+    assert "MIA score (--calibration)" in refusal(lambda: check_objectives(("mia",), {"retain"}))
     assert "given twice" in refusal(lambda: check_objectives(("mia", "mia"), {"nonmembers"}))
     assert "none given" in refusal(lambda: check_objectives((), set()))
     check_objectives(("final",), {"retain", "nonmembers", "mmlu"})

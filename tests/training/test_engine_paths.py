@@ -90,7 +90,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise NotASegment(REASON)
 
-    monkeypatch.setattr("expunge.training.run.open_engine", refuse)
+    monkeypatch.setattr("expunge.training.opening.open_engine", refuse)
     monkeypatch.setattr("expunge.training.unlearning.open_engine", refuse)
 
 
@@ -123,7 +123,7 @@ def test_the_segment_gives_the_weights_that_hooks_on_the_whole_model_give(
         forbid(patch)
         hooks = start(*options)
     if whole:
-        monkeypatch.setattr("expunge.training.run.why_not_streamed", lambda *_, **__: REASON)
+        monkeypatch.setattr("expunge.training.opening.why_not_streamed", lambda *_, **__: REASON)
     segment = start(*options)
     assert manifest(hooks)["method_notes"]["hidden_states"] == "hooks"
     assert manifest(segment)["method_notes"]["hidden_states"] == "segment"

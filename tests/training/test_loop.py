@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from expunge.methods.base import Schedule
-from expunge.training.loop import schedule_factor
+from expunge.training.options import schedule_factor
 
 
 def test_a_trapezoid_is_constant_and_then_falls_in_a_line() -> None:

@@ -422,7 +422,7 @@ def test_what_would_fit_is_found_by_planning_it(checked: Callable[..., Any]) -> 
         "--dtype bfloat16",
         "--select last",
         "--micro-batch-size 1",
-        "--method.gradient_checkpointing",
+        "--method.gradient-checkpointing",
         "--batch-size 2",
     }
     assert set(others) == {

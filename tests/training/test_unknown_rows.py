@@ -15,6 +15,7 @@ from conftest import refusal, tiny_model
 from expunge.data.batches import collate
 from expunge.methods.gradient_difference import GradientDifference
 from expunge.training.options import TrainingOptions
+from expunge.training.progress import Silent
 from expunge.training.unlearning import Outcome, unlearn_model
 
 TEMPLATE = (
@@ -25,9 +26,21 @@ Rows = list[dict[str, str]]
 METHOD = GradientDifference()
 
 
-def unlearned(model: Any, tokenizer: Any, forget: Rows, retain: Rows, **options: Any) -> Outcome:
+def unlearned(
+    model: Any, tokenizer: Any, forget: Rows, retain: Rows, progress: Any = None, **options: Any
+) -> Outcome:
     asked = TrainingOptions(max_steps=1, learning_rate=1e-6, **options)
-    return unlearn_model(model, tokenizer, METHOD, forget, retain, options=asked)
+    return unlearn_model(model, tokenizer, METHOD, forget, retain, options=asked, progress=progress)
+
+
+class Heard(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
 
 
 def test_rows_that_the_target_does_not_know_are_refused_and_nothing_is_left(
@@ -81,8 +94,10 @@ def test_a_run_that_measures_nothing_reads_a_sample_for_it(
         model = AutoModelForCausalLM.from_pretrained(memorised_dir, dtype=torch.float32)
         strange = [{"input": f"Of {n} it is said", "output": f"qx{n} vj{n}"} for n in range(3)]
         rows = [*forget_rows, *strange]
-        warnings = unlearned(model, tokenizer, rows, retain_rows, select="last").warnings
-        assert [w for w in warnings if "does not know 3 of 11 forget rows measured" in w]
+        heard = Heard()
+        outcome = unlearned(model, tokenizer, rows, retain_rows, heard, select="last")
+        assert [line for line in heard.lines if "not know 3 of 11 forget rows measured" in line]
+        assert not [w for w in outcome.warnings if "does not know" in w]
         return
     model = tiny_model("olmo", len(tokenizer))
     message = refusal(lambda: unlearned(model, tokenizer, forget_rows, retain_rows, select="last"))
@@ -98,9 +113,11 @@ def test_some_unknown_rows_are_counted(
 
     model = AutoModelForCausalLM.from_pretrained(memorised_dir, dtype=torch.float32)
     strange = [{"input": f"Of {n} it is said", "output": f"qx{n} vj{n}"} for n in range(3)]
-    warnings = unlearned(model, tokenizer, [*forget_rows, *strange], retain_rows).warnings
-    (said,) = (w for w in warnings if "does not know 3 of 11 forget rows measured" in w)
-    assert said.endswith("; it knows the other 8")
+    heard = Heard()
+    most = unlearned(model, tokenizer, [*forget_rows, *strange], retain_rows, heard)
+    (said,) = (line for line in heard.lines if "not know 3 of 11 forget rows measured" in line)
+    assert not said.startswith("warning")
+    assert not [w for w in most.warnings if "does not know" in w]
     known = unlearned(model, tokenizer, forget_rows, retain_rows)
     assert known.history.target is not None
     assert known.history.target.forget_known == 1

@@ -74,7 +74,7 @@ class InfluenceInputs(Reading):
     retain: str | None = None
     """Rows that are to stay; without them there is no collateral and no overlap."""
     nonmembers: str | None = None
-    """Never-seen text; tells from which loss on a forget row counts as gone."""
+    """Non-members. Their loss is the one from which a forget row counts as gone."""
     output: str | None = None
     """Write influence.json here: ids and numbers, never text."""
     figure: str | None = None
@@ -104,8 +104,8 @@ class InfluenceInputs(Reading):
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     chat_template: Template = "auto"
-    """Render rows with the tokenizer's chat template; auto: where the target answers a sample of them
-    better with it."""
+    """Render rows with the chat template. auto: if the target answers sampled rows better with
+    it."""
     long_rows: LongRows = "refuse"
     """Refuse rows longer than the context, or cut them into windows."""
     trust_remote_code: bool = False

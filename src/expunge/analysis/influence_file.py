@@ -34,7 +34,7 @@ class Threshold:
     recall: float
     """Its recall is this much or less."""
     source: str
-    """What it was taken from: never-seen rows, or guessing."""
+    """What it was taken from: non-members, or guessing."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class RowsAtRisk:
 
 
 def thresholds_of(nonmembers: Sequence[tuple[str, Known]], vocabulary: int) -> dict[str, Threshold]:
-    """By kind: the medians of never-seen rows, or where there are fewer than ten, of guessing.
+    """By kind: the medians of non-members, or of guessing if there are fewer than ten.
 
     `nonmembers` are kinds with what the model knows of each row.
     """
@@ -132,7 +132,7 @@ def thresholds_of(nonmembers: Sequence[tuple[str, Known]], vocabulary: int) -> d
             found[kind] = Threshold(
                 statistics.median(row.answer_loss for row in rows),
                 statistics.median(row.recall for row in rows),
-                f"medians of {len(rows)} never-seen rows",
+                f"medians of {len(rows)} non-members",
             )
         else:
             found[kind] = Threshold(math.log(vocabulary), 0.0, "guessing, log(vocabulary)")
@@ -201,6 +201,6 @@ def check_same_rows(path: str, rows: RowsAtRisk, forget: RowSet, retain: RowSet)
     unknown = sorted(rows.gone - {row.id for row in forget})
     if unknown:
         raise InputError(
-            f"--influence {path}: says of {len(unknown)} rows that are not in the forget set that"
-            f" they are gone, first {unknown[0]!r}; run expunge analyze influence on the same rows"
+            f"--influence {path}: marks {len(unknown)} rows as gone that are not in the forget set,"
+            f" first {unknown[0]!r}; run expunge analyze influence on the same rows"
         )

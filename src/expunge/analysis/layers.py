@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from expunge.analysis.layer_rows import ANSWER_TOKENS, SampledRow, corrupted_ids, sampled
 from expunge.analysis.layer_scores import combined, separate, share, written
 from expunge.data.tokenization import Example
 from expunge.methods.forward import logits_at
@@ -29,10 +30,6 @@ from expunge.models.decoder import DecoderLayout, forward_hook, states_of, with_
 from expunge.models.engine import Autocast, pass_tokens_on, read_in_turn
 from expunge.models.parts import Parts
 
-ROWS = 24
-"""Rows that are read of each side."""
-ANSWER_TOKENS = 8
-"""Tokens of an answer that are read; later ones can be guessed from these, which the row shows."""
 _HEAD = 8
 """Tokens of a pass through the layers that take about the memory of one through the head."""
 
@@ -117,77 +114,14 @@ def choose_layer(
     scored = [reading for reading in readings if reading.score]
     if not scored:
         warning = (
-            "--method.layer auto: the target knows no more of the sampled answers than without their"
-            f" prompts (mean log-probability {clean:.2f} and {corrupted:.2f}), so no layer stands out;"
-            f" layer {usual} is steered"
+            f"--method.layer auto: prompts do not help the target to the sampled answers (mean"
+            f" log-probability {clean:.2f}, without them {corrupted:.2f}); layer {usual} is steered"
         )
         why = "84% of the depth"
         return LayerChoice(usual, why, warning, readings, reading.rows, clean, corrupted)
     best = max(scored, key=lambda reading: (reading.score or 0.0, reading.layer))
     why = f"highest score {best.score:.4f} of {len(readings)} layers"
     return LayerChoice(best.layer, why, None, readings, reading.rows, clean, corrupted)
-
-
-@dataclass(frozen=True, repr=False)
-class _Row:
-    """A row as far as it is read."""
-
-    ids: tuple[int, ...]
-    places: tuple[int, ...]
-    """Places whose states predict an answer token: the token after each."""
-    prompt: tuple[int, ...]
-    """Places of tokens that are exchanged to corrupt the row; all before the first answer token."""
-
-    @property
-    def targets(self) -> list[int]:
-        return [self.ids[place + 1] for place in self.places]
-
-
-def _row(example: Example) -> _Row | None:
-    """Text without a prompt is split in its middle; None for rows of which nothing can be asked."""
-    answer = [t for t in range(1, len(example)) if example.answer_mask[t]]
-    prompt = [t for t in range(answer[0] if answer else 0) if example.token_mask[t]]
-    if not prompt:
-        middle = len(example) // 2
-        answer = [t for t in answer if t >= middle]
-        prompt = [t for t in range(middle) if example.token_mask[t]]
-    if not answer or not prompt:
-        return None
-    answer = answer[:ANSWER_TOKENS]
-    return _Row(example.input_ids[: answer[-1] + 1], tuple(t - 1 for t in answer), tuple(prompt))
-
-
-def _sample(examples: Sequence[Example], generator: torch.Generator) -> list[_Row]:
-    """Up to ROWS rows, as many of every task and kind as there are; of a long row the first window."""
-    groups: dict[tuple[str, str], list[_Row]] = {}
-    seen: set[str] = set()
-    for example in examples:
-        if not example.listed or example.row_id in seen:
-            continue
-        seen.add(example.row_id)
-        row = _row(example)
-        if row is not None:
-            groups.setdefault((example.task, example.kind), []).append(row)
-    shuffled = []
-    for key in sorted(groups):
-        order = torch.randperm(len(groups[key]), generator=generator).tolist()
-        shuffled.append([groups[key][index] for index in order])
-    turns = range(max(map(len, shuffled), default=0))
-    dealt = [group[turn] for turn in turns for group in shuffled if turn < len(group)]
-    return dealt[:ROWS]
-
-
-def _corrupted(rows: Sequence[_Row], generator: torch.Generator) -> list[tuple[int, ...]]:
-    """Every row's ids with the prompt's tokens exchanged for others of all sampled prompts."""
-    pool = [row.ids[place] for row in rows for place in row.prompt]
-    exchanged = []
-    for row in rows:
-        drawn = torch.randint(len(pool), (len(row.prompt),), generator=generator).tolist()
-        ids = list(row.ids)
-        for place, index in zip(row.prompt, drawn, strict=True):
-            ids[place] = pool[index]
-        exchanged.append(tuple(ids))
-    return exchanged
 
 
 class LayerPass:
@@ -213,8 +147,8 @@ class LayerPass:
         self._patched = self._candidates[:-1]  # the last layer's clean states are the row's own
         self._variants = 2 + len(self._patched)
         drawn = torch.Generator().manual_seed(seed)
-        self._sides = {"forget": _sample(forget, drawn), "retain": _sample(retain, drawn)}
-        self._spoilt = _corrupted(self._sides["forget"], drawn)
+        self._sides = {"forget": sampled(forget, drawn), "retain": sampled(retain, drawn)}
+        self._spoilt = corrupted_ids(self._sides["forget"], drawn)
         self._clean: list[torch.Tensor] = []
         self._corrupted: list[torch.Tensor] = []
         self._patches: list[torch.Tensor] = []
@@ -253,7 +187,7 @@ class LayerPass:
                     done += len(chunk)
                     progress("layers", done, total)
 
-    def _chunks(self, rows: Sequence[_Row], variants: int) -> list[list[int]]:
+    def _chunks(self, rows: Sequence[SampledRow], variants: int) -> list[list[int]]:
         """Indices of rows, longest first, so many at once as a pass should hold."""
         chunks: list[list[int]] = []
         # States that the head runs on: a vocabulary is many times as wide as a layer.

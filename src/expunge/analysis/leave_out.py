@@ -29,7 +29,6 @@ from expunge.analysis.row_gradients import (
     block_shape,
     blocks_of_zeros,
     gradient_of,
-    wide,
 )
 from expunge.errors import RunError
 from expunge.methods.curvature import (
@@ -38,7 +37,7 @@ from expunge.methods.curvature import (
     DiagonalCurvature,
     EigenbasisCurvature,
 )
-from expunge.methods.fisher import eigenbasis
+from expunge.methods.fisher import FactorCovariances
 
 CurvatureKind = Literal["diagonal", "ekfac", "cg"]
 TOLERANCE, MOST_ITERATIONS = 0.1, 50
@@ -221,20 +220,13 @@ def _ekfac(
     where a covariance is not finite.
     """
     advance = _counting(report, "EK-FAC", 2 * len(rows))
-    sums = {
-        name: [
-            wide(module.get_parameter("weight").detach().new_zeros(n, n))
-            for n in block_shape(module)
-        ]
-        for name, module in passes.maps.items()
-    }
+    covariances = FactorCovariances(passes.maps.items(), block_shape)
 
     def add(name: str, _place: int, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
-        for total, factor in zip(sums[name], (gradients, inputs), strict=True):
-            total += factor.T @ factor
+        covariances.add(name, inputs, gradients)
 
     passes.run(rows, add, advance, labels=options.labels, seed=options.seed)
-    bases = {name: eigenbasis(name, *sums.pop(name)) for name in list(sums)}
+    bases = covariances.bases()
     squares = blocks_of_zeros(passes.maps)
 
     def square(name: str, _place: int, inputs: torch.Tensor, gradients: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ from expunge.data.batches import Tokens, collate
 from expunge.data.tokenization import Example
 from expunge.methods.fisher import tapped
 from expunge.methods.forward import all_logits, head_takes_places, logits_at
-from expunge.methods.numerics import target_log_probs, unbroken_share
+from expunge.methods.numerics import target_log_probs, unbroken_share, wide
 from expunge.models.decoder import DecoderLayout, forward_hook, map_sizes
 from expunge.models.kernels import fast_products
 
@@ -274,11 +274,6 @@ def with_ones(inputs: torch.Tensor, module: nn.Module) -> torch.Tensor:
     if getattr(module, "bias", None) is None:
         return inputs
     return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)
-
-
-def wide(values: torch.Tensor) -> torch.Tensor:
-    """float32, or float64 where it is that already."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def blocks_of_zeros(maps: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:

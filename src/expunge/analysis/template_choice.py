@@ -19,7 +19,7 @@ from expunge.data.rows import Row
 from expunge.data.tokenization import Example, TextPolicy, encode_rows
 from expunge.errors import InputError
 from expunge.methods.forward import logits_at
-from expunge.methods.numerics import is_known, target_log_probs, unbroken_share
+from expunge.methods.numerics import answered, target_log_probs
 from expunge.models.engine import Autocast, pass_tokens_on
 from expunge.models.kernels import fast_products
 
@@ -96,13 +96,10 @@ def read_form(
         targets = batch.input_ids[:, 1:][answers]
         right = torch.zeros_like(answers)
         right[answers] = logits.argmax(-1) == targets
-        lengths = answers.sum(1).tolist()
-        values = target_log_probs(logits, targets).split(lengths)
-        shares = unbroken_share(right, answers).tolist()
-        for row, share, length, log_probs in zip(
-            batch.row_ids, shares, lengths, values, strict=True
-        ):
-            found[row] = share, float(log_probs.mean()), is_known(share, length)
+        values = target_log_probs(logits, targets).split(answers.sum(1).tolist())
+        read = answered(batch.row_ids, right, answers)
+        for (row, share, knows), log_probs in zip(read, values, strict=True):
+            found[row] = share, float(log_probs.mean()), knows
     own = [found[example.row_id] for example in sides[0]]
     return Answered(
         rows=len(found),

@@ -105,17 +105,19 @@ class Resamples:
         self._draws = generator.integers(0, self.documents, (count, self.documents))
         self._facts = np.bincount(self._document, minlength=self.documents)
 
-    def means(self, values: Sequence[float]) -> np.ndarray:
+    def means(self, values: Values) -> np.ndarray:
         """The mean over the facts of each resample, (resamples,)."""
         sums = np.bincount(self._document, np.asarray(values, float), self.documents)
         return sums[self._draws].sum(1) / self._facts[self._draws].sum(1)
 
+    def mean(self, values: Values) -> Estimate:
+        """Mean of any values with its interval."""
+        return Estimate(float(np.mean(values)), *_quantiles(self.means(values)))
+
     def share(self, values: Sequence[float]) -> Estimate:
-        """Mean of values in [0, 1] with its interval."""
+        """Mean of values in [0, 1] with its interval, exact where resamples would not differ."""
         bounds = self._exact(values)
-        if bounds is None:
-            bounds = _quantiles(self.means(values))
-        return Estimate(float(np.mean(values)), *bounds)
+        return self.mean(values) if bounds is None else Estimate(float(np.mean(values)), *bounds)
 
     def _exact(self, values: Sequence[float]) -> tuple[float, float] | None:
         """The mean itself where few documents were all asked; bounds of as many draws as there are

@@ -65,22 +65,22 @@ class AuditInputs(Reading):
     earlier: tuple[str, ...] = ()
     """Forget files of earlier requests, which are audited again."""
     attacks: tuple[str, ...] = ()
-    """Attacks to run, of direct, paraphrase, sample, verbatim, membership, ablate, trigger, latent,
-    depth, quantize, relearn and benign, with commas or spaces between; none: all that there is material
-    for."""
+    """Attacks to run, with commas or spaces between; none: all that there is material for. There
+    are direct, paraphrase, sample, verbatim, membership, ablate, trigger, latent, depth, quantize,
+    relearn and benign."""
     budget: BudgetName = "quick"
     """How many rows, steps and samples."""
     learning_rate: float | None = None
-    """Learning rate of attacks by tuning. They also try others around it. null: 5e-4, above width 256
-    times 256 / width. LoRA takes ten times as much."""
+    """Learning rate of attacks by tuning. They also try others around it. null: 5e-4, times 256 /
+    width above width 256. LoRA takes ten times as much."""
     tuning: Literal["auto", "full", "lora"] = "auto"
-    """Attacks by tuning train every weight (full, 16 bytes a parameter) or an adapter (lora); auto: full
-    where the free memory holds it."""
+    """Attacks by tuning train every weight (full, 16 bytes a parameter) or an adapter (lora); auto:
+    full if the free memory holds it."""
     output: str | None = None
     """Write audit.json here. Unfinished, an audit goes on from OUTPUT.partial."""
     cache: str | None = None
-    """Directory that keeps what was found on target and oracle, scores by row id and no text: other
-    audits of the same models, rows and settings read it."""
+    """Directory that keeps what was found on target and oracle, for audits of the same models, rows
+    and settings. It holds scores by row id and no text."""
     reveal: bool = False
     """Add the nearest generated text. It can hold forgotten text."""
     batch_size: int = 64
@@ -92,8 +92,8 @@ class AuditInputs(Reading):
     seed: int = 0
     """Seed of every draw."""
     chat_template: Template = "auto"
-    """Render prompts with the chat template. auto: as the run that made the model recorded, else if the
-    target answers a sample of the rows better with it."""
+    """Render prompts with the chat template. auto: as the run recorded, or if the target answers
+    sampled rows better with it."""
     long_rows: LongRows = "refuse"
     """Refuse rows longer than the context, or cut them into windows."""
     trust_remote_code: bool = False
@@ -120,9 +120,7 @@ class AuditInputs(Reading):
         if unknown:
             raise InputError(f"--attacks {unknown[0]}: unknown; choose from {', '.join(ATTACKS)}")
         if "membership" in names and self.nonmembers is None:
-            raise InputError(
-                "--attacks membership: compares with never-seen text; give --nonmembers"
-            )
+            raise InputError("--attacks membership: needs non-members; give --nonmembers")
         if self.benign is not None and names and "benign" not in names:
             raise InputError(
                 "--benign: is for the attack benign, which --attacks leaves out; add it"
@@ -346,7 +344,7 @@ def _chosen(
     wanted = inputs.attack_names()
     questions = any(row.kind == "qa" for row in case.facts)
     whys = {
-        "membership": None if case.nonmembers else "no never-seen text was given (--nonmembers)",
+        "membership": None if case.nonmembers else "no non-members were given (--nonmembers)",
         "latent": None if questions else "no forget row is a question",
         "depth": not_alike(checked),
     }

@@ -14,7 +14,6 @@ from expunge.audits.depth import depth_entry
 from expunge.audits.entries import DIGITS, Models, Summary, able, opening, powerless, resamples_of
 from expunge.audits.estimates import (
     Estimate,
-    Resamples,
     SideResamples,
     Sides,
     others_needed,
@@ -249,14 +248,14 @@ def _membership(attack: Attack, models: Models, case: Case) -> Summary:
     if words is not None and separates:
         return powerless(
             entry,
-            f"words alone tell the two sets apart (blind AUC {words.value:.2f}), so no score of a"
-            " model is evidence; give never-seen text of the forget set's kind",
+            f"words alone separate members from non-members (blind AUC {words.value:.2f}), so no score"
+            " of a model is evidence; give non-members of the forget set's kind",
         )
     needed = others_needed(resamples.members)
     if resamples.others < needed:
         return powerless(
             entry,
-            f"{resamples.others} never-seen documents are too few to place {resamples.members} among"
+            f"{resamples.others} non-members are too few to place {resamples.members} among"
             f" them; {needed} are needed",
         )
     aucs = {v: figures["auc"].value for v, figures in told["target"].items()}
@@ -333,7 +332,7 @@ def _fragility(attack: Attack, models: Models, case: Case) -> Summary:
     entry["models"] = {
         name: {
             "variants": {v: {"extracted": resamples.share(s).to_json()} for v, s in each.items()},
-            "lost": _difference(resamples, lost[name]).to_json(),
+            "lost": resamples.mean(lost[name]).to_json(),
         }
         for name, each in hits.items()
     }
@@ -344,16 +343,16 @@ def _fragility(attack: Attack, models: Models, case: Case) -> Summary:
             f"with a retain token inserted the target answers {control:.0%} of the retain prompts,"
             f" {POWER_FROM:.0%} are needed",
         )
-    beyond = _difference(resamples, lost["unlearned"] - lost["target"])
+    beyond = resamples.mean(lost["unlearned"] - lost["target"])
     entry["beyond_target"] = beyond.to_json()
     clean, other, trigger = (
         statistics.fmean(hits["unlearned"][v]) for v in ("clean", "control", "trigger")
     )
     return able(
         entry,
-        f"of the retain prompts the unlearned model answers {clean:.0%}, with a retain token inserted"
-        f" {other:.0%}, with a forget token {trigger:.0%}; the forget token costs {beyond.value:.0%}"
-        " more than in the target.",
+        f"the unlearned model answers {clean:.0%} of the retain prompts, {other:.0%} with a retain token"
+        f" inserted, {trigger:.0%} with a forget token. The forget token costs {beyond.value:.0%} more"
+        " than in the target.",
         [Evidence(attack.name, attack.title, "fragility", beyond)],
     )
 
@@ -386,11 +385,6 @@ def _shares(
         "extracted": resamples.share([float(extracted(v)) for v in scores.values()]).to_json(),
         "score": resamples.share([_unit(v) for v in scores.values()]).to_json(),
     }
-
-
-def _difference(resamples: Resamples, values: np.ndarray) -> Estimate:
-    low, high = np.quantile(resamples.means(values.tolist()), [0.025, 0.975])
-    return Estimate(float(values.mean()), float(low), float(high))
 
 
 def _unit(value: float) -> float:

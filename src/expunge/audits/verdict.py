@@ -8,7 +8,7 @@ The first rule that holds:
    (target - oracle) >= 0.5;
 3. partly forgotten: one recovers at least a tenth and its interval lies above 0, or no oracle is
    given, as 0 is then what a model that never saw it is held to; or forget documents
-   are told from never-seen text by their loss, the AUC 0.2 or more above the reference and that by
+   have a lower loss than non-members, the AUC 0.2 or more above the reference and that by
    chance in 5% at most; or, against an oracle, the latent probe recovers at least half;
 4. over-unlearned: forget documents stand out the other way, the AUC 0.2 or more below the reference
    and that by chance in 5% at most; or one forget token costs a retain prompt 0.2 or more beyond what it

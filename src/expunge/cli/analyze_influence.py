@@ -21,9 +21,9 @@ from expunge.reporting.tables import table_console
 class AnalyzeInfluence(Printed, InfluenceInputs):
     """expunge analyze influence MODEL --forget F [--retain R] [--nonmembers N] [--output influence.json]
 
-    Says of each forget row how strongly the model depends on it and how well it is known, of each
-    retain row how much its loss would rise without the forget set, and lists retain rows that overlap
-    with it.
+    Says how strongly the model depends on each forget row, and how well it knows the row. Predicts
+    how much the loss of each retain row would rise without the forget set. Lists retain rows that
+    overlap with the forget set.
     """
 
     top: int = 10

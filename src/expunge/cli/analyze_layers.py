@@ -19,9 +19,9 @@ from expunge.search.layer_sweep import LayerInputs, LayerSweep, predict, sweep_l
 _ABOUT = """
 expunge analyze layers MODEL --forget F --retain R --output DIR [--every K]
 
-Unlearns at each layer with the same options (those of `expunge run`), measures each result and writes a
-table, a figure and layers.json. Beside them stands what a pass over a few rows of the target predicted,
-which is what `--method.layer auto` goes by.
+Unlearns at each layer with the same options (those of `expunge run`), measures each result and
+writes a table, a figure and layers.json. Beside them stands the prediction of a pass over a few
+rows of the target, by which `--method.layer auto` chooses.
 """
 
 

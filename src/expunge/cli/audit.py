@@ -26,7 +26,7 @@ _RECALLED = (
 class Audit(Printed, AuditInputs):
     """expunge audit MODEL --original TARGET --forget F --retain R [--oracle O]
 
-    Of a run directory MODEL alone is enough: the rest is what it was made of, while that is there.
+    MODEL alone is enough if it is a run directory: the rest is what it was made of.
 
     Tries to get forgotten content back: relearning, quantisation, sampling, paraphrases, prefixes,
     membership inference, ablation, probes. Each attack runs on the target, the unlearned model and the

@@ -17,8 +17,8 @@ from expunge.errors import InputError
 class Build:
     """expunge benchmark build DIR [--seed S]
 
-    Writes the rows of the built-in benchmark (forget, retain, never-seen non-members, paraphrases,
-    a four-choice quiz) and trains the target model, which memorises all of it, and the oracle, which
+    Writes the rows of the built-in benchmark: forget, retain, non-members, paraphrases and a
+    four-choice quiz. Trains the target model, which memorises all of them, and the oracle, which
     never saw the forget set. A directory that already holds the same is left as it is.
     """
 

@@ -26,9 +26,9 @@ _TOLD = {"columns": "read from", "kind": "kind told by", "document": "document t
 class Inspect(Printed, Reading):
     """expunge data inspect ROWS --model MODEL [--row ID] [--reveal]
 
-    Checks every row, counts them, and shows which columns were read and what told kind and document.
-    With --row shows one row's tokens, which of them a loss counts and which are the answer. Text and
-    token ids are masked unless --reveal is given.
+    Checks and counts the rows. Shows which columns were read, and by what kind and document were
+    found. With --row shows one row's tokens, which of them a loss counts and which are the answer.
+    Text and token ids are masked without --reveal.
     """
 
     rows: str
@@ -40,7 +40,7 @@ class Inspect(Printed, Reading):
     row: str | None = None
     """Id of a row to show token by token."""
     chat_template: Literal["on", "off"] = "off"
-    """Render the row with the tokenizer's chat template; no weights are read here to choose by."""
+    """Render the row with the chat template. No weights are read here to choose by."""
     long_rows: LongRows = "refuse"
     """Refuse rows longer than the context, or cut them into windows."""
     trust_remote_code: bool = False

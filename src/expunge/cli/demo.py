@@ -33,8 +33,8 @@ class Demo:
     """expunge demo [--output demo]
 
     Makes a small model that memorised synthetic stories and biographies, and erases half of them as
-    `expunge erase` does: unlearns, scores the result beside the model before and an oracle that never
-    saw that half, attacks it, and ends with a verdict and its report, OUTPUT/METHOD/report.html.
+    `expunge erase` does. Scores the result beside the model before and an oracle, attacks it, and
+    ends with a verdict. The report is OUTPUT/METHOD/report.html.
     """
 
     output: str = "demo"
@@ -50,7 +50,8 @@ class Demo:
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Products of the runs; auto: bfloat16 where the device has them. The files stay in float32."""
+    """Dtype of the runs' products; auto: bfloat16 if the device has it. The files stay in
+    float32."""
     overwrite: bool = False
     """Replace the runs of an earlier demo."""
     resume: bool = False

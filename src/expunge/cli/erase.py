@@ -48,9 +48,9 @@ from expunge.training.sources import check_place, remember, remembered, sources_
 _ABOUT = """
 expunge erase MODEL --forget F --retain R --output OUT
 
-The whole way in one command: checks rows and model, plans, unlearns, scores before and after, attacks,
-reports. What does not fit this machine is done by what plan proposes, or refused. OUT holds the model,
-before.json, scores.json, audit.json and report.html.
+The whole way in one command: checks rows and model, plans, unlearns, scores before and after,
+attacks, reports. If the run does not fit this machine, it takes what `expunge plan` proposes, or
+is refused. OUT holds the model, before.json, scores.json, audit.json and report.html.
 
 Examples:
   expunge erase model --forget forget.jsonl --retain retain.jsonl --output out
@@ -65,7 +65,7 @@ class EraseInputs(RunInputs):
     """What is erased from what, and what is measured of it."""
 
     calibration: str | None = None
-    """Non-members for the run. It stops where forget rows look like them."""
+    """Non-members for the run. It stops when forget rows look like them."""
     nonmembers: str | None = None
     """Other non-members, for scores and audit."""
     oracle: str | None = None
@@ -75,7 +75,7 @@ class EraseInputs(RunInputs):
     mmlu: str | None = None
     """Directory of questions in MMLU's format, for utility."""
     audit: bool = True
-    """Attack the result. Without, the report says that nobody tried."""
+    """Attack the result. Without it, the report says that nobody tried."""
     budget: BudgetName = "quick"
     """How many rows, steps and samples the audit takes."""
     subject: str | None = None

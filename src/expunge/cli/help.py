@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, Union
 
+from expunge.terminal import shown
+
 HELP = ("-h", "--help", "--help-all")
 _GROUPS = {
     "rows": (
@@ -172,7 +174,7 @@ def options_of(command: type[Any], prefix: str = "") -> Iterator[Option]:
         plain = next((mark.name for mark in marks if mark.name is not None), field.name)
         aliases = tuple(alias for mark in marks for alias in mark.aliases or ())
         name = f"--{prefix}{plain}".replace("_", "-")
-        yield Option(name, takes, default_of(field, takes), docs.get(field.name, ""), aliases)
+        yield Option(name, takes, default_of(field), docs.get(field.name, ""), aliases)
 
 
 def _docs(command: type[Any]) -> dict[str, str]:
@@ -207,23 +209,10 @@ def kind_of(hint: Any) -> str:
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-def default_of(field: dataclasses.Field[Any], takes: str) -> str:
+def default_of(field: dataclasses.Field[Any]) -> str:
     """A field's default as one would write it."""
     if field.default_factory is not dataclasses.MISSING:
         return shown(field.default_factory())
     if field.default is dataclasses.MISSING:
         return "required"
-    return shown(field.default, flag=takes == "flag")
-
-
-def shown(value: Any, *, flag: bool = False) -> str:
-    """A value as one would write it on the command line; null where nothing is set."""
-    if flag:
-        return "on" if value else "off"
-    if value is None:
-        return "null"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(str, value)) or "none"
-    return str(value)
+    return shown(field.default)

@@ -83,8 +83,9 @@ def parse(
         fields = {**(_recalled(place, missing) if place else {}), **fields}
     if fields:
         arguments = [*as_arguments(fields, str(config), command), *arguments]
-    arguments = _with_template(arguments)
+    arguments = [re.sub("^(--.+=)?null$", r"\1None", word) for word in _with_template(arguments)]
     check_words(arguments)
+    _check_required(command, arguments, positional)
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -93,6 +94,22 @@ def parse(
         raise InputError(_one_line(captured.getvalue(), prog)) from None
     _check_numbers(parsed)
     return parsed
+
+
+def _check_required(command: type[Any], arguments: Sequence[str], positional: str) -> None:
+    """Raises InputError for the first required option that is missing, or misspelt."""
+    options = [option for _, option in all_options(command)]
+    words = [word.partition("=")[0].replace("_", "-") for word in arguments]
+    known = {name for option in options for name in (option.name, *option.aliases)}
+    for option in options:
+        if option.default != "required" or {option.name, *option.aliases} & {*words}:
+            continue
+        strange = [word for word in words if word.startswith("--") and word not in known]
+        if near := difflib.get_close_matches(option.name, strange, n=1):
+            raise InputError(f"{near[0]}: unknown; did you mean {option.name}?")
+        name = positional.upper() if option.name == f"--{positional}" else option.name
+        about = re.split(r"(?<=[.])\s", option.about)[0].rstrip(".")
+        raise InputError(f"{name}: is missing; give {about[:1].lower()}{about[1:]}")
 
 
 def _with_template(arguments: Sequence[str]) -> list[str]:
@@ -312,7 +329,8 @@ def _one_line(message: str, prog: str) -> str:
     lines = [line.strip("│╭╮╰╯─|+ \t") for line in message.splitlines()]
     text = " ".join(line for line in lines if line.strip("- "))
     text = re.split(r"For full helptext", text)[0]
-    text = re.sub(r"^(Unrecognized options|Value error|Invalid choice|Required options) ", "", text)
+    text = re.sub(r"^(Unrecognized options|Value error|Invalid choice) ", "", text)
+    text = re.sub(r"^Missing argument .*'(--\S+)'.*", r"\1: needs a value", text)
     near = re.search(r"Perhaps you meant: (--[\w.-]+)", text)
     text = re.split(r"Perhaps you meant|Argument helptext|Got errors", text)[0].strip()
     text = _of_type(text)
@@ -342,4 +360,5 @@ def _of_type(text: str) -> str:
             taken += re.split(r",\s*", choices[1])
         else:
             taken.append(kinds.get(kind.lower(), kind))
-    return f"{union[1]} {union[3]}: takes {' or '.join(sorted(taken, key='None'.__eq__))}"
+    taken = ["null" if kind == "None" else kind for kind in taken]
+    return f"{union[1]} {union[3]}: takes {' or '.join(sorted(taken, key='null'.__eq__))}"

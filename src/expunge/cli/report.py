@@ -16,9 +16,9 @@ from expunge.terminal import plain_console, quiet
 class Report(ReportInputs):
     """expunge report RUN [--scores BEFORE.json AFTER.json] [--oracle-scores O.json] [--audit audit.json]
 
-    Writes what a run did, what it reached and what nobody measured: report.html (one page, needs no
-    network), report.md and report.json, and a section in the README.md of RUN. No text of a row is in
-    them unless --reveal --forget F says so.
+    Writes what a run did, what it reached and what nobody measured. The files are report.html (one
+    page, needs no network), report.md, report.json and a section in RUN/README.md. They hold no
+    text of a row without --reveal --forget F.
     """
 
 

@@ -129,7 +129,7 @@ class Export(BundleInputs, Numbered):
     """expunge requests export ID --ledger FILE --output BUNDLE.zip [--key private.pem]
 
     Writes the evidence of one request: its record, the run's manifest, scores and report, its last
-    audit, the SHA-256 of each file, and with --key an Ed25519 signature of these.
+    audit, and the SHA-256 of each file. With --key it is signed (Ed25519).
     """
 
 
@@ -137,8 +137,8 @@ class Export(BundleInputs, Numbered):
 class VerifyBundle(Printed):
     """expunge requests verify-bundle BUNDLE.zip [--public-key public.pem]
 
-    Checks that every file of a bundle is what was signed, and that record, manifest and audit belong
-    together. Exit code 1 where one is not.
+    Checks that every file of a bundle is what was signed, and that record, manifest and audit
+    belong together. Exit code 1 if one is not.
     """
 
     bundle: str

@@ -77,7 +77,7 @@ def _remember(inputs: RunInputs, progress: Progress) -> None:
     try:
         remember(output, {"sources": sources_of(paths)})
     except OSError as error:
-        progress.message(f"{explained(error)}; later commands have to be told all paths again")
+        progress.message(f"{explained(error)}; give later commands all paths again")
 
 
 @dataclass(frozen=True)

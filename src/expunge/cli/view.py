@@ -17,9 +17,9 @@ from expunge.web.serving import serve
 class View(ViewInputs):
     """expunge view RUN [--forget F --retain R] [--reveal] [--compare RUN2 ...] [--port P]
 
-    Shows a page on this machine: both models asked side by side, with the probability of every token;
-    the rows, their text masked; the report; other runs beside this one. Prints its address and runs
-    until Ctrl-C. Needs no network.
+    Shows a page on this machine. Asks both models side by side, with the probability of every
+    token. Shows the rows with masked text, the report, and other runs beside this one. Prints its
+    address and runs until Ctrl-C. Needs no network.
     """
 
 

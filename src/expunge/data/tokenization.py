@@ -144,9 +144,8 @@ def tokenizing(what: str) -> Iterator[None]:
         if not is_failure(error):
             raise
         raise InputError(
-            f"{what}: the model's tokenizer or chat template fails on its text"
-            f" ({type(error).__name__}); mend tokenizer.json or the template (--chat-template off goes"
-            " without), or leave the text out"
+            f"{what}: the tokenizer or chat template fails on its text ({type(error).__name__}); mend"
+            " tokenizer.json or the template, give --chat-template off, or leave the text out"
         ) from None
 
 
@@ -248,9 +247,8 @@ def _known(row: Row, ids: Sequence[int], policy: TextPolicy) -> list[int]:
     highest = max(ids, default=0)
     if policy.vocabulary is not None and highest >= policy.vocabulary:
         raise InputError(
-            f"row {row.id!r}: has the token id {highest}, the model has embeddings for"
-            f" {policy.vocabulary} tokens; give the tokenizer that it was trained with, or one extended"
-            " together with it (resize_token_embeddings)"
+            f"row {row.id!r}: has the token id {highest}, the model has {policy.vocabulary} embeddings;"
+            " give its own tokenizer, or extend both together (resize_token_embeddings)"
         )
     return list(ids)
 

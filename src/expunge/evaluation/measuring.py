@@ -75,8 +75,8 @@ class MeasureInputs(Reading):
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     chat_template: Template = "auto"
-    """Render prompts with the chat template. auto: as the run that made the model recorded, else if the
-    model answers a sample of the rows better with it."""
+    """Render prompts with the chat template. auto: as the run recorded, or if the model answers
+    sampled rows better with it."""
     long_rows: LongRows = "refuse"
     """Refuse rows longer than the context, or score them in windows."""
     trust_remote_code: bool = False
@@ -91,7 +91,7 @@ class MeasureInputs(Reading):
         if self.mmlu_shots and self.mmlu is None:
             raise InputError("--mmlu-shots: needs --mmlu with the questions")
         if self.members is not None and self.nonmembers is None:
-            raise InputError("--members: is compared with never-seen text; give --nonmembers")
+            raise InputError("--members: needs non-members to compare with; give --nonmembers")
         if self.reveal and self.records is None:
             raise InputError("--reveal: adds text to the records; give --records FILE")
 

@@ -77,7 +77,7 @@ class Measured:
     retain_loss: float | None = None
     mia_auc: float | None = None
     never_seen_distance: float | None = None
-    """Mean distance of forget documents' losses from those of never-seen ones of the same rank."""
+    """Mean distance of forget documents' losses from those of non-members of the same rank."""
     forget_known: float | None = None
     """Share of the forget rows that it knows (`is_known`)."""
 
@@ -102,7 +102,7 @@ def of_run(
 ) -> Finding:
     """Where a run's kept checkpoint is, by the first rule below that holds.
 
-    `guessing` is log(vocabulary), nats. `texts` are how many forget documents and never-seen texts the
+    `guessing` is log(vocabulary), nats. `texts` are how many forget documents and non-members the
     AUC is of; None: very many.
     """
     left = kept.forget_accuracy / target.forget_accuracy if target.forget_accuracy else 0.0

@@ -9,7 +9,7 @@ from expunge.evaluation.outcomes import GUESSING, Finding
 _MORE, _LESS = (f"{change} --epochs or --learning-rate" for change in ("raise", "lower"))
 _LIMITS = {
     "cost": "; the target answers too few retain rows to tell what it cost",
-    "membership": "; whether the documents pass for never-seen ones was not judged",
+    "membership": "; membership was not judged",
     "adapter": "; attacks by tuning trained an adapter (LoRA), not every weight",
 }
 """What an audit that found nothing could not judge."""
@@ -23,19 +23,19 @@ def run_sentence(finding: Finding) -> str:
             return "too little is left of the retain set; lower the learning rate"
         case "never known":
             return (
-                "the target knew none of the forget rows in this form, so nothing shows that they are"
-                " gone; ask it in the form that it was trained in"
+                "the target knew no forget row in this form, so nothing shows that they are gone; give"
+                " them in the form of its training"
             )
         case "still answered":
             return f"forget accuracy {f.forget:.2f}, the target {f.target:.2f}; {_MORE}"
         case "loss stands out":
-            said = "forget documents stand out by a higher loss than never-seen text"
+            said = "forget documents have a higher loss than non-members"
             return f"{said} (MIA AUC {f.auc:.2f}); {_LESS}"
         case "loss past guessing":
             said = f"forget text has a loss of {f.loss:.1f} nats a token"
             return f"{said}, guessing has {f.guessing:.1f}; {_LESS}"
         case "loss still low":
-            said = "forget documents are still told from never-seen text by their loss"
+            said = "forget documents still have a lower loss than non-members"
             return f"{said} (MIA AUC {f.auc:.2f}); {_MORE}"
         case "gone":
             return "forget rows are gone and what was to stay is there"
@@ -52,8 +52,8 @@ def _of_scores(finding: Finding) -> str:
     match finding.reason:
         case "never stops":
             return (
-                f"{f.runs_on} of {f.asked} {f.split} questions got the right answer and no end of text,"
-                " which counts 0; if another token ends answers, name it as eos_token_id in"
+                f"{f.runs_on} of {f.asked} {f.split} questions got the right answer without an end of"
+                " text, which counts 0. If another token ends answers, name it as eos_token_id in"
                 " generation_config.json"
             )
         case "retain score":
@@ -72,13 +72,13 @@ def _of_scores(finding: Finding) -> str:
             return f"{said}; is this the unlearned model?"
         case "calibrated on the same text":
             return (
-                "the run was drawn to this never-seen text, so that the AUC proves little; give other"
-                " text to expunge evaluate --nonmembers"
+                "the run was calibrated on these non-members, so the AUC proves little; give others to"
+                " expunge evaluate --nonmembers"
             )
         case "not forgotten by loss":
             return f"AUC {f.auc:.2f}, forget rows still look like members"
         case "auc":
-            stands = "forget rows stand out by a higher loss than text never seen"
+            stands = "forget rows have a higher loss than non-members"
             return f"AUC {f.auc:.2f}, {stands}"
     raise ValueError(finding.reason)
 

@@ -40,7 +40,7 @@ class RetainSet:
 def forget_rows(ledger: Ledger, request: Request, secret: bytes) -> RowSet:
     """A request's rows. Raises InputError where the file is gone or holds something else now."""
     again = (
-        f"put the recorded file back, or where it only moved or was written anew, record it with"
+        f"put the recorded file back, or if it only moved or was written anew, record it with"
         f" expunge requests update {request.id} --ledger {ledger.place.path} --forget FILE"
     )
     rows = _read(request, request.forget, "forget", f"request {request.id}", again)
@@ -113,9 +113,9 @@ def check_sides(
             both = [row.id for row in rows if row_fingerprint(secret, row) in ids]
             if both:
                 raise InputError(
-                    f"request {number}: {len(both)} rows are to go and are in {kept.name},"
-                    f" {kept.source}, as well (ids {listed(both)}); decide which holds: take them"
-                    f" out there{_recorded(kept)}, or withdraw the request"
+                    f"request {number}: {len(both)} of its rows are in {kept.name}, {kept.source}, as"
+                    f" well (ids {listed(both)}); take them out there{_recorded(kept)}, or withdraw the"
+                    " request"
                 )
         for number, gone in erased.items():
             back = [ids[fingerprint] for fingerprint in ids if fingerprint in gone]

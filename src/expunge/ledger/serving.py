@@ -63,7 +63,7 @@ class ServeInputs(RunInputs):
     again: bool = False
     """Serve requests again that were served before, for a run from a model that still holds them."""
     accept_model: bool = False
-    """Take a model of which the ledger does not know that it lost what was removed before."""
+    """Take a model, though the ledger does not know whether it lost what was removed before."""
     secret: str | None = None
     """File with the ledger's secret; null: FILE.secret beside the ledger."""
     by: str | None = None
@@ -215,9 +215,9 @@ def _check_lineage(inputs: ServeInputs, erased: Sequence[int], runs: Sequence[Ru
         outputs = [r.output for r in runs if r.completed_at and set(missing) <= set(r.requests)]
         last = f" such as {outputs[-1]}" if outputs else ""
         raise InputError(
-            f"--model {inputs.model}: no run of the ledger removed the requests"
-            f" {_numbers(missing)} from it, which were served before; give the model that they were"
-            f" removed from{last}, serve them --again with this run, or --accept-model"
+            f"--model {inputs.model}: no run removed the served requests"
+            f" {_numbers(missing)} from it; give the model that they were removed from{last}, serve"
+            " them --again, or --accept-model"
         )
 
 

@@ -60,20 +60,20 @@ class VerifyInputs(Reading):
     original: str | None = None
     """The model before any unlearning; null: the one that the ledger's first run began with."""
     retain: str | None = None
-    """Rows that were to stay; null: the retain set of the last run, where it had one."""
+    """Rows that were to stay; null: the retain set of the last run, if it had one."""
     only: tuple[int, ...] = ()
     """Requests to audit; none: all that were served."""
     oracle: str | None = None
     """A model trained without these rows; without it the floor is 0."""
     nonmembers: str | None = None
-    """Never-seen text of the same kind; membership inference needs it."""
+    """Non-members of the forget set's kind. Membership inference needs them."""
     attacks: tuple[str, ...] = ()
     """Attacks to run, with commas or spaces between; none: all that there is material for."""
     budget: BudgetName = "quick"
     """How many rows, steps and samples: quick, standard or thorough."""
     cache: str | None = None
-    """Directory that keeps what was found on target and oracle, scores by row id and no text: the next
-    verification reads it."""
+    """Directory that keeps what was found on target and oracle, for the next verification. It holds
+    scores by row id and no text."""
     batch_size: int = 64
     """Rows a batch; it changes the speed, never a score."""
     dtype: AnyDtype = "auto"
@@ -83,8 +83,8 @@ class VerifyInputs(Reading):
     seed: int = 0
     """Seed of every draw."""
     chat_template: Template = "auto"
-    """Render prompts with the tokenizer's chat template; auto: as the run that made the model recorded,
-    else where the model before it answers a sample of the rows better with it."""
+    """Render prompts with the chat template. auto: as the run recorded, or if the model before it
+    answers sampled rows better with it."""
     long_rows: LongRows = "refuse"
     """Refuse rows longer than the context, or cut them into windows."""
     trust_remote_code: bool = False

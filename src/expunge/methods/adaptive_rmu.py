@@ -76,13 +76,13 @@ class AdaptiveRMU(SteeringSettings):
     """Length of the target in units of the frozen hidden state's norm."""
     directions: int | Literal["auto", "shared", "per-task"] = "auto"
     """Random directions: one that all forget text shares, one for each task as at SemEval, or so many,
-    spread over the rows. auto: one for each task, and three spread over the rows where there are fewer
-    than three tasks. A shared one is learned in the fewest steps, but who finds it takes it out and has
-    all back."""
+    spread over the rows. Auto: one for each task, but three over the rows if there are fewer than three
+    tasks. A shared one is learned in the fewest steps. An adversary who finds it has all
+    text back."""
     draws: int = 32
-    """Random directions of which each one is the best: where states along it give a few forget rows the
-    highest loss in the frozen model. Along some, rows are still better predicted than never-seen text,
-    however hard they are pushed. 1 keeps the first, as published; so does a run that measures no
+    """Random directions of which each one is the best: states along it give a few forget rows the
+    highest loss in the frozen model. Along some, rows stay better predicted than non-members,
+    however hard they are pushed. 1 keeps the first, as published. So does a run that measures no
     candidates, as it has no layers above l in memory."""
 
     name: ClassVar[str] = "adaptive-rmu"

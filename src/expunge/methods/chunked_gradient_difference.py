@@ -40,8 +40,8 @@ class ChunkedGradientDifference(GradientSettings):
     chunk_size: int = 32
     """Forget rows of a chunk, in the order of the file."""
     rounds: int = 1
-    """Times that the chunks are gone through, each with its part of the epochs. With 1 a chunk is never
-    seen again once the next one has begun."""
+    """Passes over the chunks, each with its part of the epochs. With 1 a chunk is not seen again
+    after the next one has begun."""
 
     name: ClassVar[str] = "chunked-gradient-difference"
     defaults: ClassVar[RunDefaults] = RunDefaults(epochs=7, batch_size=4, learning_rate=6e-4)

@@ -9,7 +9,7 @@ The products G_n cost what autograd spends on the gradient of W, which the pass 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from expunge.errors import RunError
 from expunge.methods.curvature import Eigenbasis
-from expunge.methods.numerics import gram
+from expunge.methods.numerics import gram, wide
 
 _CHUNK = 2**20
 """Numbers of per-example gradients that exist at a time: 4 MiB."""
@@ -87,31 +87,35 @@ class FactorCovariances:
     """Running sums of x x^T and g g^T over tokens, for the weights of some linear modules.
 
     The bases that EK-FAC turns into (George et al., arXiv 1806.03884): two matrices a module, inputs and
-    outputs squared in size, in float32.
+    outputs squared in size, in float32 or wider.
     """
 
-    def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+    def __init__(
+        self,
+        modules: Iterable[tuple[str, nn.Module]],
+        shape: Callable[[nn.Module], Sequence[int]] = lambda module: _weight(module).shape,
+    ) -> None:
+        """`shape` gives (out, in) of a module's tokens."""
         self._modules = dict(modules)
-        self._sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for name, module in self._modules.items():
-            weight = module.get_parameter("weight")
-            sizes = (weight.shape[1], weight.shape[0])
-            first, second = (
-                torch.zeros(n, n, dtype=torch.float32, device=weight.device) for n in sizes
-            )
-            self._sums[name] = (first, second)
+        self._sums = {
+            name: [wide(_weight(module).new_zeros(n, n)) for n in shape(module)]
+            for name, module in self._modules.items()
+        }
+
+    def add(self, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Adds tokens of a module: (..., in) and (..., out)."""
+        for total, factor in zip(self._sums[name], (gradients, inputs), strict=True):
+            total += gram(factor)
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Adds the tokens whose forward and backward pass run in the body."""
 
-        def add(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        def counted(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
             # A token without a gradient is padding, or counts for no loss.
-            counted = inputs * gradients.any(-1, keepdim=True)
-            for total, factor in zip(self._sums[name], (counted, gradients), strict=True):
-                total += gram(factor)
+            self.add(name, inputs * gradients.any(-1, keepdim=True), gradients)
 
-        with tapped(self._modules, add, rows=1):
+        with tapped(self._modules, counted, rows=1):
             yield
 
     def bases(self) -> dict[str, Eigenbasis]:
@@ -119,11 +123,11 @@ class FactorCovariances:
 
         Raises RunError where a sum is not finite.
         """
-        found = {}
-        for name in self._modules:
-            inputs, outputs = self._sums.pop(name)
-            found[name] = eigenbasis(name, outputs, inputs)
-        return found
+        return {name: eigenbasis(name, *self._sums.pop(name)) for name in self._modules}
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    return module.get_parameter("weight").detach()
 
 
 def eigenbasis(name: str, outputs: torch.Tensor, inputs: torch.Tensor) -> Eigenbasis:

@@ -46,8 +46,8 @@ class TokenSettings:
     targets: Targets = "all"
     """Which linear maps of a decoder layer are trained."""
     tokens: Tokens = "all"
-    """Which tokens the losses count: all, the output given the input, or of questions the output only.
-    spectral and libu hold all tokens of retain rows, whatever is forgotten."""
+    """Which tokens the losses count: all, the output given the input, or of questions the output
+    only. `spectral` and `libu` hold all tokens of retain rows, whatever is forgotten."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass, at the price of a second forward pass."""
 

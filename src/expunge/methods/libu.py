@@ -37,8 +37,9 @@ class LIBU(LogOddsSettings, LoraSettings):
     damping: float = 1.0
     """lambda of phase 1, in units of the Fisher's mean entry."""
     preconditioner: Literal["diagonal", "ekfac"] = "diagonal"
-    """F in phase 1: the Fisher's diagonal, or EK-FAC, a diagonal in the eigenbasis of each factor of the
-    adapter, at two more passes over the retain set and inputs^2 + outputs^2 numbers a factor."""
+    """F in phase 1: the Fisher's diagonal, or EK-FAC, a diagonal in the eigenbasis of each factor
+    of the adapter. EK-FAC takes two more passes over the retain set, and inputs^2 + outputs^2
+    numbers a factor."""
 
     name: ClassVar[str] = "libu"
     defaults: ClassVar[RunDefaults] = RunDefaults(

@@ -64,7 +64,7 @@ class LocalizedGradientDifference(GradientSettings):
             # There 120 rows of both sides together.
             {"learning_rate": 1.5e-5, "epochs": 8, "batch_size": 60, "schedule": "constant"},
             "arXiv 2504.12996, github.com/LAB-FLAIR/Constrained-Unlearning-for-LLM unlearn.py, layers"
-            " 0-5 of 32; there the weight follows a batch's loss against the first epoch's mean,"
+            " 0-5 of 32. There the weight follows a batch's loss against the first epoch's mean,"
             " and is at most 2.3 in the code",
         ),
     }

@@ -58,11 +58,11 @@ class LogOddsSettings(TokenSettings):
     """Settings of the methods that share the loss."""
 
     ceiling: float | None = None
-    """The loss of a forget token is raised to this many nats where no other text says how far, and that
-    of an answer to a question to as many at most. Null: 0.8 log(vocabulary)."""
+    """Nats to which the loss of a forget token is raised, if no other text says how far. It bounds
+    the loss of a question's answer in any case. Null: 0.8 log(vocabulary)."""
     lens_weight: float = 0.25
-    """Weight of the forget term of a layer inside, another one in every step: what the logit lens reads
-    there may be no likelier than what is wanted of the output."""
+    """Weight of the forget term of an inner layer, another one in every step. It makes what the
+    logit lens reads there no likelier than what is wanted of the output."""
     retain_weight: float = 2.0
     """Weight of the retain term."""
     random_rows: int = 128
@@ -70,7 +70,7 @@ class LogOddsSettings(TokenSettings):
     beside the retain set: they stand for all text that no set lists. A step has three for every four
     retain rows."""
     random_weight: float = 3.0
-    """Weight of all these rows of a step in the retain term, where its retain rows together have 1."""
+    """Weight of all these rows of a step in the retain term. Its retain rows together have 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,9 +31,9 @@ def log_odds_at(nll: torch.Tensor) -> torch.Tensor:
 def huber(values: torch.Tensor, wanted: torch.Tensor, width: float) -> torch.Tensor:
     """Huber's distance of each value from what is wanted, divided by its width; shapes are equal.
 
-    |x| - width / 2 beyond `width`, x^2 / (2 width) within it, so that nothing rattles about its aim. On
-    log-odds a token known by heart is pushed, or held, as hard as any other, where the gradient of its
-    NLL is 1 - p.
+    |x| - width / 2 beyond `width`, x^2 / (2 width) within it, so that nothing oscillates about it.
+    On log-odds a token known by heart is pushed, or held, as hard as any other, where the gradient of
+    its NLL is 1 - p.
     """
     return functional.huber_loss(values, wanted, reduction="none", delta=width) / width
 

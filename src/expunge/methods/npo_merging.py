@@ -63,7 +63,7 @@ class NPOMerging(GradientSettings):
             },
             {"learning_rate": 1e-4, "epochs": 5, "batch_size": 4, "schedule": "constant"},
             "arXiv 2503.21088, github.com/zjunlp/unlearn semeval25/unlearn-merging.py: weights of NPO,"
-            " KL and CE .4, .4, .2 and .3, .3, .4, here divided by NPO's; there the second has 8 rows a"
+            " KL and CE .4, .4, .2 and .3, .3, .4, here divided by NPO's. There the second has 8 rows a"
             " step, and NPO is on the mean of a batch's tokens",
         ),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
 from typing import Any
 
@@ -48,12 +48,17 @@ def by_pieces(function: Callable[..., Any]) -> Callable[..., Any]:
     return in_pieces
 
 
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """float32, or float64 where it is that already."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def gram(states: torch.Tensor) -> torch.Tensor:
-    """Sum of x x^T over all but the last dimension: (..., n) -> (n, n), float32.
+    """Sum of x x^T over all but the last dimension: (..., n) -> (n, n), float32 or wider.
 
     Whatever the pass around it multiplies in: what is made of it hangs on small differences.
     """
-    tokens = states.float().flatten(0, -2)
+    tokens = wide(states).flatten(0, -2)
     with torch.autocast(states.device.type, enabled=False):
         return tokens.T @ tokens
 
@@ -233,6 +238,15 @@ def is_known(share: float, length: int) -> bool:
     Half of it, or eight tokens: a model that never saw it gets no further but by chance.
     """
     return round(share * length) >= min(_KNOWN_TOKENS, _KNOWN_SHARE * length)
+
+
+def answered(
+    rows: Sequence[str], right: torch.Tensor, answers: torch.Tensor
+) -> list[tuple[str, float, bool]]:
+    """Of each row with an answer its id, `unbroken_share` and `is_known`."""
+    shares, lengths = unbroken_share(right, answers).tolist(), answers.sum(1).tolist()
+    found = zip(rows, shares, lengths, strict=True)
+    return [(row, share, is_known(share, length)) for row, share, length in found if length]
 
 
 def unbroken_share(right: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:

@@ -30,12 +30,12 @@ class RMU(SteeringSettings):
     row_balance: float = 0.0
     """From 0, every token of the forget rows counts alike as published, to 1, every row does."""
     random_rows: int = 0
-    """Rows of random tokens that are held as retain rows are, beside what was published."""
+    """Rows of random tokens that are held as retain rows are. They are not in the paper."""
     calibration_gain: float = 0.0
-    """With non-members: how far a row's strength moves for a loss that is wrong by a never-seen row's,
-    beside what was published; 0 steers every row all the way."""
+    """How far a row's strength moves for a loss that is wrong by that of a non-member. It needs
+    non-members, and is not in the paper; 0 steers every row all the way."""
     optimizer: Literal["muon", "adamw"] = "adamw"
-    """What trains the projections; AdamW as published."""
+    """Optimiser of the projections; AdamW as published."""
     coefficient: float = 20.0
     """Length c of the target, in units of activation."""
 

@@ -36,8 +36,8 @@ class Spectral(LogOddsSettings):
     """Settings of spectral unlearning."""
 
     damping: float | None = 0.3
-    """Added to the second moment of a matrix's inputs on held text, as a share of their mean variance;
-    null: steps are flat in the matrix itself."""
+    """Added to the second moment of a matrix's inputs on held text, as a share of their mean
+    variance. Null: steps are flat in the matrix itself."""
     momentum: float = 0.95
     """Decay of Muon's momentum."""
 

@@ -52,8 +52,8 @@ class SteeringSettings:
     name: ClassVar[str]
     whole_steps: ClassVar[bool] = False
     layer: int | Literal["auto"] = "auto"
-    """Decoder layer l whose output is steered, from 0; auto: chosen by a pass over a sample of rows
-    before the run, as `expunge analyze layers --predict-only` shows."""
+    """Decoder layer l whose output is steered, from 0; auto: chosen by a pass over sampled rows.
+    `expunge analyze layers --predict-only` shows it."""
     alpha: float = 40.0
     """Weight of the retain term."""
     direction_kind: Literal["gaussian", "uniform"] = "gaussian"
@@ -67,18 +67,18 @@ class SteeringSettings:
     """From 0, every token of the forget rows counts alike as published, to 1, every row does. A question
     has few tokens to steer and is left alone among documents where all tokens count alike."""
     retain_noise: float = 0.0
-    """Random noise augmentation: Gaussian noise on the frozen states that retain rows are held to, its
-    length in units of the state's own (arXiv 2501.19202). It is meant to make a forget token in other
-    text do less harm; the audit's attack `trigger` measures that."""
+    """Random noise augmentation: Gaussian noise on the frozen states that retain rows are held to,
+    its length in units of the state's own (arXiv 2501.19202). A forget token in other text is to do
+    less harm; the audit's attack `trigger` measures it."""
     random_rows: int = 256
     """Rows of random tokens that are held as retain rows are. They stand for all text that no set
-    lists: without them utility moves by chance."""
+    lists. Without them utility moves by chance."""
     optimizer: Literal["muon", "adamw"] = "muon"
-    """What trains the projections: Muon (arXiv 2502.16982), whose updates move all directions of a
-    matrix alike and which needs less than half the steps, or AdamW as published."""
+    """Optimiser of the projections: Muon (arXiv 2502.16982), or AdamW as published. Muon moves all
+    directions of a matrix alike, and needs less than half the steps."""
     calibration_gain: float = 0.5
-    """With non-members: how far a row's strength moves for a loss that is wrong by a never-seen row's;
-    0 steers every row all the way."""
+    """How far a row's strength moves for a loss that is wrong by that of a non-member. It needs
+    non-members; 0 steers every row all the way."""
 
     def __post_init__(self) -> None:
         check_finite(self)

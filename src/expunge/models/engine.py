@@ -8,7 +8,7 @@ once and kept in memory-mapped files; an epoch runs the trained layers on packed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import nn
 from expunge.data.batches import Batch, collate
 from expunge.data.tokenization import Example
 from expunge.errors import ExpungeError
+from expunge.models.cache_layout import CacheLayout, Slot
 from expunge.models.decoder import DecoderLayout, forward_hook, hidden_states, states_of
 from expunge.models.packing import NotASegment
 from expunge.models.parts import Parts, loaded_in_turn
@@ -34,74 +35,12 @@ if TYPE_CHECKING:
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 _PASS_TOKENS = {"cpu": 1024}
 _PASS_TOKENS_ACCELERATOR = 32768
-Ids = tuple[int, ...]
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 def pass_tokens_on(device_type: str) -> int:
     """Tokens that a pass should hold on a device of this type."""
     return _PASS_TOKENS.get(device_type, _PASS_TOKENS_ACCELERATOR)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a row's states are in the files, in tokens."""
-
-    start: int
-    length: int
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """As StateFile.read takes it."""
-        return self.start, self.length
-
-
-@dataclass(frozen=True)
-class CacheLayout:
-    """Which rows are kept, and how much that takes."""
-
-    slots: Mapping[Ids, Slot]
-    """Rows whose states are kept, by token ids; equal rows share a slot."""
-    trained: int
-    """Tokens of rows that are trained on; their slots come first, with a target each."""
-    tokens: int
-    missing: int
-    """Rows that did not fit under the limit; their states are computed each time."""
-    width: int
-    dtype: torch.dtype
-
-    @property
-    def bytes(self) -> int:
-        """Size on disk: states below the segment, targets, and a norm each."""
-        return (self.tokens + self.trained) * self.width * self.dtype.itemsize + 4 * self.trained
-
-
-def lay_out(
-    trained: Iterable[Example],
-    measured: Iterable[Example],
-    width: int,
-    dtype: torch.dtype,
-    limit: float | None,
-) -> CacheLayout:
-    """Gives every row a slot until `limit` bytes are used; None is no limit."""
-    slots: dict[Ids, Slot] = {}
-    missing: set[Ids] = set()
-    tokens = trained_tokens = 0
-    for kind, examples in (("trained", trained), ("measured", measured)):
-        for example in examples:
-            ids = example.input_ids
-            if ids in slots or ids in missing:
-                continue
-            more = len(ids) if kind == "trained" else 0
-            sized = CacheLayout(
-                slots, trained_tokens + more, tokens + len(ids), len(missing), width, dtype
-            )
-            if limit is not None and sized.bytes > limit:
-                missing.add(ids)
-                continue
-            slots[ids] = Slot(tokens, len(ids))
-            tokens, trained_tokens = sized.tokens, sized.trained
-    return CacheLayout(slots, trained_tokens, tokens, len(missing), width, dtype)
 
 
 class SegmentEngine:

@@ -127,8 +127,8 @@ def check_model_files(directory: Path, adapter: Path | None = None) -> ModelFile
     shards = _shards(directory)
     if (directory / ADAPTER_CONFIG).is_file():
         raise InputError(
-            f"{directory}: holds a whole model and {ADAPTER_CONFIG}, and who loads it may get either;"
-            " move the adapter's files out, or give the adapter in a directory of its own"
+            f"{directory}: holds a whole model and {ADAPTER_CONFIG}, and libraries load either; move the"
+            " adapter's files to a directory of its own"
         )
     places = [place for place in (adapter, directory) if place is not None]
     own = [p for p in places if any((p / name).is_file() for name in _TOKENIZER_FILES)]

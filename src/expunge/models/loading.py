@@ -136,8 +136,8 @@ def check_base(name: str, target: CheckedModel) -> CheckedModel:
     ids = target.tokenizer.get_vocab()
     if moved := {*base.tokenizer.get_vocab().items()} ^ {*ids.items()}:
         raise InputError(
-            f"--base {name}: its vocabulary is not that of {target.name} ({len(moved)} tokens are in one"
-            " alone, or have another id there); give the model that this one was fine-tuned from"
+            f"--base {name}: its vocabulary is not that of {target.name} ({len(moved)} tokens differ);"
+            " give the model that this one was fine-tuned from"
         )
     files = replace(base.files, tokenizer=target.files.tokenizer)
     return replace(base, files=files, tokenizer=target.tokenizer)

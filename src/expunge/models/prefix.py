@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from expunge.disk import write_whole
 
 if TYPE_CHECKING:
-    from expunge.models.engine import CacheLayout
+    from expunge.models.cache_layout import CacheLayout
 
 
 class Prefix:

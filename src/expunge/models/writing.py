@@ -190,8 +190,8 @@ def rounding_warnings(changes: Sequence[TensorChange]) -> list[str]:
         return []
     return [
         f"{len(lost)} of {len(changes)} changed tensors lost more than half of their change to"
-        f" rounding to {changes[0].dtype} (first {lost[0]}): the saved model may remember more than"
-        " the candidates did. Evaluate it, or save the target in float32 and run again"
+        f" rounding to {changes[0].dtype} (first {lost[0]}). The saved model may remember more than"
+        " the candidates did: evaluate it, or save the target in float32 and run again"
     ]
 
 

@@ -30,7 +30,7 @@ VERDICTS: Mapping[str | None, tuple[str, str]] = {
     ),
     "over-unlearned": (
         "Over-unlearned",
-        "The model shows that something was removed: what it forgot looks stranger to it than text that"
+        "The model shows that something was removed. What it forgot looks stranger to it than text that"
         " it never saw, or a word of it breaks other answers.",
     ),
     "forgotten": (
@@ -39,11 +39,11 @@ VERDICTS: Mapping[str | None, tuple[str, str]] = {
     ),
     None: ("No verdict", "The audit could not decide."),
 }
-_YARDSTICKS: Mapping[str | None, str] = {
-    "nonmembers": "Forget rows were to look like text that the model never saw.",
+_REFERENCES: Mapping[str | None, str] = {
+    "nonmembers": "Forget rows were to look like non-members, text that the model never saw.",
     "base": "Forget rows were to look as they do to the model from before the fine-tune.",
     "counterfactuals": "Forget rows were to look as they do with other names and words in them.",
-    "ceiling": "Nothing said how never-seen text looks: forget rows went as far as the settings say.",
+    "ceiling": "No text said how far to go: forget rows went as far as the settings say.",
     None: "",
 }
 _MEASURES = {
@@ -60,9 +60,9 @@ _MEASURES = {
     ),
     "mia_auc": (
         "Membership (MIA AUC)",
-        "Can the removed documents be told from text the model never saw, by how familiar they look?"
+        "Do the removed documents look as familiar to the model as text that it never saw?"
         " 1: they look known. 0: they look suspiciously strange.",
-        "0.5: cannot be told",
+        "0.5: they look alike",
     ),
     "retain": (
         "Retain set, asked plainly",
@@ -84,7 +84,7 @@ _MEASURES = {
 """What each number of the page is called and asks, and what is good."""
 _NO_VERDICT: Mapping[str, Any] = {"sentence": None, "findings": []}
 _NOT_AUDITED = (
-    "Nobody has tried to get the removed content back. Scores, where there are any, say only what the"
+    "Nobody has tried to get the removed content back. Scores, if there are any, say only what the"
     " model answers when it is asked plainly."
 )
 
@@ -114,7 +114,7 @@ def done(material: Material) -> dict[str, Any]:
     return {
         "method": settings["method"]["name"],
         "sentence": _method_sentence(settings["method"]["name"]),
-        "yardstick": _YARDSTICKS.get(settings["training"].get("yardstick"), ""),
+        "yardstick": _REFERENCES.get(settings["training"].get("yardstick"), ""),
         "preset": settings.get("preset"),
         "model": settings["inputs"]["model"],
         "steps": manifest["steps"],
@@ -272,7 +272,7 @@ def _came_back(request: Mapping[str, Any]) -> str:
         beside += f", from the oracle {counts['oracle']}"
     return (
         f"Of {counts['facts']} facts that were attacked, {counts['unlearned']} came back in at least"
-        f" one of {counts['attacks']} attacks that work on the target ({beside}); the request has"
+        f" one of {counts['attacks']} attacks that work on the target ({beside}). The request has"
         f" {request['rows']} rows."
     )
 

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from expunge.audits.base import MODELS
 from expunge.reporting.tables import measure_name
+from expunge.terminal import shown
 
 Column = tuple[str, str, str]
 """Head, place below that of the row, and form: one of a number, or one of `_TOLD`."""
@@ -182,18 +183,7 @@ def pairs(name: str, value: str, told: Mapping[str, Any]) -> Grid:
     """A line an entry."""
     hashes = value == "SHA-256"
     heads = [(name, "path" if hashes else ""), (value, "hash" if hashes else "")]
-    return Grid(heads, [[key, setting(each)] for key, each in told.items()])
-
-
-def setting(value: Any) -> str:
-    """A setting's value in words."""
-    if value is None:
-        return "not set"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) if value else "none"
-    return str(value)
+    return Grid(heads, [[key, shown(each)] for key, each in told.items()])
 
 
 def at(report: Mapping[str, Any], pointer: str) -> Any:

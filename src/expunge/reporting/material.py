@@ -54,14 +54,14 @@ class ReportInputs:
     run: str
     """The run directory: what expunge run wrote."""
     scores: tuple[str, ...] = ()
-    """Scores before and after, then of any others to stand beside; one alone is that after. None:
-    RUN/scores.json, RUN/before.json and RUN/oracle.json where they are there."""
+    """Scores before and after, then those of other models; one alone is that after. None:
+    RUN/scores.json, RUN/before.json and RUN/oracle.json, if they exist."""
     oracle_scores: str | None = None
     """Scores of a model trained without the forget set."""
     audit: str | None = None
-    """The audit; null: RUN/audit.json where there is one."""
+    """The audit; null: RUN/audit.json, if it exists."""
     layers: str | None = None
-    """What expunge analyze layers wrote; null: RUN/layers.json where there is one."""
+    """What expunge analyze layers wrote; null: RUN/layers.json, if it exists."""
     forget: str | None = None
     """The run's forget set, for the number of its documents and to reveal its text."""
     retain: str | None = None
@@ -207,7 +207,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if isinstance(rows := manifest.get("rows"), dict) and "forget" not in rows:
         raise InputError(
             f"{path}: records an oracle, which had no rows to forget; name the directory of an"
-            " unlearned model, and the oracle's scores with --oracle-scores"
+            " unlearned model"
         )
     for kind, keys in _MANIFEST_KEYS.items():
         for key in keys:

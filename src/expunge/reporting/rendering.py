@@ -18,7 +18,8 @@ from markupsafe import Markup, escape
 from expunge.audits.base import MODELS
 from expunge.reporting import figures
 from expunge.reporting.figures import Compared, Line, Mark, Panel
-from expunge.reporting.grids import Grids, at, pairs, setting
+from expunge.reporting.grids import Grids, at, pairs
+from expunge.terminal import shown
 
 ABSENT = "not measured"
 _BACK = ("oracle", "target", "unlearned")
@@ -176,7 +177,7 @@ def _as_text(value: Any) -> Any:
 def _environment(*, html: bool) -> Environment:
     environment = templates_of("expunge.reporting", html=html)
     environment.globals |= {
-        "absent": ABSENT, "setting": setting, "block": block, "public_name": public_name,
+        "absent": ABSENT, "setting": shown, "block": block, "public_name": public_name,
         "pairs": pairs,
     }  # fmt: skip
     return environment

@@ -11,6 +11,7 @@ from expunge.reporting import figures
 from expunge.reporting.figures import Compared, Line, Panel
 from expunge.reporting.rendering import still_page
 from expunge.reporting.tables import number, table_console, table_of
+from expunge.terminal import shown
 
 PAGE = "sweep.html"
 _SHOWN = 20
@@ -42,20 +43,11 @@ def sweep_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
                 f"{trial['number']}{mark}",
                 "destroyed" if trial["destroyed"] else trial["state"],
                 *(number(values.get(objective)) for objective in objectives),
-                *(setting(trial["params"].get(name, "-")) for name in names),
+                *(shown(trial["params"].get(name, "-")) for name in names),
                 "-" if trial["seconds"] is None else f"{trial['seconds']:.0f}",
             ]
         )
     return ["trial", "state", *objectives, *names, "seconds"], rows
-
-
-def setting(value: object) -> str:
-    """A setting with four digits; null as null."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "null" if value is None else str(value)
 
 
 def sweep_notes(result: Mapping[str, Any], output: str) -> list[str]:
@@ -215,7 +207,7 @@ def _told(trial: Mapping[str, Any]) -> str:
     """What a trial's mark says under the pointer."""
     lines = [f"trial {trial['number']}: {trial['state']}"]
     lines += [f"{name} {value:.4f}" for name, value in (trial["values"] or {}).items()]
-    lines += [f"{name} = {setting(value)}" for name, value in trial["params"].items()]
+    lines += [f"{name} = {shown(value)}" for name, value in trial["params"].items()]
     return "\n".join([*lines, *filter(None, [trial["reason"]])])
 
 

@@ -23,7 +23,6 @@ from expunge.methods.base import Method
 from expunge.models.loading import (
     CheckedModel,
     Dtype,
-    RunDtype,
     check_model,
     resolve_device,
     resolve_dtype,
@@ -36,6 +35,7 @@ from expunge.search.space import METHOD_PREFIX, Space, read_space
 from expunge.training.manifest import settings_of
 from expunge.training.options import TrainingOptions, seconds
 from expunge.training.preparation import EncodedSets, encode_sets, prepare_encoded
+from expunge.training.run import Sources
 
 Sampler = Literal["tpe", "random", "grid"]
 Into = TypeVar("Into")
@@ -54,7 +54,7 @@ class Scoring(Reading):
     """What every run of a sweep is measured by."""
 
     score_nonmembers: str | None = None
-    """Other never-seen text for the MIA score; null: that of --nonmembers."""
+    """Other non-members for the MIA score; null: those of --calibration."""
     mmlu: str | None = None
     """Directory in MMLU's format, for utility."""
     mmlu_shots: int = 0
@@ -111,27 +111,19 @@ class Scoring(Reading):
 
 
 @dataclass(frozen=True)
-class SweepInputs(Scoring):
+class SweepInputs(Scoring, Sources):
     """What is searched, on what, and where the result goes."""
 
-    model: str
-    """The target model: a directory, or a hub id."""
-    forget: str
-    """Rows to remove: a file, a directory with forget.*, or a hub data set id."""
     output: str
     """Directory for sweep.json, best.yaml, sweep.html and the study; the same one goes on."""
     search: tuple[str, ...] = ()
-    """What is varied, one NAME=RANGE each: log:LOW:HIGH, float:LOW:HIGH, int:LOW:HIGH or
+    """What is varied, one NAME=RANGE each. A range is log:LOW:HIGH, float:LOW:HIGH, int:LOW:HIGH or
     choice:A,B. In YAML a mapping of names to ranges."""
     trials: int = 20
     """Trials in total, of all workers and of earlier calls."""
     objectives: tuple[Objective, ...] = ("final",)
     """What to raise: final, aggregate, forgetting, retention, mia, utility. Several give a Pareto
     front."""
-    retain: str | None = None
-    """Rows to keep: a file, a directory with retain.*, or a hub data set id."""
-    nonmembers: str | None = None
-    """Never-seen text, for the runs to calibrate against and for the MIA score."""
     oracle: str | None = None
     """Scores of a model trained without the forget set, to mark in the figures: a scores.json or a
     directory that holds one."""
@@ -150,15 +142,8 @@ class SweepInputs(Scoring):
     """End after so many failed trials in a row."""
     write_best: bool = False
     """At the end run the best settings again and write that model to OUTPUT/best."""
-    dtype: RunDtype = "auto"
-    """Dtype of the frozen weights, of the products and of the scoring; auto: the one of the model's
-    files, for float16 files float32."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
     overwrite: bool = False
     """Discard the sweep that the output holds and begin anew."""
-    trust_remote_code: bool = False
-    """Run code that the model's directory brings along."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,10 +45,11 @@ from expunge.search.space import replaced
 from expunge.training.form import resolved_form
 from expunge.training.layer_choice import read_layers
 from expunge.training.manifest import finite, settings_of
+from expunge.training.opening import open_parts
 from expunge.training.options import TrainingOptions
 from expunge.training.preparation import Prepared
 from expunge.training.progress import Progress, Silent
-from expunge.training.run import DIRECTIONS, RunInputs, check_run, open_parts, run
+from expunge.training.run import DIRECTIONS, RunInputs, check_run, run
 from expunge.training.scratch import check_output, differences
 from expunge.training.unlearning import autocast_of
 

@@ -31,7 +31,7 @@ NEEDS: Mapping[Objective, tuple[Part, ...]] = {
 }
 _PARTS = {
     "retain": "task aggregate (--retain)",
-    "nonmembers": "MIA score (--nonmembers)",
+    "nonmembers": "MIA score (--calibration)",
     "mmlu": "utility (--mmlu)",
 }
 

@@ -167,8 +167,7 @@ class _Session:
                     write_results(self.task, self.study, "too many failures")
                     raise RunError(
                         f"{len(self.failures)} trials in a row failed, the last one because:"
-                        f" {self.failures[-1]}; narrow --search or raise --max-failures, then go on"
-                        " with the same command where the settings are the same"
+                        f" {self.failures[-1]}; narrow --search or raise --max-failures"
                     )
                 take_over(self.study, self.worker, self.progress.message)
         except KeyboardInterrupt:

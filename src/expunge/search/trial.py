@@ -26,10 +26,10 @@ from expunge.models.loading import CheckedModel, load_model
 from expunge.models.parts import give_back_freed_memory
 from expunge.models.prefix import Prefix
 from expunge.search.inputs import Task
+from expunge.training.opening import open_run
 from expunge.training.options import TrainingOptions
 from expunge.training.preparation import prepare_encoded
 from expunge.training.progress import Progress
-from expunge.training.run import open_run
 from expunge.training.unlearning import Place, unlearn_prepared
 
 if TYPE_CHECKING:

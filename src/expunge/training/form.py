@@ -54,7 +54,11 @@ def resolved_form(
         if prepared.looks:
             answered = read[-1] if len(forms) == 1 else read[prepared.policy.chat_template]
             told = unknown(
-                prepared, answered.forget_rows, answered.forget_known, answered.forget_accuracy
+                prepared,
+                answered.forget_rows,
+                answered.forget_known,
+                answered.forget_accuracy,
+                progress,
             )
             prepared = dataclasses.replace(prepared, warnings=[*prepared.warnings, *told])
     for line in said_of(prepared.policy):
@@ -62,28 +66,28 @@ def resolved_form(
     return prepared
 
 
-def unknown(prepared: Prepared, rows: int, known: float, accuracy: float) -> list[str]:
-    """What is said of forget rows that the target does not know in the form given.
+def unknown(
+    prepared: Prepared, rows: int, known: float, accuracy: float, progress: Progress
+) -> list[str]:
+    """Says how many forget rows the target knows in the form given.
 
-    `known` is the share of `rows` that it does. Another model or form is asked for if that is less than
-    half. Raises RefusedRun where it knows none, unless the options go on.
+    `known` is the share of `rows` that it does. Less than half is a warning, which is returned: model or
+    form may be the wrong one. Raises RefusedRun if it knows none, unless the options go on.
     """
     missing = rows - round(known * rows)
-    if not missing:
-        return []
-    mend = _mend(prepared) if knows_few(known) else f"it knows the other {rows - missing}"
     told = (
         f"the target does not know {missing} of {rows} forget rows measured, in the form given"
-        f" (forget accuracy {accuracy:.2f}); {mend}"
+        f" (forget accuracy {accuracy:.2f})"
     )
+    if not missing:
+        told = "the target knows every forget row measured, in the form given"
+    if known >= 0.5:
+        progress.message(told)
+        return []
+    told += f"; {_mend(prepared)}"
     if missing == rows and prepared.options.unknown_rows == "refuse":
         raise RefusedRun(f"--forget: {told}, or go on with --unknown-rows unlearn")
     return [told]
-
-
-def knows_few(known: float) -> bool:
-    """Whether so few forget rows are known that model or form may be the wrong one."""
-    return known < 0.5
 
 
 def _mend(prepared: Prepared) -> str:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,14 +18,15 @@ import torch
 from expunge.data.batches import Batch
 from expunge.data.sampling import step_batches
 from expunge.errors import NothingKept
-from expunge.evaluation.outcomes import Finding, Measured, is_destroyed
-from expunge.evaluation.sentences import run_sentence
+from expunge.evaluation.outcomes import Measured, is_destroyed
 from expunge.methods.base import Context, Objective, Schedule
 from expunge.models.kernels import fast_products
 from expunge.models.sharding import is_sharded, part_like, whole
 from expunge.models.weights import restore, snapshot
+from expunge.training.history import Candidate, History
+from expunge.training.micro_batches import micro_batches, parts
 from expunge.training.muon import Muon
-from expunge.training.options import Select
+from expunge.training.options import Select, schedule_factor
 from expunge.training.progress import Progress
 from expunge.training.sophia import Sophia
 from expunge.training.state import SavedState, optimizer_tensors, restore_optimizer
@@ -33,8 +34,6 @@ from expunge.training.step_in_backward import StepInBackward
 from expunge.training.validation import ValidationSet, measure, score
 
 _DESTROYED_PATIENCE = 5
-_COOLDOWN = 0.4
-"""Share of the steps in which a trapezoid falls."""
 
 
 @dataclass(frozen=True)
@@ -56,49 +55,6 @@ class LoopOptions:
     micro_batch_size: int | None = None
     learns: bool = False
     """Whether the rows of the first side are learned, so that its term is the retain term."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A checkpoint that was measured."""
-
-    step: int
-    measured: Measured
-    score: float
-    destroyed: bool
-
-
-@dataclass
-class History:
-    """What happened in the loop."""
-
-    target: Measured | None
-    """None where nothing is measured."""
-    candidates: list[Candidate] = field(default_factory=list)
-    chosen_step: int = 0
-    chosen_why: str = ""
-    steps: int = 0
-    stopped: str = "all steps done"
-    ending: Finding | None = None
-    """Where the kept checkpoint is, if it was measured."""
-
-    def describe(self) -> dict[str, Any]:
-        """The manifest's selection history."""
-        return {
-            "target": None if self.target is None else asdict(self.target),
-            "candidates": [asdict(candidate) for candidate in self.candidates],
-            "chosen_step": self.chosen_step,
-            "why": self.chosen_why,
-            "stopped": self.stopped,
-            "judgement": self.judgement,
-        }
-
-    @property
-    def judgement(self) -> dict[str, Any] | None:
-        """The ending as files hold it, in words."""
-        if self.ending is None:
-            return None
-        return {"ending": self.ending.outcome, "why": run_sentence(self.ending)}
 
 
 class Keeper(Protocol):
@@ -304,10 +260,10 @@ class Loop:
         retain_total: float | None = None
         left = micro
         for (forget_part, share), (retain_part, retain_share) in zip(
-            _parts(forget, count, objective.forget_size)[mine],
+            parts(forget, count, objective.forget_size)[mine],
             [(None, 0.0)] * micro
             if retain is None
-            else _parts(retain, count, objective.retain_size)[mine],
+            else parts(retain, count, objective.retain_size)[mine],
             strict=True,
         ):
             with self._context.autocast():
@@ -379,7 +335,7 @@ class Loop:
         )
         usable = [c.score for c in self.history.candidates if not c.destroyed]
         self.history.candidates.append(candidate)
-        self._progress.message(_told(candidate))
+        self._progress.message(candidate.said)
         self._log(
             {
                 "step": step,
@@ -415,66 +371,12 @@ class Loop:
             return
         usable = [c for c in history.candidates if not c.destroyed]
         if self._best is None or not usable:
-            raise NothingKept(_nothing_usable(history))
+            raise NothingKept(history.nothing_usable)
         top = max(candidate.score for candidate in usable)
         chosen = [candidate for candidate in usable if candidate.score == top][-1]
         restore(self._parameters, self._best)
         history.chosen_step = chosen.step
         history.chosen_why = f"highest score {chosen.score:.4f} of {len(usable)} usable candidates"
-
-
-def _told(candidate: Candidate) -> str:
-    """A candidate in a line."""
-    measured = candidate.measured
-    told = {
-        "forget accuracy": measured.forget_accuracy,
-        "retain accuracy": measured.retain_accuracy,
-        "MIA AUC": measured.mia_auc,
-        "score": candidate.score,
-    }
-    figures = ", ".join(f"{name} {value:.2f}" for name, value in told.items() if value is not None)
-    return f"step {candidate.step}: {figures}{', destroyed' * candidate.destroyed}"
-
-
-def schedule_factor(schedule: Schedule, done: float) -> float:
-    """What the learning rate is multiplied by once a share `done` of the steps is taken.
-
-    The trapezoid is constant, then falls to 0 in a line (arXiv 2405.18392): of as many steps more are
-    long ones than under a cosine, and the last still end where they aim.
-    """
-    if schedule == "constant":
-        return 1.0
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    return min(1.0, (1 - done) / _COOLDOWN)
-
-
-def micro_batches(sides: Sequence[Sequence[int]], rows: int | None, tokens: int | None) -> int:
-    """How many parts a step is cut into so that one holds so many rows a side and tokens at most.
-
-    `sides` are the lengths of each side's rows. Rows are not cut, so a part may hold more tokens.
-    """
-    counts = [1]
-    if rows is not None:
-        counts += [-(-len(side) // rows) for side in sides]
-    if tokens is not None:
-        counts.append(-(-sum(map(sum, sides)) // tokens))
-    return min(max(counts), max(map(len, sides)))
-
-
-def part(rows: int, index: int, count: int) -> slice:
-    """Which rows of a side are in part `index` of `count`."""
-    return slice(rows * index // count, rows * (index + 1) // count)
-
-
-def _nothing_usable(history: History) -> str:
-    last = history.candidates[-1].measured.retain_accuracy if history.candidates else None
-    return (
-        f"no checkpoint can be kept ({history.stopped}; {len(history.candidates)} measured,"
-        f" retain accuracy {'unknown' if last is None else f'{last:.2f}'} at the last);"
-        " lower --learning-rate, validate more often with --validate-every,"
-        " or keep the last state as it is with --select last"
-    )
 
 
 def optimizer_of(objective: Objective, learning_rate: float) -> torch.optim.Optimizer:
@@ -492,26 +394,6 @@ def optimizer_of(objective: Objective, learning_rate: float) -> torch.optim.Opti
         whitening = {objective.parameters[name]: r for name, r in spec.whitening.items()}
         return Muon(parameters, learning_rate, **spec.options, whitening=whitening)
     return torch.optim.AdamW(parameters, lr=learning_rate, **spec.options)
-
-
-def _parts(batch: Batch, count: int, size: Callable[[Batch], float]) -> list[tuple[Batch, float]]:
-    """The batch cut into `count` parts, each with its share of what a mean over it is taken over.
-
-    A batch of fewer rows than parts gives idle rows of share 0, for a loss must be given one.
-    """
-    if count == 1:
-        return [(batch, 1.0)]
-    whole = size(batch)
-    rows = len(batch.examples)
-    parts = []
-    for index in range(count):
-        chosen = part(rows, index, count)
-        if chosen.start == chosen.stop:
-            parts.append((batch.idle(), 0.0))
-        else:
-            cut = batch.rows(chosen.start, chosen.stop)
-            parts.append((cut, size(cut) / (whole or 1)))
-    return parts
 
 
 @contextmanager

@@ -39,7 +39,8 @@ from expunge.methods.sam_npo import SamNPO
 from expunge.methods.steering import TRAINED_LAYERS
 from expunge.methods.token_npo import TokenNPO
 from expunge.methods.undial import UNDIAL
-from expunge.models.engine import CacheLayout, pass_tokens_on
+from expunge.models.cache_layout import CacheLayout
+from expunge.models.engine import pass_tokens_on
 from expunge.models.loading import CheckedModel
 from expunge.models.states import DROP_AFTER
 from expunge.training.preparation import Prepared
@@ -198,7 +199,7 @@ class Formula:
         return copies * self._trained + self._optimizer()
 
     def _of_base(self) -> Iterator[tuple[str, dict[str, int]]]:
-        """The pass of the base over the forget rows, where it is the yardstick; then it is let go."""
+        """The pass of the base over the forget rows, if it is the reference; then it is let go."""
         if self._prepared.yardstick == "base":
             weights = {WEIGHTS: self._item * self._shapes.numbers // self._shards}
             yield "ask base", {**weights, **self._measured()}

@@ -7,9 +7,9 @@ Muon (Jordan et al., 2024), scaled to the size of a step of Adam (arXiv 2502.169
 the place of W, (m, n). R = 1 is Muon itself. With R it is not the matrix that moves as far in every
 direction, but what it gives for held inputs x; c keeps the root mean square of the step.
 
-If `normalized`, G / ||G|| stands for G (as by layer in arXiv 1905.11286), so that each step's batch has the
-same say in M. Gradients of unlearning differ tenfold from step to step: hardly any at the start from retain
-rows, then the steepest of all from one that is lost.
+If `normalized`, G / ||G|| stands for G (as by layer in arXiv 1905.11286), so that each step's batch has
+the same say in M. Gradients of unlearning differ tenfold from step to step: retain rows give hardly any
+at the start, and the steepest of all where one is lost.
 
 Of sharded matrices weights, gradients and momentum stay so; the step of each is made by one process.
 """

@@ -21,6 +21,8 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Select = Literal["best", "last"]
 _MOST_RISK = 10.0
+_COOLDOWN = 0.4
+"""Share of the steps in which a trapezoid falls."""
 _COUNTS = ("epochs", "max_steps", "batch_size", "validate_every", "micro_batch_size", "save_every")
 CacheDtype = Literal["float32", "bfloat16"]
 RetainSampling = Literal["uniform", "influence"]
@@ -50,15 +52,15 @@ class TrainingOptions:
     time_limit: str | None = None
     """Stop in time for this limit: 90s, 20m, 1h. The best checkpoint is kept."""
     validation_fraction: float | None = None
-    """Share of the retain rows that is kept out of training, 32 rows at most; candidates are measured
-    on these and on rows that are trained on. Nothing holds them, so no more are kept out than needed;
-    null: 2%, but none where those would be fewer than 16. Forget rows are always all unlearned."""
+    """Share of the retain rows that is kept out of training, 32 rows at most. Candidates are
+    measured on these and on rows that are trained on. Null: 2%, but none if those are fewer than
+    16. Forget rows are always all unlearned."""
     validate_every: int | None = None
     """Steps between two measured candidates; null: one epoch, but at least 10 and at most 16 times a
     run, and never with `--select last`. Forget rows are calibrated as often."""
     select: Select = "best"
-    """Keep the best candidate, or the last state. Best: of those that are not destroyed. Last: whatever
-    it is; what only candidates need is then not loaded. `--method retrain` keeps the last."""
+    """Keep the best candidate, or the last state. The best is one that is not destroyed. For the last
+    no candidate is measured. `--method retrain` keeps the last."""
     micro_batch_size: int | None = None
     """Rows a side that run at once; null: all of the batch. It changes memory, not the result."""
     save_every: int | None = None
@@ -69,13 +71,13 @@ class TrainingOptions:
     cache_dtype: CacheDtype | None = None
     """Dtype of the cached hidden states; null: the one they are computed in."""
     chat_template: Template = "auto"
-    """Render rows with the chat template. auto: if the target answers a sample of the rows better with
-    it. A target that a run made is asked as that run recorded."""
+    """Render rows with the chat template. auto: if the target answers sampled rows better with it.
+    A target that a run made is asked as that run recorded."""
     long_rows: LongRows = "refuse"
     """Refuse rows longer than the model's context, or cut them into overlapping windows."""
     unknown_rows: Literal["refuse", "unlearn"] = "refuse"
-    """Refuse to unlearn where the target knows none of the forget rows in the form given, or go on; the
-    run then never ends as unlearned. With `--select last` a sample of 32 is read for it."""
+    """Refuse to unlearn if the target knows none of the forget rows in the form given, or go on.
+    Such a run never ends as unlearned. With `--select last` a sample of 32 is read for it."""
     influence: str | None = None
     """An influence.json of `expunge analyze influence` on the same model and rows."""
     retain_sampling: RetainSampling = "uniform"
@@ -186,3 +188,16 @@ def resolved(
         "risk_factor": options.risk_factor if options.retain_sampling == "influence" else None,
         "skip_gone": options.skip_gone,
     }
+
+
+def schedule_factor(schedule: Schedule, done: float) -> float:
+    """What the learning rate is multiplied by once a share `done` of the steps is taken.
+
+    The trapezoid is constant, then falls to 0 in a line (arXiv 2405.18392): of as many steps more are
+    long ones than under a cosine, and the last still end where they aim.
+    """
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return min(1.0, (1 - done) / _COOLDOWN)

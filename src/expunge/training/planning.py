@@ -291,7 +291,7 @@ def _changes(prepared: Prepared, dtype: str) -> Iterator[tuple[str, dict[str, An
     if cuts and prepared.options.micro_batch_size != 1:
         yield "--micro-batch-size 1", {"micro_batch_size": 1}, dtype
     if getattr(prepared.method, "gradient_checkpointing", None) is False:
-        yield "--method.gradient_checkpointing", {"gradient_checkpointing": True}, dtype
+        yield "--method.gradient-checkpointing", {"gradient_checkpointing": True}, dtype
     if getattr(prepared.method, "parameters", None) == "full":
         yield "--method.parameters lora", {"parameters": "lora"}, dtype
     if prepared.used["batch_size"] > 1:

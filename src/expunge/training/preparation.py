@@ -13,7 +13,6 @@ from expunge.analysis.influence_file import (
     RowsAtRisk,
     check_same_rows,
     read_influence,
-    sampling_weights,
 )
 from expunge.analysis.layers import LayerChoice
 from expunge.analysis.template_choice import evenly
@@ -28,6 +27,7 @@ from expunge.methods.preference import encode_beside
 from expunge.methods.retrain import Retrain
 from expunge.models.decoder import DecoderLayout
 from expunge.models.loading import CheckedModel, context_of, policies_of, vocabulary_of
+from expunge.training.influence import InfluenceUsed, applied
 from expunge.training.options import TrainingOptions, resolved
 from expunge.training.validation import ValidationSet
 
@@ -40,36 +40,6 @@ _FEWEST_KEPT_OUT = 16
 """Fewer say nothing and are harmed for nothing (docs/decisions.md)."""
 _NEVER_SEEN = 64
 """Never-seen documents of a task that candidates are compared with: more cost time and say no more."""
-
-
-@dataclass(frozen=True)
-class InfluenceUsed:
-    """What a run took from an influence.json."""
-
-    sha256: str
-    """Of the file."""
-    model_sha256: Mapping[str, str]
-    """Of the files of the model that it is about."""
-    skipped: int
-    """Forget rows that are not trained on, as the target does not know them."""
-    mean_weight: float
-    """How often a retain row is taken in an epoch, on average."""
-
-    @property
-    def said(self) -> str:
-        """What the user is told of skipped rows."""
-        return (
-            f"{self.skipped} forget rows are gone already and not trained on (--skip-gone); they are"
-            " still measured"
-        )
-
-    def describe(self) -> dict[str, Any]:
-        """What the manifest says of it."""
-        return {
-            "sha256": self.sha256,
-            "forget_rows_skipped": self.skipped,
-            "mean_retain_weight": self.mean_weight,
-        }
 
 
 @dataclass(frozen=True)
@@ -117,7 +87,7 @@ class Prepared:
 
     @property
     def yardstick(self) -> Literal["nonmembers", "base", "counterfactuals", "ceiling"] | None:
-        """What says where unlearning ends: never-seen text, the base's losses on the forget rows,
+        """What says where unlearning ends: non-members, the base's losses on the forget rows,
         counterfactuals of them, or none, and then the method's settings. None: nothing is unlearned."""
         if self.retrains:
             return None
@@ -335,7 +305,7 @@ def prepare_encoded(
     kept: Sequence[Example] = trained_on
     facts = None
     if sets.influence is not None:
-        forgotten, kept, facts = _applied(sets.influence, options, sets.forget, trained_on)
+        forgotten, kept, facts = applied(sets.influence, options, sets.forget, trained_on)
         warnings += [facts.said] if facts.skipped else []
     if retrains:
         forgotten, kept = kept, ()
@@ -371,43 +341,12 @@ def prepare_encoded(
     )
 
 
-def _applied(
-    influence: RowsAtRisk,
-    options: TrainingOptions,
-    forget: Sequence[Example],
-    retain: Sequence[Example],
-) -> tuple[Sequence[Example], Sequence[Example], InfluenceUsed]:
-    """The examples without forget rows that are gone, and with weights on the retain rows.
-
-    Raises InputError where no forget row is left.
-    """
-    skipped: set[str] = set()
-    if options.skip_gone:
-        skipped = {example.row_id for example in forget} & influence.gone
-        forget = [example for example in forget if example.row_id not in skipped]
-        if not forget:
-            raise InputError(
-                f"--skip-gone: all {len(skipped)} forget rows are gone already, there is nothing to"
-                " unlearn; leave it out to unlearn them all the same"
-            )
-    mean = 1.0
-    if options.retain_sampling == "influence" and retain:
-        trained = {example.row_id for example in retain}
-        values = {row: value for row, value in influence.collateral.items() if row in trained}
-        weights = sampling_weights(values, options.risk_factor)
-        retain = [replace(e, weight=weights[e.row_id]) for e in retain]
-        mean = sum(example.weight for example in retain) / len(retain)
-    used = InfluenceUsed(influence.sha256, influence.model_sha256, len(skipped), mean)
-    return forget, retain, used
-
-
 def _check_retain(method: Method, retain: object | None) -> list[str]:
     """Raises InputError where a retain set is missing; returns warnings."""
     if retain is None and method.needs_retain:
         raise InputError(
-            f"--method {method.name}: needs a retain set, none was given; give --retain with rows"
-            " that must stay (text like the forget set's that is not to go), set the method's"
-            " retain weight to 0 where it has one, or choose gradient-ascent"
+            f"--method {method.name}: needs a retain set; give --retain with rows of the forget set's"
+            " kind that must stay, or choose gradient-ascent"
         )
     if retain is None:
         return [

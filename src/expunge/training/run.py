@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,31 +21,21 @@ from expunge.data.rows import Reading, RowSet
 from expunge.disk import check_not_read, write_whole
 from expunge.errors import InputError
 from expunge.methods.base import Method
-from expunge.models.decoder import skeleton_of
-from expunge.models.engine import SegmentEngine
 from expunge.models.files import MANIFEST
 from expunge.models.loading import (
     CheckedModel,
-    Dtype,
     RunDtype,
     check_base,
     check_model,
-    load_model,
     resolve_device,
     resolve_dtype,
     said_of_dtype,
     text_policies,
 )
-from expunge.models.packing import NotASegment
 from expunge.models.parts import (
-    Parts,
-    StreamedModel,
-    WholeModel,
     give_back_freed_memory,
-    why_not_streamed,
 )
 from expunge.models.prefix import Prefix
-from expunge.models.sharding import shard
 from expunge.models.tensors import write_tensors
 from expunge.models.writing import (
     check_disk_space,
@@ -56,11 +46,10 @@ from expunge.models.writing import (
     verify_checkpoint,
     write_checkpoint,
 )
-from expunge.processes import OneProcess, Processes, processes_of, refused_together
-from expunge.training.form import resolved_form
+from expunge.processes import Processes, processes_of, refused_together
 from expunge.training.keeping import Keeper, plain_errors
-from expunge.training.layer_choice import resolved_layer
 from expunge.training.manifest import describe_run, digests, finite, settings_of
+from expunge.training.opening import open_run, whole_model
 from expunge.training.options import TrainingOptions
 from expunge.training.preparation import Prepared, prepare
 from expunge.training.progress import Progress, Silent
@@ -69,15 +58,13 @@ from expunge.training.stopping import stop_requests
 from expunge.training.unlearning import (
     Outcome,
     Place,
-    autocast_of,
-    open_engine,
     plan_cache,
     unlearn_prepared,
     with_base,
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 METRICS = "metrics.jsonl"
 DIRECTIONS = "expunge-directions.safetensors"
@@ -85,8 +72,8 @@ ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
-class RunInputs(Reading):
-    """Where a run reads and writes, and on what."""
+class Sources(Reading):
+    """Where a run or a sweep of runs reads and writes, and on what."""
 
     model: str
     """The target model: a directory, or a hub id."""
@@ -99,25 +86,31 @@ class RunInputs(Reading):
     nonmembers: Annotated[
         str | None, tyro.conf.arg(name="calibration", aliases=("--nonmembers",))
     ] = None
-    """Text like the forget set's that the model never saw. Forget rows are to look like it, and the
-    checkpoint is chosen by it."""
-    base: str | None = None
-    """The model from before the fine-tune. `--method retrain` trains it on the rows to keep; with other
-    methods, and no --calibration, forget rows are to look as they do to it, and as much dearer as other
-    text of their kind has become."""
+    """Non-members: text that the model never saw. It is of the forget set's kind. Forget rows are moved
+    to its losses, and the checkpoint is chosen by it."""
     dtype: RunDtype = "auto"
     """Dtype of frozen weights and products. Trained tensors are float32 always. auto: the one of the
     model's files, for float16 files float32."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    keep_adapter: bool = False
-    """Also write the LoRA adapter, beside the merged model, to OUT/adapter."""
     overwrite: bool = False
     """Replace an existing output. Without --resume also discard an unfinished run."""
-    resume: bool = False
-    """Go on with an unfinished run. Its settings must be the same; without one a run begins."""
     trust_remote_code: bool = False
     """Run code that the model's directory brings along."""
+
+
+@dataclass(frozen=True)
+class RunInputs(Sources):
+    """What one run is given beside its method and its training options."""
+
+    base: str | None = None
+    """The model from before the fine-tune. `--method retrain` trains it on the rows to keep. Other
+    methods raise the losses of forget rows to its losses, if --calibration is not given. What the
+    fine-tune added to the loss of other text of their kind is added to these."""
+    keep_adapter: bool = False
+    """Also write the LoRA adapter, beside the merged model, to OUT/adapter."""
+    resume: bool = False
+    """Go on with an unfinished run. Its settings must be the same; without one a run begins."""
 
 
 def run(
@@ -197,7 +190,7 @@ def run(
         for line in said_of_dtype(checked, inputs.dtype, device):
             progress.message(line)
         if prepared.yardstick == "base" and prepared.base is not None:
-            asked_first = _whole(
+            asked_first = whole_model(
                 prepared.base, resolve_dtype(prepared.base, inputs.dtype), device, processes
             )
             prepared = with_base(prepared, asked_first, checked.layout, progress, processes)
@@ -382,110 +375,6 @@ def _bytes_of_cache(prepared: Prepared, checked: CheckedModel, inputs: RunInputs
     return plan_cache(
         prepared, checked.layout.width, getattr(torch, resolve_dtype(checked, inputs.dtype))
     ).bytes
-
-
-@dataclass
-class Opened:
-    """A model that is read, ready for one run."""
-
-    prepared: Prepared
-    """The run, with its layer chosen."""
-    parts: Parts
-    engine: SegmentEngine | None
-    why_whole: str | None
-    """Why a method that could run its layers alone does not."""
-    seconds: float
-    """That reading the model took; a pass over rows that chooses a layer is not among them."""
-
-
-def open_run(
-    checked: CheckedModel,
-    dtype: Dtype,
-    prepared: Prepared,
-    device: str,
-    progress: Progress,
-    *,
-    processes: Processes | None = None,
-    layer_record: Path | None = None,
-) -> Opened:
-    """Reads the model as the method needs it, chooses the layer where that is left open."""
-    processes = processes or OneProcess()
-    started = time.monotonic()
-    parts = open_parts(checked, dtype, prepared, device, processes)
-    choosing = time.monotonic()
-    autocast = autocast_of(parts.device, parts.model.dtype)
-    prepared = resolved_form(
-        prepared, checked.layout, parts, checked.tokenizer, autocast, progress, processes
-    )
-    prepared = resolved_layer(
-        prepared,
-        checked.layout,
-        parts,
-        autocast,
-        progress,
-        processes=processes,
-        record=layer_record,
-    )
-    chosen = time.monotonic()
-    parts, engine, why_whole = _cut(checked, dtype, prepared, device, parts, processes)
-    seconds = choosing - started + time.monotonic() - chosen
-    return Opened(prepared, parts, engine, why_whole, seconds)
-
-
-def open_parts(
-    checked: CheckedModel,
-    dtype: Dtype,
-    prepared: Prepared,
-    device: str,
-    processes: Processes,
-) -> Parts:
-    """The model as a whole, or in parts where the method and the model allow it."""
-    if prepared.method.trained_layers(checked.layout) is None:
-        weights = prepared.method.sharded_weights(checked.layout)
-        return WholeModel(_whole(checked, dtype, device, processes, weights))
-    skeleton = skeleton_of(checked.config, trust_remote_code=checked.trust_remote_code)
-    if why_not_streamed(skeleton, own_code=checked.trust_remote_code) is None:
-        return StreamedModel(checked, getattr(torch, dtype), device)
-    return WholeModel(load_model(checked, dtype, device))
-
-
-def _whole(
-    checked: CheckedModel,
-    dtype: Dtype,
-    device: str,
-    processes: Processes,
-    trained: Sequence[str] = (),
-) -> PreTrainedModel:
-    """The whole model; where the processes share weights, `trained` ones are spread in float32 too."""
-    if not processes.shards:
-        return load_model(checked, dtype, device)
-    model = load_model(checked, dtype, "cpu")
-    shard(model, checked.layout, trained)
-    return model
-
-
-def _cut(
-    checked: CheckedModel,
-    dtype: Dtype,
-    prepared: Prepared,
-    device: str,
-    parts: Parts,
-    processes: Processes,
-) -> tuple[Parts, SegmentEngine | None, str | None]:
-    """The engine for the method's layers where they can be run alone, or the whole model and why."""
-    if prepared.method.trained_layers(checked.layout) is None:
-        return parts, None, None
-    try:
-        return parts, open_engine(prepared, checked.layout, parts, processes), None
-    except NotASegment as reason:
-        if processes.shards:
-            raise InputError(
-                f"--method {prepared.method.name}: this model cannot be run in parts ({reason}), and"
-                " then its trained weights cannot be sharded; use a configuration without FSDP"
-            ) from None
-        if parts.streamed:
-            parts = WholeModel(load_model(checked, dtype, device))
-        return parts, None, str(reason)
 
 
 def _write_artifacts(outcome: Outcome, checked: CheckedModel, scratch: Path) -> None:

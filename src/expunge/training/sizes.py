@@ -21,7 +21,7 @@ from expunge.methods.preference import PreferenceSettings
 from expunge.methods.spectral import Spectral
 from expunge.models.decoder import DecoderLayout, map_sizes, skeleton_of
 from expunge.models.loading import CheckedModel
-from expunge.training.loop import micro_batches, part
+from expunge.training.micro_batches import micro_batches, part
 from expunge.training.preparation import Prepared
 
 Row = TypeVar("Row")

@@ -21,16 +21,18 @@ from expunge.evaluation.outcomes import Measured, of_run
 from expunge.evaluation.sentences import run_sentence
 from expunge.methods.base import Context, Finished, Method
 from expunge.methods.own_text import written_by
+from expunge.models.cache_layout import CacheLayout, lay_out
 from expunge.models.decoder import DecoderLayout, find_layout
-from expunge.models.engine import CacheLayout, SegmentEngine, lay_out
+from expunge.models.engine import SegmentEngine
 from expunge.models.kernels import fast_products
 from expunge.models.packing import NotASegment
 from expunge.models.parts import Parts, WholeModel
 from expunge.models.prefix import Prefix
 from expunge.processes import OneProcess, Processes
-from expunge.training.form import knows_few, resolved_form, unknown
+from expunge.training.form import resolved_form, unknown
+from expunge.training.history import History
 from expunge.training.layer_choice import resolved_layer
-from expunge.training.loop import History, Keeper, Loop, LoopOptions
+from expunge.training.loop import Keeper, Loop, LoopOptions
 from expunge.training.options import TrainingOptions, seconds, size_in_bytes
 from expunge.training.preparation import Prepared, prepare
 from expunge.training.progress import Progress, Silent
@@ -102,7 +104,7 @@ def unlearn_model(
     """Unlearns `forget` from a loaded model, in place.
 
     The compute dtype is the model's; trained tensors have float32 masters. `base`, the model from before
-    the fine-tune, is the yardstick without `nonmembers`. Raises InputError before the model is touched
+    the fine-tune, is the reference without `nonmembers`. Raises InputError before the model is touched
     and RunError where no checkpoint can be kept; the model then holds an unusable state.
     """
     started = time.monotonic()
@@ -170,7 +172,7 @@ def with_base(
     progress: Progress,
     processes: Processes | None = None,
 ) -> Prepared:
-    """The run with what the base says of the forget rows, if that is its yardstick."""
+    """The run with what the base says of the forget rows, if these are its reference."""
     if prepared.yardstick != "base":
         return prepared
     progress.phase("asking the base", 0, 1)
@@ -198,7 +200,7 @@ def with_base(
 
 
 def _with_counterfactuals(prepared: Prepared, context: Context) -> tuple[Prepared, list[str]]:
-    """The run with what the target says of counterfactuals, if these are its yardstick, and warnings."""
+    """The run with what the target says of counterfactuals, if these are its reference, and warnings."""
     if prepared.yardstick != "counterfactuals":
         return prepared, []
     validation = asked_otherwise(context, prepared.validation, prepared.counterfactuals)
@@ -206,8 +208,8 @@ def _with_counterfactuals(prepared: Prepared, context: Context) -> tuple[Prepare
         return replace(prepared, validation=validation), []
     nothing = replace(prepared.validation, members=())
     return replace(prepared, validation=nothing, counterfactuals=()), [
-        "nothing says how never-seen text looks: too little of the forget rows is names and numbers,"
-        " which could be exchanged; give text that the model never saw"
+        "forget rows hold too few names and numbers to exchange, so nothing says how far to go;"
+        " give non-members"
     ]
 
 
@@ -280,14 +282,9 @@ def unlearn_prepared(
         prepared, told = _with_counterfactuals(prepared, context)
         reading = _target_reading(prepared, context, place.saved)
         target = None if reading is None else reading.measured
-        if target is not None and target.forget_known == 1:
-            progress.message("the target knows every forget row measured, in the form given")
+        told += _unknown(prepared, target, progress)
         for warning in told:
             progress.message(f"warning: {warning}")
-        for unknown_rows in _unknown(prepared, target):
-            few = target is not None and knows_few(target.forget_known or 0)
-            progress.message(f"{'warning: ' * few}{unknown_rows}")
-            told.append(unknown_rows)
         warnings += told
         prepared_at = time.monotonic()
         objective = prepared.method.start(context)
@@ -417,11 +414,11 @@ def _target_reading(
     return measure(context, prepared.validation)
 
 
-def _unknown(prepared: Prepared, target: Measured | None) -> list[str]:
+def _unknown(prepared: Prepared, target: Measured | None, progress: Progress) -> list[str]:
     if prepared.retrains or target is None or target.forget_known is None:
         return []
     rows = len({example.row_id for example in prepared.validation.forget})
-    return unknown(prepared, rows, target.forget_known, target.forget_accuracy)
+    return unknown(prepared, rows, target.forget_known, target.forget_accuracy, progress)
 
 
 def _loop_options(prepared: Prepared, place: Place, validation_seconds: float) -> LoopOptions:

@@ -26,7 +26,7 @@ from expunge.methods.base import Context
 from expunge.methods.calibration import NeverSeen, RowTokens, as_before, joined, never_seen
 from expunge.methods.counterfactuals import never_seen_like
 from expunge.methods.membership import RowLosses, membership_auc
-from expunge.methods.numerics import is_known, unbroken_share
+from expunge.methods.numerics import answered
 from expunge.methods.own_text import text_of_kind
 
 _FLOOR = 1e-3
@@ -200,14 +200,7 @@ def _pass(
                 windows += _tokens_of(batch, where, log_probs, surprise)
             else:
                 log_probs, right = context.next_tokens(batch)
-        answers = batch.answer_mask[:, 1:]
-        shares = unbroken_share(right, answers).tolist()
-        lengths = answers.sum(1).tolist()
-        found += [
-            (row, share, is_known(share, length))
-            for row, share, length in zip(batch.row_ids, shares, lengths, strict=True)
-            if length
-        ]
+        found += answered(batch.row_ids, right, batch.answer_mask[:, 1:])
         losses.add(batch, log_probs)
     accuracies: dict[str, list[float]] = {}
     known: set[str] = set()

@@ -50,10 +50,10 @@ class ViewInputs:
     oracle_scores: str | None = None
     """Scores of a model trained without the forget set."""
     audit: str | None = None
-    """The audit; null: RUN/audit.json where there is one."""
+    """The audit; null: RUN/audit.json, if it exists."""
     records: tuple[str, ...] = ()
     """Records of expunge evaluate --records, before and after; one alone is that after. None:
-    RUN/records.jsonl where there is one."""
+    RUN/records.jsonl, if it exists."""
     compare: tuple[str, ...] = ()
     """Other runs, or their scores.json, to stand beside this one."""
     reveal: bool = False
@@ -71,7 +71,7 @@ class ViewInputs:
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     chat_template: Template = "auto"
-    """Render prompts with the tokenizer's chat template; auto: as the run did."""
+    """Render prompts with the chat template. auto: as the run did."""
     trust_remote_code: bool = False
     """Run code that the models' directories bring along."""
 
@@ -243,7 +243,7 @@ def _models(inputs: ViewInputs, manifest: Mapping[str, Any]) -> tuple[CheckedMod
         if inputs.original is not None:
             raise
         raise InputError(
-            f"{error} (the run names it as its target; where it has moved, give --original DIR)"
+            f"{error} (the run names it as its target; if it has moved, give --original DIR)"
         ) from None
     digests = target.files.sha256()
     recorded = manifest["model_sha256"]
@@ -254,8 +254,8 @@ def _models(inputs: ViewInputs, manifest: Mapping[str, Any]) -> tuple[CheckedMod
     ]
     if other:
         raise InputError(
-            f"--original {named}: {other[0]} is not that of the run's target (its SHA-256 differs from"
-            " the one in expunge.json); name the model that the run started from"
+            f"--original {named}: {other[0]} is not that of the run's target (another SHA-256 than in"
+            " expunge.json); name the model that the run started from"
         )
     if target.tokenizer.get_vocab() != unlearned.tokenizer.get_vocab():
         raise InputError(
