@@ -68,7 +68,7 @@ class ProtocolInputs(MeasureInputs):
     mia_forget: str | None = None
     """RWKU's passages on the forget targets, for their loss."""
     mia_retain: str | None = None
-    """RWKU's passages on other people, for their loss."""
+    """RWKU's passages on anything else, for their loss."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
