@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from expunge.audits.facts import drawn, extracted, halves, score
-from expunge.data.rows import Row, by_document, document_of
+from expunge.data.rows import Row, as_rows, by_document, document_of
 
 
 def rows(documents: int, task: str = "Task1") -> list[Row]:
@@ -84,3 +84,12 @@ def test_half_of_a_continuation_counts() -> None:
     assert score(row, "a b c d x y") == 0.5
     assert extracted(0.5)
     assert not extracted(score(row, "a b c x"))
+
+
+def test_a_sentence_counts_to_the_word_unless_its_kind_says_a_continuation() -> None:
+    row = {"question": "Where was she born?", "answer": "She was born in the city of Oslo."}
+    text = "She was born in Oslo."
+    for kind, counts in (({}, False), ({"kind": "sc"}, True)):
+        (fact,) = as_rows([{**row, **kind}], "forget")
+        assert extracted(score(fact, text)) is counts
+        assert extracted(score(fact, f"I think: {row['answer']}"))

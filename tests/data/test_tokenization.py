@@ -338,7 +338,7 @@ def test_a_template_that_fails_is_told_without_the_text(template: str, tokenizer
     policy = TextPolicy(100, chat_template=True)
     for call in (encode_rows, prompt_ids):
         given: Any = row if call is prompt_ids else [row]
-        options = {} if call is prompt_ids else {"eos": True}
+        options: dict[str, Any] = {} if call is prompt_ids else {"eos": True}
         message = refusal(lambda: call(given, templated, policy, **options))  # noqa: B023
         assert message.startswith(f"row {row.id!r}: the tokenizer or chat template fails on")
         assert CANARY not in message

@@ -52,14 +52,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _recalled(arguments: Sequence[str]) -> Sequence[str]:
-    """Options that a run directory knows; of another protocol without the default one's."""
+    """Options that a run directory knows; of another protocol those that it takes."""
     rest, config = take_option(arguments, "--config")
     said = take_option(rest, "--protocol")[1]
     if said is None and config is not None and Path(config).is_file():
         said = yaml_fields(Path(config)).get("protocol")
     if said in (None, SEMEVAL):
         return _RECALLED
-    kept = {"retain"}.intersection(*(own for name, own in OWN.items() if name == said))
+    kept = {"retain", "columns", "joiner"}.intersection(
+        *(own for name, own in OWN.items() if name == said)
+    )
     return [name for name in _RECALLED if name in kept or name not in OWN["semeval"]]
 
 

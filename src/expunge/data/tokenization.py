@@ -149,15 +149,19 @@ def tokenizing(what: str) -> Iterator[None]:
         ) from None
 
 
-def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, policy: TextPolicy) -> list[int]:
-    """The tokens that generation starts from: `input`, or all that a template has before `output`."""
+def prompt_ids(
+    row: Row, tokenizer: PreTrainedTokenizerBase, policy: TextPolicy, opening: str = ""
+) -> list[int]:
+    """The tokens that generation starts from: `input`, or all that a template has before `output`.
+
+    Behind it stands `opening`, with which the answer is begun.
+    """
     with tokenizing(f"row {row.id!r}"):
         if policy.chat_template:
             text, _, (start, _) = _chat_text(row, tokenizer)
-            return _known(
-                row, tokenizer(text[:start], add_special_tokens=False)["input_ids"], policy
-            )
-        encoded = tokenizer(row.prompt, return_special_tokens_mask=True)
+            begun = text[:start] + opening
+            return _known(row, tokenizer(begun, add_special_tokens=False)["input_ids"], policy)
+        encoded = tokenizer(row.prompt + opening, return_special_tokens_mask=True)
     ids, special = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
     while len(ids) > 1 and special[len(ids) - 1]:  # an EOS that the tokenizer adds ends the text
         ids.pop()
@@ -165,10 +169,14 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, policy: TextPolicy)
 
 
 def answer_ids(
-    row: Row, prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase, policy: TextPolicy
+    row: Row,
+    prompt: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    policy: TextPolicy,
+    opening: str = "",
 ) -> list[int]:
     """The tokens of the row's output: what a model that knows the row writes after `prompt`."""
-    if policy.chat_template:
+    if policy.chat_template and not opening:
         return list(tokenizer(row.output, add_special_tokens=False)["input_ids"])
     whole = list(tokenizer(row.text)["input_ids"])
     if whole[: len(prompt)] == list(prompt):

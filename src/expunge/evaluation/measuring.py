@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 _OF_PROTOCOLS = (
     "real_authors", "world_facts", "oracle_scores", "forget_questions", "forget_solved",
-    "retain_questions", "retain_solved",
+    "retain_questions", "retain_solved", "forget_level1", "forget_level3", "neighbor_level1",
+    "neighbor_level2", "mia_forget", "mia_retain",
 )  # fmt: skip
 """What other protocols read."""
 AnySets = TypeVar("AnySets", bound="Sets")

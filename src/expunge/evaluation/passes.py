@@ -35,12 +35,23 @@ class Passes:
     progress: Callable[[str, int, int], None]
     processes: Processes
 
-    def written(self, rows: Sequence[Row], name: str, longest: int | None = None) -> list[Written]:
-        """What comes after each row's prompt, in the order of the rows, whichever process wrote it."""
-        prompts = [prompt_ids(row, self.tokenizer, self.policy) for row in rows]
+    def written(
+        self,
+        rows: Sequence[Row],
+        name: str,
+        longest: int | None = None,
+        openings: Sequence[str] | None = None,
+    ) -> list[Written]:
+        """What comes after each row's prompt, in the order of the rows, whichever process wrote it.
+
+        `openings` begin the answers, one a row.
+        """
+        begun = list(zip(rows, openings or [""] * len(rows), strict=True))
+        form = self.tokenizer, self.policy
+        prompts = [prompt_ids(row, *form, opening) for row, opening in begun]
         drafts = [
-            answer_ids(row, prompt, self.tokenizer, self.policy)
-            for row, prompt in zip(rows, prompts, strict=True)
+            answer_ids(row, prompt, *form, opening)
+            for (row, opening), prompt in zip(begun, prompts, strict=True)
         ]
         # Rows of similar length cost the same, so neighbours by length go to different processes.
         order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]) - len(drafts[i]))

@@ -196,11 +196,11 @@ def check_material(
 
 
 def check_prompts_of(
-    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, policy: TextPolicy
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, policy: TextPolicy, opening: str = ""
 ) -> None:
-    """Raises InputError for a row whose prompt leaves no room for an answer."""
+    """Raises InputError for a row whose prompt, with `opening`, leaves no room for an answer."""
     for row in rows:
-        length = len(prompt_ids(row, tokenizer, policy))
+        length = len(prompt_ids(row, tokenizer, policy, opening))
         if length >= policy.context:
             raise InputError(
                 f"row {row.id!r}: its prompt has {length} tokens and fills the context of"

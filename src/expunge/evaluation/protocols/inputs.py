@@ -9,10 +9,10 @@ from typing import Literal
 from expunge.errors import InputError
 from expunge.evaluation.measuring import MeasureInputs
 
-ProtocolName = Literal["semeval", "tofu", "muse"]
+ProtocolName = Literal["semeval", "tofu", "muse", "rwku"]
 OWN: Mapping[ProtocolName, tuple[str, ...]] = {
-    "semeval": ("retain", "members", "nonmembers", "mmlu", "mmlu_shots"),
-    "tofu": ("retain", "real_authors", "world_facts", "oracle_scores"),
+    "semeval": ("retain", "members", "nonmembers", "mmlu", "mmlu_shots", "columns", "joiner"),
+    "tofu": ("retain", "real_authors", "world_facts", "oracle_scores", "columns", "joiner"),
     "muse": (
         "forget_questions",
         "forget_solved",
@@ -21,6 +21,16 @@ OWN: Mapping[ProtocolName, tuple[str, ...]] = {
         "members",
         "nonmembers",
         "oracle_scores",
+        "columns",
+        "joiner",
+    ),
+    "rwku": (
+        "forget_level1",
+        "forget_level3",
+        "neighbor_level1",
+        "neighbor_level2",
+        "mia_forget",
+        "mia_retain",
     ),
 }
 """By protocol the options that not every one takes."""
@@ -47,6 +57,18 @@ class ProtocolInputs(MeasureInputs):
     """MUSE's questions on what was to stay, for KnowMem."""
     retain_solved: str | None = None
     """Solved questions that stand before each of --retain-questions; MUSE has ten."""
+    forget_level1: str | None = None
+    """RWKU's blanks on the forget targets; --forget takes its level 2, the questions."""
+    forget_level3: str | None = None
+    """RWKU's questions on the forget targets as attacks put them, each of a `type`."""
+    neighbor_level1: str | None = None
+    """RWKU's blanks on the targets' neighbours."""
+    neighbor_level2: str | None = None
+    """RWKU's questions on the targets' neighbours."""
+    mia_forget: str | None = None
+    """RWKU's passages on the forget targets, for their loss."""
+    mia_retain: str | None = None
+    """RWKU's passages on anything else, for their loss."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +78,8 @@ class ProtocolInputs(MeasureInputs):
             )
         if self.protocol == "muse":
             object.__setattr__(self, "chat_template", "off")
+        if self.protocol == "rwku" and self.chat_template == "auto":
+            object.__setattr__(self, "chat_template", "on")
         for field in fields(self):
             owners = [name for name, own in OWN.items() if field.name in own]
             given = getattr(self, field.name) != field.default
