@@ -173,7 +173,7 @@ def test_tofu_end_to_end(
         f"| model utility | 0-1 | high | {json.loads(oracle.read_text())['scores']['model_utility']:.3f}"
         in out
     )
-    assert "was measured by --protocol tofu, not semeval" in refusal(
+    assert "was measured by the protocol tofu, not semeval" in refusal(
         lambda: read_scores(str(scores))
     )
 

@@ -79,7 +79,7 @@ def _read(source: str, protocol: str, made: Callable[[Mapping[str, Any]], Card])
     path, values = opened(source)
     if (found := protocol_in(values)) != protocol:
         raise InputError(
-            f"{path}: was measured by --protocol {found}, not {protocol}; measure it again with"
+            f"{path}: was measured by the protocol {found}, not {protocol}; measure it again with"
             f" expunge evaluate --protocol {protocol}"
         )
     try:

@@ -115,6 +115,6 @@ def _numbers(place: str, values: object) -> dict[str, float]:
     for row, value in read_mapping(place, values).items():
         number = read_score(f"{place} of row {row!r}", value, -math.inf, math.inf)
         if number is None or not math.isfinite(number):
-            raise InputError(f"{place} of row {row!r} is no finite number")
+            raise InputError(f"{place} of row {row!r} is no finite number; measure it again")
         found[row] = number
     return found
