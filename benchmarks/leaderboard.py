@@ -37,7 +37,7 @@ WEIGHTS = "model.safetensors"
 LOOP = ("max_steps", "max_grad_norm", "time_limit", "select", "retain_sampling", "skip_gone")
 """Options of the loop whose default is no method's own."""
 HEADER = (
-    "benchmark", "method", "settings that differ", "final ↑", "task aggregate ↑", "forget ↓",
+    "benchmark", "method", "seed", "settings that differ", "final ↑", "task aggregate ↑", "forget ↓",
     "MIA AUC → 0.5", "utility ↑", "audit", "seconds", "settings hash", "rows hash", "code",
 )  # fmt: skip
 
@@ -184,6 +184,7 @@ def cells(entry: Mapping[str, Any]) -> list[str]:
     return [
         entry["benchmark"],
         entry["method"],
+        str(entry["seed"]),
         ", ".join(told) or "-",
         *(
             number(entry[name])

@@ -92,7 +92,9 @@ def sweep_command(
     """The sweep; `rows` are the options with what it unlearns and scores with."""
     # A sweep refuses an objective that it has no rows for.
     whole = {"--mmlu", "--calibration"} <= set(rows)
-    chosen = ["--objectives", "final" if whole else "aggregate", "--trials", str(trials)]
+    chosen = ["--objectives", "final" if whole else "aggregate"]
+    # All trials, however many fail.
+    chosen += ["--trials", str(trials), "--max-failures", str(trials)]
     words = ["--search", *search_words(method, target)]
     options = ["--method", method, "--seed", str(seed), "--output", str(output), "--quiet"]
     return ["sweep", str(target), *rows, *options, *chosen, *words]

@@ -176,11 +176,11 @@ def test_entries_stay_are_replaced_and_make_the_table(
 
     assert len(write(make_run("first", 0.25))) == 1
     lines = write(make_run("better", 0.75, alpha=2.0))
-    assert [line.split(" | ")[1:4] for line in lines] == [
-        ["wga", "`method.alpha` 2", "0.750"],
-        ["wga", "-", "0.250"],
+    assert [line.split(" | ")[1:5] for line in lines] == [
+        ["wga", "0", "`method.alpha` 2", "0.750"],
+        ["wga", "0", "-", "0.250"],
     ]
-    assert write(make_run("again", 0.5))[1].split(" | ")[3] == "0.500"
+    assert write(make_run("again", 0.5))[1].split(" | ")[4] == "0.500"
     whole = page.read_text()
     assert whole.endswith("after\n")
     page.write_text(PAGE)
