@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_machine
+from material import Material
 
 from expunge.audits.catalog import ATTACKS
 from expunge.models.files import MANIFEST
 from expunge.reporting.tables import markdown
-from methods import Material, replaced
+from methods import replaced
 
 NOTE = """\
 Target and oracle: share of the facts that each attack extracts, the mean over the audits. Methods:
@@ -80,6 +81,7 @@ def audited(run: Path, material: Material, audit: Path, budget: str) -> None:
             str(audit.parent / "cache"),
             "--quiet",
         ),
+        *material.rows,
         *material.options(nonmembers="nonmembers.jsonl", paraphrases="paraphrases.jsonl"),
     ]
     if (material.directory / "oracle").is_dir():

@@ -3,11 +3,16 @@
     python benchmarks/methods.py builtin ../shared/models/lume-mini --output runs/methods
     python benchmarks/methods.py builtin --methods libu npo --seeds 0 --output runs/methods \\
         --write docs/benchmark.md
+    python benchmarks/methods.py builtin --tune 20 --output runs/methods
 
 `builtin` is built anew for every seed, rows and models. DIRECTORY holds a model (in `target/` or itself)
 with forget.jsonl, retain.jsonl and, where they exist, calibration.jsonl, nonmembers.jsonl, mmlu/ and
 oracle/; its seeds are those of the runs alone. Runs are calibrated against calibration.jsonl, which
-scoring does not use, or else against nonmembers.jsonl. Nothing is tuned for a benchmark or a seed.
+scoring does not use, or else against nonmembers.jsonl.
+
+Nothing is tuned without `--tune N`. With it every method, ours too, has N trials of `expunge sweep` on
+rows that are not reported: those of `--tune-seed`, or of `--tune-on DIRECTORY`. Its best settings then
+run beside its defaults (tuning.py has the search space).
 
 Each run is a process of its own, so that its peak memory is its own. What is in the output already is
 not run again; an interrupted run goes on. A method that failed is a row that says why; delete
@@ -17,11 +22,11 @@ METHOD.failed.json to try again.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,15 +35,16 @@ from typing import Any
 
 from figure import Point, write_figure
 from machine import describe_machine
+from material import Material, attempted, built, scored
+from tuning import check_unreported, tuned
 
-from expunge.evaluation.score_files import SCORES, read_scores
+from expunge.evaluation.score_files import SCORES
 from expunge.evaluation.scorecard import Scorecard
 from expunge.methods.catalog import METHODS
 from expunge.models.files import MANIFEST
 from expunge.reporting.tables import markdown
 
 SECTION = "methods"
-FAILED = "failed.json"
 MEASURES = {
     "forget regurgitation": "forget regurgitation ↓",
     "forget knowledge": "forget knowledge ↓",
@@ -52,45 +58,16 @@ MEASURES = {
     "seconds": "seconds",
     "memory": "peak GiB",
 }
+TUNED = " (tuned)"
+COMPARED = ("final", "task aggregate", "utility", "seconds")
+"""What stands untuned and tuned side by side."""
 NOTE = """\
-Mean ± standard deviation over the seeds {seeds}; default settings. Regurgitation and knowledge are
-means over the tasks. Distance to the oracle: mean absolute difference over every part of the
-scorecard that both have, seed by seed. The parts are regurgitation and knowledge of each task and
-side, MIA AUC and utility. Memory is the peak of the run's process. Runs in {dtypes}, scores in
+Mean ± standard deviation over the seeds {seeds}; default settings if not tuned. Regurgitation and
+knowledge are means over the tasks. Distance to the oracle: mean absolute difference over every part
+of the scorecard that both have, seed by seed. The parts are regurgitation and knowledge of each task
+and side, MIA AUC and utility. Memory is the peak of the run's process. Runs in {dtypes}, scores in
 float32.
 """
-
-
-@dataclass(frozen=True)
-class Material:
-    """A target model and what it is unlearned and scored with."""
-
-    directory: Path
-
-    @property
-    def target(self) -> Path:
-        """The target model's directory."""
-        inside = self.directory / "target"
-        return inside if inside.is_dir() else self.directory
-
-    def options(self, **names: str) -> list[str]:
-        """The rows as options of a command, those that exist; `names` are of files, by option."""
-        found = []
-        for option, name in {"forget": "forget.jsonl", "retain": "retain.jsonl", **names}.items():
-            if (self.directory / name).exists():
-                found += [f"--{option}", str(self.directory / name)]
-        return found
-
-    @property
-    def run_options(self) -> list[str]:
-        """Rows of a run; never-seen text that scoring does not use where there is some."""
-        calibrated = (self.directory / "calibration.jsonl").exists()
-        return self.options(nonmembers="calibration.jsonl" if calibrated else "nonmembers.jsonl")
-
-    @property
-    def score_options(self) -> list[str]:
-        """What a model is scored with."""
-        return self.options(nonmembers="nonmembers.jsonl", mmlu="mmlu")
 
 
 @dataclass
@@ -117,6 +94,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=unlearning, choices=unlearning)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--tune", type=int, default=0, metavar="N", help="trials of every method")
+    parser.add_argument("--tune-seed", type=int, default=100, help="of the sweeps and their rows")
+    parser.add_argument("--tune-on", default="builtin", help="builtin, or a directory as above")
     parser.add_argument(
         "--write", type=Path, help="page whose section between the markers is replaced"
     )
@@ -124,15 +104,21 @@ def main() -> None:
     if arguments.write is not None:
         # Refused now, not after hours.
         replaced(arguments.write.read_text(encoding="utf-8"), SECTION, "")
+    if arguments.tune:
+        check_unreported(arguments)
+    runs = settings_of_runs(arguments)
 
     sections = []
     for benchmark in arguments.benchmarks:
         name = "builtin" if benchmark == "builtin" else Path(benchmark).resolve().name
         place = arguments.output / name
         place.mkdir(parents=True, exist_ok=True)
-        rows = measured(benchmark, arguments.methods, arguments.seeds, place, arguments.dtype)
+        rows = measured(benchmark, runs, arguments.seeds, place, arguments.dtype)
         told, where = note(arguments.seeds, place)
         text = table(rows) + "\n" + told
+        if arguments.tune:
+            text += f"\n{side_by_side(rows)}\nTuned: the best of {arguments.tune} trials of each"
+            text += " method, on rows that are not reported here.\n"
         write_figure(points(rows), f"{name}: what was forgotten and what was kept", place)
         values = {model: {**row.values, "failures": row.failures} for model, row in rows.items()}
         (place / "results.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -148,11 +134,28 @@ def main() -> None:
         arguments.write.write_text(replaced(page, SECTION, "\n".join(sections)), encoding="utf-8")
 
 
+def settings_of_runs(arguments: argparse.Namespace) -> dict[str, list[str] | str]:
+    """By the name of a row its run's options, or why its tuning gave none."""
+    runs: dict[str, list[str] | str] = {}
+    for method in arguments.methods:
+        runs[method] = ["--method", method]
+        if arguments.tune:
+            runs[method + TUNED] = tuned(method, arguments)
+    return runs
+
+
 def measured(
-    benchmark: str, methods: Sequence[str], seeds: Sequence[int], place: Path, dtype: str
+    benchmark: str,
+    runs: Mapping[str, list[str] | str],
+    seeds: Sequence[int],
+    place: Path,
+    dtype: str,
 ) -> dict[str, Row]:
     """Carries out what is missing, and returns every model's values."""
-    rows = {name: Row() for name in ("target", "oracle", *methods)}
+    rows = {name: Row() for name in ("target", "oracle", *runs)}
+    settings = {name: given for name, given in runs.items() if not isinstance(given, str)}
+    for name in runs.keys() - settings.keys():
+        rows[name].failures.append(f"its tuning: {runs[name]}")
     for seed in seeds:
         material = built(seed) if benchmark == "builtin" else Material(Path(benchmark))
         here = place / f"seed{seed}" if benchmark == "builtin" else place
@@ -165,65 +168,35 @@ def measured(
             oracle = scored(material.directory / "oracle", material, here / "oracle.json")
             if benchmark == "builtin" or seed == seeds[0]:
                 rows["oracle"].add(parts_of(oracle))
-        for method in methods:
-            output = place / f"seed{seed}" / method
+        for name, options in settings.items():
+            output = place / f"seed{seed}" / directory_of(name, options)
             output.parent.mkdir(exist_ok=True)
-            reason = unlearned(method, seed, material, output, dtype)
+            reason = unlearned([*options, "--dtype", dtype], seed, material, output)
             if reason is not None:
-                rows[method].failures.append(f"seed {seed}: {reason}")
+                rows[name].failures.append(f"seed {seed}: {reason}")
                 continue
             card = scored(output, material, output / SCORES)
             values = {**parts_of(card), **costs_of(output)}
-            rows[method].add({**values, "distance": distance(card, oracle)})
-            print(f"{method}, seed {seed}: {numbers(values)}", file=sys.stderr, flush=True)
+            rows[name].add({**values, "distance": distance(card, oracle)})
+            print(f"{name}, seed {seed}: {numbers(values)}", file=sys.stderr, flush=True)
     return {name: row for name, row in rows.items() if row.values or row.failures}
 
 
-def built(seed: int) -> Material:
-    """The built-in benchmark of a seed, from the cache where it is there."""
-    from expunge.benchmark.build import build, default_directory
-    from expunge.benchmark.generator import BenchmarkSettings
-    from expunge.cli.console import progress_on_stderr
-
-    settings = BenchmarkSettings(seed=seed)
-    with progress_on_stderr() as progress:
-        return Material(build(default_directory(settings), settings, progress.phase).directory)
+def directory_of(name: str, options: Sequence[str]) -> str:
+    """Where a row's runs go; other tuned settings are other runs."""
+    if not name.endswith(TUNED):
+        return name
+    digest = hashlib.sha256(json.dumps(options).encode()).hexdigest()
+    return f"{name.removesuffix(TUNED)}-tuned-{digest[:8]}"
 
 
-def unlearned(method: str, seed: int, material: Material, output: Path, dtype: str) -> str | None:
+def unlearned(options: Sequence[str], seed: int, material: Material, output: Path) -> str | None:
     """Runs a method unless it was; why it failed, or None."""
-    failed = output.parent / f"{method}.{FAILED}"
-    if failed.is_file():
-        reason: str = json.loads(failed.read_text(encoding="utf-8"))["reason"]
-        return reason
     if (output / MANIFEST).is_file():
         return None
-    command = ["run", str(material.target), *material.run_options]
-    options = ["--method", method, "--seed", str(seed), "--output", str(output), "--resume"]
-    done = expunge([*command, *options, "--dtype", dtype, "--quiet"])
-    if done.returncode == 0:
-        return None
-    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-    if done.returncode in (130, 143) or done.returncode < 0:
-        raise SystemExit(f"{method}, seed {seed}: {lines[-1]}")  # asked to stop: goes on next time
-    failed.write_text(json.dumps({"reason": lines[-1]}) + "\n", encoding="utf-8")
-    return lines[-1]
-
-
-def scored(model: Path, material: Material, file: Path) -> Scorecard:
-    """The scorecard of a model, measured unless it was."""
-    if not file.is_file():
-        options = [*material.score_options, "--output", str(file), "--quiet"]
-        done = expunge(["evaluate", str(model), *options])
-        if done.returncode != 0:
-            raise SystemExit(f"{model}: {done.stderr.strip()}")
-    return read_scores(str(file))
-
-
-def expunge(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
-    command = [sys.executable, "-m", "expunge", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    command = ["run", str(material.target), *material.run_options, *options, "--seed", str(seed)]
+    command += ["--output", str(output), "--resume", "--quiet"]
+    return attempted(command, output, f"{output.name}, seed {seed}")
 
 
 def parts_of(card: Scorecard) -> dict[str, float | None]:
@@ -301,6 +274,17 @@ def table(rows: Mapping[str, Row]) -> str:
     failures = [f"- {name}, {reason}" for name, row in rows.items() for reason in row.failures]
     told = "\nFailed:\n\n" + "\n".join(failures) + "\n" if failures else ""
     return markdown(["model", *MEASURES.values()], lines) + told
+
+
+def side_by_side(rows: Mapping[str, Row]) -> str:
+    """Untuned and tuned figures of every method in turn, in Markdown."""
+    pairs = {name: (rows[name], rows[name + TUNED]) for name in rows if name + TUNED in rows}
+    header = [f"{MEASURES[part]}, {kind}" for part in COMPARED for kind in ("untuned", "tuned")]
+    lines = [
+        [name, *(cell(part, row.values.get(part, [])) for part in COMPARED for row in pair)]
+        for name, pair in pairs.items()
+    ]
+    return markdown(["method", *header], lines)
 
 
 def note(seeds: Sequence[int], place: Path) -> tuple[str, str]:

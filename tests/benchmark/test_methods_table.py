@@ -1,9 +1,11 @@
-"""benchmarks/methods.py: its table, its distance, its figure, and that nothing is run twice."""
+"""benchmarks/methods.py: table, distance, figure and tuning, and that nothing is run twice."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,9 @@ from typing import Any
 import pytest
 
 from expunge.evaluation.scorecard import Scorecard
+from expunge.methods.catalog import METHODS
+from expunge.search.space import read_space
+from expunge.training.options import TrainingOptions
 
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -89,6 +94,67 @@ def test_the_figure_is_svg_with_every_model_where_it_is(methods: Any, tmp_path: 
     assert (circles[0].get("cx"), circles[0].get("cy")) == ("260.0", "160.0")
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_search_space_lies_around_the_defaults_by_one_rule(
+    name: str, methods: Any, tmp_path: Path
+) -> None:
+    tuning = importlib.import_module("tuning")
+    # At this size a default learning rate is scaled by nothing.
+    (tmp_path / "config.json").write_text('{"hidden_size": 256, "num_hidden_layers": 8}')
+    method, defaults = METHODS[name](), METHODS[name].defaults
+    space = read_space(tuning.search_words(name, tmp_path), method, TrainingOptions())
+    rate, epochs, *strengths = space.dimensions
+    assert (rate.name, epochs.name) == ("learning_rate", "epochs")
+    assert math.sqrt(rate.low * rate.high) == pytest.approx(defaults.learning_rate, rel=1e-3)
+    assert (epochs.low, epochs.high) == (defaults.epochs // 2, defaults.epochs * 2)
+    assert len(strengths) <= 2
+    for strength in strengths:
+        value = getattr(method, strength.name.removeprefix("method."))
+        assert math.sqrt(strength.low * strength.high) == pytest.approx(value, rel=1e-3)
+        assert strength.high / strength.low == pytest.approx(100)
+
+
+def test_reported_rows_are_not_tuned_on(methods: Any, tmp_path: Path) -> None:
+    def given(benchmark: str, on: str, seed: int) -> argparse.Namespace:
+        return argparse.Namespace(benchmarks=[benchmark], seeds=[0, 1], tune_on=on, tune_seed=seed)
+
+    methods.check_unreported(given("builtin", "builtin", 100))
+    methods.check_unreported(given(str(tmp_path), "builtin", 1))
+    methods.check_unreported(given("builtin", str(tmp_path), 1))
+    with pytest.raises(SystemExit, match="--tune-seed"):
+        methods.check_unreported(given("builtin", "builtin", 1))
+    with pytest.raises(SystemExit, match="--tune-on"):
+        methods.check_unreported(given(str(tmp_path), str(tmp_path / "." / ""), 100))
+
+
+def test_the_best_trial_becomes_options_of_a_run(methods: Any, tmp_path: Path) -> None:
+    tuning = importlib.import_module("tuning")
+    params = {"learning_rate": 0.25, "epochs": 3, "method.retain_weight": 1e-05}
+    trials = [{"number": 0, "params": {}}, {"number": 1, "params": params}]
+    result = {"best": 1, "trials": trials, "counts": {"ended": 2}}
+    assert not tuning.has_ended(tmp_path, 1)
+    (tmp_path / "sweep.json").write_text(json.dumps(result))
+    assert tuning.best_options(tmp_path) == [
+        "--learning-rate", "0.25", "--epochs", "3", "--method.retain-weight", "1e-05"
+    ]  # fmt: skip
+    assert (tuning.has_ended(tmp_path, 2), tuning.has_ended(tmp_path, 3)) == (True, False)
+    (tmp_path / "sweep.json").write_text(json.dumps({**result, "best": None}))
+    assert tuning.best_options(tmp_path) is None
+
+
+def test_untuned_and_tuned_stand_side_by_side(methods: Any) -> None:
+    rows = {name: methods.Row() for name in ("target", "npo", "npo (tuned)", "rmu", "rmu (tuned)")}
+    rows["npo"].add({"final": 0.25, "utility": 1.0, "seconds": 30.0})
+    rows["npo (tuned)"].add({"final": 0.75, "utility": 0.5, "seconds": 60.0})
+    rows["rmu"].add({"final": 0.5})
+    lines = methods.side_by_side(rows).splitlines()
+    assert lines[0].startswith("| method | final ↑, untuned | final ↑, tuned |")
+    assert lines[2:] == [
+        "| npo | 0.250 | 0.750 | - | - | 1.000 | 0.500 | 30 | 60 |",
+        "| rmu | 0.500 | - | - | - | - | - | - | - |",
+    ]
+
+
 @pytest.mark.slow
 def test_a_benchmark_runs_once_and_a_failure_is_a_row(
     methods: Any,
@@ -107,7 +173,8 @@ def test_a_benchmark_runs_once_and_a_failure_is_a_row(
     monkeypatch.setattr(
         sys, "argv", ["methods.py", *command, "--seeds", "4", "--methods", "rmu", "npo"]
     )
-    original = methods.expunge
+    material = importlib.import_module("material")
+    original = material.expunge
 
     def narrow(arguments: list[str]) -> Any:
         # The defaults are for wider models; RMU is told to fail.
@@ -116,7 +183,7 @@ def test_a_benchmark_runs_once_and_a_failure_is_a_row(
             arguments = [*arguments, *wrong]
         return original(arguments)
 
-    monkeypatch.setattr(methods, "expunge", narrow)
+    monkeypatch.setattr(material, "expunge", narrow)
     methods.main()
     first = page.read_text()
     assert "| target | 1.000 |" in first
@@ -131,6 +198,47 @@ def test_a_benchmark_runs_once_and_a_failure_is_a_row(
     def never(arguments: list[str]) -> subprocess.CompletedProcess[str]:
         raise AssertionError(arguments)
 
-    monkeypatch.setattr(methods, "expunge", never)
+    monkeypatch.setattr(material, "expunge", never)
     methods.main()
     assert page.read_text() == first
+
+
+@pytest.mark.slow
+def test_the_best_settings_of_a_sweep_run_on_the_reported_rows(
+    methods: Any,
+    memorised_dir: Path,
+    row_files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for directory in (tmp_path / "reported", tmp_path / "other"):
+        shutil.copytree(memorised_dir, directory / "target")
+        for name, file in row_files.items():
+            shutil.copy(file, directory / f"{name}.jsonl")
+    command = [str(tmp_path / "reported"), "--output", str(tmp_path / "runs"), "--seeds", "4"]
+    tuning = ["--tune", "2", "--tune-on", str(tmp_path / "other"), "--tune-seed", "7"]
+    method = ["--methods", "gradient-difference"]
+    monkeypatch.setattr(sys, "argv", ["methods.py", *command, *tuning, *method])
+    # At four times its rate a model of width 16 is destroyed.
+    for name in ("RATE", "STRENGTH"):
+        monkeypatch.setattr(importlib.import_module("tuning"), name, 1.1)
+    methods.main()
+    place = tmp_path / "runs" / "reported"
+    first = (place / "table.md").read_text()
+    assert "| gradient-difference (tuned) |" in first
+    [sweep] = (tmp_path / "runs").glob("tuning-other-seed7-2-float32/*/sweep.json")
+    result = json.loads(sweep.read_text())
+    assert result["counts"]["ended"] == 2
+    best = next(trial for trial in result["trials"] if trial["number"] == result["best"])
+    [run] = (place / "seed4").glob("gradient-difference-tuned-*/expunge.json")
+    settings = json.loads(run.read_text())["settings"]
+    assert settings["training"]["learning_rate"] == best["params"]["learning_rate"]
+    assert settings["training"]["epochs"] == best["params"]["epochs"]
+    assert settings["method"]["retain_weight"] == best["params"]["method.retain_weight"]
+
+    def never(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr(importlib.import_module("material"), "expunge", never)
+    methods.main()
+    assert (place / "table.md").read_text() == first
