@@ -308,7 +308,7 @@ def test_noise_enters_the_retain_term_alone(make_context: Contexts) -> None:
 
 @pytest.mark.parametrize("balance", [-0.1, 1.1])
 def test_a_balance_out_of_range_is_refused(balance: float) -> None:
-    with pytest.raises(InputError, match=r"row_balance .*\[0, 1\]"):
+    with pytest.raises(InputError, match=r"row-balance .*\[0, 1\]"):
         AdaptiveRMU(row_balance=balance)
 
 
