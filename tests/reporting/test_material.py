@@ -261,7 +261,7 @@ def test_the_command_names_the_option_and_leaves_by_2(run: Path, run_cli: Cli) -
     assert "did you mean --audit?" in err
     code, _, err = run_cli("report")
     assert code == 2
-    assert "--run" in err
+    assert "RUN: is missing" in err
     code, out, err = run_cli("report", run, "--no-card")
     assert (code, err) == (0, "")
     assert "Not audited" in out

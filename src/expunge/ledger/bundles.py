@@ -144,7 +144,7 @@ def export(place: LedgerPlace, number: int, inputs: BundleInputs) -> Bundle:
         of_run = _run_files(request, runs[-1])
         if any(name in of_run for name in _REPORT) and not _only_of(request, runs[-1], of_run):
             warnings.append(
-                "the run's report is left out: its audit names rows of other requests; make it with"
+                "the run's report is left out: it is not of this request alone; make it with"
                 " expunge report RUN --audit and this request's own audit"
             )
             of_run = {name: content for name, content in of_run.items() if name not in _REPORT}
