@@ -134,4 +134,6 @@ def test_the_terms_weigh_rows_alike_however_long(make_context: Contexts) -> None
 )
 def test_settings_that_cannot_be_are_refused(option: str, value: float) -> None:
     settings: dict[str, Any] = {option: value}
-    assert f"--method.{option}" in refusal(lambda: ChunkedGradientDifference(**settings))
+    assert f"--method.{option.replace('_', '-')}" in refusal(
+        lambda: ChunkedGradientDifference(**settings)
+    )
