@@ -244,7 +244,7 @@ def test_a_row_that_is_to_go_and_to_stay_is_refused_with_its_id() -> None:
     kept = RetainSet("the retain set of request 7", "r.jsonl", "f", rows_of(EVA, BEN, id="kept"))
     check_sides({1: rows_of(ADA)}, {}, [kept], KEY)
     message = refusal(lambda: check_sides({1: rows_of(ADA, BEN)}, {}, [kept], KEY))
-    assert message.startswith("request 1: 1 rows are to go and are in the retain set of request 7")
+    assert message.startswith("request 1: 1 of its rows are in the retain set of request 7")
     assert "(ids r1)" in message
     assert "expunge requests update" in message
     assert "Rome" not in message

@@ -83,7 +83,7 @@ def test_a_request_from_its_coming_in_to_its_evidence(
     ("arguments", "words"),
     [
         ("lst", ("unknown subcommand 'lst'; did you mean list?",)),
-        ("add", ("--forget", "expunge requests add --help")),
+        ("add", ("FORGET: is missing; give rows to remove",)),
         ("add {none}", ("{none}: no such file or directory",)),
         ("add {faulty}", ("{faulty} line 1: column 'output' is empty",)),
         ("add {rows} --due soon", ("--due soon: is no date",)),

@@ -65,9 +65,9 @@ class AuditInputs(Reading):
     earlier: tuple[str, ...] = ()
     """Forget files of earlier requests, which are audited again."""
     attacks: tuple[str, ...] = ()
-    """Attacks to run, with commas or spaces between; none: all that there is material for. There
-    are direct, paraphrase, sample, verbatim, membership, ablate, trigger, latent, depth, quantize,
-    relearn and benign."""
+    """Attacks to run, with commas or spaces between: direct, paraphrase, sample, verbatim,
+    membership, ablate, trigger, latent, depth, quantize, relearn or benign. None: all that there is
+    material for."""
     budget: BudgetName = "quick"
     """How many rows, steps and samples."""
     learning_rate: float | None = None
