@@ -131,7 +131,7 @@ def test_what_is_refused_leaves_requests_open_and_no_run(
     out = tmp_path / "out"
     code, _, err = serve(out, "--retain", retain)
     assert code == 2
-    assert "request 2: 2 rows are to go and are in the retain set of request 1" in err
+    assert "request 2: 2 of its rows are in the retain set of request 1" in err
     assert "(ids ben01sc1, ben01qa0)" in err
     withdraw(place, 1)
     cases: list[tuple[tuple[object, ...], str]] = [
