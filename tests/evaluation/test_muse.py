@@ -10,17 +10,17 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import refusal
+from conftest import read_jsonl, refusal, write_jsonl
 from expunge.evaluation.muse import first_answer, privleak, privleak_auc, solved_prompt
 from expunge.evaluation.protocols.inputs import ProtocolInputs
 from expunge.evaluation.protocols.measuring import measure_by_protocol
 from expunge.evaluation.protocols.muse import MEASURES
 from expunge.evaluation.scores import rouge_f1
 from expunge.models.loading import check_model, load_model
+from slow import greedy, log_probs
 
 Lines = list[dict[str, str]]
 
@@ -94,11 +94,6 @@ def test_privleak_at_its_limits() -> None:
 # On a model.
 
 
-def saved(path: Path, rows: Lines) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.fixture
 def given_files(
     tmp_path: Path, forget_rows: Lines, retain_rows: Lines, nonmember_rows: Lines
@@ -121,31 +116,12 @@ def given_files(
         "members": [{"text": f"{row['input']} {row['output']}"} for row in documents],
         "nonmembers": [{"text": f"{row['input']} {row['output']}"} for row in nonmember_rows],
     }
-    return {name: saved(tmp_path / f"{name}.jsonl", each) for name, each in rows.items()}
-
-
-def greedy(model: Any, tokenizer: Any, prompt: str, most: int) -> str:
-    ids = list(tokenizer(prompt)["input_ids"])
-    new: list[int] = []
-    while len(new) < most and len(ids) + len(new) < 128:
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids + new])).logits[0, -1]
-        new.append(int(logits.argmax()))
-        if new[-1] == tokenizer.eos_token_id:
-            break
-    return str(tokenizer.decode(new, skip_special_tokens=True))
+    return {name: str(write_jsonl(tmp_path / f"{name}.jsonl", each)) for name, each in rows.items()}
 
 
 def slow_lowest(model: Any, tokenizer: Any, text: str) -> float:
-    ids = tokenizer(text)["input_ids"]
-    with torch.no_grad():
-        log_probs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-    values = sorted(float(log_probs[place - 1, ids[place]]) for place in range(1, len(ids)))
+    values = sorted(log_probs(model, tokenizer, text))
     return fmean(values[: int(0.4 * len(values))])
-
-
-def lines(path: str) -> Lines:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def test_muse_end_to_end(
@@ -168,11 +144,14 @@ def test_muse_end_to_end(
     assert scores["verbmem"] == scores["forget_extraction_strength"] == 1
 
     model = load_model(check_model(str(memorised_dir)), "float32", "cpu")
-    said = [json.loads(line) for line in records.read_text().splitlines()]
+    said = read_jsonl(records)
     for side in ("forget", "retain"):
-        solved = [(row["question"], row["answer"]) for row in lines(given_files[f"{side}_solved"])]
+        solved = [
+            (row["question"], row["answer"])
+            for row in read_jsonl(Path(given_files[f"{side}_solved"]))
+        ]
         expected = []
-        for row in lines(given_files[f"{side}_questions"]):
+        for row in read_jsonl(Path(given_files[f"{side}_questions"])):
             prompt = solved_prompt(solved, row["question"])
             text = first_answer(greedy(model, tokenizer, prompt, 32))
             expected.append(rouge_f1(row["answer"], text))
@@ -180,7 +159,7 @@ def test_muse_end_to_end(
         assert mine == pytest.approx(expected)
         assert scores[f"knowmem_{side}"] == pytest.approx(fmean(expected))
     lowest = [
-        [slow_lowest(model, tokenizer, row["text"]) for row in lines(given_files[name])]
+        [slow_lowest(model, tokenizer, row["text"]) for row in read_jsonl(Path(given_files[name]))]
         for name in ("members", "nonmembers")
     ]
     assert scores["privleak_auc"] == pytest.approx(privleak_auc(*lowest))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import refusal
+from conftest import read_jsonl, refusal, write_jsonl
 from expunge.cli.evaluate import _recalled
 from expunge.errors import RunError
 from expunge.evaluation import generation
@@ -62,11 +62,6 @@ def general(rows: Lines) -> Lines:
     ]
 
 
-def saved(path: Path, rows: Lines) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture(scope="module")
 def files(
     tmp_path_factory: pytest.TempPathFactory,
@@ -81,17 +76,13 @@ def files(
         "real_authors": general(kept[:2]),
         "world_facts": general(kept[2:]),
     }
-    return {name: saved(directory / f"{name}.jsonl", rows[name]) for name in SETS}
+    return {name: write_jsonl(directory / f"{name}.jsonl", rows[name]) for name in SETS}
 
 
 @pytest.fixture(scope="module")
 def options(files: Mapping[str, Path]) -> list[str]:
     named = [(f"--{name.replace('_', '-')}", str(path)) for name, path in files.items()]
     return ["--protocol", "tofu", "--quiet", *(word for pair in named for word in pair)]
-
-
-def read_records(path: Path) -> Lines:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def slow_loss(model: Any, tokenizer: Any, question: str, answer: str) -> float:
@@ -134,13 +125,13 @@ def test_tofu_end_to_end(
 
     # By row against passes of one token after the other; the aggregates have tests of their own.
     model = load_model(check_model(str(memorised_dir)), "float32", "cpu")
-    lines = read_records(records)
+    lines = read_jsonl(records)
     assert [line["id"] for line in lines if line["split"] == "world_facts"] == [
         "world_facts-1",
         "world_facts-2",
     ]
     for name in ("forget", "world_facts"):
-        given = read_records(files[name])
+        given = read_jsonl(files[name])
         mine = [line for line in lines if line["split"] == name]
         assert len(mine) == len(given)
         for row, line in zip(given, mine, strict=True):
@@ -157,7 +148,7 @@ def test_tofu_end_to_end(
             assert line["log_truth_ratio"] == pytest.approx(expected, rel=1e-4)
 
     for path in (scores, records, oracle):
-        for rows in map(read_records, files.values()):
+        for rows in map(read_jsonl, files.values()):
             assert not any(
                 row["answer"] in path.read_text() for row in rows if len(row["answer"]) > 6
             )
@@ -206,10 +197,9 @@ def test_rows_without_wrong_answers_leave_their_scores_open(
     memorised_dir: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
     plain = [
-        {name: row[name] for name in ("question", "answer")}
-        for row in read_records(files["forget"])
+        {name: row[name] for name in ("question", "answer")} for row in read_jsonl(files["forget"])
     ]
-    found = inputs(memorised_dir, forget=str(saved(tmp_path / "f.jsonl", plain)))()
+    found = inputs(memorised_dir, forget=str(write_jsonl(tmp_path / "f.jsonl", plain)))()
     measured = {name for name, value in found.scores.items() if value is not None}
     assert measured == {
         f"forget_{part}"
@@ -230,9 +220,9 @@ def test_rows_without_wrong_answers_leave_their_scores_open(
 def test_a_row_with_other_columns_is_named(
     change: dict[str, Any], said: str, memorised_dir: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    rows = read_records(files["forget"])
+    rows = read_jsonl(files["forget"])
     rows[1] |= change
-    message = refusal(inputs(memorised_dir, forget=str(saved(tmp_path / "f.jsonl", rows))))
+    message = refusal(inputs(memorised_dir, forget=str(write_jsonl(tmp_path / "f.jsonl", rows))))
     assert said in message
     assert "secret" not in message
 
@@ -240,14 +230,14 @@ def test_a_row_with_other_columns_is_named(
 def test_an_oracle_of_other_rows_is_refused(
     memorised_dir: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    few = str(saved(tmp_path / "f.jsonl", read_records(files["forget"])[:2]))
+    few = str(write_jsonl(tmp_path / "f.jsonl", read_jsonl(files["forget"])[:2]))
     output = str(tmp_path / "o.json")
     inputs(memorised_dir, forget=few, output=output)()
     forget = str(files["forget"])
     message = refusal(inputs(memorised_dir, forget=forget, oracle_scores=output))
     assert "has the truth ratios of 2 forget rows, not of these 4" in message
     plain = [{"question": "Who?", "answer": "Ada"}]
-    forget = str(saved(tmp_path / "p.jsonl", plain))
+    forget = str(write_jsonl(tmp_path / "p.jsonl", plain))
     message = refusal(inputs(memorised_dir, forget=forget, oracle_scores=output))
     assert "has no columns 'paraphrased_answer' and 'perturbed_answer'" in message
 

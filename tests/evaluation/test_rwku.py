@@ -11,11 +11,10 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import refusal, tiny_model
+from conftest import read_jsonl, refusal, tiny_model
 from expunge.audits.tuning import tuned
 from expunge.cli.evaluate import _recalled
 from expunge.data.rows import as_rows
@@ -25,6 +24,7 @@ from expunge.evaluation.protocols.measuring import measure_by_protocol
 from expunge.evaluation.protocols.rwku import MEASURES
 from expunge.evaluation.rwku import probe, rouge_recall
 from expunge.models.loading import check_model, load_model
+from slow import greedy, log_probs
 
 Lines = list[dict[str, Any]]
 CONTEXT = 512
@@ -201,25 +201,6 @@ def in_template(prompt: str) -> str:
     )
 
 
-def greedy(model: Any, tokenizer: Any, prompt: str) -> str:
-    ids = list(tokenizer(prompt)["input_ids"])
-    new: list[int] = []
-    while len(new) < 30:
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids + new])).logits[0, -1]
-        new.append(int(logits.argmax()))
-        if new[-1] == tokenizer.eos_token_id:
-            break
-    return str(tokenizer.decode(new, skip_special_tokens=True))
-
-
-def slow_loss(model: Any, tokenizer: Any, text: str) -> float:
-    ids = tokenizer(text)["input_ids"]
-    with torch.no_grad():
-        log_probs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-    return -fmean(float(log_probs[place - 1, ids[place]]) for place in range(1, len(ids)))
-
-
 def test_rwku_end_to_end(
     knowing_dir: Path,
     given_files: dict[str, str],
@@ -241,10 +222,10 @@ def test_rwku_end_to_end(
 
     checked = check_model(str(knowing_dir))
     model, tokenizer = load_model(checked, "float32", "cpu"), checked.tokenizer
-    said = [json.loads(line) for line in records.read_text().splitlines()]
+    said = read_jsonl(records)
     for name, rows in ROWS.items():
         if name[:4] == "mia_":
-            losses = [slow_loss(model, tokenizer, row["text"]) for row in rows]
+            losses = [-fmean(log_probs(model, tokenizer, row["text"])) for row in rows]
             assert scores[f"{name}_loss"] == pytest.approx(fmean(losses), rel=1e-4)
             continue
         mine = [line for line in said if line["split"] == PARTS[name]]
@@ -252,7 +233,7 @@ def test_rwku_end_to_end(
         expected = []
         for row, line in zip(rows, mine, strict=True):
             prompt, opening = probe(row["query"], int(row["level"]), row["type"])  # type: ignore[arg-type]
-            text = greedy(model, tokenizer, in_template(prompt) + opening)
+            text = greedy(model, tokenizer, in_template(prompt) + opening, 30)
             assert line["generated"] == text
             expected.append(rouge_recall(row["answer"], text))
         assert [line["score"] for line in mine] == expected
@@ -298,7 +279,7 @@ def test_without_the_template_a_probe_is_plain_text(
     model = load_model(check_model(str(memorised_dir)), "float32", "cpu")
     for row, line in zip(ROWS["forget"], records.read_text().splitlines(), strict=True):
         prompt, opening = probe(row["query"], 2)
-        assert json.loads(line)["generated"] == greedy(model, tokenizer, prompt + opening)
+        assert json.loads(line)["generated"] == greedy(model, tokenizer, prompt + opening, 30)
 
 
 def test_a_batch_of_other_rows_is_named_with_the_file_to_give(

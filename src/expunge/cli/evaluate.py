@@ -59,10 +59,8 @@ def _recalled(arguments: Sequence[str]) -> Sequence[str]:
         said = yaml_fields(Path(config)).get("protocol")
     if said in (None, SEMEVAL):
         return _RECALLED
-    kept = {"retain", "columns", "joiner"}.intersection(
-        *(own for name, own in OWN.items() if name == said)
-    )
-    return [name for name in _RECALLED if name in kept or name not in OWN["semeval"]]
+    kept = {"retain", "columns", "joiner"}.intersection(OWN.get(str(said), ()))
+    return [name for name in _RECALLED if name in kept or name not in OWN[SEMEVAL]]
 
 
 def _show(card: Scorecard | ProtocolScores, settings: Evaluate) -> None:

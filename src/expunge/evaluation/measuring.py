@@ -36,12 +36,6 @@ from expunge.processes import Processes, processes_of, refused_together
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_OF_PROTOCOLS = (
-    "real_authors", "world_facts", "oracle_scores", "forget_questions", "forget_solved",
-    "retain_questions", "retain_solved", "forget_level1", "forget_level3", "neighbor_level1",
-    "neighbor_level2", "mia_forget", "mia_retain",
-)  # fmt: skip
-"""What other protocols read."""
 AnySets = TypeVar("AnySets", bound="Sets")
 
 
@@ -95,6 +89,12 @@ class MeasureInputs(Reading):
             raise InputError("--members: needs non-members to compare with; give --nonmembers")
         if self.reveal and self.records is None:
             raise InputError("--reveal: adds text to the records; give --records FILE")
+
+    @property
+    def sources(self) -> dict[str, str | None]:
+        """What is read, by option."""
+        names = ("model", "forget", "retain", "nonmembers", "members", "mmlu")
+        return {name: getattr(self, name) for name in names}
 
 
 class Sets(Protocol):
@@ -248,11 +248,9 @@ def _calibrated_on(model: Path, nonmembers: RowSet) -> bool:
 
 
 def _check_outputs(inputs: MeasureInputs) -> None:
-    names = ("model", "forget", "retain", "nonmembers", "members", "mmlu", *_OF_PROTOCOLS)
-    read = {name.replace("_", "-"): getattr(inputs, name, None) for name in names}
     if inputs.output is not None:
-        check_file_output("output", Path(inputs.output), read, is_scores)
+        check_file_output("output", Path(inputs.output), inputs.sources, is_scores)
     if inputs.records is not None:
-        check_file_output("records", Path(inputs.records), read, is_records)
+        check_file_output("records", Path(inputs.records), inputs.sources, is_records)
         if inputs.output and Path(inputs.output).resolve() == Path(inputs.records).resolve():
             raise InputError(f"--records {inputs.records}: is what --output writes; name another")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -20,6 +20,8 @@ from expunge.processes import OneProcess, Processes, gathered
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Found = TypeVar("Found")
+
 
 def document_losses(
     model: PreTrainedModel,
@@ -33,19 +35,15 @@ def document_losses(
 
     Several processes share the batches and each gets all losses.
     """
-    processes = processes or OneProcess()
-    batches = token_batches([len(e) for e in examples], batch_size, model)
-    mine = range(processes.rank, len(batches), processes.count)
-    found: dict[int, RowLosses] = {}
-    with torch.no_grad(), fast_products(model.dtype, model.device):
-        for number in mine:
-            batch = collate(examples, batches[number], pad_id).to(model.device)
-            log_probs = counted_log_probs(model, batch)
-            found[number] = RowLosses()
-            found[number].add(batch, log_probs)
-            advance(len(batches[number]))
-    # In the order of the batches, for the windows of a row may lie in several.
-    return RowLosses.of_all(gathered(processes, found)).means()
+
+    def losses(batch: Batch, log_probs: torch.Tensor) -> RowLosses:
+        found = RowLosses()
+        found.add(batch, log_probs)
+        return found
+
+    return RowLosses.of_all(
+        _of_batches(losses, model, examples, pad_id, batch_size, advance, processes)
+    ).means()
 
 
 def document_log_probs(
@@ -60,22 +58,42 @@ def document_log_probs(
 
     A windowed row counts as one document. Several processes share the batches and each gets all.
     """
+
+    def rows(batch: Batch, log_probs: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        counted = batch.token_mask[:, 1:]
+        return [
+            (row, log_probs[line][counted[line]].cpu()) for line, row in enumerate(batch.row_ids)
+        ]
+
+    found = _of_batches(rows, model, examples, pad_id, batch_size, advance, processes)
+    parts: dict[str, list[torch.Tensor]] = {}
+    for row, values in itertools.chain.from_iterable(found):
+        parts.setdefault(row, []).append(values)
+    return {row: torch.cat(values) for row, values in parts.items()}
+
+
+def _of_batches(
+    read: Callable[[Batch, torch.Tensor], Found],
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    pad_id: int,
+    batch_size: int,
+    advance: Callable[[int], None],
+    processes: Processes | None,
+) -> list[Found]:
+    """What is read of every batch and its `counted_log_probs`, whichever process has it.
+
+    In the order of the batches, for the windows of a row may lie in several.
+    """
     processes = processes or OneProcess()
     batches = token_batches([len(e) for e in examples], batch_size, model)
-    found: dict[int, list[tuple[str, torch.Tensor]]] = {}
+    found: dict[int, Found] = {}
     with torch.no_grad(), fast_products(model.dtype, model.device):
         for number in range(processes.rank, len(batches), processes.count):
             batch = collate(examples, batches[number], pad_id).to(model.device)
-            log_probs, counted = counted_log_probs(model, batch), batch.token_mask[:, 1:]
-            found[number] = [
-                (row, log_probs[line][counted[line]].cpu())
-                for line, row in enumerate(batch.row_ids)
-            ]
+            found[number] = read(batch, counted_log_probs(model, batch))
             advance(len(batches[number]))
-    parts: dict[str, list[torch.Tensor]] = {}
-    for row, values in itertools.chain.from_iterable(gathered(processes, found)):
-        parts.setdefault(row, []).append(values)
-    return {row: torch.cat(values) for row, values in parts.items()}
+    return gathered(processes, found)
 
 
 def counted_log_probs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:

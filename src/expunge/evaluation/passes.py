@@ -5,10 +5,10 @@ Several processes, each with the model, share rows, documents and questions; eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -102,3 +102,22 @@ class Passes:
 
         yield advance
         self.progress(name, total, total)
+
+
+def record_of(
+    row: Row,
+    split: str,
+    score: float,
+    written: Written,
+    told: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The record of a row of which something was written, with what else is `told` of it."""
+    return {
+        "id": row.id,
+        "split": split,
+        "task": row.task,
+        "kind": row.kind,
+        "score": score,
+        **(told or {}),
+        "generated": written.text,
+    }

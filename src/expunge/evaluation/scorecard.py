@@ -14,7 +14,7 @@ from expunge.errors import InputError
 from expunge.evaluation.generation import Written
 from expunge.evaluation.memorisation import mean_memorisation, memorisation
 from expunge.evaluation.multiple_choice import Question, accuracy, check_prompts, prompt_for
-from expunge.evaluation.passes import Passes
+from expunge.evaluation.passes import Passes, record_of
 from expunge.evaluation.score_values import read_mapping, read_score
 from expunge.evaluation.scores import final_score, knowledge, regurgitation, task_aggregate
 from expunge.methods.membership import membership_auc, membership_score
@@ -238,16 +238,10 @@ def _record(row: Row, split: Split, written: Written) -> dict[str, Any]:
     measure = regurgitation if row.kind == "sc" else knowledge
     score, wanted = measure(row.output, written.text), words(row.output)
     begun = words(written.text)[: len(wanted)] == wanted != []
-    return {
-        "id": row.id,
-        "split": split,
-        "task": row.task,
-        "kind": row.kind,
-        "score": score,
-        **memorisation(written.right),
-        "runs_on": row.kind == "qa" and score == 0 and begun and not written.ended,
-        "generated": written.text,
-    }
+    runs_on = row.kind == "qa" and score == 0 and begun and not written.ended
+    return record_of(
+        row, split, score, written, {**memorisation(written.right), "runs_on": runs_on}
+    )
 
 
 def _cells(records: Sequence[Mapping[str, Any]], split: Split) -> Cells:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from expunge.errors import InputError, RunError
 from expunge.evaluation.score_values import read_mapping, read_score
 
 if TYPE_CHECKING:
+    from expunge.data.formats import Role
+    from expunge.data.rows import RowSet
     from expunge.data.tokenization import TextPolicy
     from expunge.evaluation.passes import Passes
     from expunge.evaluation.protocols.inputs import ProtocolInputs
@@ -99,6 +101,15 @@ class Protocol:
     """Material with the fields `forget` and `retain`, checked against the model in each form. Raises
     InputError before weights are loaded."""
     measure: Callable[[Any, Passes], ProtocolScores]
+
+
+def named_after(name: str, rows: RowSet, role: Role) -> RowSet:
+    """The rows, of which those that their file gives no id are NAME-1 on: a role has several files."""
+    own = [
+        replace(row, id=f"{name}-{n}") if row.id == f"{role}-{n}" else row
+        for n, row in enumerate(rows, 1)
+    ]
+    return replace(rows, rows=tuple(own))
 
 
 def check_finite(values: Mapping[str, float]) -> None:

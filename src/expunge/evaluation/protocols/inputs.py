@@ -10,7 +10,7 @@ from expunge.errors import InputError
 from expunge.evaluation.measuring import MeasureInputs
 
 ProtocolName = Literal["semeval", "tofu", "muse", "rwku"]
-OWN: Mapping[ProtocolName, tuple[str, ...]] = {
+OWN: Mapping[str, tuple[str, ...]] = {
     "semeval": ("retain", "members", "nonmembers", "mmlu", "mmlu_shots", "columns", "joiner"),
     "tofu": ("retain", "real_authors", "world_facts", "oracle_scores", "columns", "joiner"),
     "muse": (
@@ -84,7 +84,14 @@ class ProtocolInputs(MeasureInputs):
             owners = [name for name, own in OWN.items() if field.name in own]
             given = getattr(self, field.name) != field.default
             if given and owners and self.protocol not in owners:
-                option = field.name.replace("_", "-")
                 raise InputError(
-                    f"--{option}: is of --protocol {owners[0]}, this is {self.protocol}; leave it out"
+                    f"--{field.name}: is of --protocol {owners[0]}, this is {self.protocol}; leave"
+                    " it out"
                 )
+
+    @property
+    def sources(self) -> dict[str, str | None]:
+        """What is read, by option; every option of a protocol beside SemEval's names a file."""
+        own = {field.name for field in fields(ProtocolInputs)}
+        own -= {"protocol", *(field.name for field in fields(MeasureInputs))}
+        return {**super().sources, **{name: getattr(self, name) for name in sorted(own)}}

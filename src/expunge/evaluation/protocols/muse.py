@@ -26,7 +26,7 @@ from expunge.evaluation.muse import (
     privleak_auc,
     solved_prompt,
 )
-from expunge.evaluation.passes import Passes
+from expunge.evaluation.passes import Passes, record_of
 from expunge.evaluation.protocols.base import Measure, Protocol, ProtocolScores, check_finite
 from expunge.evaluation.protocols.inputs import ProtocolInputs
 from expunge.evaluation.score_files import read_protocol_scores
@@ -96,12 +96,10 @@ def _check_pairs(inputs: ProtocolInputs) -> None:
     )
     for name, other, what in pairs:
         if getattr(inputs, name) is not None and getattr(inputs, other) is None:
-            option, needed = (each.replace("_", "-") for each in (name, other))
-            raise InputError(f"--{option}: needs --{needed} with {what}; add it")
+            raise InputError(f"--{name}: needs --{other} with {what}; add it")
     for name, other in (("nonmembers", "members"), *((b, a) for a, b, _ in pairs[:2])):
         if getattr(inputs, name) is not None and getattr(inputs, other) is None:
-            option, needed = (each.replace("_", "-") for each in (name, other))
-            raise InputError(f"--{option}: goes with --{needed}; add it, or leave both out")
+            raise InputError(f"--{name}: goes with --{other}; add it, or leave both out")
 
 
 def _cut(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
@@ -164,20 +162,11 @@ def _records(
     passes: Passes, side: Role, name: str, rows: Sequence[Row], longest: int
 ) -> list[dict[str, Any]]:
     """A record a row, with ROUGE-L F1; of questions what is written before the next one counts."""
+    split = f"{side} {name}"
     records = []
-    for row, said in zip(rows, passes.written(rows, f"{side} {name}", longest), strict=True):
-        text = said.text if name == "verbatim" else first_answer(said.text)
-        records.append(
-            {
-                "id": row.id,
-                "split": f"{side} {name}",
-                "task": row.task,
-                "kind": row.kind,
-                "score": rouge_f1(row.output, text),
-                **memorisation(said.right),
-                "generated": said.text,
-            }
-        )
+    for row, said in zip(rows, passes.written(rows, split, longest), strict=True):
+        score = rouge_f1(row.output, said.text if name == "verbatim" else first_answer(said.text))
+        records.append(record_of(row, split, score, said, memorisation(said.right)))
     return records
 
 

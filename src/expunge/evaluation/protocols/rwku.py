@@ -15,8 +15,14 @@ from expunge.data.formats import Role, open_source
 from expunge.data.rows import Reading, Row, RowSet
 from expunge.data.tokenization import Example, TextPolicy, encode_rows, writable
 from expunge.errors import InputError
-from expunge.evaluation.passes import Passes
-from expunge.evaluation.protocols.base import Measure, Protocol, ProtocolScores, check_finite
+from expunge.evaluation.passes import Passes, record_of
+from expunge.evaluation.protocols.base import (
+    Measure,
+    Protocol,
+    ProtocolScores,
+    check_finite,
+    named_after,
+)
 from expunge.evaluation.protocols.inputs import ProtocolInputs
 from expunge.evaluation.rwku import ANSWER_TOKENS, OPENING, Level, probe, rouge_recall
 from expunge.evaluation.scorecard import check_prompts_of
@@ -101,12 +107,8 @@ def _read_part(part: str, source: str) -> RowSet:
     columns = "prompt=query,output=answer" if part in PROBES else "text=text"
     if part == ATTACKS:
         columns += ",task=type"
-    rows = Reading(columns=columns).read(source, role)
-    own = [
-        replace(row, kind=kind, id=f"{part}-{n}" if row.id == f"{role}-{n}" else row.id)
-        for n, row in enumerate(rows, 1)
-    ]
-    return replace(rows, rows=tuple(own))
+    rows = named_after(part, Reading(columns=columns).read(source, role), role)
+    return replace(rows, rows=tuple(replace(row, kind=kind) for row in rows))
 
 
 def _check_columns(part: str, source: str, role: Role) -> None:
@@ -114,7 +116,7 @@ def _check_columns(part: str, source: str, role: Role) -> None:
     needed = ["query", "answer", "level"] if part in PROBES else ["text"]
     if part == ATTACKS:
         needed.append("type")
-    option = f"--{_field(part).replace('_', '-')}"
+    option = f"--{_field(part)}"
     for record in open_source(source, role).records:
         if lacking := [name for name in needed if record.values.get(name) is None]:
             raise InputError(
@@ -166,17 +168,11 @@ def _records(passes: Passes, part: str, asked: Sequence[tuple[Row, str]]) -> lis
     """A record a probe, with ROUGE-L recall."""
     rows, openings = [row for row, _ in asked], [opening for _, opening in asked]
     written = passes.written(rows, part, ANSWER_TOKENS, openings)
-    return [
-        {
-            "id": row.id,
-            "split": part,
-            "task": row.task,
-            "kind": row.kind,
-            "score": rouge_recall(writable(row, passes.tokenizer).output, said.text),
-            "generated": said.text,
-        }
-        for row, said in zip(rows, written, strict=True)
-    ]
+    records = []
+    for row, said in zip(rows, written, strict=True):
+        score = rouge_recall(writable(row, passes.tokenizer).output, said.text)
+        records.append(record_of(row, part, score, said))
+    return records
 
 
 def _by_attack(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -17,8 +17,14 @@ from expunge.data.rows import Row, RowSet, check_disjoint
 from expunge.data.tokenization import Example, TextPolicy, encode_rows, writable
 from expunge.errors import InputError
 from expunge.evaluation.memorisation import mean_memorisation, memorisation
-from expunge.evaluation.passes import Passes
-from expunge.evaluation.protocols.base import Measure, Protocol, ProtocolScores, check_finite
+from expunge.evaluation.passes import Passes, record_of
+from expunge.evaluation.protocols.base import (
+    Measure,
+    Protocol,
+    ProtocolScores,
+    check_finite,
+    named_after,
+)
 from expunge.evaluation.protocols.inputs import ProtocolInputs
 from expunge.evaluation.score_files import read_protocol_scores
 from expunge.evaluation.scorecard import check_prompts_of
@@ -128,17 +134,13 @@ def read(inputs: ProtocolInputs, model: CheckedModel, policies: Sequence[TextPol
 
 
 def _read_set(inputs: ProtocolInputs, name: SetName, source: str) -> Questions:
-    rows = inputs.read(source, _ROLES[name])
+    rows = named_after(name, inputs.read(source, _ROLES[name]), _ROLES[name])
     records = open_source(source, _ROLES[name]).records
-    own = [
-        replace(row, id=f"{name}-{n}") if row.id == f"{_ROLES[name]}-{n}" else row
-        for n, row in enumerate(rows, 1)
-    ]
     wrong = _column(source, records, WRONG, _texts_in)
-    right = [row.output for row in own] if name in GENERAL else None
+    right = [row.output for row in rows] if name in GENERAL else None
     if right is None:
         right = _column(source, records, RIGHT, text_in)
-    return Questions(replace(rows, rows=tuple(own)), right, wrong)
+    return Questions(rows, right, wrong)
 
 
 def _column(source: str, records: Sequence[Record], column: str, read_one: Any) -> Any:
@@ -221,20 +223,11 @@ def _measured(
     )
     ratios: Sequence[float | None] = found.log_truth_ratios() or [None] * len(by_row)
     lines = zip(questions.rows, written, found.rouge, found.answer, ratios, strict=True)
-    return found, [
-        {
-            "id": row.id,
-            "split": name,
-            "task": row.task,
-            "kind": row.kind,
-            "score": rouge,
-            "probability": math.exp(-loss),
-            RATIO: ratio,
-            **memorisation(said.right),
-            "generated": said.text,
-        }
-        for row, said, rouge, loss, ratio in lines
-    ]
+    records = []
+    for row, said, rouge, loss, ratio in lines:
+        told = {"probability": math.exp(-loss), RATIO: ratio, **memorisation(said.right)}
+        records.append(record_of(row, name, rouge, said, told))
+    return found, records
 
 
 PROTOCOL = Protocol(name=NAME, measures=MEASURES, read=read, measure=measure)
