@@ -22,7 +22,7 @@ import torch
 from expunge.data.batches import Batch, collate
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
-from expunge.methods.base import Context, Preset, RunDefaults, Terms
+from expunge.methods.base import Context, Preset, RunDefaults, Terms, check_not_negative
 from expunge.methods.losses import adaptive_target, unit_direction
 from expunge.methods.numerics import masked_mean
 from expunge.methods.steering import SteeringObjective, SteeringSettings
@@ -133,8 +133,7 @@ class AdaptiveRMU(SteeringSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.beta < 0:
-            raise InputError(f"--method.beta {self.beta}: must be 0 or more")
+        check_not_negative(self, "beta")
         for option in ("directions", "draws"):
             value = getattr(self, option)
             if isinstance(value, int) and value < 1:

@@ -265,6 +265,13 @@ def check_finite(settings: Any) -> None:
             raise InputError(f"--method.{each.name} {value}: must be a finite number")
 
 
+def check_not_negative(settings: Any, *options: str) -> None:
+    """Raises InputError for one of these settings of a method that is below 0."""
+    for option in options:
+        if (value := getattr(settings, option)) < 0:
+            raise InputError(f"--method.{option} {value}: must be 0 or more")
+
+
 def check_random_rows(count: int) -> None:
     """Raises InputError for a number of rows of random tokens that nobody could hold."""
     if not 0 <= count <= _MOST_RANDOM_ROWS:

@@ -22,6 +22,7 @@ from expunge.methods.base import (
     OptimizerSpec,
     Terms,
     check_finite,
+    check_not_negative,
     check_random_rows,
 )
 from expunge.methods.calibration import NeverSeen
@@ -60,8 +61,8 @@ class TokenSettings:
             value = getattr(self, option, None)
             if value is not None and (value < 0 or (value == 0 and option != "retain_weight")):
                 raise InputError(f"--method.{option} {value}: must be positive")
-        if getattr(self, "kl_weight", 0) < 0:
-            raise InputError(f"--method.kl_weight {self.kl_weight}: must be 0 or more")  # type: ignore[attr-defined]
+        if hasattr(self, "kl_weight"):
+            check_not_negative(self, "kl_weight")
 
     @property
     def needs_retain(self) -> bool:

@@ -10,43 +10,32 @@ with mass 1; here there is one at a place, so that it is a distribution.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from expunge.data.batches import Batch, Tokens
-from expunge.data.rows import Row
 from expunge.methods.base import Context, Preset, RunDefaults, Terms
-from expunge.methods.gradient import GradientObjective, GradientSettings
+from expunge.methods.gradient import GradientObjective
 from expunge.methods.losses import certain_jsd, token_jsd
 from expunge.methods.numerics import target_log_probs
-from expunge.methods.preference import REFUSAL, check_refusal, refusing
+from expunge.methods.preference import RefusalSettings
 
 
 @dataclass(frozen=True)
-class JensUn(GradientSettings):
+class JensUn(RefusalSettings):
     """Settings of JensUn."""
 
     tokens: Tokens = "content"
     """Which tokens the losses count: all, the output given the input, or of questions the output."""
-    refusal: str = REFUSAL
-    """What forget text is to become."""
     retain_weight: float = 1.0
     """Weight of the retain term."""
 
     name: ClassVar[str] = "jensun"
     defaults: ClassVar[RunDefaults] = RunDefaults(epochs=10, batch_size=16, learning_rate=1e-3)
     presets: ClassVar[Mapping[str, Preset]] = {}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_refusal(self.refusal)
-
-    def preferred(self, forget: Sequence[Row], retain: Sequence[Row], seed: int) -> Sequence[Row]:
-        """The refusal after each row's input, for its tokens."""
-        return refusing(forget, self.refusal)
 
     def start(self, context: Context) -> JensUnObjective:
         """Makes the weights trainable and keeps the reference."""

@@ -31,7 +31,7 @@ from expunge.data.sampling import Sampling
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
 from expunge.methods.aims import Aims
-from expunge.methods.base import Context, Terms
+from expunge.methods.base import Context, Terms, check_not_negative
 from expunge.methods.calibration import NeverSeen
 from expunge.methods.forward import lens_added, lens_in_one_pass
 from expunge.methods.gradient import GradientObjective, TokenSettings
@@ -74,9 +74,7 @@ class LogOddsSettings(TokenSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in ("lens_weight", "random_weight"):
-            if getattr(self, option) < 0:
-                raise InputError(f"--method.{option} {getattr(self, option)}: must be 0 or more")
+        check_not_negative(self, "lens_weight", "random_weight")
         if self.ceiling is not None and self.ceiling <= 0:
             raise InputError(f"--method.ceiling {self.ceiling}: must be positive, or null")
 

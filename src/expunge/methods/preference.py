@@ -53,10 +53,21 @@ def encode_beside(
     return found
 
 
-def check_refusal(refusal: str) -> None:
-    """Raises InputError for a refusal without a character."""
-    if not refusal.strip():
-        raise InputError(f"--method.refusal: is empty; write for example {REFUSAL!r}")
+@dataclass(frozen=True)
+class RefusalSettings(GradientSettings):
+    """Settings of methods that put a refusal in the place of every forget row's output."""
+
+    refusal: str = REFUSAL
+    """What is to be said in the place of every forget row's output."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.refusal.strip():
+            raise InputError(f"--method.refusal: is empty; write for example {REFUSAL!r}")
+
+    def preferred(self, forget: Sequence[Row], retain: Sequence[Row], seed: int) -> Sequence[Row]:
+        """The refusal after each row's input."""
+        return refusing(forget, self.refusal)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from expunge.data.batches import Batch
-from expunge.errors import InputError
-from expunge.methods.base import Context, OptimizerSpec, Preset, RunDefaults, Terms
+from expunge.methods.base import (
+    Context,
+    OptimizerSpec,
+    Preset,
+    RunDefaults,
+    Terms,
+    check_not_negative,
+)
 from expunge.methods.gradient import GradientObjective, GradientSettings
 
 
@@ -33,8 +39,7 @@ class Retrain(GradientSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weight_decay < 0:
-            raise InputError(f"--method.weight_decay {self.weight_decay}: must be 0 or more")
+        check_not_negative(self, "weight_decay")
 
     @property
     def needs_retain(self) -> bool:

@@ -14,8 +14,7 @@ from typing import ClassVar, Literal
 import torch
 
 from expunge.data.batches import Batch, Tokens
-from expunge.errors import InputError
-from expunge.methods.base import Context, Preset, RunDefaults, Terms
+from expunge.methods.base import Context, Preset, RunDefaults, Terms, check_not_negative
 from expunge.methods.losses import unit_direction
 from expunge.methods.steering import SteeringObjective, SteeringSettings
 
@@ -59,8 +58,7 @@ class RMU(SteeringSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.coefficient < 0:
-            raise InputError(f"--method.coefficient {self.coefficient}: must be 0 or more")
+        check_not_negative(self, "coefficient")
 
     def start(self, context: Context) -> RMUObjective:
         """Draws the direction and keeps a copy of the trained weights as reference."""

@@ -17,8 +17,7 @@ from typing import ClassVar
 import torch
 
 from expunge.data.batches import Batch
-from expunge.errors import InputError
-from expunge.methods.base import Context, Preset, Terms
+from expunge.methods.base import Context, Preset, Terms, check_not_negative
 from expunge.methods.npo import NPO, NPOObjective
 
 _LEAST_NORM = 1e-12
@@ -38,8 +37,7 @@ class SamNPO(NPO):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.radius < 0:
-            raise InputError(f"--method.radius {self.radius}: must be 0 or more")
+        check_not_negative(self, "radius")
 
     def start(self, context: Context) -> SamNPOObjective:
         """Makes the weights trainable and scores the forget rows once as reference."""

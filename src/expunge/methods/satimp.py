@@ -13,11 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from expunge.data.batches import Batch
-from expunge.errors import InputError
-from expunge.methods.base import Context, Preset, RunDefaults, Terms
-from expunge.methods.gradient import GradientObjective, GradientSettings
-from expunge.methods.losses import weighted_ascent
+from expunge.methods.base import Context, Preset, RunDefaults, check_not_negative
+from expunge.methods.gradient import GradientSettings
+from expunge.methods.wga import WeightedAscentObjective
 
 
 @dataclass(frozen=True)
@@ -37,23 +35,9 @@ class SatImp(GradientSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in ("beta1", "beta2"):
-            if getattr(self, option) < 0:
-                raise InputError(f"--method.{option} {getattr(self, option)}: must be 0 or more")
+        check_not_negative(self, "beta1", "beta2")
 
-    def start(self, context: Context) -> SatImpObjective:
+    def start(self, context: Context) -> WeightedAscentObjective:
         """Makes the weights trainable."""
-        return SatImpObjective(self, context)
-
-
-class SatImpObjective(GradientObjective):
-    """SatImp at work on one model."""
-
-    def __init__(self, settings: SatImp, context: Context) -> None:
-        super().__init__(settings, context)
-        self._exponents, self._weight = (settings.beta1, settings.beta2), settings.retain_weight
-
-    def loss(self, forget: Batch, retain: Batch | None) -> Terms:
-        """Both terms of L."""
-        ascent = weighted_ascent(*self.log_probs(forget), *self._exponents)
-        return self.with_retain(ascent, retain, self._weight)
+        exponents = (self.beta1, self.beta2)
+        return WeightedAscentObjective(self, context, exponents, self.retain_weight)

@@ -26,6 +26,7 @@ from expunge.methods.base import (
     OptimizerSpec,
     Terms,
     check_finite,
+    check_not_negative,
     check_random_rows,
 )
 from expunge.methods.calibration import NeverSeen
@@ -84,17 +85,11 @@ class SteeringSettings:
         check_finite(self)
         if isinstance(self.layer, str) and self.layer != "auto":
             raise InputError(f"--method.layer {self.layer}: give a layer's number, or auto")
-        if self.calibration_gain < 0:
-            raise InputError(
-                f"--method.calibration_gain {self.calibration_gain}: must be 0 or more"
-            )
+        check_not_negative(self, "calibration_gain")
         if not 0 <= self.row_balance <= 1:
             raise InputError(f"--method.row_balance {self.row_balance}: must be in [0, 1]")
         check_random_rows(self.random_rows)
-        if self.retain_noise < 0:
-            raise InputError(f"--method.retain_noise {self.retain_noise}: must be 0 or more")
-        if self.alpha < 0:
-            raise InputError(f"--method.alpha {self.alpha}: must be 0 or more")
+        check_not_negative(self, "retain_noise", "alpha")
 
     @property
     def needs_retain(self) -> bool:

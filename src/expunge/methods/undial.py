@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from expunge.data.batches import Batch
-from expunge.errors import InputError
-from expunge.methods.base import Context, Preset, RunDefaults, Terms
+from expunge.methods.base import Context, Preset, RunDefaults, Terms, check_not_negative
 from expunge.methods.gradient import GradientObjective, GradientSettings
 from expunge.methods.losses import lowered, token_kl
 
@@ -34,8 +33,7 @@ class UNDIAL(GradientSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.strength < 0:
-            raise InputError(f"--method.strength {self.strength}: must be 0 or more")
+        check_not_negative(self, "strength")
 
     def start(self, context: Context) -> UNDIALObjective:
         """Makes the weights trainable and keeps the reference."""

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from expunge.data.batches import Batch
-from expunge.errors import InputError
-from expunge.methods.base import Context, Preset, RunDefaults, Terms
+from expunge.methods.base import Context, Preset, RunDefaults, Terms, check_not_negative
 from expunge.methods.gradient import GradientObjective, GradientSettings
 from expunge.methods.losses import weighted_ascent
 
@@ -34,22 +33,28 @@ class WGA(GradientSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.alpha < 0:
-            raise InputError(f"--method.alpha {self.alpha}: must be 0 or more")
+        check_not_negative(self, "alpha")
 
-    def start(self, context: Context) -> WGAObjective:
+    def start(self, context: Context) -> WeightedAscentObjective:
         """Makes the weights trainable."""
-        return WGAObjective(self, context)
+        return WeightedAscentObjective(self, context, (self.alpha, 0.0), self.retain_weight)
 
 
-class WGAObjective(GradientObjective):
-    """Weighted gradient ascent at work on one model."""
+class WeightedAscentObjective(GradientObjective):
+    """Gradient ascent with token weights at work on one model."""
 
-    def __init__(self, settings: WGA, context: Context) -> None:
+    def __init__(
+        self,
+        settings: GradientSettings,
+        context: Context,
+        exponents: tuple[float, float],
+        retain_weight: float,
+    ) -> None:
+        """`exponents` are those of p and of 1 - p."""
         super().__init__(settings, context)
-        self._alpha, self._weight = settings.alpha, settings.retain_weight
+        self._exponents, self._weight = exponents, retain_weight
 
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """Both terms of L."""
-        ascent = weighted_ascent(*self.log_probs(forget), self._alpha)
+        ascent = weighted_ascent(*self.log_probs(forget), *self._exponents)
         return self.with_retain(ascent, retain, self._weight)

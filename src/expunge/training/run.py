@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -32,9 +32,7 @@ from expunge.models.loading import (
     said_of_dtype,
     text_policies,
 )
-from expunge.models.parts import (
-    give_back_freed_memory,
-)
+from expunge.models.parts import give_back_freed_memory
 from expunge.models.prefix import Prefix
 from expunge.models.tensors import write_tensors
 from expunge.models.writing import (
@@ -62,9 +60,6 @@ from expunge.training.unlearning import (
     unlearn_prepared,
     with_base,
 )
-
-if TYPE_CHECKING:
-    pass
 
 METRICS = "metrics.jsonl"
 DIRECTIONS = "expunge-directions.safetensors"
