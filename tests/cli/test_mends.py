@@ -36,6 +36,10 @@ MEND = re.compile(r"; |must be|: needs |: excludes |: (choose|name|load|give|tak
 UNFINISHED = ("no size", "{} holds {} where names with values belong")
 """What is caught and said with more."""
 NEVER = {
+    (
+        "expunge.audits.depth",
+        "not_alike",
+    ): "a plan names no attack, and tells of none why it is not run",
     ("expunge.audits.inputs", "AuditInputs"): "evidence of a ledger reveals nothing",
     ("expunge.audits.inputs", "checked_models"): "an erasure's models are of one run",
     ("expunge.data.columns", "_missing"): "OtherColumns.plain is what they say",

@@ -80,7 +80,7 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
 def not_alike(checked: Mapping[ModelName, CheckedModel]) -> str | None:
     """Why the depth cannot be measured of these models; None where it can."""
     if "oracle" not in checked:
-        return "no oracle was given, a model trained without the forget set"
+        return "no model trained without the forget set was given (--oracle)"
     shapes = {
         name: f"{model.layout.count} {model.config.model_type} layers of width {model.layout.width}"
         for name, model in checked.items()
