@@ -14,7 +14,7 @@ import pytest
 
 from conftest import write_jsonl
 from expunge.cli.console import progress_on_stderr
-from expunge.terminal import native_lines_dropped, plain, plain_console, plain_streams
+from expunge.terminal import native_lines_dropped, plain, plain_console, plain_streams, quiet
 
 Cli = Callable[..., tuple[int, str, str]]
 HOSTILE = "a\x1b]0;x\x07\x1b[2J\x9b31m\r\u202eb\x7f\x00"
@@ -49,6 +49,11 @@ def test_progress_is_bars_on_a_terminal_and_lines_elsewhere(
         assert "\x1b[" in err
     else:
         assert err == "said between\na part: done in 0 s\n"
+
+
+def test_a_quiet_command_leaves_its_caller_as_loud_as_before(run_cli: Cli, tmp_path: Path) -> None:
+    assert run_cli("report", tmp_path / "none", "--quiet")[0] == 2
+    assert not quiet.get()
 
 
 @pytest.fixture

@@ -76,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # What the terminal's encoding lacks is shown by its number, and no work is lost.
             stream.reconfigure(errors="backslashreplace")
+    # Who calls this from Python goes on afterwards, as loud as before.
+    was_quiet = quiet.set(False)
     try:
         with plain_streams():
             return _flushed(_run(arguments))
@@ -86,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # What is buffered would fail again as Python ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 141
+    finally:
+        quiet.reset(was_quiet)
 
 
 def _flushed(code: int) -> int:
