@@ -138,7 +138,7 @@ def test_a_ceiling_follows_the_never_seen_loss_and_stays_near_it(make_context: C
     assert ceilings() == {3.0}  # 1 of 4 nats too far, all of it back
     for _ in range(9):
         objective.calibrate(far(context, 0.0))
-    assert ceilings() == {5.0}
+    assert ceilings() == {5.5}
 
 
 def test_without_a_gain_nothing_moves(make_context: Contexts) -> None:
@@ -256,7 +256,8 @@ def test_an_aim_follows_what_was_reached_and_stays_near_what_is_wanted() -> None
     first = aims.of_row("m", now, surprise, answers)
     assert first.losses.argsort().tolist() == now.argsort().tolist()  # tokens keep their order
     assert first.surprise.argsort().tolist() == [0, 1, 2]  # each order its own
-    assert float(first.losses.mean()) == pytest.approx(mean, rel=1e-5)
+    torch.testing.assert_close(first.losses[now.argsort()], at_ranks(wanted.losses, 3))
+    assert aims.facts()["ceilings"] == {}  # no mean beside its tokens
     near = Pair(wanted, TokenSpread(wanted.losses * 0.9, wanted.surprise - 0.1))
     aims.calibrate(NeverSeen({"m": mean}, {"m": mean}, {"m": near}))  # what is missed is added
     torch.testing.assert_close(aims.tensors["aims.losses"][0], wanted.losses * 1.1)
@@ -264,8 +265,7 @@ def test_an_aim_follows_what_was_reached_and_stays_near_what_is_wanted() -> None
     for _ in range(20):
         aims.calibrate(rows)  # never reached: only the bound ends it
     [moved] = aims.tensors["aims.losses"]
-    assert bool((moved <= wanted.losses * 1.25 + 1e-5).all())
-    assert bool((moved >= wanted.losses * 0.5 - 1e-5).all())
+    assert float((moved - wanted.losses).abs().max()) <= 1.5 + 1e-5
     assert not torch.allclose(moved, wanted.losses)
     [moved] = aims.tensors["aims.surprise"]
     assert float((moved - wanted.surprise).abs().max()) <= 0.5 + 1e-5

@@ -131,6 +131,17 @@ def test_a_step_is_flat_for_the_inputs_of_held_text(make_context: Contexts, fami
         assert float(step.square().mean().sqrt()) == pytest.approx(0.2 * 0.03, rel=0.2), name
 
 
+@pytest.mark.parametrize(("batch_size", "momentum"), [(99, 1 - 1 / 2.6), (1, None)])
+def test_gradients_of_few_rows_are_averaged_over_few_steps(
+    make_context: Contexts, batch_size: int, momentum: float | None
+) -> None:
+    context = replace(make_context(), batch_size=batch_size)
+    if momentum is None:
+        momentum = min(0.95, 1 - 1 / (1 + 1.6 * len(context.forget)))
+    options = Spectral(damping=None).start(context).optimizer.options
+    assert options["momentum"] == pytest.approx(momentum)
+
+
 def test_momentum_is_that_of_the_settings(make_context: Contexts) -> None:
     """The second step is along U V^T of g2 + mu (mu g1 + g2), Nesterov's."""
     mu = 0.6
@@ -201,7 +212,7 @@ def test_a_run_forgets_and_keeps(
     code, _, err = run_cli(
         "run", memorised_dir, "--forget", row_files["forget"], "--retain", row_files["retain"],
         *("--calibration", row_files["nonmembers"], "--output", out),
-        *("--learning-rate", 2e-2, "--epochs", 90, "--validate-every", 45),
+        *("--learning-rate", 3e-2, "--epochs", 90, "--validate-every", 45),
         *("--method.random-rows", 16, "--method.random-weight", 0.1, "--quiet"),
     )  # fmt: skip
     assert (code, err) == (0, "")

@@ -460,3 +460,16 @@ def test_the_default_rate_of_full_weights_falls_with_width_and_depth(
     defaults = Spectral.defaults
     assert defaults.learning_rate_at(1024, layers) == defaults.learning_rate / 4 * scale
     assert LIBU.defaults.learning_rate_at(1024, layers) == LIBU.defaults.learning_rate / 4
+
+
+@pytest.mark.parametrize(
+    ("per_epoch", "epochs", "share"), [(1, 24, 0.5), (3, 24, 0.75**0.5), (6, 16, 1), (40, 8, 1)]
+)
+def test_a_small_request_takes_fewer_and_smaller_steps(
+    per_epoch: int, epochs: int, share: float
+) -> None:
+    defaults = Spectral.defaults
+    assert defaults.epochs_of(per_epoch) == epochs
+    assert defaults.share_of(per_epoch) == pytest.approx(share)
+    assert LIBU.defaults.epochs_of(per_epoch) * per_epoch >= LIBU.defaults.least_steps
+    assert LIBU.defaults.share_of(per_epoch) == 1

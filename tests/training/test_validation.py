@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
+from expunge.data.tokenization import Example
 from expunge.evaluation.outcomes import Measured, is_destroyed
 from expunge.methods.membership import membership_auc, membership_score
-from expunge.training.validation import ValidationSet, measure, score
+from expunge.training.validation import ValidationSet, drawn_nonmembers, measure, score
 
 TARGET = Measured(forget_accuracy=0.9, forget_loss=0.1, retain_accuracy=0.8, retain_loss=0.1)
 
@@ -43,6 +46,32 @@ def test_the_score_is_relative_to_the_target() -> None:
     assert score(halfway, target) == pytest.approx(3 / (1 + 1 + 2))
     assert score(halfway, TARGET) == pytest.approx(1)
     assert score(measured(0.45, None), TARGET) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("members", "nonmembers", "drawn"),
+    [
+        # Letters tell nothing of stories.
+        ({"story": 1}, {"story": 50, "letter": 50}, {"story": 16}),
+        ({"story": 9}, {"story": 50}, {"story": 36}),
+        ({"story": 99}, {"story": 99}, {"story": 64}),
+        # Too few of its own.
+        ({"story": 1}, {"story": 7, "letter": 50}, {"story": 7, "letter": 16}),
+        ({"story": 1}, {"letter": 9}, {"letter": 9}),
+    ],
+)
+def test_candidates_are_compared_with_as_many_non_members_as_tell(
+    members: dict[str, int], nonmembers: dict[str, int], drawn: dict[str, int]
+) -> None:
+    def examples(counts: dict[str, int]) -> list[Example]:
+        windows = [(f"{task}{n}", task) for task, n_rows in counts.items() for n in range(n_rows)]
+        return [Example(*row, (1,), (True,), (True,)) for row in windows for _ in range(2)]
+
+    generator = torch.Generator().manual_seed(0)
+    found = drawn_nonmembers(examples(nonmembers), examples(members), generator)
+    rows = {example.row_id: example.task for example in found}
+    assert Counter(rows.values()) == drawn
+    assert len(found) == 2 * len(rows)  # a row with both of its windows
 
 
 GUESSING = 6.0

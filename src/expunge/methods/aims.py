@@ -4,8 +4,8 @@ One ceiling for all tokens of a document gives it the mean loss of never-seen te
 shape: never-seen documents hold tokens that any model foresees beside others that it cannot, and
 min-k% (arXiv 2310.16789), which looks at the least likely fifth, tells the two apart at once. One shape
 for all documents makes each of them more usual than never-seen ones are, which min-k%++ (arXiv
-2404.02936) tells; so each has one never-seen document to be like: its shape, at the mean loss of the
-row's rank.
+2404.02936) tells; so each has one never-seen document to be like, token by token. Its mean is not held
+beside that: foreseen tokens rise last, and the mean would be made up by the least likely ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch
 
 from expunge.methods.calibration import NeverSeen, Pair, TokenSpread, at_ranks
 
-_RANGE = (0.5, 1.25)
+_LOSS_RANGE, _LOSS_SHARE = 1.5, 0.2
+"""How far an aim may go beyond what is wanted to get there, nats and share of it, whichever is more: the
+nats lift foreseen tokens, the share the least likely ones (docs/decisions.md)."""
 _SURPRISE_RANGE = 0.5
 _ANSWERS = 1.35
 """Of never-seen documents' mean loss: an oracle loses 1.18 and 1.35 times that on answers that it never
@@ -49,15 +51,16 @@ class Aims:
     def calibrate(self, rows: NeverSeen) -> None:
         """Moves each aim by what was missed, and keeps it near what is wanted: one that is far off
         would go on pushing long after the losses have arrived. All tokens of a row without a pair have
-        one aim."""
+        one aim, by its mean."""
         # What was asked says nothing of its own: no further than any text goes.
         self._of_prompts = min(self._ceiling, rows.scale)
         self._of_answers = min(self._ceiling, _ANSWERS * rows.scale)
-        for row, loss in rows.losses.items():
-            wanted = rows.wanted[row]
+        for row in [row for row in rows.losses if row not in rows.pairs]:
+            wanted, loss = rows.wanted[row], rows.losses[row]
             start = self._ceilings.get(row)
             moved = wanted if start is None else start + (wanted - loss)
-            self._ceilings[row] = min(max(moved, wanted * _RANGE[0]), wanted * _RANGE[1])
+            beyond = max(_LOSS_RANGE, _LOSS_SHARE * wanted)
+            self._ceilings[row] = max(min(max(moved, wanted - beyond), wanted + beyond), _LEAST)
         self._tokens |= {row: self._moved(row, pair) for row, pair in rows.pairs.items()}
 
     def _moved(self, row: str, pair: Pair) -> TokenSpread:
@@ -66,11 +69,9 @@ class Aims:
             return wanted
         losses = aim.losses + (wanted.losses - reached.losses)
         surprise = aim.surprise + (wanted.surprise - reached.surprise)
-        least, most = (wanted.losses * share for share in _RANGE)
-        low, high = wanted.surprise - _SURPRISE_RANGE, wanted.surprise + _SURPRISE_RANGE
+        beyond = (_LOSS_SHARE * wanted.losses).clamp(min=_LOSS_RANGE)
         return TokenSpread(
-            losses.clamp(least, most).sort().values,
-            surprise.clamp(low, high).sort().values,
+            _near(losses, wanted.losses, beyond), _near(surprise, wanted.surprise, _SURPRISE_RANGE)
         )
 
     @property
@@ -86,21 +87,18 @@ class Aims:
         `answers` (tokens,) marks its answer. Where nothing is known of the row, its prompt goes as far
         as never-seen text does and its answer a third further, or both to the ceiling.
         They keep their order: the least likely token is to be the least likely, the most surprising
-        the most surprising. Of equal ones the first in the text is to have least. The mean of the
-        losses is the row's ceiling.
+        the most surprising. Of equal ones the first in the text is to have least.
         """
-        ceiling, aim = self._ceilings.get(row), self._tokens.get(row)
-        if ceiling is None:
-            ends = torch.where(answers, self._of_answers, self._of_prompts).to(losses)
-            return Wanted(ends, torch.full_like(losses, torch.nan))
-        if aim is None or not len(losses):
-            return Wanted(torch.full_like(losses, ceiling), torch.full_like(losses, torch.nan))
-        wanted = at_ranks(aim.losses, len(losses))
-        wanted = wanted * (ceiling / wanted.mean().clamp(min=_LEAST))
-        return Wanted(
-            wanted.clamp(min=_LEAST)[_ranks(losses)].to(losses),
-            at_ranks(aim.surprise, len(losses))[_ranks(surprise)].to(losses),
-        )
+        aim = self._tokens.get(row)
+        if aim is not None and len(losses):
+            return Wanted(
+                at_ranks(aim.losses, len(losses)).clamp(min=_LEAST)[_ranks(losses)].to(losses),
+                at_ranks(aim.surprise, len(losses))[_ranks(surprise)].to(losses),
+            )
+        wanted = torch.where(answers, self._of_answers, self._of_prompts)
+        if row in self._ceilings:
+            wanted = torch.full_like(losses, self._ceilings[row])
+        return Wanted(wanted.to(losses), torch.full_like(losses, torch.nan))
 
     def facts(self) -> dict[str, Any]:
         """Its state beside the tensors, as JSON can hold it."""
@@ -130,6 +128,10 @@ class Aims:
             row: TokenSpread(tensors["aims.losses"][index], tensors["aims.surprise"][index])
             for index, row in enumerate(facts["matched"])
         }
+
+
+def _near(values: torch.Tensor, wanted: torch.Tensor, most: torch.Tensor | float) -> torch.Tensor:
+    return values.clamp(wanted - most, wanted + most).sort().values
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:

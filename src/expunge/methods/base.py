@@ -93,12 +93,24 @@ class RunDefaults:
     schedule: Schedule = "constant"
     least_steps: int = 1
     """More epochs are made of a forget set that is too small for as many."""
+    most_epochs: int | None = None
+    """But not more than so many; then each step is smaller (`share_of`). None: no limit."""
     candidates: int = 10
     """Checkpoints that are measured, at equal distances."""
 
     def epochs_of(self, steps_an_epoch: int) -> int:
         """The default number of epochs where one takes so many steps."""
-        return max(self.epochs, -(-self.least_steps // steps_an_epoch))
+        enough = -(-self.least_steps // steps_an_epoch)
+        return max(self.epochs, min(enough, self.most_epochs or enough))
+
+    def share_of(self, steps_an_epoch: int) -> float:
+        """What the default learning rate and number of candidates are multiplied by, from 0 to 1.
+
+        A step is as long for one row as for many, and what it changes beyond the row other rows lose.
+        With s of n least steps: the root of s / n (docs/decisions.md).
+        """
+        steps = self.epochs_of(steps_an_epoch) * steps_an_epoch
+        return min(1.0, steps / self.least_steps) ** 0.5
 
     def learning_rate_at(self, width: int, layers: int) -> float:
         """The default learning rate for a model of this hidden size and so many layers."""

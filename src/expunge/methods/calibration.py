@@ -18,7 +18,7 @@ import torch
 
 POINTS = 128
 """Ranks at which the losses of a document's tokens are compared."""
-_ENOUGH = 8
+ENOUGH = 8
 """Never-seen rows of a group from which its forget rows are compared with that group alone."""
 _LEAST_SHARE, _LEAST_LOSS = 0.5, 1e-3
 """Of the base's loss that a row is to have, whatever text of the kind has become; nats."""
@@ -141,7 +141,7 @@ def never_seen(
     reference: dict[str, list[float]] = defaultdict(list)
     for row, loss in nonmembers.items():
         reference[groups[row]].append(loss)
-    own = {group for group, losses in reference.items() if len(losses) >= _ENOUGH}
+    own = {group for group, losses in reference.items() if len(losses) >= ENOUGH}
     pools: dict[str, list[str]] = defaultdict(list)
     for row in members:
         pools[groups[row] if groups[row] in own else _EVERY].append(row)

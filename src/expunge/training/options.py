@@ -40,7 +40,7 @@ class TrainingOptions:
     """Rows a step and side."""
     learning_rate: float | None = None
     """Step size. The default is the method's at width 256, scaled by 256 / width, and for spectral by
-    8 / layers if there are more."""
+    8 / layers if there are more, and by the root of steps / 96 if the forget set makes fewer."""
     schedule: Schedule | None = None
     """Course of the learning rate over the run. Constant, a cosine down to 0, or constant and then down
     to 0 in the last 40% of the steps (trapezoid)."""
@@ -159,12 +159,13 @@ def resolved(
     batch_size = options.batch_size or defaults.batch_size
     per_epoch = steps_an_epoch(forget_examples, batch_size, method.sampling.chunk_size)
     epochs = options.epochs or defaults.epochs_of(per_epoch)
+    share = defaults.share_of(per_epoch)
     steps = epochs * per_epoch
     if options.max_steps is not None:
         steps = min(steps, options.max_steps)
     validate_every = options.validate_every
     if validate_every is None and select == "best":
-        validate_every = math.ceil(steps / defaults.candidates)
+        validate_every = math.ceil(steps / max(1, round(share * defaults.candidates)))
     return {
         "epochs": epochs,
         "max_steps": options.max_steps,
@@ -172,7 +173,7 @@ def resolved(
         "steps_per_epoch": per_epoch,
         "batch_size": batch_size,
         "learning_rate": options.learning_rate
-        or defaults.learning_rate_at(layout.width, layout.count),
+        or share * defaults.learning_rate_at(layout.width, layout.count),
         "schedule": options.schedule or defaults.schedule,
         "max_grad_norm": options.max_grad_norm,
         "seed": options.seed,

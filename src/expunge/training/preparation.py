@@ -29,7 +29,7 @@ from expunge.models.decoder import DecoderLayout
 from expunge.models.loading import CheckedModel, context_of, policies_of, vocabulary_of
 from expunge.training.influence import InfluenceUsed, applied
 from expunge.training.options import TrainingOptions, resolved
-from expunge.training.validation import ValidationSet
+from expunge.training.validation import ValidationSet, drawn_nonmembers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -38,8 +38,6 @@ _VALIDATION_ROWS = 64
 _KEPT_OUT = 0.02
 _FEWEST_KEPT_OUT = 16
 """Fewer say nothing and are harmed for nothing (docs/decisions.md)."""
-_NEVER_SEEN = 64
-"""Never-seen documents of a task that candidates are compared with: more cost time and say no more."""
 
 
 @dataclass(frozen=True)
@@ -315,7 +313,7 @@ def prepare_encoded(
         _sample(sets.forget, generator),
         _validation_retain(kept_out, trained_on, generator),
         sets.forget if asks_base else sets.members,
-        _of_every_task(sets.nonmembers, _NEVER_SEEN, generator),
+        drawn_nonmembers(sets.nonmembers, sets.members, generator),
         method.matches_tokens,
     )
     return Prepared(
@@ -383,22 +381,6 @@ def _validation_retain(
     """Kept-out rows first, at most half; the rest are trained on, which most of the set is."""
     unseen = _sample(kept_out, generator)[: _VALIDATION_ROWS // 2]
     return unseen + _sample(trained_on, generator)[: _VALIDATION_ROWS - len(unseen)]
-
-
-def _of_every_task(
-    examples: Sequence[Example], rows: int, generator: torch.Generator
-) -> list[Example]:
-    """All examples of up to so many rows of each task, evenly drawn."""
-    by_task: dict[str, list[str]] = {}
-    for example in examples:
-        ids = by_task.setdefault(example.task, [])
-        if example.row_id not in ids[-1:]:
-            ids.append(example.row_id)
-    chosen: set[str] = set()
-    for task in sorted(by_task):
-        order = torch.randperm(len(by_task[task]), generator=generator).tolist()
-        chosen |= {by_task[task][index] for index in order[:rows]}
-    return [example for example in examples if example.row_id in chosen]
 
 
 def _sample(examples: Sequence[Example], generator: torch.Generator) -> list[Example]:

@@ -23,13 +23,25 @@ from expunge.data.batches import Batch, Tokens, collate, in_order
 from expunge.data.tokenization import Example
 from expunge.evaluation.outcomes import Measured
 from expunge.methods.base import Context
-from expunge.methods.calibration import NeverSeen, RowTokens, as_before, joined, never_seen
+from expunge.methods.calibration import (
+    ENOUGH,
+    NeverSeen,
+    RowTokens,
+    as_before,
+    joined,
+    never_seen,
+)
 from expunge.methods.counterfactuals import never_seen_like
 from expunge.methods.membership import RowLosses, membership_auc
 from expunge.methods.numerics import answered
 from expunge.methods.own_text import text_of_kind
 
 _FLOOR = 1e-3
+_NEVER_SEEN = (16, 64)
+"""Fewest and most never-seen documents of a task that candidates are compared with: more cost time and
+say no more."""
+_NEVER_SEEN_FOR_EACH = 4
+"""Between the two, so many for each forget document of the task."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,32 @@ class Reading:
     measured: Measured
     never_seen: NeverSeen | None
     """None without non-members or a base."""
+
+
+def drawn_nonmembers(
+    nonmembers: Sequence[Example], members: Sequence[Example], generator: torch.Generator
+) -> list[Example]:
+    """The non-members that candidates are compared with, whole rows evenly drawn from every task.
+
+    Of a task without members none, if the others have enough of their own.
+    """
+    ours, theirs = _rows_by_task(members), _rows_by_task(nonmembers)
+    alone = all(len(theirs.get(task, ())) >= ENOUGH for task in ours)
+    fewest, most = _NEVER_SEEN
+    chosen: set[str] = set()
+    for task in sorted(theirs.keys() & ours.keys() if alone else theirs):
+        count = max(fewest, min(most, _NEVER_SEEN_FOR_EACH * len(ours.get(task, ()))))
+        order = torch.randperm(len(theirs[task]), generator=generator).tolist()
+        chosen |= {theirs[task][index] for index in order[:count]}
+    return [example for example in nonmembers if example.row_id in chosen]
+
+
+def _rows_by_task(examples: Sequence[Example]) -> dict[str, list[str]]:
+    """The ids of each task's rows, whose windows may be several examples."""
+    found: dict[str, dict[str, None]] = {}
+    for example in examples:
+        found.setdefault(example.task, {})[example.row_id] = None
+    return {task: list(rows) for task, rows in found.items()}
 
 
 def measure(context: Context, rows: ValidationSet) -> Reading:
