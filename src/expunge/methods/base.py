@@ -104,7 +104,7 @@ class RunDefaults:
         return max(self.epochs, min(enough, self.most_epochs or enough))
 
     def share_of(self, steps_an_epoch: int) -> float:
-        """What the default learning rate and number of candidates are multiplied by, from 0 to 1.
+        """What the default learning rate is multiplied by, more than 0 and at most 1.
 
         A step is as long for one row as for many, and what it changes beyond the row other rows lose.
         With s of n least steps: the root of s / n (docs/decisions.md).

@@ -159,13 +159,12 @@ def resolved(
     batch_size = options.batch_size or defaults.batch_size
     per_epoch = steps_an_epoch(forget_examples, batch_size, method.sampling.chunk_size)
     epochs = options.epochs or defaults.epochs_of(per_epoch)
-    share = defaults.share_of(per_epoch)
     steps = epochs * per_epoch
     if options.max_steps is not None:
         steps = min(steps, options.max_steps)
     validate_every = options.validate_every
     if validate_every is None and select == "best":
-        validate_every = math.ceil(steps / max(1, round(share * defaults.candidates)))
+        validate_every = math.ceil(steps / defaults.candidates)
     return {
         "epochs": epochs,
         "max_steps": options.max_steps,
@@ -173,7 +172,7 @@ def resolved(
         "steps_per_epoch": per_epoch,
         "batch_size": batch_size,
         "learning_rate": options.learning_rate
-        or share * defaults.learning_rate_at(layout.width, layout.count),
+        or defaults.share_of(per_epoch) * defaults.learning_rate_at(layout.width, layout.count),
         "schedule": options.schedule or defaults.schedule,
         "max_grad_norm": options.max_grad_norm,
         "seed": options.seed,
