@@ -180,11 +180,13 @@ def test_membership_is_two_sided_about_its_reference() -> None:
     assert [each.title for each in evidence] == [
         "Membership inference by loss"
     ]  # zlib has no power
+    assert "by loss, the score furthest from chance, AUC" in entry["sentence"]
     assert evidence[0].figure.value < -0.2
     assert evidence[0].figure.high < 0
     assert evidence[0].chance == pytest.approx(entry["chance"]["loss"], abs=1e-6)
     assert evidence[0].chance <= 1e-3
     entry, evidence = mia(-2.0, -2.0)
+    assert "by loss, the score furthest from the oracle's, AUC" in entry["sentence"]
     assert abs(evidence[0].figure.value) < 0.1
     assert judge_audit(None, mia(3.0, 0.0)[1]).decides.outcome == "partly forgotten"
     assert len(entry["rows"]) == len(FACTS) + len(OTHERS)

@@ -303,9 +303,10 @@ def _membership(attack: Attack, models: Models, case: Case) -> Summary:
         caught = f", {figures['tpr'].value:.0%} of the members found at {FPR:.0%} false alarms"
     said += ", ".join(f"{name} {mine}" for name, mine in beside.items())
     by_words = "not measured" if words is None else f"{words.value:.2f}"
+    origin = "chance" if oracle is None else "the oracle's"
     return able(
         entry,
-        f"by {chosen}, the score furthest from chance, {said}; words alone {by_words}){caught}; chance"
+        f"by {chosen}, the score furthest from {origin}, {said}; words alone {by_words}){caught}; chance"
         f" does as much in {chances[chosen]:.0%}.",
         list(evidence.values()),
     )
