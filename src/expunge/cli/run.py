@@ -138,13 +138,12 @@ def _defaults(method: Any) -> dict[str, str]:
     """What the method puts in the place of null."""
     of = method.defaults
     return {
-        "epochs": f"{of.epochs}"
-        + f" or {of.least_steps} steps" * (of.least_steps > 1)
-        + (f", at most {of.most_epochs}" if of.most_epochs else ""),
+        "epochs": f"{of.epochs} to {of.most_epochs}"
+        if of.most_epochs
+        else f"{of.epochs}" + f" or {of.least_steps} steps" * (of.least_steps > 1),
         "batch-size": str(of.batch_size),
         "learning-rate": f"{of.learning_rate:g} x 256 / hidden size"
-        + (f" x min(1, {of.depth} / layers)" if of.depth else "")
-        + (f" x min(1, steps / {of.least_steps})^0.5" if of.most_epochs else ""),
+        + (f" x min(1, {of.depth} / layers)" if of.depth else ""),
         "schedule": of.schedule,
     }
 

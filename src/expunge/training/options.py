@@ -39,8 +39,8 @@ class TrainingOptions:
     batch_size: int | None = None
     """Rows a step and side."""
     learning_rate: float | None = None
-    """Step size. The default is the method's at width 256, scaled by 256 / width, and for spectral by
-    8 / layers if there are more, and by the root of steps / 96 if the forget set makes fewer."""
+    """Step size. The default falls with the model's width, and for spectral with its depth. For small
+    forget sets spectral takes less."""
     schedule: Schedule | None = None
     """Course of the learning rate over the run. Constant, a cosine down to 0, or constant and then down
     to 0 in the last 40% of the steps (trapezoid)."""
