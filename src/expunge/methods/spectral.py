@@ -17,11 +17,11 @@ low-rank adapter. A flat spectrum puts the change into the many directions that 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from expunge.data.sampling import steps_an_epoch
 from expunge.errors import InputError
 from expunge.methods.base import Context, OptimizerSpec, Preset, RunDefaults, Whitening
 from expunge.methods.log_odds import LogOddsObjective, LogOddsSettings
@@ -86,7 +86,7 @@ class SpectralObjective(LogOddsObjective):
         super().__init__(settings, context, [f"{name}.weight" for name in self._linears])
         momentum = settings.momentum
         if momentum is None:
-            per_epoch = math.ceil(len(context.forget) / context.batch_size)
+            per_epoch = steps_an_epoch(len(context.forget), context.batch_size, None)
             momentum = min(_MOMENTUM, 1 - 1 / (1 + _EPOCHS * per_epoch))
         options = {"momentum": momentum, "iterations": _ITERATIONS, "normalized": True}
         self.optimizer = OptimizerSpec("muon", options, in_backward=True, whitening=self._whitening)
