@@ -157,8 +157,9 @@ def changed(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
     usual = {
         "epochs": defaults.epochs_of(training["steps_per_epoch"]),
         "batch_size": defaults.batch_size,
-        "learning_rate": defaults.share_of(training["steps_per_epoch"])
-        * defaults.learning_rate_at(config["hidden_size"], config["num_hidden_layers"]),
+        "learning_rate": defaults.learning_rate_at(
+            config["hidden_size"], config["num_hidden_layers"], training["steps_per_epoch"]
+        ),
         "schedule": defaults.schedule,
         **{name: getattr(TrainingOptions(), name) for name in LOOP},
     }

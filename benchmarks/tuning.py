@@ -73,9 +73,14 @@ def tuned(method: str, arguments: argparse.Namespace) -> list[str] | str:
 def search_words(method: str, target: Path) -> list[str]:
     """The search space, as the words of `--search`; the default rate is that of the target's size."""
     kind = METHODS[method]
+    defaults = kind.defaults
     config: dict[str, Any] = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    rate = kind.defaults.learning_rate_at(config["hidden_size"], config["num_hidden_layers"])
-    epochs = kind.defaults.epochs
+    rate = defaults.learning_rate_at(
+        config["hidden_size"],
+        config["num_hidden_layers"],
+        defaults.least_steps,  # no set of a benchmark is small
+    )
+    epochs = defaults.epochs
     words = [
         f"learning_rate=log:{rate / RATE:.4g}:{rate * RATE:.4g}",
         f"epochs=int:{max(1, epochs // EPOCHS)}:{epochs * EPOCHS}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -51,9 +52,11 @@ def test_progress_is_bars_on_a_terminal_and_lines_elsewhere(
         assert err == "said between\na part: done in 0 s\n"
 
 
-def test_a_quiet_command_leaves_its_caller_as_loud_as_before(run_cli: Cli, tmp_path: Path) -> None:
+def test_a_command_leaves_its_caller_as_it_was(run_cli: Cli, tmp_path: Path) -> None:
+    ended_by = signal.getsignal(signal.SIGTERM)
     assert run_cli("report", tmp_path / "none", "--quiet")[0] == 2
     assert not quiet.get()
+    assert signal.getsignal(signal.SIGTERM) is ended_by
 
 
 @pytest.fixture

@@ -458,8 +458,8 @@ def test_the_default_rate_of_full_weights_falls_with_width_and_depth(
     layers: int, scale: float
 ) -> None:
     defaults = Spectral.defaults
-    assert defaults.learning_rate_at(1024, layers) == defaults.learning_rate / 4 * scale
-    assert LIBU.defaults.learning_rate_at(1024, layers) == LIBU.defaults.learning_rate / 4
+    assert defaults.learning_rate_at(1024, layers, 96) == defaults.learning_rate / 4 * scale
+    assert LIBU.defaults.learning_rate_at(1024, layers, 1) == LIBU.defaults.learning_rate / 4
 
 
 @pytest.mark.parametrize(
@@ -470,6 +470,6 @@ def test_a_small_request_takes_fewer_and_smaller_steps(
 ) -> None:
     defaults = Spectral.defaults
     assert defaults.epochs_of(per_epoch) == epochs
-    assert defaults.share_of(per_epoch) == pytest.approx(share)
+    of_many = defaults.learning_rate_at(256, 4, 96)
+    assert defaults.learning_rate_at(256, 4, per_epoch) == pytest.approx(share * of_many)
     assert LIBU.defaults.epochs_of(per_epoch) * per_epoch >= LIBU.defaults.least_steps
-    assert LIBU.defaults.share_of(per_epoch) == 1

@@ -76,8 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # What the terminal's encoding lacks is shown by its number, and no work is lost.
             stream.reconfigure(errors="backslashreplace")
-    # Who calls this from Python goes on afterwards, as loud as before.
+    # Who calls this from Python goes on afterwards, as loud as before and ended by the same signals.
     was_quiet = quiet.set(False)
+    ends = threading.current_thread() is threading.main_thread()
+    was_ended = signal.signal(signal.SIGTERM, _terminate) if ends else None
     try:
         with plain_streams():
             return _flushed(_run(arguments))
@@ -90,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     finally:
         quiet.reset(was_quiet)
+        if was_ended is not None:
+            signal.signal(signal.SIGTERM, was_ended)
 
 
 def _flushed(code: int) -> int:
@@ -133,8 +137,6 @@ def _run(arguments: Sequence[str] | None) -> int:
     if given[0] == "--version":
         sys.stdout.write(f"expunge {expunge.__version__}\n")
         return 0
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
     try:
         _check_launch()
         given[0] = _OLD_NAMES.get(given[0], given[0])

@@ -45,22 +45,14 @@ class Aims:
     def __init__(self, ceiling: float) -> None:
         """`ceiling` is that of rows that are not calibrated, nats a token."""
         self._ceiling = self._of_prompts = self._of_answers = ceiling
-        self._ceilings: dict[str, float] = {}
         self._tokens: dict[str, TokenSpread] = {}
 
     def calibrate(self, rows: NeverSeen) -> None:
         """Moves each aim by what was missed, and keeps it near what is wanted: one that is far off
-        would go on pushing long after the losses have arrived. All tokens of a row without a pair have
-        one aim, by its mean."""
+        would go on pushing long after the losses have arrived."""
         # What was asked says nothing of its own: no further than any text goes.
         self._of_prompts = min(self._ceiling, rows.scale)
         self._of_answers = min(self._ceiling, _ANSWERS * rows.scale)
-        for row in [row for row in rows.losses if row not in rows.pairs]:
-            wanted, loss = rows.wanted[row], rows.losses[row]
-            start = self._ceilings.get(row)
-            moved = wanted if start is None else start + (wanted - loss)
-            beyond = max(_LOSS_RANGE, _LOSS_SHARE * wanted)
-            self._ceilings[row] = max(min(max(moved, wanted - beyond), wanted + beyond), _LEAST)
         self._tokens |= {row: self._moved(row, pair) for row, pair in rows.pairs.items()}
 
     def _moved(self, row: str, pair: Pair) -> TokenSpread:
@@ -95,17 +87,14 @@ class Aims:
                 at_ranks(aim.losses, len(losses)).clamp(min=_LEAST)[_ranks(losses)].to(losses),
                 at_ranks(aim.surprise, len(losses))[_ranks(surprise)].to(losses),
             )
-        wanted = torch.where(answers, self._of_answers, self._of_prompts)
-        if row in self._ceilings:
-            wanted = torch.full_like(losses, self._ceilings[row])
-        return Wanted(wanted.to(losses), torch.full_like(losses, torch.nan))
+        wanted = torch.where(answers, self._of_answers, self._of_prompts).to(losses)
+        return Wanted(wanted, torch.full_like(losses, torch.nan))
 
     def facts(self) -> dict[str, Any]:
         """Its state beside the tensors, as JSON can hold it."""
         return {
             "of_prompts": self._of_prompts,
             "of_answers": self._of_answers,
-            "ceilings": dict(self._ceilings),
             "matched": list(self._tokens),
         }
 
@@ -123,7 +112,6 @@ class Aims:
     def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Puts back what `facts` and `tensors` gave."""
         self._of_prompts, self._of_answers = facts["of_prompts"], facts["of_answers"]
-        self._ceilings = dict(facts["ceilings"])
         self._tokens = {
             row: TokenSpread(tensors["aims.losses"][index], tensors["aims.surprise"][index])
             for index, row in enumerate(facts["matched"])

@@ -94,7 +94,7 @@ class RunDefaults:
     least_steps: int = 1
     """More epochs are made of a forget set that is too small for as many."""
     most_epochs: int | None = None
-    """But not more than so many; then each step is smaller (`share_of`). None: no limit."""
+    """But not more than so many; then each step is smaller. None: no limit."""
     candidates: int = 10
     """Checkpoints that are measured, at equal distances."""
 
@@ -103,19 +103,16 @@ class RunDefaults:
         enough = -(-self.least_steps // steps_an_epoch)
         return max(self.epochs, min(enough, self.most_epochs or enough))
 
-    def share_of(self, steps_an_epoch: int) -> float:
-        """What the default learning rate is multiplied by, more than 0 and at most 1.
+    def learning_rate_at(self, width: int, layers: int, steps_an_epoch: int) -> float:
+        """The default learning rate for a model of this hidden size and so many layers.
 
         A step is as long for one row as for many, and what it changes beyond the row other rows lose.
-        With s of n least steps: the root of s / n (docs/decisions.md).
+        So with s of n least steps it is shorter by the root of s / n (docs/decisions.md).
         """
-        steps = self.epochs_of(steps_an_epoch) * steps_an_epoch
-        return min(1.0, steps / self.least_steps) ** 0.5
-
-    def learning_rate_at(self, width: int, layers: int) -> float:
-        """The default learning rate for a model of this hidden size and so many layers."""
         by_depth = 1.0 if self.depth is None else min(1.0, self.depth / layers)
-        return self.learning_rate * _REFERENCE_WIDTH / width * by_depth
+        steps = self.epochs_of(steps_an_epoch) * steps_an_epoch
+        by_steps = min(1.0, steps / self.least_steps) ** 0.5
+        return self.learning_rate * _REFERENCE_WIDTH / width * by_depth * by_steps
 
 
 @dataclass(frozen=True)

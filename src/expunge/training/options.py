@@ -172,7 +172,7 @@ def resolved(
         "steps_per_epoch": per_epoch,
         "batch_size": batch_size,
         "learning_rate": options.learning_rate
-        or defaults.share_of(per_epoch) * defaults.learning_rate_at(layout.width, layout.count),
+        or defaults.learning_rate_at(layout.width, layout.count, per_epoch),
         "schedule": options.schedule or defaults.schedule,
         "max_grad_norm": options.max_grad_norm,
         "seed": options.seed,
