@@ -525,7 +525,7 @@ def option_case(world: World, draw: random.Random, case: Path) -> Case:
         "serve": ["serve", f"{root}/run", *files, "--port", "0"],
         "data inspect": ["data", "inspect", f"{root}/forget.jsonl", "--model", f"{root}/model"],
         "analyze influence": ["analyze", "influence", f"{root}/model", *files],
-        "analyze layers": ["analyze", "layers", f"{root}/model", *files, "--predict-only"],
+        "analyze layers": ["analyze", "layers", f"{root}/model", *files],
         "sweep": ["sweep", f"{root}/model", *files, "--output", str(out), "--trials", "1",
                   "--config", f"{root}/run.yaml"],
         "requests add": ["requests", "add", f"{root}/forget.jsonl", "--ledger", str(case / "l.db")],

@@ -1,10 +1,9 @@
-"""`expunge analyze layers` end to end: what it prints and writes, the figure, and what it refuses."""
+"""`expunge analyze layers`: what it prints, what a sweep says beside it, what it refuses."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -32,11 +31,11 @@ def analyze(memorised_dir: Path, row_files: dict[str, Path], run_cli: Cli) -> Cl
 
 
 def test_the_prediction_is_a_table_with_the_choice(analyze: Cli, tmp_path: Path) -> None:
-    code, out, err = analyze("--predict-only", "--quiet")
+    code, out, err = analyze("--quiet")
     assert (code, err) == (0, "")
     lines = [line.split() for line in out.splitlines()]
     assert ["layer", "score", "decodable"] in [line[:3] for line in lines]
-    code, as_json, _ = analyze("--predict-only", "--quiet", "--json")
+    code, as_json, _ = analyze("--quiet", "--json")
     choice = json.loads(as_json)
     assert f"--method.layer auto: {choice['layer']} (highest score" in out
     for reading in choice["readings"]:
@@ -47,59 +46,55 @@ def test_the_prediction_is_a_table_with_the_choice(analyze: Cli, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-class Loads(HTMLParser):
-    """Everything in a page that names an address."""
+def sweep_file(path: Path, layers: dict[int, float]) -> Path:
+    """What a sweep over these layers leaves, as far as it is read, with a trial that failed."""
+    trials = [
+        {"state": "complete", "params": {"method.layer": layer}, "values": {"final": value}}
+        for layer, value in layers.items()
+    ]
+    trials.append({"state": "failed", "params": {"method.layer": 1}, "values": None})
+    path.write_text(json.dumps({"objectives": ["final"], "trials": trials}))
+    return path
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found += [f"{tag} {k}={v}" for k, v in attrs if k in ("src", "href", "srcset")]
+def test_measured_scores_stand_beside_the_prediction(analyze: Cli, tmp_path: Path) -> None:
+    readings = json.loads(analyze("--quiet", "--json")[1])["readings"]
+    order = sorted(readings, key=lambda reading: reading["score"])
+    rising = {reading["layer"]: 0.25 * place for place, reading in enumerate(order, 1)}
+    sweep = sweep_file(tmp_path / "sweep.json", rising)
+    code, out, err = analyze("--measured", sweep, "--quiet")
+    assert (code, err) == (0, "")
+    assert "measured, final" in out
+    assert "rank correlation of predicted and measured scores: 1.00" in out
+    falling = {layer: 1 - value for layer, value in rising.items()}
+    sweep_file(sweep, falling)
+    found = json.loads(analyze("--measured", tmp_path, "--quiet", "--json")[1])
+    assert found["rank_correlation"] == pytest.approx(-1)
+    assert found["measured"] == {
+        "objective": "final", "layers": {str(layer): value for layer, value in falling.items()},
+    }  # fmt: skip
 
 
-def test_a_sweep_prints_a_table_and_writes_one_page_that_loads_nothing(
-    analyze: Cli,
-    quiz_dir: Path,
-    row_files: dict[str, Path],
-    tmp_path: Path,
-    forget_rows: list[dict[str, str]],
+def test_a_sweep_over_layers_is_what_is_measured(
+    analyze: Cli, memorised_dir: Path, row_files: dict[str, Path], run_cli: Cli, tmp_path: Path
 ) -> None:
     out_dir = tmp_path / "out"
-    code, out, err = analyze(
-        *("--output", out_dir, "--epochs", 2, "--learning-rate", 1e-3, "--mmlu", quiz_dir),
-        *("--nonmembers", row_files["nonmembers"]),
+    code, _, err = run_cli(
+        *("sweep", memorised_dir, "--device", "cpu", "--output", out_dir, "--quiet"),
+        *("--forget", row_files["forget"], "--retain", row_files["retain"]),
+        *("--method", "adaptive-rmu", "--sampler", "grid", "--search", "method.layer=int:2:3"),
+        *("--objectives", "retention", "--epochs", 2, "--learning-rate", 1e-3),
     )
     assert code == 0, err
-    written = json.loads((out_dir / "layers.json").read_text())
-    for layer in written["layers"]:
-        assert layer["scores"]["final_score"] == pytest.approx(layer["value"])
-        assert f"{layer['scores']['final_score']:.3f}" in out
-        assert f"{layer['scores']['utility']:.3f}" in out
-    best = written["agreement"]["best"]
-    assert f"Best by final score: layer {best}." in out
-    assert "rank correlation" in out
-    page = (out_dir / "layers.html").read_text(encoding="utf-8")
-    loads = Loads()
-    loads.feed(page)
-    assert loads.found == []
-    assert "default-src 'none'" in page
-    for words in ("predicted score", "task aggregate", "MIA score", "utility", "decodable"):
-        assert words in page
-    assert "prefers-color-scheme: dark" in page
-    for row in forget_rows:
-        for column in ("input", "output"):
-            assert row[column] not in page + out + err
-    code, again, _ = analyze(
-        *("--output", out_dir, "--epochs", 2, "--learning-rate", 1e-3, "--mmlu", quiz_dir),
-        *("--nonmembers", row_files["nonmembers"], "--resume", "--quiet", "--json"),
-    )
-    assert code == 0
-    assert json.loads(again) == written
-    assert (out_dir / "layers.html").read_text(encoding="utf-8") == page
+    trials = json.loads((out_dir / "sweep.json").read_text())["trials"]
+    found = json.loads(analyze("--measured", out_dir, "--quiet", "--json")[1])["measured"]
+    assert found["objective"] == "retention"
+    assert found["layers"] == {
+        str(trial["params"]["method.layer"]): trial["values"]["retention"] for trial in trials
+    }
 
 
-def test_a_preset_is_swept_in_the_place_of_its_layer(analyze: Cli) -> None:
+def test_a_preset_is_read_in_the_place_of_its_layer(analyze: Cli) -> None:
     code, out, err = analyze("--predict-only", "--quiet", "--preset", "semeval-7b")
     assert (code, err) == (0, "")
     assert "--method.layer auto:" in out
@@ -108,21 +103,24 @@ def test_a_preset_is_swept_in_the_place_of_its_layer(analyze: Cli) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ((), "--output: is needed"),
-        (("--output", "{out}", "--layers", "9"), "--layers 9: the model has the layers 0 to 3"),
-        (("--output", "{out}", "--method", "libu"), "--method libu: steers no layer"),
-        (("--output", "{out}", "--layer", "2"), "did you mean --layers"),
+        (("--output", "out"), "--output: analyze layers runs and writes nothing"),
+        (("--every=2",), "expunge sweep --sampler grid"),
+        (("--method", "libu"), "--method libu: steers no layer"),
+        (("--measured", "nowhere"), "--measured nowhere: not found"),
+        (("--measured", "{broken}"), "is not what a sweep wrote"),
+        (("--measured", "{other}"), "has no complete trial over method.layer"),
     ],
     ids=str,
 )
 def test_wrong_options_end_with_2_and_one_line(
     options: tuple[str, ...], words: str, analyze: Cli, tmp_path: Path
 ) -> None:
-    code, out, err = analyze(*(option.format(out=tmp_path / "out") for option in options))
+    broken, other = tmp_path / "broken.json", sweep_file(tmp_path / "other.json", {})
+    broken.write_text('{"objectives": []}')
+    code, out, err = analyze(*(option.format(broken=broken, other=other) for option in options))
     assert (code, out) == (2, "")
     assert words in err
     assert err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_knows_its_subcommands(run_cli: Cli) -> None:
@@ -134,5 +132,7 @@ def test_the_command_knows_its_subcommands(run_cli: Cli) -> None:
     assert "analyze layer: no such subcommand; write expunge analyze layers MODEL" in err
     code, out, _ = run_cli("analyze", "layers", "--help")
     assert code == 0
-    for option in ("--predict-only", "--every", "--layers", "--method.beta", "--mmlu", "--keep"):
+    for option in ("--measured", "--method.beta"):
         assert option in out
+    for option in ("--overwrite", "--resume"):
+        assert option not in out

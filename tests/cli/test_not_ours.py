@@ -66,8 +66,6 @@ def test_a_run_does_not_replace_what_it_reads(
     (earlier / "sweep.json").touch()
     said = refused(run_cli, "sweep", earlier, *rows, "--output", earlier, *sweep)
     assert "what --model reads" in said
-    layers = ("analyze", "layers", earlier, *rows, "--output", earlier, "--overwrite")
-    assert "what --model reads" in refused(run_cli, *layers)
     (earlier / "sweep.json").unlink()
     assert content(earlier) == before
 
@@ -76,16 +74,14 @@ def test_a_sweep_deletes_only_what_a_sweep_wrote(
     model_dir: Callable[[str], Path], row_files: dict[str, Path], run_cli: Cli, tmp_path: Path
 ) -> None:
     out = tmp_path / "sweep"
-    (out / "layer-02").mkdir(parents=True)
-    for name in ("sweep.json", "layers.json", "thesis.txt"):
+    out.mkdir()
+    for name in ("sweep.json", "thesis.txt"):
         (out / name).write_text("{}")
     rows = ("--forget", row_files["forget"], "--retain", row_files["retain"])
     sweep = ("--search", "learning_rate=log:1e-4:1e-2", "--trials", 1, "--overwrite")
     said = refused(run_cli, "sweep", model_dir("olmo"), *rows, "--output", out, *sweep)
     assert "which this command did not write" in said
-    layers = ("analyze", "layers", model_dir("olmo"), *rows, "--output", out, "--overwrite")
-    assert "holds sweep.json and 1 more" in refused(run_cli, *layers)
-    assert set(content(out)) == {out / name for name in ("sweep.json", "layers.json", "thesis.txt")}
+    assert set(content(out)) == {out / name for name in ("sweep.json", "thesis.txt")}
 
 
 def test_files_of_others_are_not_replaced_and_places_are_proved_first(

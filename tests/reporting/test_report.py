@@ -15,7 +15,6 @@ from xml.etree import ElementTree as ET
 import pytest
 from made_up_run import audit, estimate, made_up, measured, parsed, scores, words
 
-from conftest import refusal
 from expunge.errors import RunError
 from expunge.evaluation.scorecard import Scorecard
 from expunge.reporting import report as writing
@@ -462,31 +461,10 @@ def test_layers_are_told_from_the_run_and_from_a_sweep(tmp_path: Path, fits: Che
     page, data, text = read(tmp_path / "run")
     fits(data)
     check_numbers(page, data)
-    assert data["layers"]["source"] == "expunge.json"
     assert [each["score"] for each in data["layers"]["readings"]] == [0.4, 0.9]
     assert "layer_choice" not in json.dumps(data["record"])
     assert "## Layers" in text
     assert page.find(".//section[@aria-labelledby='layers']//svg") is not None
-    totals = {"task_aggregate": 0.3, "mia_auc": 0.5, "mia_score": 1.0, "utility": None}
-    results = [
-        {"layer": 2, "value": 0.65, "failure": None, "scores": {**totals, "final_score": None}},
-        {"layer": 3, "value": None, "failure": "no checkpoint can be kept", "scores": None},
-    ]
-    sweep = {
-        "status": "complete", "prediction": choice, "layers": results,
-        "agreement": {"rank_correlation": None},
-    }  # fmt: skip
-    (tmp_path / "layers.json").write_text(json.dumps(sweep))
-    write_report(ReportInputs(run=str(tmp_path / "run"), layers=str(tmp_path / "layers.json")))
-    page, data, text = read(tmp_path / "run")
-    fits(data)
-    check_numbers(page, data)
-    assert data["layers"]["sweep"]["results"][0]["task_aggregate"] == 0.3
-    assert "no checkpoint can be kept" in words(page)
-    del sweep["agreement"]
-    (tmp_path / "layers.json").write_text(json.dumps(sweep))
-    inputs = ReportInputs(run=str(tmp_path / "run"), layers=str(tmp_path / "layers.json"))
-    assert "is not as expunge analyze layers writes it" in refusal(lambda: write_report(inputs))
 
 
 def test_files_that_changed_since_the_run_are_named(tmp_path: Path) -> None:

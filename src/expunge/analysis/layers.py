@@ -75,7 +75,7 @@ class LayerChoice:
     """The same after an exchanged prompt."""
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers only; what a manifest and layers.json hold."""
+        """Numbers only; what a manifest holds."""
         return asdict(self) | {"readings": [asdict(reading) for reading in self.readings]}
 
     @classmethod

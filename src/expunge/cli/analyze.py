@@ -9,7 +9,7 @@ from expunge.cli.help import HELP
 from expunge.errors import InputError
 
 SUBCOMMANDS = {
-    "layers": ("expunge.cli.analyze_layers", "which layer to steer: predicted, or measured"),
+    "layers": ("expunge.cli.analyze_layers", "which layer to steer, predicted from one pass"),
     "influence": ("expunge.cli.analyze_influence", "which rows matter, and which are at risk"),
 }
 

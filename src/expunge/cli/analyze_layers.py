@@ -1,83 +1,150 @@
-"""`expunge analyze layers`: which layer to steer, predicted from one pass or measured by runs."""
+"""`expunge analyze layers`: which layer to steer, read from a few rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated
 
+import tyro
+
+from expunge.analysis.layer_scores import rank_correlation
 from expunge.analysis.layers import LayerChoice
 from expunge.cli.console import progress_on_stderr
-from expunge.cli.options import Printed, print_json, taken
+from expunge.cli.options import Printed, print_json
 from expunge.cli.run import parsed
-from expunge.disk import deliver
+from expunge.errors import InputError
 from expunge.methods.adaptive_rmu import AdaptiveRMU
-from expunge.reporting.layers import PAGE, agreement_text, page, prediction_rows, sweep_rows
-from expunge.reporting.tables import table_console, table_of
-from expunge.search.layer_sweep import LayerInputs, LayerSweep, predict, sweep_layers
+from expunge.methods.base import Method
+from expunge.methods.steering import SteeringSettings
+from expunge.models.loading import resolve_device, resolve_dtype
+from expunge.processes import check_alone, processes_of
+from expunge.reporting.tables import number, table_console, table_of
+from expunge.search.results import measured_layers
+from expunge.search.space import replaced
+from expunge.training.form import resolved_form
+from expunge.training.layer_choice import read_layers
+from expunge.training.opening import open_parts
+from expunge.training.options import TrainingOptions
+from expunge.training.progress import Progress
+from expunge.training.run import RunInputs, check_run
+from expunge.training.unlearning import autocast_of
 
 _ABOUT = """
-expunge analyze layers MODEL --forget F --retain R --output DIR [--every K]
+expunge analyze layers MODEL --forget F --retain R [--measured SWEEP]
 
-Unlearns at each layer with the same options (those of `expunge run`), measures each result and
-writes a table, a figure and layers.json. Beside them stands the prediction of a pass over a few
-rows of the target, by which `--method.layer auto` chooses.
+Scores each layer that adaptive-rmu or rmu can steer, by one pass over a few rows of the target.
+`--method.layer auto` chooses by it. To measure layers, sweep over them.
+
+Examples:
+  expunge analyze layers model --forget f.jsonl --retain r.jsonl
+  expunge sweep model --forget f.jsonl --retain r.jsonl --output layers --method adaptive-rmu
+      --sampler grid --search method.layer=int:2:7
+  expunge analyze layers model --forget f.jsonl --retain r.jsonl --measured layers
 """
+_OF_A_SWEEP = ("--output", "--every", "--layers", "--keep", "--overwrite", "--resume")
 
 
 @dataclass(frozen=True)
-class Layers(Printed, LayerInputs):
-    """Those of a layer sweep, and what is printed."""
+class Layers(Printed, RunInputs):
+    """Those of a run that writes nothing, and what is printed."""
+
+    output: Annotated[str, tyro.conf.Suppress] = ""
+    overwrite: Annotated[bool, tyro.conf.Suppress] = False
+    resume: Annotated[bool, tyro.conf.Suppress] = False
+    measured: str | None = None
+    """A sweep over --method.layer of this target, a sweep.json or a directory that holds one. Its
+    scores stand beside the prediction."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Parses, predicts or sweeps, prints."""
-    settings, preset = parsed(
-        arguments, "expunge analyze layers", Layers, _ABOUT, default=AdaptiveRMU.name
-    )
-    as_json = settings.inputs.json
-    # What is printed is no part of what a resumed sweep has in common with its beginning.
-    inputs = taken(LayerInputs, settings.inputs)
-    method, options = settings.settings, settings.training
-    if inputs.predict_only:
-        with progress_on_stderr() as progress:
-            choice = predict(inputs, method, options, progress)
-        _show_prediction(choice, as_json=as_json)
-        return 0
+    """Parses, reads the layers, prints."""
+    # It has become all that the command does.
+    words = [word for word in arguments if word != "--predict-only"]
+    for word in words:
+        if (name := word.partition("=")[0]) in _OF_A_SWEEP:
+            raise InputError(
+                f"{name}: analyze layers runs and writes nothing; run each layer with expunge sweep"
+                " --sampler grid --search method.layer=int:LOW:HIGH"
+            )
+    settings, _ = parsed(words, "expunge analyze layers", Layers, _ABOUT, default=AdaptiveRMU.name)
+    inputs = settings.inputs
+    measured = None if inputs.measured is None else measured_layers(inputs.measured)
     with progress_on_stderr() as progress:
-        sweep = sweep_layers(inputs, method, options, progress, preset)
-        deliver({Path(inputs.output) / PAGE: page(sweep)})
-        progress.message(f"figure: {Path(inputs.output) / PAGE}")
-    _show_sweep(sweep, inputs.model, as_json=as_json)
+        choice = predict(inputs, settings.settings, settings.training, progress)
+    found = _correlation(choice, {} if measured is None else measured[1])
+    if inputs.json:
+        values = None if measured is None else {"objective": measured[0], "layers": measured[1]}
+        print_json(choice.to_json() | {"measured": values, "rank_correlation": found})
+        return 0
+    _show(choice, measured, found)
     return 0
 
 
-def _show_prediction(choice: LayerChoice, *, as_json: bool) -> None:
-    if as_json:
-        print_json(choice.to_json())
-        return
+def predict(
+    inputs: RunInputs, method: Method, options: TrainingOptions, progress: Progress
+) -> LayerChoice:
+    """Reads the target's layers. Raises InputError before a model is loaded."""
+    if not isinstance(method, SteeringSettings):
+        raise InputError(f"--method {method.name}: steers no layer; choose adaptive-rmu or rmu")
+    device = resolve_device(inputs.device)
+    check_alone("analyze layers")
+    method = replaced(method, {"layer": "auto"})
+    checked, _, prepared = check_run(inputs, method, options, writes=False)
+    dtype = resolve_dtype(checked, inputs.dtype)
+    parts = open_parts(checked, dtype, prepared, device, processes_of(device))
+    autocast = autocast_of(parts.device, parts.model.dtype)
+    prepared = resolved_form(prepared, checked.layout, parts, checked.tokenizer, autocast, progress)
+    return read_layers(prepared, checked.layout, parts, autocast, progress)
+
+
+def _correlation(choice: LayerChoice, measured: Mapping[int, float]) -> float | None:
+    """Spearman's, of predicted and measured scores; None where either has no order."""
+    both = [
+        (reading.score, measured[reading.layer])
+        for reading in choice.readings
+        if reading.score is not None and reading.layer in measured
+    ]
+    return rank_correlation([one for one, _ in both], [other for _, other in both])
+
+
+def _show(
+    choice: LayerChoice, measured: tuple[str, Mapping[int, float]] | None, correlation: float | None
+) -> None:
     console = table_console()
     if choice.readings:
-        console.print(table_of("Predicted", *prediction_rows(choice)))
+        name, values = measured or ("", {})
+        header = [
+            "layer", "score", "decodable", "restored", "separate", "written", "log-prob", "rank", "norm",
+            *([f"measured, {name}"] if measured else []),
+        ]  # fmt: skip
+        rows = []
+        for reading in choice.readings:
+            told = asdict(reading)
+            shares = ("score", "decodable", "restored", "separate", "written")
+            rows.append(
+                [
+                    f"{reading.layer}{' *' * (reading.layer == choice.layer)}",
+                    *(number(told[share]) for share in shares),
+                    f"{reading.log_prob:.2f}",
+                    f"{reading.rank:.1f}",
+                    f"{reading.norm:.1f}",
+                    *([number(values.get(reading.layer))] if measured else []),
+                ]
+            )
+        console.print(table_of("Predicted", header, rows))
+    said = []
     if choice.clean is not None and choice.corrupted is not None:
-        console.print(
+        said.append(
             f"{choice.rows['forget']} forget and {choice.rows['retain']} retain rows; mean"
             f" log-probability of their answers {choice.clean:.2f}, after another prompt"
-            f" {choice.corrupted:.2f}",
-            soft_wrap=True,
+            f" {choice.corrupted:.2f}"
         )
-    console.print(f"--method.layer auto: {choice.layer} ({choice.why})", soft_wrap=True)
+    if measured is not None:
+        order = "too few layers for one" if correlation is None else f"{correlation:.2f}"
+        said.append(f"rank correlation of predicted and measured scores: {order}")
+    said.append(f"--method.layer auto: {choice.layer} ({choice.why})")
     if choice.warning is not None:
-        console.print(f"warning: {choice.warning}", soft_wrap=True)
-
-
-def _show_sweep(sweep: LayerSweep, model: str, *, as_json: bool) -> None:
-    if as_json:
-        print_json(sweep.to_json())
-        return
-    console = table_console()
-    console.print(table_of(f"Layers of {model}", *sweep_rows(sweep)))
-    console.print(agreement_text(sweep), soft_wrap=True)
-    for result in sweep.results:
-        if result.failure is not None:
-            console.print(f"layer {result.layer}: {result.failure}", soft_wrap=True)
+        said.append(f"warning: {choice.warning}")
+    for line in said:
+        console.print(line, soft_wrap=True)

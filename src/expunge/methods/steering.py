@@ -54,7 +54,7 @@ class SteeringSettings:
     whole_steps: ClassVar[bool] = False
     layer: int | Literal["auto"] = "auto"
     """Decoder layer l whose output is steered, from 0; auto: chosen by a pass over sampled rows.
-    `expunge analyze layers --predict-only` shows it."""
+    `expunge analyze layers` shows it."""
     alpha: float = 40.0
     """Weight of the retain term."""
     direction_kind: Literal["gaussian", "uniform"] = "gaussian"

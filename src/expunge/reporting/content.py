@@ -14,7 +14,7 @@ from expunge.reporting.details import layers, record, scorecard, training, weigh
 from expunge.reporting.first_page import asked, done, measures, summary
 from expunge.reporting.material import Material
 
-FORMAT = "expunge-report/1"
+FORMAT = "expunge-report/2"
 
 
 def content(material: Material) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from expunge.errors import InputError
 from expunge.evaluation.outcomes import Measured
 from expunge.reporting.figures import thinned
 from expunge.reporting.material import Material, plain
-from expunge.reporting.tables import TOTALS, score_rows
+from expunge.reporting.tables import score_rows
 
 _SHARES = ("score", "decodable", "restored", "separate", "written")
 
@@ -59,38 +59,19 @@ def training(material: Material) -> dict[str, Any]:
 
 
 def layers(material: Material) -> dict[str, Any] | None:
-    """What was read of every layer, and what a sweep over layers found; None without either."""
-    choice, found = material.manifest["method_notes"].get("layer_choice"), material.layers
-    source, maker = "expunge.json", "expunge"
-    sweep, no_scores = None, dict.fromkeys(TOTALS)
+    """What was read of every layer as the run chose one; None where it chose none."""
+    choice = material.manifest["method_notes"].get("layer_choice")
+    if choice is None:
+        return None
     try:
-        if found is not None:
-            source, maker = "layers.json", "expunge analyze layers"
-            choice = found["prediction"]
-            sweep = {
-                "results": [
-                    {
-                        "layer": int(each["layer"]),
-                        "value": plain(each["value"]),
-                        "failure": each["failure"],
-                        **{name: plain((each["scores"] or no_scores)[name]) for name in TOTALS},
-                    }
-                    for each in found["layers"]
-                ],
-                "agreement": dict(found["agreement"]),
-                "complete": found["status"] == "complete",
-            }
-        if choice is None:
-            return None
         readings = [
             {"layer": int(each["layer"]), **{name: plain(each.get(name)) for name in _SHARES}}
             for each in choice["readings"]
         ]
         told = {key: choice[key] for key in ("why", "warning")}
-        chosen = int(choice["layer"])
+        return {"chosen": int(choice["layer"]), **told, "readings": readings}
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{source}: is not as {maker} writes it; make it anew") from None
-    return {"source": source, "chosen": chosen, **told, "readings": readings, "sweep": sweep}
+        raise InputError("expunge.json: is not as expunge writes it; make it anew") from None
 
 
 def weights(material: Material) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from expunge.training.run import DIRECTIONS, METRICS
 
 AUDIT = "audit.json"
 """Its name in a run directory."""
-LAYERS = "layers.json"
 """Its name in a run directory."""
 BEFORE, ORACLE = "before.json", "oracle.json"
 """Scores of the target and of an oracle, in a run directory."""
@@ -60,8 +59,6 @@ class ReportInputs:
     """Scores of a model trained without the forget set."""
     audit: str | None = None
     """The audit; null: RUN/audit.json, if it exists."""
-    layers: str | None = None
-    """What expunge analyze layers wrote; null: RUN/layers.json, if it exists."""
     forget: str | None = None
     """The run's forget set, for the number of its documents and to reveal its text."""
     retain: str | None = None
@@ -129,7 +126,6 @@ class Material:
     cards: Sequence[Card]
     audit: Mapping[str, Any] | None
     audit_source: str | None
-    layers: Mapping[str, Any] | None
     rows: Mapping[str, RowSet]
     """Forget and retain set, where given."""
     layer_count: int | None
@@ -156,7 +152,6 @@ def gather(inputs: ReportInputs) -> Material:
     manifest = read_manifest(directory / MANIFEST)
     changed, missing = _compared(directory, manifest["output_sha256"])
     audit_path = _chosen(inputs.audit, directory / AUDIT, "--audit")
-    layers_path = _chosen(inputs.layers, directory / LAYERS, "--layers")
     finished, finished_from = _finished(manifest, directory / MANIFEST)
     return Material(
         inputs=inputs,
@@ -168,7 +163,6 @@ def gather(inputs: ReportInputs) -> Material:
         cards=_cards(inputs, directory, manifest),
         audit=None if audit_path is None else _audit(audit_path, manifest),
         audit_source=None if audit_path is None else named(str(audit_path)),
-        layers=None if layers_path is None else read_json(layers_path),
         rows=_rows(inputs, manifest),
         layer_count=_layer_count(directory / "config.json"),
         changed_files=changed,

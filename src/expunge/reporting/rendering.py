@@ -25,23 +25,17 @@ ABSENT = "not measured"
 _BACK = ("oracle", "target", "unlearned")
 """In the order of drawing: the mark that the report is about lies above the others."""
 _NO_FIGURES: Mapping[str, Any] = {
-    **dict.fromkeys(("terms", "candidates", "layers", "sweep", "weights")),
+    **dict.fromkeys(("terms", "candidates", "layers", "weights")),
     "strips": [],
     "attacks": [],
 }
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
-READINGS = (
+_READINGS = (
     ("score", "score", "score"),
     ("decodable", "decodable", "one"),
     ("restored", "restored", "two"),
     ("separate", "separate", "three"),
     ("written", "written", "four"),
-)
-SCORES = (
-    ("value", "mean", "score"),
-    ("task_aggregate", "task aggregate", "one"),
-    ("mia_score", "MIA score", "two"),
-    ("utility", "utility", "three"),
 )
 _CANDIDATES = (
     ("forget_accuracy", "forget accuracy", "forget"),
@@ -187,7 +181,6 @@ def drawings(report: Mapping[str, Any]) -> dict[str, Any]:
     """Every figure of the page, from report.json alone; None where there is nothing to draw."""
     audit, layers, training = report["audit"], report["layers"], report["training"]
     readings = layers["readings"] if layers else []
-    swept = layers["sweep"]["results"] if layers and layers["sweep"] else []
     kept = (training["chosen_step"], f"kept: step {training['chosen_step']}")
     chosen = (layers["chosen"], f"layer {layers['chosen']}") if layers else None
     candidates = training["candidates"]
@@ -208,14 +201,10 @@ def drawings(report: Mapping[str, Any]) -> dict[str, Any]:
             f" holds every value. Kept: step {training['chosen_step']}.",
         ) if measured else None,
         "layers": curve(
-            panel_of("Reading", "layer", readings, READINGS, chosen),
+            panel_of("Reading", "layer", readings, _READINGS, chosen),
             "decoder layer", "Readings of the layers",
             f"{chosen[1].capitalize()} was chosen. {below}" if chosen else "",
         ) if readings else None,
-        "sweep": curve(
-            panel_of("Scores", "layer", swept, SCORES), "decoder layer", "One run at each layer",
-            f"{len(swept)} layers were unlearned at. {below}",
-        ) if swept else None,
         "weights": _weights(report["weights"]),
         "attacks": [] if audit is None else [_attacks(request) for request in audit["requests"]],
     }  # fmt: skip

@@ -13,7 +13,7 @@ import expunge
 from expunge.data.chat_templates import Template
 from expunge.data.fingerprints import data_fingerprint
 from expunge.data.formats import Role, sha256_of
-from expunge.data.rows import Reading, RowSet
+from expunge.data.rows import RowSet
 from expunge.disk import check_not_read
 from expunge.errors import InputError
 from expunge.evaluation.measuring import Material, MeasureInputs, read_material
@@ -49,69 +49,8 @@ _COSTS_ONLY = ("micro_batch_size", "save_every", "cache_limit", "trackers")
 """Options in which the workers of a study may differ: they do not change a result."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scoring(Reading):
-    """What every run of a sweep is measured by."""
-
-    score_nonmembers: str | None = None
-    """Other non-members for the MIA score; null: those of --calibration."""
-    mmlu: str | None = None
-    """Directory in MMLU's format, for utility."""
-    mmlu_shots: int = 0
-    """Solved examples from dev/ before each question."""
-    evaluation_batch_size: int = 64
-    """Rows a batch in the scoring; it changes the speed, never a score."""
-
-    def __post_init__(self) -> None:
-        if self.evaluation_batch_size < 1:
-            raise InputError(
-                f"--evaluation-batch-size {self.evaluation_batch_size}: must be 1 or more"
-            )
-        if self.mmlu_shots < 0:
-            raise InputError(f"--mmlu-shots {self.mmlu_shots}: must be 0 or more")
-        if self.mmlu_shots and self.mmlu is None:
-            raise InputError("--mmlu-shots: needs --mmlu with the questions")
-
-    @property
-    def measured(self) -> set[Part]:
-        """Which parts of the scorecard there is material for."""
-        sources: dict[Part, tuple[str, ...]] = {
-            "retain": ("retain",),
-            "nonmembers": ("nonmembers", "score_nonmembers"),
-            "mmlu": ("mmlu",),
-        }
-        return {
-            part
-            for part, names in sources.items()
-            if any(getattr(self, name, None) is not None for name in names)
-        }
-
-    def into(self, kind: type[Into], **changes: Any) -> Into:
-        """Inputs of another kind: every field that both have, and the changes."""
-        names = [f.name for f in dataclasses.fields(kind) if hasattr(self, f.name)]  # type: ignore[arg-type]
-        return kind(**{name: getattr(self, name) for name in names} | changes)
-
-    def measurement(self, options: TrainingOptions, **changes: Any) -> MeasureInputs:
-        """How a model is measured."""
-        changes = {"output": None} | changes
-        return self.into(
-            MeasureInputs,
-            nonmembers=self.score_nonmembers or getattr(self, "nonmembers", None),
-            batch_size=self.evaluation_batch_size,
-            chat_template=options.chat_template,
-            long_rows=options.long_rows,
-            **changes,
-        )
-
-    def check_not_in(self, output: Path, influence: str | None) -> None:
-        """Raises InputError if something that is read lies in the output, or is the output."""
-        names = ("model", "forget", "retain", "nonmembers", "score_nonmembers", "mmlu", "oracle")
-        read = {name: getattr(self, name, None) for name in names}
-        check_not_read("--output", output, {**read, "influence": influence})
-
-
 @dataclass(frozen=True)
-class SweepInputs(Scoring, Sources):
+class SweepInputs(Sources):
     """What is searched, on what, and where the result goes."""
 
     output: str
@@ -124,6 +63,14 @@ class SweepInputs(Scoring, Sources):
     objectives: tuple[Objective, ...] = ("final",)
     """What to raise: final, aggregate, forgetting, retention, mia, utility. Several give a Pareto
     front."""
+    score_nonmembers: str | None = None
+    """Other non-members for the MIA score; null: those of --calibration."""
+    mmlu: str | None = None
+    """Directory in MMLU's format, for utility."""
+    mmlu_shots: int = 0
+    """Solved examples from dev/ before each question."""
+    evaluation_batch_size: int = 64
+    """Rows a batch in the scoring; it changes the speed, never a score."""
     oracle: str | None = None
     """Scores of a model trained without the forget set, to mark in the figures: a scores.json or a
     directory that holds one."""
@@ -146,7 +93,14 @@ class SweepInputs(Scoring, Sources):
     """Discard the sweep that the output holds and begin anew."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if self.evaluation_batch_size < 1:
+            raise InputError(
+                f"--evaluation-batch-size {self.evaluation_batch_size}: must be 1 or more"
+            )
+        if self.mmlu_shots < 0:
+            raise InputError(f"--mmlu-shots {self.mmlu_shots}: must be 0 or more")
+        if self.mmlu_shots and self.mmlu is None:
+            raise InputError("--mmlu-shots: needs --mmlu with the questions")
         for option in ("trials", "max_failures"):
             value = getattr(self, option)
             if value < 1:
@@ -160,6 +114,43 @@ class SweepInputs(Scoring, Sources):
                 "--overwrite: discards a study in the output only, and --study is shared; give"
                 " another --study-name"
             )
+
+    @property
+    def measured(self) -> set[Part]:
+        """Which parts of the scorecard there is material for."""
+        sources: dict[Part, tuple[str, ...]] = {
+            "retain": ("retain",),
+            "nonmembers": ("nonmembers", "score_nonmembers"),
+            "mmlu": ("mmlu",),
+        }
+        return {
+            part
+            for part, names in sources.items()
+            if any(getattr(self, name) is not None for name in names)
+        }
+
+    def into(self, kind: type[Into], **changes: Any) -> Into:
+        """Inputs of another kind: every field that both have, and the changes."""
+        names = [f.name for f in dataclasses.fields(kind) if hasattr(self, f.name)]  # type: ignore[arg-type]
+        return kind(**{name: getattr(self, name) for name in names} | changes)
+
+    def measurement(self, options: TrainingOptions, **changes: Any) -> MeasureInputs:
+        """How a model is measured."""
+        changes = {"output": None} | changes
+        return self.into(
+            MeasureInputs,
+            nonmembers=self.score_nonmembers or self.nonmembers,
+            batch_size=self.evaluation_batch_size,
+            chat_template=options.chat_template,
+            long_rows=options.long_rows,
+            **changes,
+        )
+
+    def check_not_in(self, output: Path, influence: str | None) -> None:
+        """Raises InputError if something that is read lies in the output, or is the output."""
+        names = ("model", "forget", "retain", "nonmembers", "score_nonmembers", "mmlu", "oracle")
+        read = {name: getattr(self, name) for name in names}
+        check_not_read("--output", output, {**read, "influence": influence})
 
 
 @dataclass(frozen=True)
@@ -284,7 +275,7 @@ def _settings(
 
 
 def provenance(
-    inputs: Scoring, sets: Mapping[str, RowSet], checked: CheckedModel
+    inputs: SweepInputs, sets: Mapping[str, RowSet], checked: CheckedModel
 ) -> dict[str, Any]:
     """On what a sweep goes on. Paths differ between machines, so that files are told by their hash."""
     mmlu = None

@@ -33,7 +33,6 @@ from expunge.models.loading import (
     text_policies,
 )
 from expunge.models.parts import give_back_freed_memory
-from expunge.models.prefix import Prefix
 from expunge.models.tensors import write_tensors
 from expunge.models.writing import (
     check_disk_space,
@@ -114,12 +113,11 @@ def run(
     options: TrainingOptions,
     progress: Progress | None = None,
     preset: str | None = None,
-    prefix: Prefix | None = None,
     given: Mapping[str, RowSet] | None = None,
 ) -> dict[str, Any]:
     """Carries out one run, or goes on with an unfinished one, and returns its manifest.
 
-    `prefix` holds hidden states that runs at several layers hand to each other. `given` rows, by the
+    `given` rows, by the
     names forget, retain and nonmembers, stand for those that `inputs` names; the manifest then holds its
     words for them.
 
@@ -218,7 +216,6 @@ def run(
             keeper=keeper,
             saved=saved,
             tracker_directory=scratch.output / "trackers",
-            prefix=prefix,
             processes=processes,
         )
         with keeper.metrics(scratch.output / METRICS, saved):
