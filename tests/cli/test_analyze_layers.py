@@ -48,7 +48,7 @@ def test_the_prediction_is_a_table_with_the_choice(analyze: Cli, tmp_path: Path)
 
 def sweep_file(path: Path, layers: dict[int, float]) -> Path:
     """What a sweep over these layers leaves, as far as it is read, with a trial that failed."""
-    trials = [
+    trials: list[dict[str, object]] = [
         {"state": "complete", "params": {"method.layer": layer}, "values": {"final": value}}
         for layer, value in layers.items()
     ]
