@@ -32,7 +32,8 @@ from expunge.evaluation.scorecard import evaluate_model
 from expunge.evaluation.scores import knowledge, regurgitation
 from expunge.methods.membership import membership_auc
 from expunge.methods.numerics import token_log_probs
-from expunge.models.loading import check_model, load_model, text_policy
+from expunge.models.loading import check_model, load_model
+from expunge.models.text_forms import text_policy
 from expunge.reporting.tables import markdown
 
 Scores = dict[str, float]

@@ -14,8 +14,8 @@ from expunge.errors import InputError
 from expunge.evaluation.multiple_choice import read_questions
 from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
 from expunge.methods.base import Method
-from expunge.models.loading import context_of, policies_of, vocabulary_of
 from expunge.models.rope import keep_rows_apart
+from expunge.models.text_forms import context_of, policies_of, vocabulary_of
 from expunge.training.options import TrainingOptions
 from expunge.training.progress import Progress, Silent
 from expunge.training.unlearning import Outcome, unlearn_model

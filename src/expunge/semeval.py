@@ -36,7 +36,7 @@ def unlearn(
     from dataclasses import fields
 
     from expunge.methods.spectral import Spectral
-    from expunge.models.loading import resolve_device
+    from expunge.models.devices import resolve_device
     from expunge.training.options import TrainingOptions
     from expunge.training.run import RunInputs, run
 

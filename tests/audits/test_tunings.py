@@ -21,7 +21,7 @@ from expunge.data.rows import Row, as_rows
 from expunge.data.sampling import EpochBatches
 from expunge.data.tokenization import TextPolicy
 from expunge.models.loading import check_model
-from expunge.training.memory import WEIGHTS, Phase
+from expunge.training.memory_parts import WEIGHTS, Phase
 
 Cli = Callable[..., tuple[int, str, str]]
 SMALL = Budget(

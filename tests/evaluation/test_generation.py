@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import FAMILIES, refusal, shaken, tiny_model
-from expunge.evaluation import cache, decoding, generation
+from expunge.evaluation import cache, choices, decoding, generation
 from expunge.evaluation.decoding import cache_serves
 from expunge.evaluation.generation import generate
 
@@ -244,16 +244,16 @@ def test_what_all_but_ties_is_decided_by_the_row_alone(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits = torch.tensor([[1.0, 9.0, 9.0 + 1e-6], [1.0, 9.0, 9.1], [-5.0, -5.0, -9.0]])
-    tokens, near = decoding.choices(logits)
+    tokens, near = choices.choices(logits)
     assert near == [True, False, True]
     assert tokens[1] == 2
-    assert decoding.choices(logits.bfloat16())[1] == [False] * 3
+    assert choices.choices(logits.bfloat16())[1] == [False] * 3
 
     model = shaken(tiny_model("gpt_neox", len(tokenizer)))
     asked = prompts([5, 23, 7], len(tokenizer))
     alone = [one_at_a_time(model, prompt, 0) for prompt in asked]
     # As if every choice were a tie, and the batch had decided each wrongly.
-    monkeypatch.setattr(decoding, "choices", lambda x: ([3] * len(x), [True] * len(x)))
+    monkeypatch.setattr(choices, "choices", lambda x: ([3] * len(x), [True] * len(x)))
     assert write(model, tokenizer, asked, 64) == texts(tokenizer, alone)
     assert write(model, tokenizer, asked, 64, drafts=alone) == texts(tokenizer, alone)
 

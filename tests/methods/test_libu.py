@@ -16,8 +16,8 @@ from expunge.methods.base import Context
 from expunge.methods.influence_step import InfluenceStep
 from expunge.methods.libu import LIBU, LIBUObjective
 from expunge.methods.npo import NPO
-from expunge.training.loop import optimizer_of
 from expunge.training.muon import Muon
+from expunge.training.optimizers import optimizer_of
 
 Contexts = Callable[..., Context]
 

@@ -17,7 +17,7 @@ from expunge.methods.base import Context
 from expunge.methods.influence_step import InfluenceStep
 from expunge.methods.libu_published import PublishedLIBU, PublishedLIBUObjective
 from expunge.methods.npo import NPO
-from expunge.training.loop import optimizer_of
+from expunge.training.optimizers import optimizer_of
 from expunge.training.run import RunInputs
 from expunge.training.sophia import Sophia
 

@@ -20,7 +20,7 @@ from expunge.methods.base import Context
 from expunge.methods.libu import LIBU
 from expunge.methods.spectral import Spectral
 from expunge.models.decoder import Targets
-from expunge.training.loop import optimizer_of
+from expunge.training.optimizers import optimizer_of
 
 Contexts = Callable[..., Context]
 ALL = (*FAMILIES, "gpt2")

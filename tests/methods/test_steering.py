@@ -19,8 +19,8 @@ from expunge.methods.losses import unit_direction
 from expunge.methods.rmu import RMU
 from expunge.methods.steering import candidate_layers, row_weights, usual_layer, with_noise
 from expunge.models.decoder import find_layout, forward_hook
-from expunge.training.loop import optimizer_of
-from expunge.training.unlearning import autocast_of
+from expunge.models.kernels import autocast_of
+from expunge.training.optimizers import optimizer_of
 
 Contexts = Callable[..., Context]
 

@@ -20,13 +20,13 @@ from expunge.models import packing
 from expunge.models.cache_layout import CacheLayout, lay_out
 from expunge.models.decoder import find_layout
 from expunge.models.engine import SegmentEngine
+from expunge.models.kernels import autocast_of
 from expunge.models.loading import CheckedModel, check_model, load_model
 from expunge.models.packing import NotASegment
 from expunge.models.parts import Parts, StreamedModel, WholeModel
 from expunge.models.segment import Segment, relative_error
 from expunge.models.weights import train_only
 from expunge.processes import OneProcess
-from expunge.training.unlearning import autocast_of
 
 WIDTH, LAYERS = 16, 4
 CPU = torch.device("cpu")

@@ -16,14 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PretrainedConfig
 
 from conftest import refusal
-from expunge.models.loading import (
-    check_model,
-    context_of,
-    load_model,
-    resolve_device,
-    text_policy,
-)
+from expunge.models.devices import resolve_device
+from expunge.models.loading import check_model, load_model
 from expunge.models.parts import StreamedModel
+from expunge.models.text_forms import context_of, text_policy
 from expunge.models.writing import copy_target
 
 

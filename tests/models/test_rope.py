@@ -13,7 +13,8 @@ from expunge.audits.subject import Reader
 from expunge.data.batches import collate
 from expunge.data.rows import Row
 from expunge.data.tokenization import TextPolicy
-from expunge.evaluation.decoding import Greedy, Request, decode, stream
+from expunge.evaluation.choices import Greedy
+from expunge.evaluation.decoding import Request, decode, stream
 from expunge.evaluation.membership import document_losses
 from expunge.evaluation.multiple_choice import choice_log_probs
 from expunge.methods.forward import all_logits

@@ -31,7 +31,7 @@ from expunge.methods.spectral import Spectral
 from expunge.methods.undial import UNDIAL
 from expunge.models.decoder import find_layout
 from expunge.models.weights import train_only
-from expunge.training.memory import (
+from expunge.training.memory_parts import (
     ACTIVATIONS,
     CASTS,
     CONTEXT,

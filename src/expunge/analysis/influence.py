@@ -49,15 +49,9 @@ from expunge.disk import check_file_output, deliver
 from expunge.errors import InputError, check_seed
 from expunge.methods.curvature import DampingUnit
 from expunge.models.decoder import DecoderLayout, skeleton_of
-from expunge.models.loading import (
-    RunDtype,
-    check_model,
-    load_model,
-    resolve_device,
-    resolve_dtype,
-    said_of_dtype,
-    text_policies,
-)
+from expunge.models.devices import resolve_device
+from expunge.models.loading import RunDtype, check_model, load_model, resolve_dtype, said_of_dtype
+from expunge.models.text_forms import text_policies
 from expunge.processes import check_alone
 
 Report = Callable[[str, int, int], None]

@@ -34,13 +34,9 @@ from expunge.audits.verdict import Evidence, Verdict, judge_audit, worst_of
 from expunge.data.fingerprints import data_fingerprint, named, users_secret
 from expunge.data.rows import RowSet, document_of
 from expunge.disk import deliver
-from expunge.models.loading import (
-    load_model,
-    resolve_device,
-    resolve_dtype,
-    said_of_dtype,
-    text_policies,
-)
+from expunge.models.devices import resolve_device
+from expunge.models.loading import load_model, resolve_dtype, said_of_dtype
+from expunge.models.text_forms import text_policies
 from expunge.training.manifest import finite
 from expunge.training.progress import Progress, Silent
 

@@ -27,16 +27,9 @@ from expunge.data.tokenization import LongRows, TextPolicy, encode_rows, prompt_
 from expunge.disk import check_file_output
 from expunge.errors import InputError, check_seed
 from expunge.evaluation.outcomes import FEW
-from expunge.models.loading import (
-    AnyDtype,
-    CheckedModel,
-    Dtype,
-    check_model,
-    resolve_device,
-    resolve_dtype,
-    text_policies,
-    vocabulary_of,
-)
+from expunge.models.devices import resolve_device
+from expunge.models.loading import AnyDtype, CheckedModel, Dtype, check_model, resolve_dtype
+from expunge.models.text_forms import text_policies, vocabulary_of
 
 FORMAT = "expunge-audit/1"
 """Of audit.json."""

@@ -20,7 +20,7 @@ from expunge.evaluation.batches import rows_within
 from expunge.methods.gradient_ascent import GradientAscent
 from expunge.methods.numerics import piece_rows
 from expunge.models.loading import CheckedModel, Dtype
-from expunge.training.memory import (
+from expunge.training.memory_parts import (
     ACTIVATIONS,
     CONTEXT,
     CONTEXT_BYTES,

@@ -18,7 +18,7 @@ from expunge.audits.base import Advance, Attack, Case, Found
 from expunge.audits.estimates import leak_at_k, leak_at_k_bound
 from expunge.audits.facts import extracted, score
 from expunge.audits.subject import Ask, Subject
-from expunge.evaluation.decoding import Place
+from expunge.evaluation.choices import Place
 
 TEMPERATURES = (0.7, 1.0)
 _NEAR = 1e-4

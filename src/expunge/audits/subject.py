@@ -14,7 +14,8 @@ from expunge.audits.facts import score
 from expunge.data.rows import Row
 from expunge.data.tokenization import TextPolicy, answer_ids, prompt_ids, writable
 from expunge.evaluation.batches import padded, token_batches
-from expunge.evaluation.decoding import Choice, Greedy, Request, decode
+from expunge.evaluation.choices import Choice, Greedy
+from expunge.evaluation.decoding import Request, decode
 from expunge.evaluation.generation import MAX_NEW_TOKENS, ends_of, text_of
 from expunge.methods.forward import logits_at
 from expunge.methods.numerics import target_log_probs

@@ -17,7 +17,7 @@ from expunge.audits.subject import Reader, Subject
 from expunge.data.rows import Row
 from expunge.data.tokenization import Example, encode_rows
 from expunge.evaluation.batches import padded, token_batches
-from expunge.evaluation.decoding import alone, choices
+from expunge.evaluation.choices import alone, choices
 from expunge.evaluation.memorisation import extraction_strength
 from expunge.methods.forward import logits_at
 from expunge.models.kernels import fast_products

@@ -17,7 +17,9 @@ from expunge.errors import InputError
 from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.base import Method
 from expunge.methods.steering import SteeringSettings
-from expunge.models.loading import resolve_device, resolve_dtype
+from expunge.models.devices import resolve_device
+from expunge.models.kernels import autocast_of
+from expunge.models.loading import resolve_dtype
 from expunge.processes import check_alone, processes_of
 from expunge.reporting.tables import number, table_console, table_of
 from expunge.search.results import measured_layers
@@ -28,7 +30,6 @@ from expunge.training.opening import open_parts
 from expunge.training.options import TrainingOptions
 from expunge.training.progress import Progress
 from expunge.training.run import RunInputs, check_run
-from expunge.training.unlearning import autocast_of
 
 _ABOUT = """
 expunge analyze layers MODEL --forget F --retain R [--measured SWEEP]

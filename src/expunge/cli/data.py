@@ -15,7 +15,8 @@ from expunge.data.formats import Role
 from expunge.data.rows import Reading, Row, RowSet
 from expunge.data.tokenization import Example, LongRows, encode_rows
 from expunge.errors import InputError
-from expunge.models.loading import check_model, text_policy
+from expunge.models.loading import check_model
+from expunge.models.text_forms import text_policy
 from expunge.reporting.tables import table_console
 
 _MASKED = "•••"

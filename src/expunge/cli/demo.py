@@ -19,8 +19,8 @@ from expunge.errors import InputError
 from expunge.evaluation.score_files import SCORES, read_scores
 from expunge.evaluation.scorecard import Scorecard
 from expunge.methods.catalog import METHODS
+from expunge.models.devices import resolve_device
 from expunge.models.kernels import quick_dtype
-from expunge.models.loading import resolve_device
 from expunge.reporting.material import BEFORE, ORACLE
 from expunge.training.options import TrainingOptions
 

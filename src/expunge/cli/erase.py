@@ -30,8 +30,9 @@ from expunge.errors import InputError
 from expunge.evaluation.measuring import MeasureInputs, check_measure, measure
 from expunge.evaluation.score_files import SCORES, read_scores
 from expunge.methods.base import Method
+from expunge.models.devices import resolve_device
 from expunge.models.files import MANIFEST
-from expunge.models.loading import CheckedModel, resolve_device, resolve_dtype
+from expunge.models.loading import CheckedModel, resolve_dtype
 from expunge.processes import check_alone
 from expunge.reporting.box import box
 from expunge.reporting.material import AUDIT, BEFORE, ORACLE, ReportInputs

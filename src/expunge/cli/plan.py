@@ -11,13 +11,10 @@ from expunge.cli.inputs import audit_of
 from expunge.cli.options import Printed, print_json
 from expunge.cli.run import parsed
 from expunge.errors import InputError
-from expunge.models.loading import (
-    resolve_device,
-    resolve_dtype,
-    said_of_dtype,
-    text_policies,
-)
-from expunge.training.memory import Phase
+from expunge.models.devices import resolve_device
+from expunge.models.loading import resolve_dtype, said_of_dtype
+from expunge.models.text_forms import text_policies
+from expunge.training.memory_parts import Phase
 from expunge.training.options import TrainingOptions
 from expunge.training.planning import (
     GIB,

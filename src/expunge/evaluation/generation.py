@@ -12,7 +12,7 @@ import torch
 
 from expunge.errors import InputError
 from expunge.models.kernels import fast_products
-from expunge.models.loading import context_of
+from expunge.models.text_forms import context_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

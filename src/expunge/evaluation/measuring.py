@@ -20,17 +20,17 @@ from expunge.evaluation.multiple_choice import Question, read_questions
 from expunge.evaluation.protocols.base import ProtocolScores
 from expunge.evaluation.score_files import is_records, is_scores, records_text, scores_text
 from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
+from expunge.models.devices import resolve_device
 from expunge.models.files import MANIFEST
 from expunge.models.loading import (
     AnyDtype,
     CheckedModel,
     check_model,
     load_model,
-    resolve_device,
     resolve_dtype,
     said_of_dtype,
-    text_policies,
 )
+from expunge.models.text_forms import text_policies
 from expunge.processes import Processes, processes_of, refused_together
 
 if TYPE_CHECKING:

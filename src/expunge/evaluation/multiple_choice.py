@@ -19,8 +19,8 @@ from expunge.errors import InputError
 from expunge.evaluation.batches import in_runs, padded, token_batches
 from expunge.methods.forward import logits_at
 from expunge.models.kernels import fast_products
-from expunge.models.loading import context_of
 from expunge.models.rope import switch_of
+from expunge.models.text_forms import context_of
 from expunge.processes import OneProcess, Processes, gathered
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def _last_logits(
 ) -> torch.Tensor:
     """Logits after each row, which follows `past`: (rows, vocabulary)."""
     from expunge.evaluation.cache import shared_cache
-    from expunge.evaluation.decoding import logits_after
+    from expunge.evaluation.choices import logits_after
 
     if past is None:
         return logits_after(model, rows)

@@ -209,3 +209,18 @@ def _available() -> bool:
         except (AttributeError, RuntimeError):
             return False
         return torch.allclose(result, functional.linear(inputs, weight), atol=1e-4)
+
+
+def autocast_of(
+    device: torch.device, dtype: torch.dtype
+) -> Callable[[], AbstractContextManager[Any]]:
+    """Mixed precision where the frozen weights are not float32: masters are, the products are not."""
+
+    def autocast() -> AbstractContextManager[Any]:
+        # Autocast keeps its casts by parameter: with the frozen values swapped in it would go on
+        # with those of the trained ones, and the retain term would be 0.
+        return torch.autocast(
+            device.type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False
+        )
+
+    return autocast

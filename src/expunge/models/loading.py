@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from expunge.data.chat_templates import Template
-from expunge.data.tokenization import LongRows, TextPolicy
 from expunge.errors import InputError, is_failure
 from expunge.models.adapters import find_adapter, with_adapter
 from expunge.models.decoder import SUPPORTED, DecoderLayout, find_layout, skeleton_of
 from expunge.models.files import (
     ADAPTER_CONFIG,
-    MANIFEST,
     ModelFiles,
     check_model_files,
     read_json,
@@ -26,6 +22,7 @@ from expunge.models.files import (
 from expunge.models.kernels import quick_dtype
 from expunge.models.rope import keep_rows_apart
 from expunge.models.tensors import check_finite, read_tensor
+from expunge.models.text_forms import context_of
 from expunge.terminal import native_lines_dropped
 
 if TYPE_CHECKING:
@@ -36,7 +33,6 @@ _HUB_FILES = [
     "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*",
 ]  # fmt: skip
 _MOST_IDS = 2**31
-_CONTEXT_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length")
 Dtype = Literal["float32", "bfloat16", "float16"]
 AnyDtype = Literal["auto", "float32", "bfloat16", "float16"]
 RunDtype = Literal["auto", "float32", "bfloat16"]
@@ -345,99 +341,6 @@ def said_of_dtype(checked: CheckedModel, given: AnyDtype, device: str) -> list[s
             " faster and takes twice the memory"
         ]
     return said
-
-
-def text_policy(checked: CheckedModel, *, chat_template: bool, long_rows: LongRows) -> TextPolicy:
-    """The policy of a run on this model."""
-    return TextPolicy(checked.context, chat_template, long_rows, vocabulary_of(checked.config))
-
-
-def text_policies(
-    checked: CheckedModel, template: Template, long_rows: LongRows
-) -> list[TextPolicy]:
-    """The forms that rows may be asked in: one, or two of which the weights decide (`policies_of`).
-
-    `auto` takes what the expunge.json beside the model records. Raises InputError.
-    """
-    policy = text_policy(checked, chat_template=False, long_rows=long_rows)
-    recorded = recorded_template(checked) if template == "auto" else None
-    if recorded or (recorded is False and checked.tokenizer.chat_template):
-        return [replace(policy, chat_template=recorded, template_choice={"by": MANIFEST})]
-    return policies_of(policy, template, checked.tokenizer)
-
-
-def policies_of(
-    policy: TextPolicy, template: Template, tokenizer: PreTrainedTokenizerBase
-) -> list[TextPolicy]:
-    """The policy without and with the chat template, as far as that is open; the longer rows last."""
-    chat = replace(policy, chat_template=True)
-    if template == "auto" and tokenizer.chat_template:
-        return [policy, chat]
-    return [chat if template == "on" else policy]
-
-
-def recorded_template(checked: CheckedModel) -> bool | None:
-    """Whether the run that made the model used the chat template; None where no run made it."""
-    adapter = checked.files.adapter
-    path = (adapter[0].parent if adapter else checked.files.directory) / MANIFEST
-    found: Any = read_json(path) if path.is_file() else {}
-    for name in ("settings", "training", "text", "chat_template"):
-        found = found.get(name) if isinstance(found, dict) else None
-    return found if isinstance(found, bool) else None
-
-
-def context_of(config: PretrainedConfig) -> int:
-    """Longest sequence in tokens that the configuration states, under whichever name.
-
-    Those of transformers that know none of the names have no positions (Mamba), or biases by distance
-    (BLOOM), and so no limit. Raises InputError where a name is there without a number, and for a model's
-    own code, of which nothing is known.
-    """
-    text = config.get_text_config(decoder=True)
-    stated = [getattr(text, name) for name in _CONTEXT_NAMES if hasattr(text, name)]
-    lengths = [value for value in stated if type(value) is int and value > 0]
-    if not lengths and (stated or not type(text).__module__.startswith("transformers.")):
-        raise InputError(
-            f"{config.model_type}: its config.json states no context; write the tokens that the model"
-            f" was trained for to {_CONTEXT_NAMES[0]} there"
-        )
-    return lengths[0] if lengths else sys.maxsize
-
-
-def vocabulary_of(config: PretrainedConfig) -> int:
-    """Number of token ids that the model has embeddings for."""
-    return int(config.get_text_config().vocab_size)
-
-
-def best_device() -> str:
-    """The first accelerator, else the processor."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def resolve_device(device: str) -> str:
-    """Turns `auto` into a device and refuses one that is not there."""
-    if device == "auto":
-        return best_device()
-    try:
-        found = torch.device(device)
-        kind = found.type
-    except RuntimeError:
-        raise InputError(f"--device {device}: unknown; use auto, cpu, cuda or mps") from None
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available.get(kind, False):
-        raise InputError(f"--device {device}: not available on this machine; use auto or cpu")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if found.index is not None and found.index >= count:
-        raise InputError(
-            f"--device {device}: unknown; this machine has {kind}:0 to {kind}:{count - 1}"
-        )
-    return device
 
 
 def _base_of(adapter: Path, config: LoraConfig) -> Path:

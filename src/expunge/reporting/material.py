@@ -43,7 +43,6 @@ _MANIFEST_KEYS: Mapping[type, tuple[str, ...]] = {
     list: ("selection.candidates", "warnings", "changed_tensors"),
 }  # fmt: skip
 """Entries that a report needs, the outer ones first."""
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer")
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def gather(inputs: ReportInputs) -> Material:
         raise InputError(f"--output {output}: its parent does not exist; make it first")
     manifest = read_manifest(directory / MANIFEST)
     changed, missing = _compared(directory, manifest["output_sha256"])
-    audit_path = _chosen(inputs.audit, directory / AUDIT, "--audit")
+    audit_path = _audit_path(inputs.audit, directory)
     finished, finished_from = _finished(manifest, directory / MANIFEST)
     return Material(
         inputs=inputs,
@@ -322,15 +321,15 @@ def _check_weights(
     return expected is not None
 
 
-def _chosen(given: str | None, usual: Path, option: str) -> Path | None:
+def _audit_path(given: str | None, directory: Path) -> Path | None:
+    path = directory / AUDIT if given is None else Path(given)
+    if given is not None and path.is_dir():
+        path /= AUDIT
+    if path.is_file():
+        return path
     if given is None:
-        return usual if usual.is_file() else None
-    path = Path(given)
-    if path.is_dir():
-        path = path / usual.name
-    if not path.is_file():
-        raise InputError(f"{option} {path}: no such file; name one that is there")
-    return path
+        return None
+    raise InputError(f"--audit {path}: no such file; name one that is there")
 
 
 def _audit(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -389,7 +388,7 @@ def _layer_count(path: Path) -> int | None:
     config = read_json(path)
     nested = config.get("text_config")
     places = (config, nested if isinstance(nested, dict) else {})
-    counts = (values.get(key) for values in places for key in _LAYER_COUNTS)
+    counts = (values.get(key) for values in places for key in ("num_hidden_layers", "n_layer"))
     return next((int(count) for count in counts if isinstance(count, int)), None)
 
 

@@ -20,15 +20,9 @@ from expunge.evaluation.measuring import Material, MeasureInputs, read_material
 from expunge.evaluation.score_files import read_scores
 from expunge.evaluation.scorecard import Scorecard
 from expunge.methods.base import Method
-from expunge.models.loading import (
-    CheckedModel,
-    Dtype,
-    check_model,
-    resolve_device,
-    resolve_dtype,
-    said_of_dtype,
-    text_policies,
-)
+from expunge.models.devices import resolve_device
+from expunge.models.loading import CheckedModel, Dtype, check_model, resolve_dtype, said_of_dtype
+from expunge.models.text_forms import text_policies
 from expunge.processes import check_alone
 from expunge.search.objectives import Objective, Part, check_objectives, objective_value
 from expunge.search.space import METHOD_PREFIX, Space, read_space

@@ -301,3 +301,15 @@ def take_over(study: Study, worker: Worker, say: Callable[[str], None]) -> None:
         put_in_line(study, next(t for t in all_trials(study) if t.number == trial.number))
     for directory in left.values():
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def is_of_the_database(error: BaseException | None) -> bool:
+    """Whether the database is what failed, or what was being handled when something else did."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    while error is not None:
+        if isinstance(error, StorageInternalError | SQLAlchemyError):
+            return True
+        error = error.__context__
+    return False

@@ -36,12 +36,21 @@ from expunge.search.study import (
     check_url,
     counts,
     is_lost,
+    is_of_the_database,
     is_worked_on,
     open_study,
     put_in_line,
     take_over,
 )
-from expunge.search.trial import Hopeless, TrialResult, Watch, run_trial, score, with_form
+from expunge.search.trial import (
+    Hopeless,
+    Stoppable,
+    TrialResult,
+    Watch,
+    run_trial,
+    score,
+    with_form,
+)
 from expunge.training.manifest import finite
 from expunge.training.options import TrainingOptions, seconds
 from expunge.training.progress import Progress, Silent
@@ -111,7 +120,7 @@ def sweep(
             session = _Session(task, study, worker, stop, progress)
             stopped = session.work()
         except Exception as error:
-            if isinstance(error, ExpungeError) or not _is_of_the_database(error):
+            if isinstance(error, ExpungeError) or not is_of_the_database(error):
                 raise
             raise RunError(
                 "the study's database failed; go on with the same command when it works again"
@@ -196,7 +205,7 @@ class _Session:
         stored = self.study.user_attrs.get(TARGET)
         if stored is None:
             self.progress.message("measuring the target")
-            card = score(self.task, {}, _Stoppable(self.progress, self.stop))
+            card = score(self.task, {}, Stoppable(self.progress, self.stop))
             stored = finite(card.to_json())
             self.study.set_user_attr(TARGET, stored)
         return Scorecard.from_json(stored)
@@ -317,7 +326,7 @@ class _Session:
                 report=report,
                 asked_to_stop=lambda: self.stop.requested,
             ),
-            _Stoppable(self.progress, self.stop),
+            Stoppable(self.progress, self.stop),
             self.target,
             Path(inputs.output) / "trackers" / f"trial-{trial.number}",
         )
@@ -336,35 +345,6 @@ class _Session:
         named = ", ".join(f"{o} {v:.3f}" for o, v in zip(objectives, found, strict=True))
         self.progress.message(f"trial {trial.number}: {named}")
         return found
-
-
-class _Stoppable(Silent):
-    """A trial's progress, which also ends it between two steps where somebody asked to stop.
-
-    It keeps messages back: every trial would say the same.
-    """
-
-    def __init__(self, progress: Progress, stop: StopRequest) -> None:
-        self._stop, self._phase = stop, progress.phase
-        self.step = progress.step  # type: ignore[method-assign]
-
-    def phase(self, name: str, done: int, total: int) -> None:
-        """Passed on."""
-        if self._stop.requested:
-            raise KeyboardInterrupt
-        self._phase(name, done, total)
-
-
-def _is_of_the_database(error: BaseException | None) -> bool:
-    """Whether the database is what failed, or what was being handled when something else did."""
-    from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import SQLAlchemyError
-
-    while error is not None:
-        if isinstance(error, StorageInternalError | SQLAlchemyError):
-            return True
-        error = error.__context__
-    return False
 
 
 def _check_output(output: Path, inputs: SweepInputs, options: TrainingOptions) -> None:

@@ -29,7 +29,8 @@ from expunge.search.inputs import Task
 from expunge.training.opening import open_run
 from expunge.training.options import TrainingOptions
 from expunge.training.preparation import prepare_encoded
-from expunge.training.progress import Progress
+from expunge.training.progress import Progress, Silent
+from expunge.training.stopping import StopRequest
 from expunge.training.unlearning import Place, unlearn_prepared
 
 if TYPE_CHECKING:
@@ -90,6 +91,23 @@ class Watch:
             self.tenth = tenth
             if self.report(tenth, self.best):
                 raise Hopeless(f"below the median of earlier trials after {10 * tenth}% of the run")
+
+
+class Stoppable(Silent):
+    """A trial's progress, which also ends it between two steps where somebody asked to stop.
+
+    It keeps messages back: every trial would say the same.
+    """
+
+    def __init__(self, progress: Progress, stop: StopRequest) -> None:
+        self._stop, self._phase = stop, progress.phase
+        self.step = progress.step  # type: ignore[method-assign]
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Passed on."""
+        if self._stop.requested:
+            raise KeyboardInterrupt
+        self._phase(name, done, total)
 
 
 def run_trial(

@@ -25,7 +25,7 @@ from expunge.models.sharding import is_sharded, part_like, whole
 from expunge.models.weights import restore, snapshot
 from expunge.training.history import Candidate, History
 from expunge.training.micro_batches import micro_batches, parts
-from expunge.training.muon import Muon
+from expunge.training.optimizers import optimizer_of
 from expunge.training.options import Select, schedule_factor
 from expunge.training.progress import Progress
 from expunge.training.sophia import Sophia
@@ -377,23 +377,6 @@ class Loop:
         restore(self._parameters, self._best)
         history.chosen_step = chosen.step
         history.chosen_why = f"highest score {chosen.score:.4f} of {len(usable)} usable candidates"
-
-
-def optimizer_of(objective: Objective, learning_rate: float) -> torch.optim.Optimizer:
-    """The optimiser that an objective asks for, of its parameters."""
-    spec = objective.optimizer
-    parameters = list(objective.parameters.values())
-    if spec.name == "sophia":
-        return Sophia(
-            parameters,
-            learning_rate,
-            initial_curvature=objective.initial_curvature(),
-            **spec.options,
-        )
-    if spec.name == "muon":
-        whitening = {objective.parameters[name]: r for name, r in spec.whitening.items()}
-        return Muon(parameters, learning_rate, **spec.options, whitening=whitening)
-    return torch.optim.AdamW(parameters, lr=learning_rate, **spec.options)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from expunge.errors import InputError
 from expunge.models.decoder import skeleton_of
 from expunge.models.engine import SegmentEngine
+from expunge.models.kernels import autocast_of
 from expunge.models.loading import CheckedModel, Dtype, load_model
 from expunge.models.packing import NotASegment
 from expunge.models.parts import Parts, StreamedModel, WholeModel, why_not_streamed
@@ -22,7 +23,7 @@ from expunge.training.form import resolved_form
 from expunge.training.layer_choice import resolved_layer
 from expunge.training.preparation import Prepared
 from expunge.training.progress import Progress
-from expunge.training.unlearning import autocast_of, open_engine
+from expunge.training.unlearning import open_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -26,7 +26,8 @@ from expunge.models.packing import NotASegment
 from expunge.models.parts import give_back_freed_memory, why_not_streamed
 from expunge.models.segment import Segment
 from expunge.training.layer_choice import extreme_layers, is_open, with_layer
-from expunge.training.memory import Formula, Phase
+from expunge.training.memory import Formula
+from expunge.training.memory_parts import Phase
 from expunge.training.options import TrainingOptions, resolved, size_in_bytes
 from expunge.training.preparation import Prepared
 from expunge.training.unlearning import plan_cache

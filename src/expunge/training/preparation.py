@@ -26,7 +26,8 @@ from expunge.methods.counterfactuals import exchanged
 from expunge.methods.preference import encode_beside
 from expunge.methods.retrain import Retrain
 from expunge.models.decoder import DecoderLayout
-from expunge.models.loading import CheckedModel, context_of, policies_of, vocabulary_of
+from expunge.models.loading import CheckedModel
+from expunge.models.text_forms import context_of, policies_of, vocabulary_of
 from expunge.training.influence import InfluenceUsed, applied
 from expunge.training.options import TrainingOptions, resolved
 from expunge.training.validation import ValidationSet, drawn_nonmembers

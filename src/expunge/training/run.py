@@ -21,19 +21,19 @@ from expunge.data.rows import Reading, RowSet
 from expunge.disk import check_not_read, write_whole
 from expunge.errors import InputError
 from expunge.methods.base import Method
+from expunge.models.devices import resolve_device
 from expunge.models.files import MANIFEST
 from expunge.models.loading import (
     CheckedModel,
     RunDtype,
     check_base,
     check_model,
-    resolve_device,
     resolve_dtype,
     said_of_dtype,
-    text_policies,
 )
 from expunge.models.parts import give_back_freed_memory
 from expunge.models.tensors import write_tensors
+from expunge.models.text_forms import text_policies
 from expunge.models.writing import (
     check_disk_space,
     close_as,
@@ -50,15 +50,10 @@ from expunge.training.opening import open_run, whole_model
 from expunge.training.options import TrainingOptions
 from expunge.training.preparation import Prepared, prepare
 from expunge.training.progress import Progress, Silent
+from expunge.training.reference import with_base
 from expunge.training.scratch import Scratch, check_output, shared_scratch
 from expunge.training.stopping import stop_requests
-from expunge.training.unlearning import (
-    Outcome,
-    Place,
-    plan_cache,
-    unlearn_prepared,
-    with_base,
-)
+from expunge.training.unlearning import Outcome, Place, plan_cache, unlearn_prepared
 
 METRICS = "metrics.jsonl"
 DIRECTIONS = "expunge-directions.safetensors"

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from expunge.methods.own_text import written_by
 from expunge.models.cache_layout import CacheLayout, lay_out
 from expunge.models.decoder import DecoderLayout, find_layout
 from expunge.models.engine import SegmentEngine
-from expunge.models.kernels import fast_products
+from expunge.models.kernels import autocast_of, fast_products
 from expunge.models.packing import NotASegment
 from expunge.models.parts import Parts, WholeModel
 from expunge.models.prefix import Prefix
@@ -36,13 +36,12 @@ from expunge.training.loop import Keeper, Loop, LoopOptions
 from expunge.training.options import TrainingOptions, seconds, size_in_bytes
 from expunge.training.preparation import Prepared, prepare
 from expunge.training.progress import Progress, Silent
+from expunge.training.reference import with_base, with_counterfactuals
 from expunge.training.state import SavedState
 from expunge.training.trackers import tracked
 from expunge.training.validation import (
     Reading,
     ValidationSet,
-    asked_before,
-    asked_otherwise,
     measure,
 )
 
@@ -165,69 +164,6 @@ def open_engine(
     return engine
 
 
-def with_base(
-    prepared: Prepared,
-    base: PreTrainedModel,
-    layout: DecoderLayout,
-    progress: Progress,
-    processes: Processes | None = None,
-) -> Prepared:
-    """The run with what the base says of the forget rows, if these are its reference."""
-    if prepared.yardstick != "base":
-        return prepared
-    progress.phase("asking the base", 0, 1)
-    device = next(base.parameters()).device
-    context = Context(
-        model=base,
-        layout=layout,
-        forget=(),
-        retain=(),
-        pad_id=prepared.pad_id,
-        batch_size=prepared.used["batch_size"],
-        seed=prepared.options.seed,
-        device=device,
-        autocast=autocast_of(device, base.dtype),
-        progress=progress.phase,
-        processes=processes or OneProcess(),
-    )
-    with fast_products(base.dtype, device):
-        validation = asked_before(
-            context, prepared.validation, [row for row in prepared.retain if row.listed]
-        )
-    progress.phase("asking the base", 1, 1)
-    plain = prepared.plain and with_base(prepared.plain, base, layout, progress, processes)
-    return replace(prepared, validation=validation, plain=plain)
-
-
-def _with_counterfactuals(prepared: Prepared, context: Context) -> tuple[Prepared, list[str]]:
-    """The run with what the target says of counterfactuals, if these are its reference, and warnings."""
-    if prepared.yardstick != "counterfactuals":
-        return prepared, []
-    validation = asked_otherwise(context, prepared.validation, prepared.counterfactuals)
-    if validation is not None:
-        return replace(prepared, validation=validation), []
-    nothing = replace(prepared.validation, members=())
-    return replace(prepared, validation=nothing, counterfactuals=()), [
-        "forget rows hold too few names and numbers to exchange, so nothing says how far to go;"
-        " give non-members"
-    ]
-
-
-def plan_cache(prepared: Prepared, width: int, dtype: torch.dtype) -> CacheLayout:
-    """Which rows' hidden states are kept, and how much disk that takes."""
-    options = prepared.options
-    measured: list[Example] = []
-    if prepared.measures:
-        measured = [example for side in prepared.validation.sides for example in side]
-    return lay_out(
-        [*prepared.forget, *prepared.retain],
-        measured,
-        width,
-        dtype if options.cache_dtype is None else getattr(torch, options.cache_dtype),
-        None if options.cache_limit is None else size_in_bytes(options.cache_limit),
-    )
-
-
 def unlearn_prepared(
     prepared: Prepared,
     layout: DecoderLayout,
@@ -279,7 +215,7 @@ def unlearn_prepared(
                 tracked(prepared.options.trackers, handed_out(used), place.tracker_directory, log)
             )
         measuring = time.monotonic()
-        prepared, told = _with_counterfactuals(prepared, context)
+        prepared, told = with_counterfactuals(prepared, context)
         reading = _target_reading(prepared, context, place.saved)
         target = None if reading is None else reading.measured
         told += _unknown(prepared, target, progress)
@@ -341,21 +277,6 @@ def _held(
     return [*listed, *written_by(model, random, prepared.forget, listed, generator, autocast)]
 
 
-def autocast_of(
-    device: torch.device, dtype: torch.dtype
-) -> Callable[[], AbstractContextManager[Any]]:
-    """Mixed precision where the frozen weights are not float32: masters are, the products are not."""
-
-    def autocast() -> AbstractContextManager[Any]:
-        # Autocast keeps its casts by parameter: with the frozen values swapped in it would go on
-        # with those of the trained ones, and the retain term would be 0.
-        return torch.autocast(
-            device.type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False
-        )
-
-    return autocast
-
-
 class _WithNotes:
     """Adds to every saved state what a resumed start takes from it."""
 
@@ -372,6 +293,21 @@ class _WithNotes:
     def save(self, facts: Mapping[str, Any], groups: Mapping[str, Mapping[str, Any]]) -> None:
         target = None if self._target is None else vars(self._target)
         self._keeper.save({**facts, "notes": self._notes, "target": target}, groups)
+
+
+def plan_cache(prepared: Prepared, width: int, dtype: torch.dtype) -> CacheLayout:
+    """Which rows' hidden states are kept, and how much disk that takes."""
+    options = prepared.options
+    measured: list[Example] = []
+    if prepared.measures:
+        measured = [example for side in prepared.validation.sides for example in side]
+    return lay_out(
+        [*prepared.forget, *prepared.retain],
+        measured,
+        width,
+        dtype if options.cache_dtype is None else getattr(torch, options.cache_dtype),
+        None if options.cache_limit is None else size_in_bytes(options.cache_limit),
+    )
 
 
 def _fill(

@@ -16,7 +16,8 @@ from expunge.audits.sampling import Sampled
 from expunge.data.rows import Row
 from expunge.data.tokenization import TextPolicy, prompt_ids
 from expunge.errors import InputError
-from expunge.evaluation.decoding import Choice, Greedy, Place, Request, stream
+from expunge.evaluation.choices import Choice, Greedy, Place
+from expunge.evaluation.decoding import Request, stream
 from expunge.evaluation.generation import ends_of, text_of
 from expunge.evaluation.scores import knowledge, regurgitation
 from expunge.methods.numerics import target_log_probs

@@ -20,7 +20,9 @@ from expunge.data.rows import RowSet
 from expunge.errors import InputError, install
 from expunge.evaluation.score_files import check_one_form, read_scores
 from expunge.evaluation.scorecard import Scorecard, check_material
-from expunge.models.loading import AnyDtype, CheckedModel, check_model, resolve_device, text_policy
+from expunge.models.devices import resolve_device
+from expunge.models.loading import AnyDtype, CheckedModel, check_model
+from expunge.models.text_forms import text_policy
 from expunge.reporting.content import content
 from expunge.reporting.material import Material, ReportInputs, gather
 from expunge.reporting.tables import label_of

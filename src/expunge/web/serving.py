@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from expunge.models.loading import load_model, resolve_dtype, text_policy
+from expunge.models.loading import load_model, resolve_dtype
+from expunge.models.text_forms import text_policy
 from expunge.web import drawing
 from expunge.web.asking import Pair, Voice
 from expunge.web.guard import Guard
