@@ -213,7 +213,7 @@ def _engine(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
     )
     total = time.monotonic() - started
     setup = outcome.seconds["prepare"] + outcome.seconds["start"]
-    per_epoch = prepared.used["steps_per_epoch"]
+    per_epoch = prepared.used.steps_per_epoch
     ends = [started + setup, *steps[per_epoch - 1 :: per_epoch]]
     figures = {
         "total": total,
@@ -289,8 +289,8 @@ def _published(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str,
                 norms[index] = found[row, : batch.lengths[row]]
     setup = time.monotonic() - started
     ends = [time.monotonic()]
-    per_epoch = prepared.used["steps_per_epoch"]
-    for step in range(1, prepared.used["steps"] + 1):
+    per_epoch = prepared.used.steps_per_epoch
+    for step in range(1, prepared.used.steps + 1):
         forget, retain = (side.at(step) for side in batches)
         target = torch.zeros(*forget.input_ids.shape, checked.config.hidden_size)
         for row, index in enumerate(forget.indices):

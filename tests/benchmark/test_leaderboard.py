@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -61,9 +62,9 @@ def make_run(row_files: dict[str, Path], tmp_path: Path) -> Any:
             "expunge": "0.0.1",
             "settings": {
                 "method": settings_of(method),
-                "training": {**used, "dtype": "float32", "yardstick": "nonmembers"},
+                "training": {**asdict(used), "dtype": "float32", "yardstick": "nonmembers"},
             },
-            "seed": used["seed"],
+            "seed": used.seed,
             "data_hmac_sha256": {
                 role: data_fingerprint(read_rows(str(row_files[role]), role)) for role in ROLES
             },

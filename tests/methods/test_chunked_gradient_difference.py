@@ -82,8 +82,8 @@ def test_an_epoch_has_a_step_for_every_rest_of_a_chunk(
 ) -> None:
     method = ChunkedGradientDifference(chunk_size=10)
     used = resolved(method, TrainingOptions(batch_size=4, epochs=2), make_context().layout, 25)
-    assert used["steps_per_epoch"] == 3 + 3 + 2
-    assert used["steps"] == 16
+    assert used.steps_per_epoch == 3 + 3 + 2
+    assert used.steps == 16
 
 
 @pytest.mark.parametrize("parameters", ["full", "lora"])

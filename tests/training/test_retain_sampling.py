@@ -103,7 +103,7 @@ def test_gone_rows_are_measured_and_not_trained_on(
     found = prepared(influence=str(influence_file(gone)), skip_gone=True, batch_size=2)
     assert {e.row_id for e in found.forget} == {row["id"] for row in forget_rows} - set(gone)
     assert {e.row_id for e in found.validation.forget} >= set(gone)
-    assert found.used["steps_per_epoch"] == 3
+    assert found.used.steps_per_epoch == 3
     assert found.describe()["influence"]["forget_rows_skipped"] == 2
     assert any("2 forget rows are gone already" in warning for warning in found.warnings)
     kept = prepared(influence=str(influence_file(gone)), retain_sampling="influence")

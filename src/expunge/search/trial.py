@@ -148,7 +148,7 @@ def run_trial(
                 prefix=Prefix(directory),
             ),
             progress,
-            watch(prepared.used["steps"]),
+            watch(prepared.used.steps),
         )
     weights, history = outcome.finished.weights, outcome.history
     del opened, outcome

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -19,14 +19,14 @@ from expunge.data.batches import Batch
 from expunge.data.sampling import step_batches
 from expunge.errors import NothingKept
 from expunge.evaluation.outcomes import Measured, is_destroyed
-from expunge.methods.base import Context, Objective, Schedule
+from expunge.methods.base import Context, Objective
 from expunge.models.kernels import fast_products
 from expunge.models.sharding import is_sharded, part_like, whole
 from expunge.models.weights import restore, snapshot
 from expunge.training.history import Candidate, History
 from expunge.training.micro_batches import micro_batches, parts
 from expunge.training.optimizers import optimizer_of
-from expunge.training.options import Select, schedule_factor
+from expunge.training.options import Resolved, schedule_factor
 from expunge.training.progress import Progress
 from expunge.training.sophia import Sophia
 from expunge.training.state import SavedState, optimizer_tensors, restore_optimizer
@@ -34,27 +34,6 @@ from expunge.training.step_in_backward import StepInBackward
 from expunge.training.validation import ValidationSet, measure, score
 
 _DESTROYED_PATIENCE = 5
-
-
-@dataclass(frozen=True)
-class LoopOptions:
-    """How long and how fast to train."""
-
-    steps: int
-    steps_per_epoch: int
-    learning_rate: float
-    schedule: Schedule
-    max_grad_norm: float
-    validate_every: int | None
-    """None measures no candidate."""
-    select: Select
-    deadline: float | None
-    """time.monotonic() by which the loop must have ended."""
-    validation_seconds: float = 0.0
-    """What measuring the target took; as much is reserved for the last candidate."""
-    micro_batch_size: int | None = None
-    learns: bool = False
-    """Whether the rows of the first side are learned, so that its term is the retain term."""
 
 
 class Keeper(Protocol):
@@ -87,15 +66,23 @@ class Loop:
         context: Context,
         validation: ValidationSet,
         target: Measured | None,
-        options: LoopOptions,
+        used: Resolved,
         keeper: Keeper | None,
         progress: Progress,
         log: Callable[[Mapping[str, Any]], None],
+        *,
+        deadline: float | None = None,
+        validation_seconds: float = 0.0,
+        learns: bool = False,
     ) -> None:
+        """The loop must have ended by `deadline`, of time.monotonic(). Measuring the target took
+        `validation_seconds`; as many are reserved for the last candidate. `learns`: the rows of the
+        first side are learned, so that its term is the retain term."""
         self._objective, self._context, self._validation = objective, context, validation
-        self._options, self._keeper, self._progress, self._log = options, keeper, progress, log
+        self._used, self._keeper, self._progress, self._log = used, keeper, progress, log
+        self._deadline, self._learns = deadline, learns
         self._parameters = objective.parameters
-        self._optimizer = optimizer_of(objective, options.learning_rate)
+        self._optimizer = optimizer_of(objective, used.learning_rate)
         alone = context.processes.count == 1
         self._in_backward = (
             StepInBackward(self._optimizer, self._parameters.values(), context.device)
@@ -109,14 +96,14 @@ class Loop:
             context.pad_id,
             context.generator,
             context.sampling,
-            options.steps,
+            used.steps,
             # Packed rows need no company of their own length.
             by_length=context.engine is None,
         )
         self.history = History(target)
         self._best: dict[str, torch.Tensor] | None = None
         self._slowest_step = 0.0
-        self._slowest_validation = options.validation_seconds
+        self._slowest_validation = validation_seconds
 
     def resume(self, state: SavedState) -> None:
         """Goes on from a saved state."""
@@ -146,7 +133,7 @@ class Loop:
         self._keeper.save(
             {
                 "step": self.history.steps,
-                "steps": self._options.steps,
+                "steps": self._used.steps,
                 "calibration": dict(self._objective.calibration),
                 "candidates": [asdict(candidate) for candidate in self.history.candidates],
             },
@@ -170,11 +157,11 @@ class Loop:
                 self._in_backward.close()
 
     def _run(self) -> History:
-        history, options = self.history, self._options
-        while history.steps < options.steps and not self._diverged():
+        history, used = self.history, self._used
+        while history.steps < used.steps and not self._diverged():
             if self._agreed(self._keeper is not None and self._keeper.stop_requested):
                 self.save()
-                raise Stopped(history.steps, options.steps)
+                raise Stopped(history.steps, used.steps)
             if self._agreed(self._out_of_time()):
                 history.stopped = "time limit"
                 break
@@ -204,7 +191,7 @@ class Loop:
 
     def _step(self, step: int, started: float) -> str | None:
         """One update; returns why there was none."""
-        rate = self._options.learning_rate * self._factor(step - 1)
+        rate = self._used.learning_rate * self._factor(step - 1)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * self._objective.optimizer.rate_scale
         forget = self._forget.at(step)
@@ -212,7 +199,7 @@ class Loop:
         self._refresh_curvature(step, retain)
         self._objective.set_training(True)
         loss, forget_term, retain_term = self._backward(forget, retain)
-        if self._options.learns:
+        if self._learns:
             forget_term, retain_term = 0.0, forget_term
         self._objective.set_training(False)
         if not math.isfinite(loss):
@@ -220,11 +207,11 @@ class Loop:
         norm = self._moved()
         if not math.isfinite(norm):
             return f"the gradient was not finite at step {step}"
-        self._progress.step(step, self._options.steps, forget_term, retain_term)
+        self._progress.step(step, self._used.steps, forget_term, retain_term)
         self._log(
             {
                 "step": step,
-                "epoch": round(step / self._options.steps_per_epoch, 4),
+                "epoch": round(step / self._used.steps_per_epoch, 4),
                 "loss": loss,
                 "forget": forget_term,
                 "retain": retain_term,
@@ -241,7 +228,7 @@ class Loop:
             return self._in_backward.norm()
         parameters = list(self._parameters.values())
         # Several processes move after the pass, to where one moves in it, which clips nothing.
-        most = math.inf if self._objective.optimizer.in_backward else self._options.max_grad_norm
+        most = math.inf if self._objective.optimizer.in_backward else self._used.max_grad_norm
         norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, most)))
         if math.isfinite(norm):
             with fast_products(torch.bfloat16, self._context.device):  # Muon's are bfloat16
@@ -294,13 +281,13 @@ class Loop:
         sides = [forget.lengths] if retain is None else [forget.lengths, retain.lengths]
         engine = self._context.engine
         whole = micro_batches(
-            sides, self._options.micro_batch_size, None if engine is None else engine.pass_tokens
+            sides, self._used.micro_batch_size, None if engine is None else engine.pass_tokens
         )
         # So many parts over all processes, so many for this one.
         return -(-whole // self._context.processes.count)
 
     def _factor(self, done: int) -> float:
-        return schedule_factor(self._options.schedule, done / self._options.steps)
+        return schedule_factor(self._used.schedule, done / self._used.steps)
 
     def _refresh_curvature(self, step: int, retain: Batch | None) -> None:
         interval = self._objective.optimizer.curvature_interval
@@ -310,17 +297,17 @@ class Loop:
         self._optimizer.update_curvature(self._objective.curvature(retain.to(self._context.device)))
 
     def _out_of_time(self) -> bool:
-        deadline = self._options.deadline
+        deadline = self._deadline
         if deadline is None:
             return False
         reserve = self._slowest_step
-        if self._options.validate_every is not None:
+        if self._used.validate_every is not None:
             reserve += self._slowest_validation
         return time.monotonic() + reserve >= deadline
 
     def _measures_after(self, step: int) -> bool:
-        every = self._options.validate_every
-        return every is not None and (step % every == 0 or step == self._options.steps)
+        every = self._used.validate_every
+        return every is not None and (step % every == 0 or step == self._used.steps)
 
     def _validate(self, step: int) -> None:
         """Measures the model at `step` and keeps it where it is the best candidate so far."""
@@ -359,14 +346,9 @@ class Loop:
         history = self.history
         finite = all(math.isfinite(whole(p.detach().sum())) for p in self._parameters.values())
         measured_last = bool(history.candidates) and history.candidates[-1].step == history.steps
-        if (
-            finite
-            and history.steps
-            and not measured_last
-            and self._options.validate_every is not None
-        ):
+        if finite and history.steps and not measured_last and self._used.validate_every is not None:
             self._validate(history.steps)
-        if self._options.select == "last" and finite and history.steps:
+        if self._used.select == "last" and finite and history.steps:
             history.chosen_step, history.chosen_why = history.steps, "the last, as asked for"
             return
         usable = [c for c in history.candidates if not c.destroyed]

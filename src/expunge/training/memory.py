@@ -150,7 +150,7 @@ class Formula:
         training two backwards."""
         if not torch.backends.mkldnn.is_available():
             return 0
-        prepared, size = self._prepared, self._prepared.used["batch_size"]
+        prepared, size = self._prepared, self._prepared.used.batch_size
         scored = [rows for rows in prepared.validation.sides if prepared.measures]
         filled = 0
         if self._cache is not None:
@@ -348,7 +348,7 @@ class Formula:
         method: Any = self._method
         if self._segment is not None:
             return {}
-        size = self._prepared.used["batch_size"]
+        size = self._prepared.used.batch_size
         asked = (self._prepared.forget, self._listed, self._prepared.preferred)
         sides = [_longest(rows, size) for rows in asked if rows]
         batches = [collate(rows, range(len(rows)), self._prepared.pad_id) for rows in sides]
@@ -368,7 +368,7 @@ class Formula:
 
     def _measured(self) -> dict[str, int]:
         """The largest pass over rows that candidates are measured on."""
-        size = self._prepared.used["batch_size"]
+        size = self._prepared.used.batch_size
         batches = [_longest(rows, size) for rows in self._prepared.validation.sides if rows]
         padded = max((len(rows) * len(rows[-1]) for rows in batches), default=0)
         if self._cache is not None:

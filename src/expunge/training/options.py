@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from expunge.data.chat_templates import Template, template_of
@@ -26,6 +26,7 @@ _COOLDOWN = 0.4
 _COUNTS = ("epochs", "max_steps", "batch_size", "validate_every", "micro_batch_size", "save_every")
 CacheDtype = Literal["float32", "bfloat16"]
 RetainSampling = Literal["uniform", "influence"]
+UnknownRows = Literal["refuse", "unlearn"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class TrainingOptions:
     A target that a run made is asked as that run recorded."""
     long_rows: LongRows = "refuse"
     """Refuse rows longer than the model's context, or cut them into overlapping windows."""
-    unknown_rows: Literal["refuse", "unlearn"] = "refuse"
+    unknown_rows: UnknownRows = "refuse"
     """Refuse to unlearn if the target knows none of the forget rows in the form given, or go on.
     Such a run never ends as unlearned. With `--select last` a sample of 32 is read for it."""
     influence: str | None = None
@@ -146,10 +147,38 @@ def size_in_bytes(limit: str) -> float:
     return float(match[1]) * _UNITS[match[2].upper()]
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """The loop's options with the method's defaults filled in; `TrainingOptions` says what each is."""
+
+    epochs: int
+    max_steps: int | None
+    steps: int
+    steps_per_epoch: int
+    batch_size: int
+    learning_rate: float
+    schedule: Schedule
+    max_grad_norm: float
+    seed: int
+    time_limit: str | None
+    validation_fraction: float | None
+    validate_every: int | None
+    """None: no candidate is measured."""
+    select: Select
+    unknown_rows: UnknownRows
+    micro_batch_size: int | None
+    cache_limit: str | None
+    cache_dtype: CacheDtype | None
+    retain_sampling: RetainSampling
+    risk_factor: float | None
+    """None where retain rows are taken equally often."""
+    skip_gone: bool
+
+
 def resolved(
     method: Method, options: TrainingOptions, layout: DecoderLayout, forget_examples: int
-) -> dict[str, Any]:
-    """Every option of the loop with the method's defaults filled in.
+) -> Resolved:
+    """What the loop takes.
 
     `forget_examples` are those that an epoch takes: to retrain, the retain set's. A recipe ends where it
     ends, so that no candidate of it is chosen.
@@ -165,29 +194,21 @@ def resolved(
     validate_every = options.validate_every
     if validate_every is None and select == "best":
         validate_every = math.ceil(steps / defaults.candidates)
-    return {
+    filled: dict[str, Any] = {
         "epochs": epochs,
-        "max_steps": options.max_steps,
         "steps": steps,
         "steps_per_epoch": per_epoch,
         "batch_size": batch_size,
         "learning_rate": options.learning_rate
         or defaults.learning_rate_at(layout.width, layout.count, per_epoch),
         "schedule": options.schedule or defaults.schedule,
-        "max_grad_norm": options.max_grad_norm,
-        "seed": options.seed,
-        "time_limit": options.time_limit,
-        "validation_fraction": options.validation_fraction,
         "validate_every": validate_every,
         "select": select,
-        "unknown_rows": options.unknown_rows,
-        "micro_batch_size": options.micro_batch_size,
-        "cache_limit": options.cache_limit,
-        "cache_dtype": options.cache_dtype,
-        "retain_sampling": options.retain_sampling,
         "risk_factor": options.risk_factor if options.retain_sampling == "influence" else None,
-        "skip_gone": options.skip_gone,
     }
+    names = [field.name for field in fields(Resolved)]
+    given: dict[str, Any] = {name: getattr(options, name) for name in names if name not in filled}
+    return Resolved(**given, **filled)
 
 
 def schedule_factor(schedule: Schedule, done: float) -> float:

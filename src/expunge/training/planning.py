@@ -246,17 +246,17 @@ def _planned(
         rows={"forget": _rows(prepared.forget), "retain": _rows(prepared.retain)},
         tokens={"forget": _tokens(prepared.forget), "retain": _tokens(prepared.retain)},
         measured_rows=sum(map(len, measured)) if prepared.measures else 0,
-        epochs=round(used["steps"] / used["steps_per_epoch"], 4),
-        steps=used["steps"],
-        steps_per_epoch=used["steps_per_epoch"],
+        epochs=round(used.steps / used.steps_per_epoch, 4),
+        steps=used.steps,
+        steps_per_epoch=used.steps_per_epoch,
         step_tokens=round(formula.step_tokens, 1),
-        batch_size=used["batch_size"],
+        batch_size=used.batch_size,
         cache_bytes=0 if cache is None else cache.bytes,
         cache_rows=0 if cache is None else len(cache.slots),
         rows_recomputed=0 if cache is None else cache.missing,
         output_bytes=checked.files.bytes,
         state_bytes=formula.state_bytes,
-        time_limit=used["time_limit"],
+        time_limit=used.time_limit,
         shards=shards,
         warnings=prepared.warnings,
     )
@@ -286,17 +286,17 @@ def _changes(prepared: Prepared, dtype: str) -> Iterator[tuple[str, dict[str, An
     """Option, fields of the options or the method that it sets, and the dtype."""
     if dtype == "float32":
         yield "--dtype bfloat16", {}, "bfloat16"
-    if prepared.used["select"] == "best":
+    if prepared.used.select == "best":
         yield "--select last", {"select": "last"}, dtype
-    cuts = prepared.used["batch_size"] > 1 and not prepared.method.whole_steps
+    cuts = prepared.used.batch_size > 1 and not prepared.method.whole_steps
     if cuts and prepared.options.micro_batch_size != 1:
         yield "--micro-batch-size 1", {"micro_batch_size": 1}, dtype
     if getattr(prepared.method, "gradient_checkpointing", None) is False:
         yield "--method.gradient-checkpointing", {"gradient_checkpointing": True}, dtype
     if getattr(prepared.method, "parameters", None) == "full":
         yield "--method.parameters lora", {"parameters": "lora"}, dtype
-    if prepared.used["batch_size"] > 1:
-        half = prepared.used["batch_size"] // 2
+    if prepared.used.batch_size > 1:
+        half = prepared.used.batch_size // 2
         yield f"--batch-size {half}", {"batch_size": half}, dtype
 
 

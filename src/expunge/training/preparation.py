@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +29,7 @@ from expunge.models.decoder import DecoderLayout
 from expunge.models.loading import CheckedModel
 from expunge.models.text_forms import context_of, policies_of, vocabulary_of
 from expunge.training.influence import InfluenceUsed, applied
-from expunge.training.options import TrainingOptions, resolved
+from expunge.training.options import Resolved, TrainingOptions, resolved
 from expunge.training.validation import ValidationSet, drawn_nonmembers
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Prepared:
 
     method: Method
     options: TrainingOptions
-    used: Mapping[str, Any]
+    used: Resolved
     """The loop's options with every default filled in."""
     policy: TextPolicy
     text: Mapping[str, Any]
@@ -103,7 +103,7 @@ class Prepared:
     @property
     def measures(self) -> bool:
         """Whether candidates are measured during the run."""
-        return self.used["validate_every"] is not None
+        return self.used.validate_every is not None
 
     @property
     def looks(self) -> bool:
@@ -113,7 +113,7 @@ class Prepared:
     def describe(self) -> dict[str, Any]:
         """What the manifest says of it."""
         return {
-            **self.used,
+            **asdict(self.used),
             "text": dict(self.text),
             "validation_rows": {
                 "forget": len(self.validation.forget),

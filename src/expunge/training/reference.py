@@ -35,7 +35,7 @@ def with_base(
         forget=(),
         retain=(),
         pad_id=prepared.pad_id,
-        batch_size=prepared.used["batch_size"],
+        batch_size=prepared.used.batch_size,
         seed=prepared.options.seed,
         device=device,
         autocast=autocast_of(device, base.dtype),

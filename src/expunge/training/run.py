@@ -344,7 +344,7 @@ def _asked(
 ) -> dict[str, Any]:
     """What a continued run must have in common with its beginning."""
     free = {"output", "overwrite", "resume"}
-    training = {key: value for key, value in prepared.used.items() if key != "time_limit"}
+    training = {key: value for key, value in asdict(prepared.used).items() if key != "time_limit"}
     return {
         "expunge": expunge.__version__,
         "inputs": {key: value for key, value in asdict(inputs).items() if key not in free},

@@ -142,15 +142,15 @@ def largest_batches(prepared: Prepared, pass_tokens: int | None, processes: int)
     forget, retain = step_batches(
         prepared.forget,
         prepared.retain if prepared.method.needs_retain else [],
-        used["batch_size"],
+        used.batch_size,
         prepared.pad_id,
         partial(generator_of, prepared.options.seed),
         prepared.method.sampling,
-        used["steps"],
+        used.steps,
         by_length=not packed,
     )
     best, accumulates, every = 0, False, 0
-    steps = min(used["steps"], _EPOCHS * used["steps_per_epoch"])
+    steps = min(used.steps, _EPOCHS * used.steps_per_epoch)
     largest: list[list[Example]] = []
     sizes: set[tuple[int, int]] = set()
     for step in range(1, steps + 1):
@@ -159,7 +159,7 @@ def largest_batches(prepared: Prepared, pass_tokens: int | None, processes: int)
             sides.append([prepared.retain[index] for index in retain.indices(step)])
         lengths = [[*map(len, side)] for side in sides]
         every += sum(map(sum, lengths))
-        count = ceil(micro_batches(lengths, used["micro_batch_size"], pass_tokens) / processes)
+        count = ceil(micro_batches(lengths, used.micro_batch_size, pass_tokens) / processes)
         accumulates |= count > 1
         count *= processes
         for index in range(count):

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from expunge.processes import OneProcess, Processes
 from expunge.training.form import resolved_form, unknown
 from expunge.training.history import History
 from expunge.training.layer_choice import resolved_layer
-from expunge.training.loop import Keeper, Loop, LoopOptions
+from expunge.training.loop import Keeper, Loop
 from expunge.training.options import TrainingOptions, seconds, size_in_bytes
 from expunge.training.preparation import Prepared, prepare
 from expunge.training.progress import Progress, Silent
@@ -198,7 +198,7 @@ def unlearn_prepared(
             forget=prepared.forget,
             retain=_held(prepared, model, autocast_of(device, model.dtype)),
             pad_id=prepared.pad_id,
-            batch_size=used["batch_size"],
+            batch_size=used.batch_size,
             seed=prepared.options.seed,
             device=device,
             autocast=autocast_of(device, model.dtype),
@@ -212,7 +212,12 @@ def unlearn_prepared(
         )
         if prepared.options.trackers:
             log = stack.enter_context(
-                tracked(prepared.options.trackers, handed_out(used), place.tracker_directory, log)
+                tracked(
+                    prepared.options.trackers,
+                    handed_out(asdict(used)),
+                    place.tracker_directory,
+                    log,
+                )
             )
         measuring = time.monotonic()
         prepared, told = with_counterfactuals(prepared, context)
@@ -232,10 +237,13 @@ def unlearn_prepared(
             context,
             prepared.validation,
             target,
-            _loop_options(prepared, place, prepared_at - measuring),
+            used,
             None if place.keeper is None else _WithNotes(place.keeper, notes, target),
             progress,
             log,
+            deadline=_deadline(prepared, place),
+            validation_seconds=prepared_at - measuring,
+            learns=prepared.retrains,
         )
         if place.saved is not None:
             loop.resume(place.saved)
@@ -357,24 +365,9 @@ def _unknown(prepared: Prepared, target: Measured | None, progress: Progress) ->
     return unknown(prepared, rows, target.forget_known, target.forget_accuracy, progress)
 
 
-def _loop_options(prepared: Prepared, place: Place, validation_seconds: float) -> LoopOptions:
-    used = prepared.used
-    deadline = None
-    if used["time_limit"] is not None:
-        deadline = place.started + seconds(used["time_limit"]) - place.reserve
-    return LoopOptions(
-        steps=used["steps"],
-        steps_per_epoch=used["steps_per_epoch"],
-        learning_rate=used["learning_rate"],
-        schedule=used["schedule"],
-        max_grad_norm=used["max_grad_norm"],
-        validate_every=used["validate_every"],
-        select=used["select"],
-        deadline=deadline,
-        validation_seconds=validation_seconds,
-        micro_batch_size=used["micro_batch_size"],
-        learns=prepared.retrains,
-    )
+def _deadline(prepared: Prepared, place: Place) -> float | None:
+    limit = prepared.used.time_limit
+    return None if limit is None else place.started + seconds(limit) - place.reserve
 
 
 def _judged(history: History, guessing: float, rows: ValidationSet) -> list[str]:
