@@ -33,8 +33,8 @@ from expunge.benchmark.pretraining import train_model, train_tokenizer
 from expunge.benchmark.recipe import PretrainingSettings, target_texts, tokenizer_texts
 from expunge.methods.catalog import METHODS
 from expunge.models.kernels import quick_dtype
+from expunge.runs.run import RunInputs, run
 from expunge.training.options import TrainingOptions
-from expunge.training.run import RunInputs, run
 
 
 @dataclass

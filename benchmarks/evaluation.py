@@ -30,8 +30,8 @@ from expunge.evaluation.generation import MAX_NEW_TOKENS
 from expunge.evaluation.membership import document_losses
 from expunge.evaluation.scorecard import evaluate_model
 from expunge.evaluation.scores import knowledge, regurgitation
-from expunge.methods.membership import membership_auc
-from expunge.methods.numerics import token_log_probs
+from expunge.maths.membership import membership_auc
+from expunge.maths.numerics import token_log_probs
 from expunge.models.loading import check_model, load_model
 from expunge.models.text_forms import text_policy
 from expunge.reporting.tables import markdown

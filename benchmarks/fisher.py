@@ -29,10 +29,10 @@ import torch
 from expunge.data.batches import PAD_ID, Batch, collate, in_order
 from expunge.data.rows import read_rows
 from expunge.data.tokenization import Example, TextPolicy, encode_rows
+from expunge.maths.numerics import row_means
 from expunge.methods.base import Context
 from expunge.methods.influence_step import InfluenceStep
 from expunge.methods.libu import LIBU, LIBUObjective
-from expunge.methods.numerics import row_means
 from expunge.models.loading import check_model, load_model
 from expunge.reporting.tables import markdown
 

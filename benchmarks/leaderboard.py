@@ -28,7 +28,7 @@ from expunge.methods.catalog import METHODS
 from expunge.models.files import MANIFEST
 from expunge.reporting.material import AUDIT
 from expunge.reporting.tables import markdown, number
-from expunge.training.manifest import settings_of
+from expunge.runs.manifest import settings_of
 from expunge.training.options import TrainingOptions
 from methods import replaced
 

@@ -8,8 +8,8 @@ import torch
 
 from conftest import tiny_model
 from expunge.data.batches import collate
+from expunge.maths.numerics import token_log_probs
 from expunge.methods.base import Context, Terms
-from expunge.methods.numerics import token_log_probs
 
 
 class Compared:

@@ -262,7 +262,7 @@ def memorised_dir(
     from expunge.data.batches import collate
     from expunge.data.rows import as_rows
     from expunge.data.tokenization import TextPolicy, encode_rows
-    from expunge.methods.numerics import masked_mean, token_log_probs
+    from expunge.maths.numerics import masked_mean, token_log_probs
 
     model = tiny_model("olmo", len(tokenizer))
     rows = as_rows(forget_rows + retain_rows, "retain")

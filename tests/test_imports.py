@@ -15,11 +15,14 @@ import expunge
 SOURCE = Path(expunge.__file__).parent
 ORDER = (
     "data",
+    "maths",
     "models",
+    "segments",
     "methods",
     "analysis",
     "evaluation",
     "training",
+    "runs",
     "search",
     "audits",
     "reporting",

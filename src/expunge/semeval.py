@@ -37,8 +37,8 @@ def unlearn(
 
     from expunge.methods.spectral import Spectral
     from expunge.models.devices import resolve_device
+    from expunge.runs.run import RunInputs, run
     from expunge.training.options import TrainingOptions
-    from expunge.training.run import RunInputs, run
 
     output = Path(output_path)
     if output.is_dir() and not any(output.iterdir()):

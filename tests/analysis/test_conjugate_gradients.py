@@ -10,10 +10,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from expunge.analysis import leave_out as module
-from expunge.analysis.conjugate_gradients import Blocks, conjugate_gradients
 from expunge.analysis.leave_out import CurvatureOptions, LeaveOut, leave_out
 from expunge.analysis.row_gradients import output_product
 from expunge.errors import RunError
+from expunge.maths.conjugate_gradients import Blocks, conjugate_gradients
 from expunge.models.decoder import is_turned
 from row_setting import Setting, make_setting
 

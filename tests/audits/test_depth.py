@@ -14,10 +14,10 @@ import torch
 
 from conftest import FAMILIES, shaken, tiny_model
 from expunge.audits import budgets
+from expunge.audits.attacks.depth import _groups, answer_states, depth, lost
 from expunge.audits.base import Case, Found, ModelName
 from expunge.audits.budgets import Budget
 from expunge.audits.catalog import ATTACKS
-from expunge.audits.depth import _groups, answer_states, depth, lost
 from expunge.audits.subject import Pair, Reader
 from expunge.audits.summary import summarise
 from expunge.data.rows import Row

@@ -11,21 +11,27 @@ import pytest
 import torch
 
 from conftest import FAMILIES, shaken, tiny_model
-from expunge.audits.ablation import ablated, layer_outputs, mean_states, spaced, without_direction
-from expunge.audits.base import Case
-from expunge.audits.budgets import Budget
-from expunge.audits.latent import (
+from expunge.audits.attacks.ablation import (
+    ablated,
+    layer_outputs,
+    mean_states,
+    spaced,
+    without_direction,
+)
+from expunge.audits.attacks.latent import (
     _lens,
     folds_of,
     lens_rank,
     other_answers,
     probe_outcomes,
 )
-from expunge.audits.paraphrase import _forms
-from expunge.audits.sampling import Sampled
+from expunge.audits.attacks.paraphrase import _forms
+from expunge.audits.attacks.sampling import Sampled
+from expunge.audits.attacks.trigger import typical
+from expunge.audits.attacks.verbatim import right_tokens, verbatim_share
+from expunge.audits.base import Case
+from expunge.audits.budgets import Budget
 from expunge.audits.subject import Ask, Reader, asked
-from expunge.audits.trigger import typical
-from expunge.audits.verbatim import right_tokens, verbatim_share
 from expunge.data.rows import Row, as_rows, document_of
 from expunge.data.tokenization import TextPolicy, encode_rows
 from expunge.evaluation.memorisation import extraction_strength

@@ -20,7 +20,7 @@ from expunge.data.batches import collate
 from expunge.data.rows import Row, as_rows
 from expunge.data.tokenization import TextPolicy, encode_rows
 from expunge.evaluation.membership import counted_log_probs
-from expunge.methods.losses import cross_entropy
+from expunge.maths.losses import cross_entropy
 
 Cli = Callable[..., tuple[int, str, str]]
 BUDGET = Budget(None, None, None, 48, 30, 3, 16, 2, 8, None, 500, rates=(1.0, 3.0))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from conftest import FAMILIES, shaken, tiny_model
-from expunge.audits.quantize import SCHEMES, round_weights
-from expunge.audits.rounding import rounded
+from expunge.audits.attacks.quantize import SCHEMES, round_weights
+from expunge.audits.attacks.rounding import rounded
 from expunge.models.decoder import find_layout
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from expunge.audits import auditing, benign, inputs, memory, relearn, tuning
+from expunge.audits import auditing, inputs, memory, tuning
+from expunge.audits.attacks import benign, relearn
 from expunge.audits.base import Attack, Case, Found, Tuned
 from expunge.audits.budgets import BUDGETS, Budget, BudgetName
 from expunge.audits.catalog import ATTACKS
@@ -21,7 +22,7 @@ from expunge.data.rows import Row, as_rows
 from expunge.data.sampling import EpochBatches
 from expunge.data.tokenization import TextPolicy
 from expunge.models.loading import check_model
-from expunge.training.memory_parts import WEIGHTS, Phase
+from expunge.runs.memory_parts import WEIGHTS, Phase
 
 Cli = Callable[..., tuple[int, str, str]]
 SMALL = Budget(

@@ -19,7 +19,7 @@ from expunge.data.rows import read_rows
 from expunge.evaluation.score_files import scores_text
 from expunge.evaluation.scorecard import Cells, Scorecard
 from expunge.methods.wga import WGA
-from expunge.training.manifest import settings_of
+from expunge.runs.manifest import settings_of
 from expunge.training.options import TrainingOptions, resolved
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

@@ -21,8 +21,8 @@ from expunge.cli import erase
 from expunge.cli import evaluate as evaluate_command
 from expunge.cli.main import main
 from expunge.evaluation import generation
-from expunge.training import planning
-from expunge.training.sources import remembered
+from expunge.runs import planning
+from expunge.runs.sources import remembered
 
 Cli = Callable[..., tuple[int, str, str]]
 PHASES = ("run", "measure", "measure", "audit", "write_report")

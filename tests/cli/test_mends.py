@@ -37,7 +37,7 @@ UNFINISHED = ("no size", "{} holds {} where names with values belong")
 """What is caught and said with more."""
 NEVER = {
     (
-        "expunge.audits.depth",
+        "expunge.audits.attacks.depth",
         "not_alike",
     ): "a plan names no attack, and tells of none why it is not run",
     ("expunge.audits.inputs", "AuditInputs"): "evidence of a ledger reveals nothing",
@@ -54,9 +54,9 @@ NEVER = {
         "_not_measured",
     ): "the command that they are of is put in before them",
     ("expunge.reporting.material", "_check_weights"): "an erasure's scores are its own",
-    ("expunge.training.keeping", "plain_errors"): "a sweep says itself how its last run goes on",
-    ("expunge.training.scratch", "_check_same"): "a sweep overwrites its last run",
-    ("expunge.training.scratch", "scratch_beside"): "a sweep overwrites its last run",
+    ("expunge.runs.keeping", "plain_errors"): "a sweep says itself how its last run goes on",
+    ("expunge.runs.scratch", "_check_same"): "a sweep overwrites its last run",
+    ("expunge.runs.scratch", "scratch_beside"): "a sweep overwrites its last run",
 }
 """Where a command that lacks the option does not come, or says otherwise, and why."""
 

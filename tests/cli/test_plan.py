@@ -12,7 +12,7 @@ import pytest
 
 from conftest import write_jsonl
 from expunge.models import parts
-from expunge.training import opening
+from expunge.runs import opening
 
 Cli = Callable[..., tuple[int, str, str]]
 CANARY = "canary-4711"

@@ -15,7 +15,7 @@ import optuna
 import pytest
 
 from conftest import SHARED
-from expunge.models.engine import SegmentEngine
+from expunge.segments.engine import SegmentEngine
 
 Cli = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ from statistics import fmean
 import pytest
 import torch
 
-from expunge.audits.membership import blind_scores
+from expunge.audits.attacks.membership import blind_scores
 from expunge.data.rows import Row
 from expunge.evaluation.likelihood import (
     loss_score,

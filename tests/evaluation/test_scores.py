@@ -16,7 +16,7 @@ from conftest import refusal
 from expunge.audits.facts import score
 from expunge.data.rows import Row, as_rows, check_disjoint
 from expunge.evaluation.scores import final_score, knowledge, regurgitation, task_aggregate
-from expunge.methods.membership import is_chance, membership_auc, membership_score
+from expunge.maths.membership import is_chance, membership_auc, membership_score
 
 
 def lcs(first: list[str], second: list[str]) -> int:

@@ -11,9 +11,9 @@ import torch
 from conftest import random_examples, refusal
 from expunge.data.batches import collate
 from expunge.data.sampling import ChunkedBatches, Sampling, step_batches, steps_an_epoch
+from expunge.maths.numerics import token_log_probs
 from expunge.methods.base import Context
 from expunge.methods.chunked_gradient_difference import ChunkedGradientDifference
-from expunge.methods.numerics import token_log_probs
 from expunge.models.decoder import find_layout
 from expunge.training.options import TrainingOptions, resolved
 

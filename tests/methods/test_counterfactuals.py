@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from expunge.data.rows import Row
-from expunge.methods.calibration import RowTokens
+from expunge.maths.calibration import RowTokens
 from expunge.methods.counterfactuals import exchanged, never_seen_like
 from expunge.training.validation import ValidationSet, asked_otherwise, measure
 

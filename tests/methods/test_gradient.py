@@ -8,13 +8,13 @@ from typing import Any, Literal
 import pytest
 
 from compared import Compared
+from expunge.maths.losses import cross_entropy, npo, simnpo, token_kl
+from expunge.maths.numerics import row_means, row_sums
 from expunge.methods.base import Context
 from expunge.methods.gradient_ascent import GradientAscent
 from expunge.methods.gradient_difference import GradientDifference
 from expunge.methods.kl_minimization import KLMinimization
-from expunge.methods.losses import cross_entropy, npo, simnpo, token_kl
 from expunge.methods.npo import NPO
-from expunge.methods.numerics import row_means, row_sums
 from expunge.methods.simnpo import SimNPO
 
 Contexts = Callable[..., Context]

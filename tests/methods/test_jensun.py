@@ -14,9 +14,9 @@ from compared import Compared
 from conftest import refusal
 from expunge.data.rows import as_rows
 from expunge.data.tokenization import TextPolicy, encode_rows
+from expunge.maths.losses import certain_jsd, token_jsd
 from expunge.methods.base import Context
 from expunge.methods.jensun import JensUn
-from expunge.methods.losses import certain_jsd, token_jsd
 
 Contexts = Callable[..., Context]
 

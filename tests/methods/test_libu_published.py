@@ -17,8 +17,8 @@ from expunge.methods.base import Context
 from expunge.methods.influence_step import InfluenceStep
 from expunge.methods.libu_published import PublishedLIBU, PublishedLIBUObjective
 from expunge.methods.npo import NPO
+from expunge.runs.run import RunInputs
 from expunge.training.optimizers import optimizer_of
-from expunge.training.run import RunInputs
 from expunge.training.sophia import Sophia
 
 Contexts = Callable[..., Context]

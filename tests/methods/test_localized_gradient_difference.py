@@ -11,11 +11,11 @@ import torch
 
 from conftest import refusal, shaken
 from expunge.data.batches import collate
+from expunge.maths.losses import adaptive_weights
+from expunge.maths.numerics import token_log_probs
 from expunge.methods.base import Context
 from expunge.methods.causal_tracing import best_window, layer_effects
 from expunge.methods.localized_gradient_difference import LocalizedGradientDifference
-from expunge.methods.losses import adaptive_weights
-from expunge.methods.numerics import token_log_probs
 
 Contexts = Callable[..., Context]
 

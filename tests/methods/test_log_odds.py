@@ -18,8 +18,8 @@ from expunge.data.batches import Batch, Tokens, collate
 from expunge.data.random_text import random_examples
 from expunge.errors import InputError
 from expunge.evaluation.likelihood import min_k_plus_plus
+from expunge.maths.calibration import NeverSeen, Pair, RowTokens, token_spread
 from expunge.methods.base import Context
-from expunge.methods.calibration import NeverSeen, Pair, RowTokens, token_spread
 from expunge.methods.libu import LIBU
 from expunge.methods.log_odds import (
     _SURPRISE_WEIGHT,

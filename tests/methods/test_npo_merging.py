@@ -11,8 +11,9 @@ from torch import nn
 
 from conftest import refusal, tiny_model
 from expunge.data.batches import collate
+from expunge.maths.losses import npo
+from expunge.maths.numerics import row_means, token_log_probs
 from expunge.methods.base import Context
-from expunge.methods.losses import npo
 from expunge.methods.npo_merging import (
     FORGETTING,
     KEEPING,
@@ -20,7 +21,6 @@ from expunge.methods.npo_merging import (
     NPOMergingObjective,
     ties_of,
 )
-from expunge.methods.numerics import row_means, token_log_probs
 
 Contexts = Callable[..., Context]
 

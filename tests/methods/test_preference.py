@@ -15,11 +15,11 @@ from conftest import refusal
 from expunge.data.batches import collate
 from expunge.data.rows import Row, as_rows
 from expunge.data.tokenization import TextPolicy, encode_rows
+from expunge.maths.losses import dpo, npo
 from expunge.methods.alt_po import AltPO
 from expunge.methods.base import Context
 from expunge.methods.counterfactuals import other_answers
 from expunge.methods.idk_dpo import IDKDPO
-from expunge.methods.losses import dpo, npo
 from expunge.methods.preference import encode_beside, refusing
 
 Contexts = Callable[..., Context]

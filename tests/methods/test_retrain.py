@@ -18,7 +18,7 @@ from conftest import make_rows, refusal, tiny_model, write_jsonl
 from expunge.data.batches import PAD_ID, collate
 from expunge.data.rows import as_rows
 from expunge.data.tokenization import TextPolicy, encode_rows
-from expunge.methods.calibration import POINTS, NeverSeen, RowTokens, as_before
+from expunge.maths.calibration import POINTS, NeverSeen, RowTokens, as_before
 from expunge.methods.npo import NPO
 from expunge.methods.retrain import Retrain
 from expunge.models.loading import check_base, check_model

@@ -96,7 +96,7 @@ def test_a_step_is_never_cut(
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("expunge.training.run.open_run", load)
+    monkeypatch.setattr("expunge.runs.run.open_run", load)
     code, _, err = run_cli(*options, "--micro-batch-size", 2)
     assert (code, "--micro-batch-size 2: --method sam-npo" in err) == (2, True)
 
@@ -106,7 +106,7 @@ def test_a_step_is_never_cut(
         def gather(self, value: Any) -> list[Any]:
             return [value, value]
 
-    monkeypatch.setattr("expunge.training.run.processes_of", lambda _: Second())
+    monkeypatch.setattr("expunge.runs.run.processes_of", lambda _: Second())
     code, _, err = run_cli(*options)
     assert (code, "--method sam-npo: all forget rows" in err) == (2, True)
     assert not (tmp_path / "out").exists()

@@ -12,10 +12,10 @@ import torch
 from conftest import FAMILIES, tiny_model
 from expunge.data.batches import Batch, collate
 from expunge.errors import InputError
+from expunge.maths.losses import unit_direction
 from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.base import Context
 from expunge.methods.kl_minimization import KLMinimization
-from expunge.methods.losses import unit_direction
 from expunge.methods.rmu import RMU
 from expunge.methods.steering import candidate_layers, row_weights, usual_layer, with_noise
 from expunge.models.decoder import find_layout, forward_hook

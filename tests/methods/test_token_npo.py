@@ -11,9 +11,9 @@ import torch
 
 from conftest import refusal, tiny_model
 from expunge.data.batches import collate
+from expunge.maths.losses import npo, token_npo
+from expunge.maths.numerics import token_log_probs
 from expunge.methods.base import Context
-from expunge.methods.losses import npo, token_npo
-from expunge.methods.numerics import token_log_probs
 from expunge.methods.token_npo import TokenNPO
 
 Contexts = Callable[..., Context]

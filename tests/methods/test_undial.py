@@ -12,8 +12,8 @@ import torch
 from compared import Compared
 from conftest import refusal
 from expunge.data.batches import collate
+from expunge.maths.losses import cross_entropy, lowered
 from expunge.methods.base import Context
-from expunge.methods.losses import cross_entropy, lowered
 from expunge.methods.undial import UNDIAL
 
 Contexts = Callable[..., Context]

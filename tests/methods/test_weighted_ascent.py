@@ -11,8 +11,8 @@ import torch
 
 from compared import Compared
 from conftest import refusal
+from expunge.maths.losses import cross_entropy, weighted_ascent
 from expunge.methods.base import Context
-from expunge.methods.losses import cross_entropy, weighted_ascent
 from expunge.methods.satimp import SatImp
 from expunge.methods.wga import WGA
 

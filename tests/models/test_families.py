@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import EXPERTS, LAYERS, PAGE, REFUSED, SUPPORTED, configuration, page
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -21,8 +20,9 @@ from expunge.methods.libu import LIBU
 from expunge.methods.spectral import Spectral
 from expunge.models.decoder import find_layout, skeleton_of
 from expunge.models.loading import check_model
+from expunge.runs.run import RunInputs, run
 from expunge.training.options import TrainingOptions
-from expunge.training.run import RunInputs, run
+from families import EXPERTS, LAYERS, PAGE, REFUSED, SUPPORTED, configuration, page
 
 # Every kind of place that layers, maps and positions can be in.
 QUICK = {"bloom", "falcon", "gpt2", "gpt_bigcode", "lfm2", "mpt", "opt"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import random_examples, shaken
-from expunge.audits.ablation import mean_states
+from expunge.audits.attacks.ablation import mean_states
 from expunge.audits.subject import Reader
 from expunge.data.batches import collate
 from expunge.data.rows import Row
@@ -20,7 +20,7 @@ from expunge.evaluation.multiple_choice import choice_log_probs
 from expunge.methods.forward import all_logits
 from expunge.models.decoder import find_layout
 from expunge.models.rope import keep_rows_apart, switch_of
-from expunge.models.segment import Segment
+from expunge.segments.segment import Segment
 
 SWITCH = 24
 LENGTHS = [5, SWITCH - 2, SWITCH, SWITCH + 1, 40, 12]

@@ -16,7 +16,7 @@ from conftest import CHATML, learn, refusal, tiny_model, write_jsonl
 from expunge.analysis.template_choice import ROWS, chosen, evenly, read_form
 from expunge.data.rows import Row, as_rows
 from expunge.data.tokenization import TextPolicy, encode_rows
-from expunge.methods.numerics import is_known
+from expunge.maths.numerics import is_known
 from expunge.methods.retrain import Retrain
 from expunge.models.loading import check_model, resolve_dtype, said_of_dtype
 from expunge.training.options import TrainingOptions
@@ -245,7 +245,7 @@ def test_the_earlier_words_for_it_still_hold(
     from expunge.cli.options import parse
     from expunge.cli.run import parsed
     from expunge.evaluation.measuring import MeasureInputs
-    from expunge.training.run import RunInputs
+    from expunge.runs.run import RunInputs
 
     config = tmp_path / "config.yaml"
     config.write_text(f"forget: F\n{lines}\n")

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from conftest import tiny_model
 from exact_muon import PRODUCTS
 from expunge.data.sampling import step_batches
-from expunge.models.engine import SegmentEngine
-from expunge.models.packing import NotASegment
 from expunge.models.parts import StreamedModel
 from expunge.models.tensors import stored_tensors
+from expunge.segments.engine import SegmentEngine
+from expunge.segments.packing import NotASegment
 
 Run = Callable[..., Path]
 SINGLE = "model.safetensors"
@@ -90,7 +90,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise NotASegment(REASON)
 
-    monkeypatch.setattr("expunge.training.opening.open_engine", refuse)
+    monkeypatch.setattr("expunge.runs.opening.open_engine", refuse)
     monkeypatch.setattr("expunge.training.unlearning.open_engine", refuse)
 
 
@@ -123,7 +123,7 @@ def test_the_segment_gives_the_weights_that_hooks_on_the_whole_model_give(
         forbid(patch)
         hooks = start(*options)
     if whole:
-        monkeypatch.setattr("expunge.training.opening.why_not_streamed", lambda *_, **__: REASON)
+        monkeypatch.setattr("expunge.runs.opening.why_not_streamed", lambda *_, **__: REASON)
     segment = start(*options)
     assert manifest(hooks)["method_notes"]["hidden_states"] == "hooks"
     assert manifest(segment)["method_notes"]["hidden_states"] == "segment"
@@ -317,7 +317,7 @@ def test_layers_above_are_never_read_where_nothing_is_measured(
 
     monkeypatch.setattr(StreamedModel, "load", note)
     # The written model is probed as a whole, so that is left out here.
-    monkeypatch.setattr("expunge.training.run.verify_checkpoint", lambda *_, **__: None)
+    monkeypatch.setattr("expunge.runs.run.verify_checkpoint", lambda *_, **__: None)
     # A target that is asked whether it knows the rows is read as a whole, once.
     start("--method.layer", 2, "--select", "last", "--unknown-rows", "unlearn")
     assert {"model.layers.0", "model.layers.1", "model.layers.2"} <= set(read)

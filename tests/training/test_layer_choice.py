@@ -18,12 +18,12 @@ from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.rmu import RMU
 from expunge.models.parts import WholeModel
 from expunge.processes import OneProcess
+from expunge.runs.run import RunInputs, check_run
 from expunge.training import layer_choice
 from expunge.training.layer_choice import extreme_layers, is_open, resolved_layer
 from expunge.training.loop import Loop
 from expunge.training.options import TrainingOptions
 from expunge.training.progress import Silent
-from expunge.training.run import RunInputs, check_run
 from expunge.training.unlearning import unlearn_model
 
 Cli = Callable[..., tuple[int, str, str]]

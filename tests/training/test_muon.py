@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from expunge.maths.whitening import SecondMoment, second_moments
 from expunge.methods.base import Whitening
-from expunge.methods.whitening import SecondMoment, second_moments
 from expunge.training import muon
 from expunge.training.muon import Muon, direction, orthogonalised
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import exact_muon
 from expunge.errors import InputError
 from expunge.processes import ManyProcesses, OneProcess
-from expunge.training.scratch import shared_scratch
+from expunge.runs.scratch import shared_scratch
 
 TOLERANCE = 1e-4
 """Of the change of each tensor: float32 sums in another order, carried through the optimiser."""

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from expunge.training import keeping, state
+from expunge.runs import keeping
+from expunge.runs.scratch import Scratch
+from expunge.training import state
 from expunge.training.loop import Loop
 from expunge.training.muon import Muon
-from expunge.training.scratch import Scratch
 from expunge.training.state import load_state, optimizer_tensors, restore_optimizer, save_state
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -200,7 +201,7 @@ def test_a_fault_while_writing_keeps_what_was_there_and_the_state(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from expunge.training import run
+    from expunge.runs import run
 
     out = tmp_path / "out"
     assert start(out, "--seed", 1)[0] == 0

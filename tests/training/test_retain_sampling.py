@@ -12,9 +12,9 @@ import pytest
 from conftest import refusal
 from expunge.analysis.influence import InfluenceInputs, analyze_influence
 from expunge.methods.gradient_difference import GradientDifference
+from expunge.runs.run import RunInputs, run
 from expunge.training.options import TrainingOptions
 from expunge.training.preparation import Prepared, prepare
-from expunge.training.run import RunInputs, run
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 
 from expunge.data.tokenization import Example
 from expunge.evaluation.outcomes import Measured, is_destroyed
-from expunge.methods.membership import membership_auc, membership_score
+from expunge.maths.membership import membership_auc, membership_score
 from expunge.training.validation import ValidationSet, drawn_nonmembers, measure, score
 
 TARGET = Measured(forget_accuracy=0.9, forget_loss=0.1, retain_accuracy=0.8, retain_loss=0.1)

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import HOSTILE, refusal, write_jsonl
 from expunge.models import loading
-from expunge.training.sources import remembered
+from expunge.runs.sources import remembered
 from expunge.web import serving
 from expunge.web.inputs import (
     PASSWORD,

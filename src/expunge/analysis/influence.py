@@ -47,7 +47,7 @@ from expunge.data.rows import Reading, RowSet, check_disjoint
 from expunge.data.tokenization import LongRows, encode_rows
 from expunge.disk import check_file_output, deliver
 from expunge.errors import InputError, check_seed
-from expunge.methods.curvature import DampingUnit
+from expunge.maths.curvature import DampingUnit
 from expunge.models.decoder import DecoderLayout, skeleton_of
 from expunge.models.devices import resolve_device
 from expunge.models.loading import RunDtype, check_model, load_model, resolve_dtype, said_of_dtype

@@ -24,11 +24,11 @@ from torch import nn
 from expunge.analysis.layer_rows import ANSWER_TOKENS, SampledRow, corrupted_ids, sampled
 from expunge.analysis.layer_scores import combined, separate, share, written
 from expunge.data.tokenization import Example
+from expunge.maths.numerics import target_log_probs
 from expunge.methods.forward import logits_at
-from expunge.methods.numerics import target_log_probs
 from expunge.models.decoder import DecoderLayout, forward_hook, states_of, with_states
-from expunge.models.engine import Autocast, pass_tokens_on, read_in_turn
 from expunge.models.parts import Parts
+from expunge.segments.engine import Autocast, pass_tokens_on, read_in_turn
 
 _HEAD = 8
 """Tokens of a pass through the layers that take about the memory of one through the head."""

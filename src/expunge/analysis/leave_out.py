@@ -19,7 +19,6 @@ from typing import Literal
 
 import torch
 
-from expunge.analysis.conjugate_gradients import Blocks, Solved, conjugate_gradients
 from expunge.analysis.row_gradients import (
     Known,
     Labels,
@@ -31,13 +30,14 @@ from expunge.analysis.row_gradients import (
     gradient_of,
 )
 from expunge.errors import RunError
-from expunge.methods.curvature import (
+from expunge.maths.conjugate_gradients import Blocks, Solved, conjugate_gradients
+from expunge.maths.curvature import (
     Curvature,
     DampingUnit,
     DiagonalCurvature,
     EigenbasisCurvature,
 )
-from expunge.methods.fisher import FactorCovariances
+from expunge.maths.fisher import FactorCovariances
 
 CurvatureKind = Literal["diagonal", "ekfac", "cg"]
 TOLERANCE, MOST_ITERATIONS = 0.1, 50

@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from expunge.data.batches import Tokens, collate
 from expunge.data.tokenization import Example
-from expunge.methods.fisher import tapped
+from expunge.maths.fisher import tapped
+from expunge.maths.numerics import target_log_probs, unbroken_share, wide
 from expunge.methods.forward import all_logits, head_takes_places, logits_at
-from expunge.methods.numerics import target_log_probs, unbroken_share, wide
 from expunge.models.decoder import DecoderLayout, forward_hook, map_sizes
 from expunge.models.kernels import fast_products
 

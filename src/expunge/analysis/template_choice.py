@@ -18,10 +18,10 @@ from expunge.data.batches import PAD_ID, in_order
 from expunge.data.rows import Row
 from expunge.data.tokenization import Example, TextPolicy, encode_rows
 from expunge.errors import InputError
+from expunge.maths.numerics import answered, target_log_probs
 from expunge.methods.forward import logits_at
-from expunge.methods.numerics import answered, target_log_probs
-from expunge.models.engine import Autocast, pass_tokens_on
 from expunge.models.kernels import fast_products
+from expunge.segments.engine import Autocast, pass_tokens_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

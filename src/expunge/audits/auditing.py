@@ -37,7 +37,7 @@ from expunge.disk import deliver
 from expunge.models.devices import resolve_device
 from expunge.models.loading import load_model, resolve_dtype, said_of_dtype
 from expunge.models.text_forms import text_policies
-from expunge.training.manifest import finite
+from expunge.runs.manifest import finite
 from expunge.training.progress import Progress, Silent
 
 Results = dict[tuple[int, str], dict[ModelName, Found]]

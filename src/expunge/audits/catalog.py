@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from expunge.audits import (
+from expunge.audits.attacks import (
     ablation,
     benign,
     depth,

@@ -11,10 +11,10 @@ from typing import Literal
 
 import torch
 
+from expunge.audits.attacks.depth import not_alike
 from expunge.audits.base import Attack, Case, ModelName, Tuned
 from expunge.audits.budgets import BUDGETS, BudgetName
 from expunge.audits.catalog import ATTACKS
-from expunge.audits.depth import not_alike
 from expunge.audits.facts import drawn
 from expunge.audits.memory import PlannedAudit, Sizes, plan_audit
 from expunge.audits.paraphrases import read_paraphrases

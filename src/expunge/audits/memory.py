@@ -17,10 +17,10 @@ from expunge.audits.base import Tuned
 from expunge.audits.budgets import Budget
 from expunge.audits.tuning import BYTES_A_PARAMETER, LORA
 from expunge.evaluation.batches import rows_within
+from expunge.maths.numerics import piece_rows
 from expunge.methods.gradient_ascent import GradientAscent
-from expunge.methods.numerics import piece_rows
 from expunge.models.loading import CheckedModel, Dtype
-from expunge.training.memory_parts import (
+from expunge.runs.memory_parts import (
     ACTIVATIONS,
     CONTEXT,
     CONTEXT_BYTES,
@@ -38,7 +38,7 @@ from expunge.training.memory_parts import (
     WEIGHTS,
     Phase,
 )
-from expunge.training.sizes import shapes_of
+from expunge.runs.sizes import shapes_of
 
 TUNED = "what is tuned, its gradients and moments"
 CACHE = "keys and values"

@@ -17,8 +17,8 @@ from expunge.evaluation.batches import padded, token_batches
 from expunge.evaluation.choices import Choice, Greedy
 from expunge.evaluation.decoding import Request, decode
 from expunge.evaluation.generation import MAX_NEW_TOKENS, ends_of, text_of
+from expunge.maths.numerics import target_log_probs
 from expunge.methods.forward import logits_at
-from expunge.methods.numerics import target_log_probs
 from expunge.models.kernels import fast_products
 from expunge.models.loading import CheckedModel, Dtype, load_model
 

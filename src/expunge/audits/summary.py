@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from expunge.audits.attacks.depth import depth_entry
+from expunge.audits.attacks.membership import blind_scores
 from expunge.audits.base import Attack, Case, Found, ModelName, Scores
-from expunge.audits.depth import depth_entry
 from expunge.audits.entries import DIGITS, Models, Summary, able, opening, powerless, resamples_of
 from expunge.audits.estimates import (
     Estimate,
@@ -19,7 +20,6 @@ from expunge.audits.estimates import (
     others_needed,
 )
 from expunge.audits.facts import extracted
-from expunge.audits.membership import blind_scores
 from expunge.audits.verdict import Evidence
 from expunge.data.rows import Row, by_document, document_of
 from expunge.evaluation.outcomes import ALPHA, BLIND_FROM, FEW, POWER_AUC, POWER_FROM, POWER_GAP

@@ -18,10 +18,10 @@ from expunge.data.rows import Row
 from expunge.data.sampling import EpochBatches
 from expunge.data.tokenization import Example, encode_rows
 from expunge.evaluation.membership import counted_log_probs
-from expunge.methods.losses import cross_entropy
+from expunge.maths.losses import cross_entropy
 from expunge.models.kernels import fast_products
 from expunge.models.lora import Adapter, LoraShape
-from expunge.training.planning import machine_memory
+from expunge.runs.planning import machine_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

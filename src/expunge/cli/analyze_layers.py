@@ -22,14 +22,14 @@ from expunge.models.kernels import autocast_of
 from expunge.models.loading import resolve_dtype
 from expunge.processes import check_alone, processes_of
 from expunge.reporting.tables import number, table_console, table_of
+from expunge.runs.opening import open_parts
+from expunge.runs.run import RunInputs, check_run
 from expunge.search.results import measured_layers
 from expunge.search.space import replaced
 from expunge.training.form import resolved_form
 from expunge.training.layer_choice import read_layers
-from expunge.training.opening import open_parts
 from expunge.training.options import TrainingOptions
 from expunge.training.progress import Progress
-from expunge.training.run import RunInputs, check_run
 
 _ABOUT = """
 expunge analyze layers MODEL --forget F --retain R [--measured SWEEP]

@@ -38,13 +38,13 @@ from expunge.reporting.box import box
 from expunge.reporting.material import AUDIT, BEFORE, ORACLE, ReportInputs
 from expunge.reporting.report import write_report
 from expunge.reporting.tables import table_console
-from expunge.training.manifest import settings_of
+from expunge.runs.manifest import settings_of
+from expunge.runs.planning import GIB, Plan, alternatives, budget_of, plan
+from expunge.runs.run import RunInputs, check_run, run
+from expunge.runs.scratch import Scratch, differences
+from expunge.runs.sources import check_place, remember, remembered, sources_of
 from expunge.training.options import TrainingOptions
-from expunge.training.planning import GIB, Plan, alternatives, budget_of, plan
 from expunge.training.preparation import Prepared
-from expunge.training.run import RunInputs, check_run, run
-from expunge.training.scratch import Scratch, differences
-from expunge.training.sources import check_place, remember, remembered, sources_of
 
 _ABOUT = """
 expunge erase MODEL --forget F --retain R --output OUT

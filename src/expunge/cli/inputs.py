@@ -5,8 +5,8 @@ from __future__ import annotations
 from expunge.audits.inputs import AuditInputs
 from expunge.cli.options import taken
 from expunge.evaluation.measuring import MeasureInputs
+from expunge.runs.run import RunInputs
 from expunge.training.options import TrainingOptions
-from expunge.training.run import RunInputs
 
 
 def scores_of(inputs: RunInputs, training: TrainingOptions) -> MeasureInputs:

@@ -139,7 +139,7 @@ def old_names(command: type[Any], name: str) -> list[str]:
 
 
 def _recalled(place: str, missing: Collection[str]) -> Mapping[str, Any]:
-    from expunge.training.sources import recalled
+    from expunge.runs.sources import recalled
 
     return recalled(Path(place), missing)
 

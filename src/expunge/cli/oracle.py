@@ -11,7 +11,7 @@ import tyro
 from expunge.cli import run
 from expunge.errors import InputError
 from expunge.methods.retrain import Retrain
-from expunge.training.run import RunInputs
+from expunge.runs.run import RunInputs
 
 _ABOUT = """
 expunge oracle BASE --retain R --output DIR

@@ -14,9 +14,8 @@ from expunge.errors import InputError
 from expunge.models.devices import resolve_device
 from expunge.models.loading import resolve_dtype, said_of_dtype
 from expunge.models.text_forms import text_policies
-from expunge.training.memory_parts import Phase
-from expunge.training.options import TrainingOptions
-from expunge.training.planning import (
+from expunge.runs.memory_parts import Phase
+from expunge.runs.planning import (
     GIB,
     GPUS,
     Budget,
@@ -26,7 +25,8 @@ from expunge.training.planning import (
     plan,
     retraining,
 )
-from expunge.training.run import RunInputs, check_run
+from expunge.runs.run import RunInputs, check_run
+from expunge.training.options import TrainingOptions
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -24,10 +24,10 @@ from expunge.disk import explained
 from expunge.errors import InputError
 from expunge.methods.base import Method
 from expunge.methods.catalog import METHODS
+from expunge.runs.run import RunInputs, run
+from expunge.runs.sources import remember, remembered, sources_of
 from expunge.training.options import TrainingOptions
 from expunge.training.progress import Progress
-from expunge.training.run import RunInputs, run
-from expunge.training.sources import remember, remembered, sources_of
 
 DEFAULT_METHOD = "spectral"
 Inputs = TypeVar("Inputs")

@@ -11,9 +11,9 @@ import torch
 from expunge.data.batches import Batch, collate
 from expunge.data.tokenization import Example
 from expunge.evaluation.batches import token_batches
+from expunge.maths.membership import RowLosses
+from expunge.maths.numerics import target_log_probs
 from expunge.methods.forward import logits_at
-from expunge.methods.membership import RowLosses
-from expunge.methods.numerics import target_log_probs
 from expunge.models.kernels import fast_products
 from expunge.processes import OneProcess, Processes, gathered
 

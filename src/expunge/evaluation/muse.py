@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from expunge.methods.membership import membership_auc
+from expunge.maths.membership import membership_auc
 
 VERBATIM_TOKENS = 128
 """New tokens of VerbMem, and of the text that they are compared with."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from expunge.methods.membership import is_chance
+from expunge.maths.membership import is_chance
 
 if TYPE_CHECKING:
     from expunge.evaluation.scorecard import Scorecard

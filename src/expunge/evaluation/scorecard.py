@@ -17,7 +17,7 @@ from expunge.evaluation.multiple_choice import Question, accuracy, check_prompts
 from expunge.evaluation.passes import Passes, record_of
 from expunge.evaluation.score_values import read_mapping, read_score
 from expunge.evaluation.scores import final_score, knowledge, regurgitation, task_aggregate
-from expunge.methods.membership import membership_auc, membership_score
+from expunge.maths.membership import membership_auc, membership_score
 from expunge.processes import OneProcess, Processes
 
 if TYPE_CHECKING:

@@ -44,9 +44,9 @@ from expunge.methods.base import Method
 from expunge.models.files import MANIFEST
 from expunge.models.loading import check_model
 from expunge.processes import check_alone
+from expunge.runs.run import RunInputs, run
 from expunge.training.options import TrainingOptions
 from expunge.training.progress import Progress, Silent
-from expunge.training.run import RunInputs, run
 
 _ERASED: tuple[State, ...] = ("served", "verified", "failed")
 

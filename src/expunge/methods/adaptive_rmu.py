@@ -22,9 +22,9 @@ import torch
 from expunge.data.batches import Batch, collate
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
+from expunge.maths.losses import adaptive_target, unit_direction
+from expunge.maths.numerics import masked_mean
 from expunge.methods.base import Context, Preset, RunDefaults, Terms, check_not_negative
-from expunge.methods.losses import adaptive_target, unit_direction
-from expunge.methods.numerics import masked_mean
 from expunge.methods.steering import SteeringObjective, SteeringSettings
 from expunge.models.decoder import forward_hook, states_of, with_states
 

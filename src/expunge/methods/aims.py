@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from expunge.methods.calibration import NeverSeen, Pair, TokenSpread, at_ranks
+from expunge.maths.calibration import NeverSeen, Pair, TokenSpread, at_ranks
 
 _LOSS_RANGE, _LOSS_SHARE = 1.5, 0.2
 """How far an aim may go beyond what is wanted to get there, nats and share of it, whichever is more: the

@@ -16,11 +16,11 @@ from expunge.data.rows import Row
 from expunge.data.sampling import Sampling
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
-from expunge.methods.calibration import NeverSeen
-from expunge.methods.numerics import by_pieces, target_log_probs, target_surprise
+from expunge.maths.calibration import NeverSeen
+from expunge.maths.numerics import by_pieces, target_log_probs, target_surprise
 from expunge.models.decoder import DecoderLayout
-from expunge.models.engine import SegmentEngine
 from expunge.processes import OneProcess, Processes
+from expunge.segments.engine import SegmentEngine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,9 +16,9 @@ from torch import nn
 
 from expunge.data.batches import Batch, in_order
 from expunge.data.tokenization import Example
+from expunge.maths.numerics import row_means, token_log_probs
 from expunge.methods.base import Context
 from expunge.methods.forward import all_logits
-from expunge.methods.numerics import row_means, token_log_probs
 from expunge.models.decoder import forward_hook
 from expunge.models.sharding import whole
 

@@ -18,9 +18,9 @@ from typing import Any, ClassVar, Literal
 from expunge.data.batches import Batch
 from expunge.data.sampling import Sampling
 from expunge.errors import InputError
+from expunge.maths.numerics import row_means
 from expunge.methods.base import Context, Preset, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective, GradientSettings
-from expunge.methods.numerics import row_means
 from expunge.models.decoder import DecoderLayout
 from expunge.models.weights import named_within
 

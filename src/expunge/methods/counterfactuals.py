@@ -17,7 +17,7 @@ from dataclasses import replace
 from random import Random
 
 from expunge.data.rows import Row
-from expunge.methods.calibration import RowTokens
+from expunge.maths.calibration import RowTokens
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|\d+")
 _RARE = 0.05

@@ -16,6 +16,9 @@ from expunge.data.rows import Row
 from expunge.data.sampling import Sampling
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
+from expunge.maths.calibration import NeverSeen
+from expunge.maths.losses import cross_entropy, token_kl
+from expunge.maths.numerics import row_sums, target_log_probs
 from expunge.methods.base import (
     Context,
     Finished,
@@ -25,15 +28,12 @@ from expunge.methods.base import (
     check_not_negative,
     check_random_rows,
 )
-from expunge.methods.calibration import NeverSeen
 from expunge.methods.forward import (
     all_logits,
     head_takes_places,
     logits_at,
     recomputed,
 )
-from expunge.methods.losses import cross_entropy, token_kl
-from expunge.methods.numerics import row_sums, target_log_probs
 from expunge.models.decoder import DecoderLayout, Targets
 from expunge.models.lora import Adapter, LoraShape
 from expunge.models.sharding import is_sharded, whole

@@ -17,12 +17,12 @@ from torch import nn
 from expunge.data.batches import Batch
 from expunge.data.tokenization import Example
 from expunge.errors import RunError
+from expunge.maths.curvature import Curvature, EigenbasisCurvature
+from expunge.maths.fisher import FactorCovariances, SquaredGradients
+from expunge.maths.influence import size_within
+from expunge.maths.numerics import row_means
 from expunge.methods.base import Context
-from expunge.methods.curvature import Curvature, EigenbasisCurvature
-from expunge.methods.fisher import FactorCovariances, SquaredGradients
 from expunge.methods.gradient import GradientObjective
-from expunge.methods.influence import size_within
-from expunge.methods.numerics import row_means
 
 STEP_BUDGET = 0.02
 """Nats a token."""

@@ -17,10 +17,10 @@ from typing import ClassVar
 import torch
 
 from expunge.data.batches import Batch, Tokens
+from expunge.maths.losses import certain_jsd, token_jsd
+from expunge.maths.numerics import target_log_probs
 from expunge.methods.base import Context, Preset, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective
-from expunge.methods.losses import certain_jsd, token_jsd
-from expunge.methods.numerics import target_log_probs
 from expunge.methods.preference import RefusalSettings
 
 

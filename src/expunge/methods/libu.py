@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from expunge.errors import InputError
+from expunge.maths.curvature import Curvature, DiagonalCurvature
 from expunge.methods.base import Context, OptimizerSpec, Preset, RunDefaults
-from expunge.methods.curvature import Curvature, DiagonalCurvature
 from expunge.methods.gradient import LoraSettings
 from expunge.methods.influence_step import InfluenceStep
 from expunge.methods.log_odds import LogOddsObjective, LogOddsSettings

@@ -19,11 +19,11 @@ import torch
 
 from expunge.data.batches import Batch
 from expunge.errors import InputError
+from expunge.maths.curvature import DiagonalCurvature
+from expunge.maths.numerics import target_log_probs
 from expunge.methods.base import Context, OptimizerSpec, Preset, RunDefaults, Terms
-from expunge.methods.curvature import DiagonalCurvature
 from expunge.methods.gradient import GradientObjective, LoraSettings
 from expunge.methods.influence_step import InfluenceStep
-from expunge.methods.numerics import target_log_probs
 
 _SETUP = {"batch_size": 16, "epochs": 5, "schedule": "constant"}
 

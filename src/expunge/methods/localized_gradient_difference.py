@@ -18,11 +18,11 @@ import torch
 
 from expunge.data.batches import Batch
 from expunge.errors import InputError
+from expunge.maths.losses import adaptive_weights
+from expunge.maths.numerics import row_means
 from expunge.methods.base import Context, Preset, RunDefaults, Terms
 from expunge.methods.causal_tracing import best_window, layer_effects
 from expunge.methods.gradient import GradientObjective, GradientSettings
-from expunge.methods.losses import adaptive_weights
-from expunge.methods.numerics import row_means
 from expunge.models.decoder import DecoderLayout, Targets
 from expunge.models.weights import named_within
 

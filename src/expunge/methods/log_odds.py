@@ -30,13 +30,13 @@ from expunge.data.batches import Batch, Tokens
 from expunge.data.sampling import Sampling
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
+from expunge.maths.calibration import NeverSeen
+from expunge.maths.losses import huber, log_odds_at, top_kl
+from expunge.maths.numerics import target_log_odds, target_surprise
 from expunge.methods.aims import Aims
 from expunge.methods.base import Context, Terms, check_not_negative
-from expunge.methods.calibration import NeverSeen
 from expunge.methods.forward import lens_added, lens_in_one_pass
 from expunge.methods.gradient import GradientObjective, TokenSettings
-from expunge.methods.losses import huber, log_odds_at, top_kl
-from expunge.methods.numerics import target_log_odds, target_surprise
 from expunge.models.decoder import every_layer, last_layer_gives
 
 CEILING = 0.8

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from expunge.data.batches import Batch
+from expunge.maths.losses import npo
+from expunge.maths.numerics import row_sums
 from expunge.methods.base import Context, Preset, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective, GradientSettings
-from expunge.methods.losses import npo
-from expunge.methods.numerics import row_sums
 
 
 @dataclass(frozen=True)

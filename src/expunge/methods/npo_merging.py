@@ -23,10 +23,10 @@ from torch import nn
 
 from expunge.data.batches import Batch
 from expunge.errors import InputError
+from expunge.maths.losses import npo
+from expunge.maths.numerics import row_means
 from expunge.methods.base import Context, Finished, Preset, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective, GradientSettings
-from expunge.methods.losses import npo
-from expunge.methods.numerics import row_means
 
 FORGETTING, KEEPING = "forgetting", "keeping"
 

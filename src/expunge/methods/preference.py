@@ -13,10 +13,10 @@ from expunge.data.batches import Batch, collate
 from expunge.data.rows import Row
 from expunge.data.tokenization import Example, TextPolicy, encode_rows
 from expunge.errors import InputError
+from expunge.maths.losses import dpo
+from expunge.maths.numerics import row_sums
 from expunge.methods.base import Context, Terms
 from expunge.methods.gradient import GradientObjective, GradientSettings
-from expunge.methods.losses import dpo
-from expunge.methods.numerics import row_sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,8 +14,8 @@ from typing import ClassVar, Literal
 import torch
 
 from expunge.data.batches import Batch, Tokens
+from expunge.maths.losses import unit_direction
 from expunge.methods.base import Context, Preset, RunDefaults, Terms, check_not_negative
-from expunge.methods.losses import unit_direction
 from expunge.methods.steering import SteeringObjective, SteeringSettings
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from expunge.data.batches import Batch
+from expunge.maths.losses import simnpo
+from expunge.maths.numerics import row_means
 from expunge.methods.base import Context, Preset, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective, GradientSettings
-from expunge.methods.losses import simnpo
-from expunge.methods.numerics import row_means
 
 
 @dataclass(frozen=True)

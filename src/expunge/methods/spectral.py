@@ -23,9 +23,9 @@ from typing import ClassVar
 
 from expunge.data.sampling import steps_an_epoch
 from expunge.errors import InputError
+from expunge.maths.whitening import second_moments
 from expunge.methods.base import Context, OptimizerSpec, Preset, RunDefaults, Whitening
 from expunge.methods.log_odds import LogOddsObjective, LogOddsSettings
-from expunge.methods.whitening import second_moments
 from expunge.models.decoder import DecoderLayout, is_turned, map_sizes
 
 _ITERATIONS = 3

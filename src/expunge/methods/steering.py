@@ -20,6 +20,8 @@ from expunge.data.batches import Batch, Tokens
 from expunge.data.rows import Row
 from expunge.data.sampling import Sampling
 from expunge.errors import InputError
+from expunge.maths.calibration import NeverSeen
+from expunge.maths.losses import steer
 from expunge.methods.base import (
     Context,
     Finished,
@@ -29,8 +31,6 @@ from expunge.methods.base import (
     check_not_negative,
     check_random_rows,
 )
-from expunge.methods.calibration import NeverSeen
-from expunge.methods.losses import steer
 from expunge.models.decoder import DecoderLayout, hidden_states
 from expunge.models.weights import snapshot, swapped_in, train_only
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from expunge.data.batches import Batch
+from expunge.maths.losses import token_npo
 from expunge.methods.base import Context, Preset, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective, GradientSettings
-from expunge.methods.losses import token_npo
 
 
 @dataclass(frozen=True)

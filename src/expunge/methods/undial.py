@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from expunge.data.batches import Batch
+from expunge.maths.losses import lowered, token_kl
 from expunge.methods.base import Context, Preset, RunDefaults, Terms, check_not_negative
 from expunge.methods.gradient import GradientObjective, GradientSettings
-from expunge.methods.losses import lowered, token_kl
 
 
 @dataclass(frozen=True)

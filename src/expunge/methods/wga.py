@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from expunge.data.batches import Batch
+from expunge.maths.losses import weighted_ascent
 from expunge.methods.base import Context, Preset, RunDefaults, Terms, check_not_negative
 from expunge.methods.gradient import GradientObjective, GradientSettings
-from expunge.methods.losses import weighted_ascent
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from expunge.evaluation.score_files import SCORES, check_one_form, read_scores
 from expunge.evaluation.scorecard import Scorecard
 from expunge.models.files import MANIFEST
 from expunge.reporting.tables import unlike
-from expunge.training.run import DIRECTIONS, METRICS
+from expunge.runs.run import DIRECTIONS, METRICS
 
 AUDIT = "audit.json"
 """Its name in a run directory."""

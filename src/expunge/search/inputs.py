@@ -24,12 +24,12 @@ from expunge.models.devices import resolve_device
 from expunge.models.loading import CheckedModel, Dtype, check_model, resolve_dtype, said_of_dtype
 from expunge.models.text_forms import text_policies
 from expunge.processes import check_alone
+from expunge.runs.manifest import settings_of
+from expunge.runs.run import Sources
 from expunge.search.objectives import Objective, Part, check_objectives, objective_value
 from expunge.search.space import METHOD_PREFIX, Space, read_space
-from expunge.training.manifest import settings_of
 from expunge.training.options import TrainingOptions, seconds
 from expunge.training.preparation import EncodedSets, encode_sets, prepare_encoded
-from expunge.training.run import Sources
 
 Sampler = Literal["tpe", "random", "grid"]
 Into = TypeVar("Into")

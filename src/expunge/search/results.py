@@ -19,6 +19,8 @@ from expunge.disk import write_whole
 from expunge.errors import InputError
 from expunge.evaluation.outcomes import of_scores
 from expunge.evaluation.scorecard import Scorecard
+from expunge.runs.manifest import finite, settings_of
+from expunge.runs.run import RunInputs
 from expunge.search.inputs import Task
 from expunge.search.objectives import objective_value
 from expunge.search.study import (
@@ -31,8 +33,6 @@ from expunge.search.study import (
     is_lost,
     shown_url,
 )
-from expunge.training.manifest import finite, settings_of
-from expunge.training.run import RunInputs
 
 if TYPE_CHECKING:
     from optuna.study import Study

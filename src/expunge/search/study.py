@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from expunge.disk import held
 from expunge.errors import InputError, install
+from expunge.runs.scratch import differences
 from expunge.search.inputs import Sampler, Task
-from expunge.training.scratch import differences
 
 try:
     import optuna

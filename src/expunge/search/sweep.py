@@ -20,6 +20,9 @@ from expunge.errors import (
 )
 from expunge.evaluation.scorecard import Scorecard
 from expunge.methods.base import Method
+from expunge.runs.manifest import finite
+from expunge.runs.run import RunInputs, check_run, run
+from expunge.runs.scratch import check_output
 from expunge.search.inputs import SweepInputs, Task, check_sweep
 from expunge.search.objectives import objective_value
 from expunge.search.results import BEST_CONFIG, FRONT, RESULT, RUNNING, best_run, write_results
@@ -51,11 +54,8 @@ from expunge.search.trial import (
     score,
     with_form,
 )
-from expunge.training.manifest import finite
 from expunge.training.options import TrainingOptions, seconds
 from expunge.training.progress import Progress, Silent
-from expunge.training.run import RunInputs, check_run, run
-from expunge.training.scratch import check_output
 from expunge.training.stopping import StopRequest, stop_requests
 
 if TYPE_CHECKING:

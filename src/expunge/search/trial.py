@@ -24,9 +24,9 @@ from expunge.evaluation.sentences import scores_sentence
 from expunge.methods.base import Method
 from expunge.models.loading import CheckedModel, load_model
 from expunge.models.parts import give_back_freed_memory
-from expunge.models.prefix import Prefix
+from expunge.runs.opening import open_run
 from expunge.search.inputs import Task
-from expunge.training.opening import open_run
+from expunge.segments.prefix import Prefix
 from expunge.training.options import TrainingOptions
 from expunge.training.preparation import prepare_encoded
 from expunge.training.progress import Progress, Silent

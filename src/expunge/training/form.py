@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from expunge.analysis.template_choice import chosen, read_form, said_of
 from expunge.errors import RefusedRun
 from expunge.models.decoder import DecoderLayout
-from expunge.models.engine import Autocast, read_in_turn
 from expunge.models.parts import Parts
 from expunge.processes import OneProcess, Processes
+from expunge.segments.engine import Autocast, read_in_turn
 from expunge.training.preparation import Prepared
 from expunge.training.progress import Progress
 

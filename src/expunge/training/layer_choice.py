@@ -17,10 +17,10 @@ from expunge.methods.steering import (
     usual_layer,
 )
 from expunge.models.decoder import DecoderLayout
-from expunge.models.engine import Autocast
 from expunge.models.kernels import fast_products
 from expunge.models.parts import Parts
 from expunge.processes import OneProcess, Processes
+from expunge.segments.engine import Autocast
 from expunge.training.preparation import Prepared
 from expunge.training.progress import Progress
 

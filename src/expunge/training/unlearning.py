@@ -21,14 +21,14 @@ from expunge.evaluation.outcomes import Measured, of_run
 from expunge.evaluation.sentences import run_sentence
 from expunge.methods.base import Context, Finished, Method
 from expunge.methods.own_text import written_by
-from expunge.models.cache_layout import CacheLayout, lay_out
 from expunge.models.decoder import DecoderLayout, find_layout
-from expunge.models.engine import SegmentEngine
 from expunge.models.kernels import autocast_of, fast_products
-from expunge.models.packing import NotASegment
 from expunge.models.parts import Parts, WholeModel
-from expunge.models.prefix import Prefix
 from expunge.processes import OneProcess, Processes
+from expunge.segments.cache_layout import CacheLayout, lay_out
+from expunge.segments.engine import SegmentEngine
+from expunge.segments.packing import NotASegment
+from expunge.segments.prefix import Prefix
 from expunge.training.form import resolved_form, unknown
 from expunge.training.history import History
 from expunge.training.layer_choice import resolved_layer

@@ -22,8 +22,7 @@ import torch
 from expunge.data.batches import Batch, Tokens, collate, in_order
 from expunge.data.tokenization import Example
 from expunge.evaluation.outcomes import Measured
-from expunge.methods.base import Context
-from expunge.methods.calibration import (
+from expunge.maths.calibration import (
     ENOUGH,
     NeverSeen,
     RowTokens,
@@ -31,9 +30,10 @@ from expunge.methods.calibration import (
     joined,
     never_seen,
 )
+from expunge.maths.membership import RowLosses, membership_auc
+from expunge.maths.numerics import answered
+from expunge.methods.base import Context
 from expunge.methods.counterfactuals import never_seen_like
-from expunge.methods.membership import RowLosses, membership_auc
-from expunge.methods.numerics import answered
 from expunge.methods.own_text import text_of_kind
 
 _FLOOR = 1e-3

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from expunge.audits.sampling import Sampled
+from expunge.audits.attacks.sampling import Sampled
 from expunge.data.rows import Row
 from expunge.data.tokenization import TextPolicy, prompt_ids
 from expunge.errors import InputError
@@ -20,7 +20,7 @@ from expunge.evaluation.choices import Choice, Greedy, Place
 from expunge.evaluation.decoding import Request, stream
 from expunge.evaluation.generation import ends_of, text_of
 from expunge.evaluation.scores import knowledge, regurgitation
-from expunge.methods.numerics import target_log_probs
+from expunge.maths.numerics import target_log_probs
 from expunge.models.kernels import fast_products
 
 if TYPE_CHECKING:
