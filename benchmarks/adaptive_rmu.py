@@ -74,8 +74,7 @@ def _row(layer: int, epochs: int, ran: int, rounds: list[dict[str, Any]]) -> str
     engine = [total(r["engine"]) for r in rounds]
     ratio = statistics.median(p / e for p, e in zip(published, engine, strict=True))
     memory = [
-        statistics.median(r[side]["peak"] for r in rounds) / 2**20
-        for side in ("published", "engine")
+        statistics.median(r[side]["peak"] for r in rounds) / 2**20 for side in ("published", "engine")
     ]
     share = statistics.median(r["engine"]["peak"] / r["published"]["peak"] for r in rounds)
     computed = "" if epochs == ran else " (computed)"
@@ -101,9 +100,7 @@ def _round(arguments: argparse.Namespace, layer: int, scratch: Path) -> dict[str
             *(f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in _PASSED),
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
-        done = subprocess.run(
-            command, env=environment, check=True, stdout=subprocess.PIPE, text=True
-        )
+        done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
         result[side] = json.loads(done.stdout.splitlines()[-1])
     published = load_file(scratch / "published.safetensors")
     engine = load_file(scratch / "engine.safetensors")

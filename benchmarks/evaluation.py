@@ -53,9 +53,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of both sides")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument(
-        "--batches", action="store_true", help="compare batch sizes 1 and 64, time none"
-    )
+    parser.add_argument("--batches", action="store_true", help="compare batch sizes 1 and 64, time none")
     parser.add_argument("--output", type=Path, help="write the table here too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -102,9 +100,7 @@ Side = Callable[[], Scores]
 Check = Callable[[Scores, Scores], str]
 
 
-def _measured(
-    name: str, rows: int, alone: Side, batched: Side, check: Check, rounds: int
-) -> list[str]:
+def _measured(name: str, rows: int, alone: Side, batched: Side, check: Check, rounds: int) -> list[str]:
     """A table line; the order of the sides alternates, as the machine may change its pace."""
     times: dict[Side, list[float]] = {alone: [], batched: []}
     said = ""

@@ -139,9 +139,7 @@ def _exactness(objective: LIBUObjective, context: Context, examples: Sequence[Ex
     )
 
 
-def _alone(
-    objective: LIBUObjective, context: Context, batch: Batch
-) -> list[tuple[str, torch.Tensor]]:
+def _alone(objective: LIBUObjective, context: Context, batch: Batch) -> list[tuple[str, torch.Tensor]]:
     with context.autocast():
         log_probs, mask = objective.log_probs(batch)
         loss = -row_means(log_probs, mask).sum()

@@ -67,9 +67,7 @@ ENVIRONMENT: Mapping[str, Sequence[str | None]] = {
     "EXPUNGE_PASSWORD": ("", "x", "\udcff" * 9),
     "PATH": (None, ""),
 }
-_MANY = re.compile(
-    r"epochs|steps|trials|every|rows|draws|budget|shots|random|queries|documents|timeout"
-)
+_MANY = re.compile(r"epochs|steps|trials|every|rows|draws|budget|shots|random|queries|documents|timeout")
 """Options whose large values are work that was asked for."""
 
 
@@ -190,9 +188,7 @@ def _save_model(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
 
     texts = [f"{row['input']} {row['output']}" for row in rows]
     tokenizer = train_tokenizer(texts, PretrainingSettings(vocabulary=400, context=128))
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     config = AutoConfig.for_model(
         "llama", vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=3,
         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128, bos_token_id=None,
@@ -344,9 +340,7 @@ def _bent_zip(draw: random.Random, path: Path) -> tuple[bytes, str]:
 
 def rows_case(world: World, draw: random.Random, case: Path) -> Case:
     """A row file."""
-    name = draw.choice(
-        ("forget.jsonl", "forget.jsonl", "forget.json", "forget.csv", "forget.parquet")
-    )
+    name = draw.choice(("forget.jsonl", "forget.jsonl", "forget.json", "forget.csv", "forget.parquet"))
     path = case / name
     content, told = bent_file(draw, world.root / name)
     path.write_bytes(content)
@@ -505,9 +499,7 @@ def _bent_table(draw: random.Random, path: Path) -> str:
             if told == "value":
                 connection.execute(f"UPDATE {table} SET {column} = ?", (value,))
             else:
-                connection.execute(
-                    f"{'DROP TABLE' if told == 'table gone' else 'DELETE FROM'} {table}"
-                )
+                connection.execute(f"{'DROP TABLE' if told == 'table gone' else 'DELETE FROM'} {table}")
     return f"{told}: {table}.{column} {value!r}"
 
 
@@ -808,9 +800,7 @@ def _wrong_result(case: Case, out: str) -> str:
         except (ValueError, ZeroDivisionError):
             return "prints no JSON"
         totals = ("task_aggregate", "mia_auc", "mia_score", "utility", "final_score")
-        if isinstance(values, dict) and any(
-            not 0 <= (values.get(name) or 0) <= 1 for name in totals
-        ):
+        if isinstance(values, dict) and any(not 0 <= (values.get(name) or 0) <= 1 for name in totals):
             return "a score beyond its range"
     if case.output is not None and case.output.is_dir():
         import torch
@@ -850,9 +840,7 @@ def main() -> None:
     if arguments.write:
         page = arguments.write.read_text(encoding="utf-8")
         head, _, rest = page.partition(MARKS[0])
-        arguments.write.write_text(
-            f"{head}{MARKS[0]}\n{table}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
-        )
+        arguments.write.write_text(f"{head}{MARKS[0]}\n{table}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
     sys.exit(bool(faults))
 
 

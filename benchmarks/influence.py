@@ -66,9 +66,7 @@ class Truth:
     """The rows left out together, and the change of every row's loss."""
 
 
-def make_problem(
-    seed: int, rows: int = 160, penalty: float = 1e-2, first_layer: int = 0
-) -> Problem:
+def make_problem(seed: int, rows: int = 160, penalty: float = 1e-2, first_layer: int = 0) -> Problem:
     """Rows of a few topics, with words that vary, learned by a two-layer GPT-NeoX of width 8."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -131,8 +129,7 @@ def measure_truth(problem: Problem, alone: int = 32, groups: int = 8, group_size
     # Rows come in no order, so that the first are any.
     own = {row: changed([row])[row] for row in range(min(alone, rows))}
     chosen = [
-        sorted(torch.randperm(rows, generator=generator)[:group_size].tolist())
-        for _ in range(groups)
+        sorted(torch.randperm(rows, generator=generator)[:group_size].tolist()) for _ in range(groups)
     ]
     return Truth(own, [(group, changed(group)) for group in chosen])
 
@@ -163,9 +160,7 @@ def correlations(
 ) -> tuple[float, float]:
     """Spearman's rank correlation with the truth: of self-influence, and of collateral."""
     own = predict(problem, kind, labels, list(truth.own), damping).self_influence
-    others = [
-        predict(problem, kind, labels, group, damping).collateral for group, _ in truth.groups
-    ]
+    others = [predict(problem, kind, labels, group, damping).collateral for group, _ in truth.groups]
     return agreement(truth, own, others)
 
 

@@ -81,8 +81,7 @@ def _try(arguments: argparse.Namespace, method: str, scratch: Path) -> str:
 
 def _check(scratch: Path) -> None:
     digests = {
-        hashlib.sha256((scratch / name / _WEIGHTS).read_bytes()).hexdigest()
-        for name in ("whole", "out")
+        hashlib.sha256((scratch / name / _WEIGHTS).read_bytes()).hexdigest() for name in ("whole", "out")
     }
     left = [path.name for path in scratch.iterdir() if path.name not in ("whole", "out")]
     if len(digests) != 1 or left:

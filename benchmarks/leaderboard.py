@@ -81,9 +81,7 @@ def entry_of(run: Path, benchmark: Path) -> dict[str, Any]:
         "target_sha256": manifest["model_sha256"][WEIGHTS],
         "method": settings["method"]["name"],
         "changed": changed(manifest, read(benchmark / "target" / "config.json")),
-        "settings_sha256": hashlib.sha256(
-            json.dumps(settings, sort_keys=True).encode()
-        ).hexdigest(),
+        "settings_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "seed": manifest["seed"],
         "final": card.final_score,
         "task_aggregate": card.task_aggregate,
@@ -143,9 +141,7 @@ def settings_in(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What a run did: the method's settings, the loop's options but the seed, and what it went by."""
     training = manifest["settings"]["training"]
     names = {f.name for f in dataclasses.fields(TrainingOptions)} - {"seed"}
-    options = {
-        name: value for name, value in training.items() if name in names | {"dtype", "yardstick"}
-    }
+    options = {name: value for name, value in training.items() if name in names | {"dtype", "yardstick"}}
     return {"method": manifest["settings"]["method"], "training": options}
 
 
@@ -186,10 +182,7 @@ def cells(entry: Mapping[str, Any]) -> list[str]:
         entry["method"],
         str(entry["seed"]),
         ", ".join(told) or "-",
-        *(
-            number(entry[name])
-            for name in ("final", "task_aggregate", "forget", "mia_auc", "utility")
-        ),
+        *(number(entry[name]) for name in ("final", "task_aggregate", "forget", "mia_auc", "utility")),
         entry["audit"] or "-",
         "-" if seconds is None else f"{seconds:.0f}",
         entry["settings_sha256"][:8],

@@ -95,8 +95,7 @@ def _write_rows(directory: str, side: Literal["forget", "retain"], count: int, p
     chosen = [rows[i * len(rows) // count] for i in range(count)]
     path.write_text(
         "".join(
-            json.dumps({"id": row.id, "input": row.input, "output": row.output, "task": row.task})
-            + "\n"
+            json.dumps({"id": row.id, "input": row.input, "output": row.output, "task": row.task}) + "\n"
             for row in chosen
         ),
         encoding="utf-8",

@@ -86,9 +86,7 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "benchmarks", nargs="+", help="builtin, or a directory with a model and rows"
-    )
+    parser.add_argument("benchmarks", nargs="+", help="builtin, or a directory with a model and rows")
     parser.add_argument("--output", type=Path, required=True)
     unlearning = [name for name in METHODS if name != "retrain"]  # no benchmark has a base
     parser.add_argument("--methods", nargs="+", default=unlearning, choices=unlearning)
@@ -97,9 +95,7 @@ def main() -> None:
     parser.add_argument("--tune", type=int, default=0, metavar="N", help="trials of every method")
     parser.add_argument("--tune-seed", type=int, default=100, help="of the sweeps and their rows")
     parser.add_argument("--tune-on", default="builtin", help="builtin, or a directory as above")
-    parser.add_argument(
-        "--write", type=Path, help="page whose section between the markers is replaced"
-    )
+    parser.add_argument("--write", type=Path, help="page whose section between the markers is replaced")
     arguments = parser.parse_args()
     if arguments.write is not None:
         # Refused now, not after hours.

@@ -98,8 +98,7 @@ def _measured(arguments: argparse.Namespace, scratch: Path) -> list[str]:
         planned = _planned(options, arguments.threads)
         seconds = time.monotonic() - started
         peaks = [
-            _peak_of_run(options, scratch / "out", arguments.threads)
-            for _ in range(arguments.rounds)
+            _peak_of_run(options, scratch / "out", arguments.threads) for _ in range(arguments.rounds)
         ]
         measured = statistics.median(peaks)
         ratios.append(planned["peak_bytes"] / measured)
@@ -308,9 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows-dir", required=True, help="a directory with forget.* and retain.*")
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument(
-        "--geometry", nargs="+", choices=tuple(GEOMETRIES), help="plan, run nothing"
-    )
+    parser.add_argument("--geometry", nargs="+", choices=tuple(GEOMETRIES), help="plan, run nothing")
     parser.add_argument("--only", nargs="+", choices=tuple(CONFIGURATIONS))
     parser.add_argument("--benchmark", help="a directory of `expunge benchmark prepare`")
     parser.add_argument("--rows", type=int, default=16, help="rows a side of the random model")

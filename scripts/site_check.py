@@ -53,11 +53,7 @@ class _Page(HTMLParser):
             if name == "style":
                 self.found += [f"<{tag} style: {url}>" for url in _CSS.findall(value)]
         relations = set(values.get("rel", "").split())
-        if (
-            tag == "link"
-            and not relations & NOT_LOADED
-            and _ELSEWHERE.match(values.get("href", ""))
-        ):
+        if tag == "link" and not relations & NOT_LOADED and _ELSEWHERE.match(values.get("href", "")):
             self.found.append(f"<link rel={values.get('rel')} href={values['href']}>")
         self._inside = tag if tag in ("style", "script") else None
 

@@ -27,9 +27,7 @@ from expunge.terminal import shown
 OF_ALL = (
     Option("--config", "file", "null", "Read options from YAML; the command line overrides them."),
     Option("--quiet", "flag", "off", "Show no progress."),
-    Option(
-        "--help-all", "flag", "off", "Describe every option; `--help` describes the everyday ones."
-    ),
+    Option("--help-all", "flag", "off", "Describe every option; `--help` describes the everyday ones."),
     Option("--debug", "flag", "off", "Show tracebacks, which may quote rows."),
 )
 
@@ -73,9 +71,7 @@ class _Recorded(BaseException):
         self.prog = re.match(r"expunge(?: [a-z][a-z-]*)+", self.about)[0]  # type: ignore[index]
 
 
-def _record(
-    command: type[Any], _: str, more: Sequence[Option], *__: object, **___: object
-) -> NoReturn:
+def _record(command: type[Any], _: str, more: Sequence[Option], *__: object, **___: object) -> NoReturn:
     raise _Recorded(command, more)
 
 

@@ -97,9 +97,7 @@ def copy_of(linked: Path) -> str:
     return f"{FILES}/{name}{'.txt' if linked.suffix in _SHOWN_AS_TEXT else ''}"
 
 
-def math_fence(
-    source: str, language: str, css_class: str, options: Any, md: Any, **more: Any
-) -> str:
+def math_fence(source: str, language: str, css_class: str, options: Any, md: Any, **more: Any) -> str:
     """LaTeX of a fence as MathML in a box that scrolls by itself."""
     del language, options, md, more
     return f'<div class="{css_class}">{formula(source)}</div>'

@@ -31,9 +31,7 @@ class Compared:
         if not before:
             return self.objective.logits(batch).detach()
         with torch.no_grad():
-            return self.original(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask
-            ).logits
+            return self.original(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
 
     def log_probs(self, side: str, *, before: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         batch = getattr(self, side)

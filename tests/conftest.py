@@ -75,9 +75,7 @@ def retain_rows() -> list[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def nonmember_rows() -> list[dict[str, str]]:
-    return [
-        row for row in make_rows(("Ida", "Jon", "Kai"), offset=5) if row["id"][:-1].endswith("sc")
-    ]
+    return [row for row in make_rows(("Ida", "Jon", "Kai"), offset=5) if row["id"][:-1].endswith("sc")]
 
 
 def refusal(call: Callable[[], object]) -> str:

@@ -73,9 +73,7 @@ def violations(path: Path, source: str) -> list[str]:
 def test_packages_import_from_their_left_only() -> None:
     paths = sorted(SOURCE.rglob("*.py"))
     assert len(paths) > 30
-    found = [
-        fault for path in paths for fault in violations(path, path.read_text(encoding="utf-8"))
-    ]
+    found = [fault for path in paths for fault in violations(path, path.read_text(encoding="utf-8"))]
     assert not found, "\n".join(dict.fromkeys(found))
 
 

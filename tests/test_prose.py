@@ -26,9 +26,7 @@ def test_a_page_is_counted_without_code_tables_and_headings() -> None:
         ('raise InputError("a; b")', ["a; b"]),
     ],
 )
-def test_texts_are_strings_but_no_docstrings_and_no_annotations(
-    code: str, expected: list[str]
-) -> None:
+def test_texts_are_strings_but_no_docstrings_and_no_annotations(code: str, expected: list[str]) -> None:
     assert list(prose.texts(ast.parse(code))) == expected
 
 
@@ -41,9 +39,7 @@ def test_what_is_put_in_is_a_word_and_lists_of_words_are_no_prose() -> None:
 
 
 def test_help_errors_and_findings_are_found() -> None:
-    said = {
-        kind: [text for _, texts in found for text in texts] for kind, found in prose.said().items()
-    }
+    said = {kind: [text for _, texts in found for text in texts] for kind, found in prose.said().items()}
     assert set(said) == {"help", "errors", "other texts", "templates"}
     assert "Seed of every random draw." in said["help"]
     refused = "--reveal: adds text to audit.json; give --output FILE"

@@ -169,9 +169,7 @@ def test_the_check_of_options_finds_what_it_should() -> None:
     assert unknown_options("expunge run M --method libu-published --method.gamma 2") == []
     assert unknown_options("expunge run M --method.gamma 2") == ["expunge run --method.gamma"]
     assert unknown_options("expunge analyze layers M --method.beta 2") == []
-    assert unknown_options("expunge evaluate M [--mmlu DIR] --epochs 2") == [
-        "expunge evaluate --epochs"
-    ]
+    assert unknown_options("expunge evaluate M [--mmlu DIR] --epochs 2") == ["expunge evaluate --epochs"]
     assert unknown_options("expunge requests add --ledger L --model M") == [
         "expunge requests add --model"
     ]
@@ -219,9 +217,7 @@ def test_every_method_has_a_page_with_its_defaults(method: Any) -> None:
             told[name.strip("`")] = default
     assert told == {name: defaults[name] for name in told}
     hints = get_type_hints(method)
-    own = {
-        name for name in inspect.get_annotations(method) if get_origin(hints[name]) is not ClassVar
-    }
+    own = {name for name in inspect.get_annotations(method) if get_origin(hints[name]) is not ClassVar}
     missing = {f"--method.{name}".replace("_", "-") for name in own} - set(told)
     assert not missing, f"{name_of(page)}: say what these do: {sorted(missing)}"
 
@@ -261,9 +257,7 @@ def test_every_attack_is_in_both_tables(attack: Any) -> None:
     begin = f"| `{attack.name}` | {attack.kind} |"
     [row] = [line for line in text.splitlines() if line.startswith(begin)]
     assert all(cells(row))
-    assert set(re.findall(r"\d{4}\.\d{5}", attack.reference)) <= set(
-        re.findall(r"\d{4}\.\d{5}", row)
-    )
+    assert set(re.findall(r"\d{4}\.\d{5}", attack.reference)) <= set(re.findall(r"\d{4}\.\d{5}", row))
     asked = re.search(r"^\| attack \| asks for .*?\n\n", text, re.DOTALL | re.MULTILINE)
     assert asked is not None
     assert f"`{attack.name}`" in asked[0]

@@ -49,9 +49,7 @@ def unlearn(
     touched, RunError where no checkpoint can be kept.
     """
     if calibration is not None and nonmembers is not None:
-        raise InputError(
-            "nonmembers: is the old name of calibration, which is given too; leave it out"
-        )
+        raise InputError("nonmembers: is the old name of calibration, which is given too; leave it out")
     for each in (model,) if base is None else (model, base):
         keep_rows_apart(each)
     return unlearn_model(
@@ -99,9 +97,7 @@ def evaluate(
     )
     policies = policies_of(policy, template_of(chat_template), tokenizer)
     for policy in policies:
-        check_material(
-            tokenizer, forget_rows, retain_rows, nonmember_rows, questions, examples, policy
-        )
+        check_material(tokenizer, forget_rows, retain_rows, nonmember_rows, questions, examples, policy)
     model.eval()
     say = (progress or Silent()).message
     policy = settled(policies, lambda: model, tokenizer, forget_rows, retain_rows, say)

@@ -201,16 +201,12 @@ def check_not_read(option: str, output: Path, read: Mapping[str, str | None]) ->
             continue
         parts = [Path(given)]
         if parts[0].is_dir():  # of links, as a hub's cache makes them
-            parts += [
-                entry for entry in parts[0].iterdir() if entry.is_symlink() and entry.is_file()
-            ]
+            parts += [entry for entry in parts[0].iterdir() if entry.is_symlink() and entry.is_file()]
         for part in map(_real, parts):
             same = there.is_file() and part.is_file() and part.samefile(there)
             if part == there or there in part.parents or same:
                 verb = "holds" if there.is_dir() else "is"
-                raise InputError(
-                    f"{option} {output}: {verb} what --{other} reads; choose another place"
-                )
+                raise InputError(f"{option} {output}: {verb} what --{other} reads; choose another place")
 
 
 def _real(path: Path) -> Path:

@@ -23,9 +23,7 @@ SIZES = {"a": (3, 4), "b": (2, 5)}
 
 def cut(vector: torch.Tensor) -> dict[str, torch.Tensor]:
     parts = vector.split([12, 10])
-    return {
-        name: part.view(shape) for (name, shape), part in zip(SIZES.items(), parts, strict=True)
-    }
+    return {name: part.view(shape) for (name, shape), part in zip(SIZES.items(), parts, strict=True)}
 
 
 def joined(blocks: Blocks) -> torch.Tensor:
@@ -36,9 +34,7 @@ def system(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A symmetric matrix with these eigenvalues, and a right side."""
     generator = torch.Generator().manual_seed(0)
     turn = torch.linalg.qr(torch.randn(22, 22, generator=generator, dtype=torch.float64))[0]
-    return turn @ torch.diag(values) @ turn.T, torch.randn(
-        22, generator=generator, dtype=torch.float64
-    )
+    return turn @ torch.diag(values) @ turn.T, torch.randn(22, generator=generator, dtype=torch.float64)
 
 
 def solve(matrix: torch.Tensor, right: torch.Tensor, most: int = 100, **options: Any) -> Any:
@@ -178,12 +174,8 @@ def test_the_collateral_is_that_of_a_dense_solve(monkeypatch: pytest.MonkeyPatch
     result = found_by(setting, kind="cg", damping=0.5, unit="absolute")
     total, counts = result.tokens, [len(row[0]) - 1 for row in setting.rows]
     dense = gauss_newton(setting, setting.rows[FORGET:]) / total
-    gradients = torch.stack(
-        [joined(setting.gradient(row)).detach().double() for row in setting.rows]
-    )
-    step = torch.linalg.solve(
-        dense + 0.5 * torch.eye(len(dense)), gradients[:FORGET].sum(0) / total
-    )
+    gradients = torch.stack([joined(setting.gradient(row)).detach().double() for row in setting.rows])
+    step = torch.linalg.solve(dense + 0.5 * torch.eye(len(dense)), gradients[:FORGET].sum(0) / total)
     expected = [float(g @ step) / n for g, n in zip(gradients, counts, strict=True)][FORGET:]
     assert result.collateral == pytest.approx(expected, rel=1e-2, abs=1e-6)
     assert result.residuals[0] == 1.0

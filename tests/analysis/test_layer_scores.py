@@ -100,8 +100,7 @@ def test_the_score_is_the_geometric_mean() -> None:
 def slow_spearman(a: list[float], b: list[float]) -> float:
     def ranks(values: list[float]) -> list[float]:
         return [
-            sum(other < value for other in values)
-            + (sum(other == value for other in values) + 1) / 2
+            sum(other < value for other in values) + (sum(other == value for other in values) + 1) / 2
             for value in values
         ]
 

@@ -150,10 +150,7 @@ def test_every_number_is_that_of_plain_runs(family: str) -> None:
         plain = [slow.run(examples[i].ids)[2] for i in order]
         for layer in range(4):
             expected = torch.cat(
-                [
-                    inputs[layer][list(examples[i].places)]
-                    for inputs, i in zip(plain, order, strict=True)
-                ]
+                [inputs[layer][list(examples[i].places)] for inputs, i in zip(plain, order, strict=True)]
             )
             torch.testing.assert_close(
                 torch.cat(done._inputs[side][layer]), expected, rtol=1e-4, atol=1e-5
@@ -175,9 +172,7 @@ def test_the_last_layer_decodes_and_restores_everything(family: str) -> None:
 def test_the_size_of_a_pass_changes_no_number(family: str) -> None:
     model = shaken(tiny_model(family, VOCABULARY))
     forget, retain = (random_examples((9, 14, 12), VOCABULARY, seed=s) for s in (0, 5))
-    one, many = (
-        passed(model, forget, retain, pass_tokens=tokens).readings() for tokens in (1, 10**6)
-    )
+    one, many = (passed(model, forget, retain, pass_tokens=tokens).readings() for tokens in (1, 10**6))
     for mine, other in zip(one, many, strict=True):
         for name, value in vars(mine).items():
             # Sums of another order; norms and losses of random weights leave few digits after it.
@@ -233,14 +228,10 @@ def test_the_model_is_left_as_it_was(memorised: Any) -> None:
     choose(model, forget, retain)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(model(input_ids=ids).logits, plain)
-    assert all(
-        not module._forward_hooks and not module._forward_pre_hooks for module in model.modules()
-    )
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_model_in_parts_gives_what_the_whole_one_gives(
-    memorised: Any, memorised_dir: Path
-) -> None:
+def test_a_model_in_parts_gives_what_the_whole_one_gives(memorised: Any, memorised_dir: Path) -> None:
     model, forget, retain = memorised
     parts = StreamedModel(check_model(str(memorised_dir)), torch.float32, "cpu")
     found = choose_layer(

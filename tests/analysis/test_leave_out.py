@@ -30,16 +30,13 @@ def found(setting: Setting, batch_size: int = 3, **options: Any) -> LeaveOut:
 def flat(setting: Setting) -> tuple[torch.Tensor, list[int]]:
     """Every row's gradient as one vector, float64: (rows, parameters), and their counted tokens."""
     gradients = [
-        torch.cat([g.flatten() for g in setting.gradient(row).values()]).double()
-        for row in setting.rows
+        torch.cat([g.flatten() for g in setting.gradient(row).values()]).double() for row in setting.rows
     ]
     return torch.stack(gradients), [len(row[0]) - 1 for row in setting.rows]
 
 
 @pytest.mark.parametrize(("damping", "unit"), [(1.0, "mean-fisher"), (0.01, "absolute")])
-def test_the_diagonal_predictions_are_the_formulas(
-    setting: Setting, damping: float, unit: str
-) -> None:
+def test_the_diagonal_predictions_are_the_formulas(setting: Setting, damping: float, unit: str) -> None:
     gradients, counts = flat(setting)
     total = sum(counts)
     fisher = gradients.square().sum(0) / total
@@ -72,9 +69,7 @@ def test_the_ekfac_predictions_are_the_formulas(family: str) -> None:
     """Against dense matrices in float64; qwen2's maps have biases, which are columns of their own."""
     setting = make_setting(family)
     result = found(setting, kind="ekfac", unit="absolute", damping=0.01)
-    gradients = [
-        {name: g.detach() for name, g in setting.gradient(row).items()} for row in setting.rows
-    ]
+    gradients = [{name: g.detach() for name, g in setting.gradient(row).items()} for row in setting.rows]
     counts = [len(row[0]) - 1 for row in setting.rows]
     total = sum(counts)
     own, rises = [0.0] * FORGET, [0.0] * (len(counts) - FORGET)
@@ -128,9 +123,7 @@ def test_a_row_that_repeats_a_forget_row_is_hurt_most(setting: Setting) -> None:
 
 @pytest.mark.parametrize("kind", ["diagonal", "ekfac", "cg"])
 @pytest.mark.parametrize("labels", ["data", "model"])
-def test_twice_the_same_and_whatever_the_batch_size(
-    setting: Setting, kind: str, labels: str
-) -> None:
+def test_twice_the_same_and_whatever_the_batch_size(setting: Setting, kind: str, labels: str) -> None:
     first, again = (found(setting, kind=kind, labels=labels) for _ in range(2))
     assert first == again
     small = found(setting, 1, kind=kind, labels=labels)

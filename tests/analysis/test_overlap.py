@@ -106,9 +106,7 @@ def test_names_are_runs_of_capitalised_words() -> None:
 
 def people(count: int) -> list[Row]:
     names = [f"Person{chr(97 + i)} Surname{chr(97 + i)}" for i in range(count)]
-    return [
-        row(f"p{i}sc1", f"{name} was born in New York long ago") for i, name in enumerate(names)
-    ]
+    return [row(f"p{i}sc1", f"{name} was born in New York long ago") for i, name in enumerate(names)]
 
 
 def test_the_subject_of_a_document_links_it_and_a_common_name_does_not() -> None:

@@ -55,8 +55,7 @@ def test_the_batch_size_changes_no_number(setting: Setting) -> None:
 
 def test_windows_of_a_row_are_one_row(setting: Setting) -> None:
     examples = [
-        dataclasses.replace(row[0], row_id=f"r{place // 2}")
-        for place, row in enumerate(setting.rows)
+        dataclasses.replace(row[0], row_id=f"r{place // 2}") for place, row in enumerate(setting.rows)
     ]
     windowed = dataclasses.replace(setting, rows=rows_of(examples))
     assert [len(row) for row in windowed.rows] == [2, 2, 1]

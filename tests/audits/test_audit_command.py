@@ -100,9 +100,7 @@ def test_an_unchanged_model_is_not_forgotten_and_nothing_tells_what_it_knew(
         assert attack["recovered"]["against"] == "oracle"
         assert attack["recovered"]["value"] == pytest.approx(1.0)
         assert attack["models"]["target"]["extracted"]["value"] == pytest.approx(1.0)
-        assert (
-            attack["models"]["oracle"]["extracted"]["value"] <= 0.5
-        )  # continuations share a pattern
+        assert attack["models"]["oracle"]["extracted"]["value"] <= 0.5  # continuations share a pattern
         assert {row["id"] for row in attack["rows"]} <= ids
     # What asking in other ways gets from this target is too little to say anything of another model.
     paraphrase = request["attacks"]["paraphrase"]
@@ -216,9 +214,7 @@ def test_without_an_oracle_the_floor_is_said_to_be_0(
     audit: Cli, nudged_dir: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "audit.json"
-    code, out, _ = audit(
-        nudged_dir, "--attacks", "direct", "sample", "--output", output, oracle=False
-    )
+    code, out, _ = audit(nudged_dir, "--attacks", "direct", "sample", "--output", output, oracle=False)
     report = json.loads(output.read_text())
     assert code == 0
     assert set(report["models"]) == {"target", "unlearned"}
@@ -370,9 +366,7 @@ def test_target_and_oracle_are_attacked_once_for_many_audits(
     assert len(runs) == 20 + 6
 
 
-def test_a_cache_keeps_no_text_and_needs_a_place(
-    audit: Cli, nudged_dir: Path, tmp_path: Path
-) -> None:
+def test_a_cache_keeps_no_text_and_needs_a_place(audit: Cli, nudged_dir: Path, tmp_path: Path) -> None:
     output, file = tmp_path / "audit.json", tmp_path / "file"
     file.write_text("")
     for options, part in (
@@ -393,9 +387,7 @@ def test_earlier_requests_are_audited_again(
         tmp_path / "first.jsonl", [{**row, "id": f"e{row['id']}"} for row in forget_rows[:4]]
     )
     output = tmp_path / "audit.json"
-    code, out, _ = audit(
-        nudged_dir, "--attacks", "direct", "--earlier", earlier, "--output", output
-    )
+    code, out, _ = audit(nudged_dir, "--attacks", "direct", "--earlier", earlier, "--output", output)
     assert code == 0
     first, second = json.loads(output.read_text())["requests"]
     assert first["audited"]["rows"] == 8

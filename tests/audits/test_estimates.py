@@ -27,9 +27,7 @@ from expunge.audits.estimates import (
 
 def tail(hits: int, trials: int, share: float) -> float:
     """Chance of `hits` or fewer successes."""
-    return sum(
-        math.comb(trials, n) * share**n * (1 - share) ** (trials - n) for n in range(hits + 1)
-    )
+    return sum(math.comb(trials, n) * share**n * (1 - share) ** (trials - n) for n in range(hits + 1))
 
 
 @pytest.mark.parametrize(("hits", "trials"), [(0, 5), (1, 5), (3, 8), (5, 5), (17, 40)])
@@ -62,18 +60,14 @@ def test_clopper_pearson_covers_what_it_should() -> None:
 @pytest.mark.parametrize(("drawn", "population"), [(2, 5), (3, 6)])
 def test_bounds_of_a_finite_population_hold_for_every_draw(drawn: int, population: int) -> None:
     for count in range(population + 1):
-        draws = [
-            sum(n < count for n in d) for d in itertools.combinations(range(population), drawn)
-        ]
+        draws = [sum(n < count for n in d) for d in itertools.combinations(range(population), drawn)]
         within = [finite_bounds(hits, drawn, population) for hits in draws]
         missed = [low > count / population or high < count / population for low, high in within]
         assert sum(missed) <= 0.05 * len(draws)
     for hits in range(drawn + 1):
         assert finite_bounds(hits, drawn, drawn) == (hits / drawn, hits / drawn)
         # Of very many they are those of independent draws.
-        assert finite_bounds(hits, drawn, 400) == pytest.approx(
-            clopper_pearson(hits, drawn), abs=0.01
-        )
+        assert finite_bounds(hits, drawn, 400) == pytest.approx(clopper_pearson(hits, drawn), abs=0.01)
     with pytest.raises(ValueError, match="1 hits of 3 drawn of 2"):
         finite_bounds(1, 3, 2)
 

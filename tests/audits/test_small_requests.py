@@ -18,9 +18,7 @@ Cli = Callable[..., tuple[int, str, str]]
 def audited(
     run_cli: Cli, memorised_dir: Path, oracle_dir: Path, row_files: dict[str, Path], tmp_path: Path
 ) -> Callable[..., tuple[dict[str, Any], str]]:
-    def call(
-        model: Path, rows: list[dict[str, str]], *options: object
-    ) -> tuple[dict[str, Any], str]:
+    def call(model: Path, rows: list[dict[str, str]], *options: object) -> tuple[dict[str, Any], str]:
         forget = write_jsonl(tmp_path / "few.jsonl", rows)
         output = tmp_path / "audit.json"
         code, out, err = run_cli(

@@ -19,14 +19,10 @@ from expunge.evaluation.outcomes import Outcome
 from expunge.evaluation.sentences import audit_sentence
 
 BUDGET = Budget(None, None, None, 9, 1, 1, 1, 1, 1, None, 300)
-FACTS = [
-    Row(f"f{d}qa{n}", f"forget {d} {n}?", f"a{d}{n}", kind="qa") for d in range(20) for n in (0, 1)
-]
+FACTS = [Row(f"f{d}qa{n}", f"forget {d} {n}?", f"a{d}{n}", kind="qa") for d in range(20) for n in (0, 1)]
 RETAIN = [Row(f"r{d}qa0", f"keep {d}?", f"b{d}", kind="qa") for d in range(20)]
 OTHERS = [
-    Row(f"n{d}qa{n}", f"forget {d} {n}?", f"c{d}{n}", kind="qa")
-    for d in range(20, 40)
-    for n in (0, 1)
+    Row(f"n{d}qa{n}", f"forget {d} {n}?", f"c{d}{n}", kind="qa") for d in range(20, 40) for n in (0, 1)
 ]
 CASE = Case(FACTS, FACTS, FACTS, RETAIN, RETAIN, RETAIN, OTHERS, {}, BUDGET, 0, 1e-3)
 
@@ -101,8 +97,7 @@ def test_the_worst_tuning_is_named_with_what_it_leaves_of_the_model() -> None:
     }
     entry = summarise(ATTACKS["relearn"], models, CASE).entry
     alone = {
-        name: each["recovered"] and each["recovered"]["value"]
-        for name, each in entry["tunings"].items()
+        name: each["recovered"] and each["recovered"]["value"] for name, each in entry["tunings"].items()
     }
     # Where the attacker broke the target too, nothing is claimed of that tuning.
     assert alone == {"rate x1": 0.125, "rate x3": 0.4, "rate x9": None}
@@ -177,9 +172,7 @@ def mia(unlearned: float, oracle: float | None, rows: Case = CASE) -> tuple[Any,
 def test_membership_is_two_sided_about_its_reference() -> None:
     entry, evidence = mia(-2.0, None)
     assert entry["power"]["has_power"]
-    assert [each.title for each in evidence] == [
-        "Membership inference by loss"
-    ]  # zlib has no power
+    assert [each.title for each in evidence] == ["Membership inference by loss"]  # zlib has no power
     assert "by loss, the score furthest from chance, AUC" in entry["sentence"]
     assert evidence[0].figure.value < -0.2
     assert evidence[0].figure.high < 0
@@ -228,9 +221,7 @@ def test_of_few_documents_facts_are_counted_and_no_interval_stands_in(documents:
     assert one.decides.outcome == (
         "not forgotten" if documents == 1 else "partly forgotten" if few else "forgotten"
     )
-    assert (
-        f"1 of the {len(ids)} facts that the target knows" in audit_sentence(one.decides)
-    ) is few
+    assert (f"1 of the {len(ids)} facts that the target knows" in audit_sentence(one.decides)) is few
     assert entry["sentence"].startswith(f"Direct questions: {'1 of' if few else '8%'}")
     # What the oracle gives too was guessed; of what it does not, one is enough.
     assert judged(ids[:1], ids[:1])[0].decides.outcome == "forgotten"
@@ -257,9 +248,7 @@ def test_a_fact_that_no_attack_gets_from_the_target_does_not_count() -> None:
     (1, 38, "38 non-members are too few to place 1 among them; 39 are needed"),
     (1, 60, None), (3, 20, None), (5, 4, None),
 ])  # fmt: skip
-def test_few_documents_are_judged_by_their_places(
-    documents: int, texts: int, why: str | None
-) -> None:
+def test_few_documents_are_judged_by_their_places(documents: int, texts: int, why: str | None) -> None:
     others = [Row(f"n{d}qa0", "forget", "it", kind="qa") for d in range(texts)]
     facts = [replace(row, input="forget", output="it") for row in FACTS[: 2 * documents]]
     case = Case(**{**vars(CASE), "members": facts, "forget": facts, "nonmembers": others})
@@ -291,8 +280,7 @@ def test_where_words_alone_separate_membership_is_no_evidence() -> None:
     assert entry["blind"]["separates"]
     assert evidence == []
     assert (
-        "no power here, so no claim: words alone separate members from non-members"
-        in entry["sentence"]
+        "no power here, so no claim: words alone separate members from non-members" in entry["sentence"]
     )
 
 
@@ -333,9 +321,7 @@ def test_a_trigger_costs_what_the_control_and_the_target_do_not(
 
 
 def test_a_form_that_fits_no_fact_is_left_out() -> None:
-    found = Found(
-        {"input": share(FACTS, 1.0), "cloze": share(FACTS, 1.0), "few-shot": {}}, ["input"]
-    )
+    found = Found({"input": share(FACTS, 1.0), "cloze": share(FACTS, 1.0), "few-shot": {}}, ["input"])
     models: dict[ModelName, Found] = {"target": found, "unlearned": found}
     entry = summarise(ATTACKS["paraphrase"], models, CASE).entry
     assert entry["power"]["has_power"]

@@ -30,9 +30,7 @@ def test_a_step_is_that_of_adamw_on_the_mean_token_loss(tokenizer: Any) -> None:
     model = shaken(tiny_model("llama", len(tokenizer)))
     reference = copy.deepcopy(model)
     examples = random_examples([9, 5, 12], len(tokenizer))
-    optimizer = torch.optim.AdamW(
-        reference.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0
-    )
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(4):  # 10% of 20 steps are warm-up
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 2)
         loss_of(reference, examples).backward()
@@ -42,9 +40,7 @@ def test_a_step_is_that_of_adamw_on_the_mean_token_loss(tokenizer: Any) -> None:
     for step in tuned(model, tokenizer, examples, steps=20, rows=8, learning_rate=1e-3, seed=0):
         if step == 4:
             break
-    for (name, found), expected in zip(
-        model.named_parameters(), reference.parameters(), strict=True
-    ):
+    for (name, found), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
         # Adam divides by the gradient's own size, so rounding shows where a gradient is near 0.
         difference = (found - expected).detach()
         assert float(difference.abs().max()) < 2e-4, name
@@ -70,9 +66,7 @@ def test_the_seed_decides_the_order_and_nothing_else_does(tokenizer: Any) -> Non
     ("steps", "measures", "expected"),
     [(16, 2, (8, 16)), (80, 4, (20, 40, 60, 80)), (1, 3, (1,)), (5, 2, (2, 5)), (3, 9, (1, 2, 3))],
 )
-def test_the_last_measure_is_at_the_end(
-    steps: int, measures: int, expected: tuple[int, ...]
-) -> None:
+def test_the_last_measure_is_at_the_end(steps: int, measures: int, expected: tuple[int, ...]) -> None:
     assert measured_steps(steps, measures) == expected
 
 

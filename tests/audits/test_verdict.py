@@ -147,9 +147,7 @@ def test_of_several_requests_the_gravest_verdict_counts() -> None:
     assert worst_of([good]) is good
 
 
-@pytest.mark.parametrize(
-    ("of", "oracle"), [(1, True), (1, False), (2, False), (3, True), (9, False)]
-)
+@pytest.mark.parametrize(("of", "oracle"), [(1, True), (1, False), (2, False), (3, True), (9, False)])
 def test_of_few_documents_any_fact_that_comes_back_counts(of: int, oracle: bool) -> None:
     none = [few(0, of, "direct", oracle=oracle), few(0, of, oracle=oracle), membership(0.0, 0.7)]
     found = judge_audit(KEPT, none)

@@ -19,9 +19,7 @@ def audits(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("audits")
 
 
-def extraction(
-    target: float, oracle: float, recovered: float, power: bool = True
-) -> dict[str, Any]:
+def extraction(target: float, oracle: float, recovered: float, power: bool = True) -> dict[str, Any]:
     return {
         "kind": "extraction",
         "power": {"has_power": power},

@@ -77,9 +77,7 @@ def test_the_tokens_of_an_input_begin_those_of_its_row(tiny: BuiltBenchmark) -> 
 def test_two_builds_are_identical(tiny: BuiltBenchmark, tmp_path: Path) -> None:
     torch.manual_seed(123)  # The global generator has no influence.
     again = build(tmp_path / "again", TINY, pretraining=TINY_TRAINING)
-    files = [
-        json.loads((b.directory / "benchmark.json").read_text())["files"] for b in (tiny, again)
-    ]
+    files = [json.loads((b.directory / "benchmark.json").read_text())["files"] for b in (tiny, again)]
     assert files[0] == files[1]
 
 
@@ -94,9 +92,7 @@ def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:
 def test_a_complete_benchmark_is_reused(tiny: BuiltBenchmark) -> None:
     calls: list[str] = []
     before = (tiny.directory / "benchmark.json").stat().st_mtime_ns
-    again = build(
-        tiny.directory, TINY, lambda stage, done, total: calls.append(stage), TINY_TRAINING
-    )
+    again = build(tiny.directory, TINY, lambda stage, done, total: calls.append(stage), TINY_TRAINING)
     assert again == tiny
     assert not calls
     assert (tiny.directory / "benchmark.json").stat().st_mtime_ns == before

@@ -114,8 +114,7 @@ def test_the_settings_hash_is_of_the_settings_alone(
         "other epochs": make_run("four", 0.5, epochs=3),
     }
     found = {
-        name: leaderboard.entry_of(run, benchmark_dir)["settings_sha256"]
-        for name, run in runs.items()
+        name: leaderboard.entry_of(run, benchmark_dir)["settings_sha256"] for name, run in runs.items()
     }
     assert found["one"] == found["another seed"]
     assert len(set(found.values())) == 3

@@ -170,9 +170,7 @@ def test_a_benchmark_runs_once_and_a_failure_is_a_row(
     page = tmp_path / "page.md"
     page.write_text(f"# Page\n{BEGIN}\n{END}\n")
     command = [str(directory), "--output", str(tmp_path / "runs"), "--write", str(page)]
-    monkeypatch.setattr(
-        sys, "argv", ["methods.py", *command, "--seeds", "4", "--methods", "rmu", "npo"]
-    )
+    monkeypatch.setattr(sys, "argv", ["methods.py", *command, "--seeds", "4", "--methods", "rmu", "npo"])
     material = importlib.import_module("material")
     original = material.expunge
 

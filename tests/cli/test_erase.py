@@ -96,9 +96,7 @@ def test_killed_in_each_phase_it_goes_on_and_repeats_nothing(made: dict[str, Any
     assert report["audit"]["requests"][0]["rows"] == 8
 
 
-def test_it_ends_with_five_lines_and_says_what_it_understood(
-    made: dict[str, Any], run_cli: Cli
-) -> None:
+def test_it_ends_with_five_lines_and_says_what_it_understood(made: dict[str, Any], run_cli: Cli) -> None:
     code, out, err = run_cli(*made["words"])
     assert code == 0, err
     lines = [line.strip("│ ") for line in out.splitlines() if line.startswith("│")]

@@ -24,9 +24,7 @@ CARD = Scorecard(
     mia_score=None,
     utility=None,
     final_score=None,
-    records=(
-        {"id": "a", "split": "forget", "task": "t", "kind": "sc", "score": 1, "generated": "x"},
-    ),
+    records=({"id": "a", "split": "forget", "task": "t", "kind": "sc", "score": 1, "generated": "x"},),
 )
 
 

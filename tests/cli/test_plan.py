@@ -67,9 +67,7 @@ def test_it_says_parts_steps_disk_and_whether_it_fits(plan: Callable[..., str]) 
     assert "fits this machine's memory" in out
     assert "cached states" in out
     said = " ".join(out.split())
-    assert re.search(
-        r"--method.layer auto: planned for layer [23], as no layer of 2 to 3 takes", said
-    )
+    assert re.search(r"--method.layer auto: planned for layer [23], as no layer of 2 to 3 takes", said)
 
 
 def test_json_is_whole_and_agrees_with_the_options(plan: Callable[..., str]) -> None:
@@ -178,9 +176,7 @@ def test_an_audit_is_planned_for_too(plan: Callable[..., str]) -> None:
     assert "audit" not in json.loads(plan("--json"))
 
 
-def test_an_audit_is_not_planned_without_rows_that_stay(
-    run_cli: Cli, places: dict[str, Path]
-) -> None:
+def test_an_audit_is_not_planned_without_rows_that_stay(run_cli: Cli, places: dict[str, Path]) -> None:
     options = ("--forget", places["forget"], "--method", "gradient-ascent", "--audit")
     code, _, err = run_cli("plan", places["model"], "--device", "cpu", *options)
     assert (code, err.count("\n")) == (2, 1)

@@ -214,9 +214,7 @@ def test_wrong_input_is_refused_before_anything_is_loaded_or_written(
 
     monkeypatch.setattr("expunge.search.trial.load_model", forbidden)
     monkeypatch.setattr("expunge.search.trial.open_run", forbidden)
-    start = (
-        [w for w in command if w not in ("--epochs", 3)] if "--epochs" not in options else command
-    )
+    start = [w for w in command if w not in ("--epochs", 3)] if "--epochs" not in options else command
     given = [str(word).format(**row_files) for word in (*start, *options)]
     before = sorted(tmp_path.rglob("*"))
     code, out, err = run_cli(*given)

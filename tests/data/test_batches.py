@@ -61,9 +61,7 @@ def test_in_order_starts_with_the_longest_and_takes_each_once() -> None:
 
 
 def test_content_is_all_of_a_continuation_and_the_answer_of_a_question() -> None:
-    document = Example(
-        "d", "t", (5, 6, 7, 8), (False, True, True, True), (False, False, True, True)
-    )
+    document = Example("d", "t", (5, 6, 7, 8), (False, True, True, True), (False, False, True, True))
     question = dataclasses.replace(document, row_id="q", kind="qa")
     batch = collate([document, question], [0, 1], 0)
     assert batch.mask("content").tolist() == [[False, True, True, True], [False, False, True, True]]

@@ -71,9 +71,7 @@ def test_a_batch_comes_apart_into_the_users_rows_and_random_ones(tokenizer: Any)
 
 
 @pytest.mark.parametrize("by_length", [True, False])
-@pytest.mark.parametrize(
-    ("listed", "held", "size"), [(12, 6, 4), (10, 13, 4), (9, 1, 2), (5, 0, 2)]
-)
+@pytest.mark.parametrize(("listed", "held", "size"), [(12, 6, 4), (10, 13, 4), (9, 1, 2), (5, 0, 2)])
 def test_every_step_has_the_users_rows_and_its_share_of_random_ones(
     tokenizer: Any, listed: int, held: int, size: int, by_length: bool
 ) -> None:

@@ -169,9 +169,7 @@ def test_known_forms_are_read_as_they_are(
 
 
 def test_of_a_chat_the_last_answer_goes_and_what_was_said_before_stays_in_front() -> None:
-    read = only(
-        {"messages": [{"role": "system", "content": "Be brief."}, ASKED, SAID, ASKED, SAID]}
-    )
+    read = only({"messages": [{"role": "system", "content": "Be brief."}, ASKED, SAID, ASKED, SAID]})
     assert (read.input, read.output) == ("Where?", "In Torun.")
     assert [role for role, _ in read.turns] == ["system", "user", "assistant"]
     assert read.text == "Be brief.\nWhere?\nIn Torun.\nWhere? In Torun."
@@ -297,9 +295,7 @@ def test_columns_that_cannot_be_meant_are_refused(columns: str, words: str, tmp_
 
 
 def test_what_was_inferred_is_counted() -> None:
-    rows = as_rows(
-        [row(), row(input="Who?"), row(id="7qa1"), row(kind="sc", document="d")], "forget"
-    )
+    rows = as_rows([row(), row(input="Who?"), row(id="7qa1"), row(kind="sc", document="d")], "forget")
     assert rows.read == {
         "columns": {"input, output": 4},
         "kind": {"no sign, so sc": 1, "a question mark": 1, "the id": 1, "the column kind": 1},

@@ -94,8 +94,7 @@ def epochs(rows: list[Example], batch_size: int, seed: int, count: int) -> list[
     )
     size = batches.batches_an_epoch
     return [
-        [batches.indices(step) for step in range(e * size + 1, (e + 1) * size + 1)]
-        for e in range(count)
+        [batches.indices(step) for step in range(e * size + 1, (e + 1) * size + 1)] for e in range(count)
     ]
 
 

@@ -34,9 +34,7 @@ WIDE = TextPolicy(1000)
 
 def words_tokenizer(size: int = 100) -> Any:
     """One token a word: w0, w1, ...; zero-width spaces are dropped, as many normalisers do."""
-    inner = Tokenizer(
-        models.WordLevel({f"w{n}": n for n in range(size)} | {"<unk>": size}, "<unk>")
-    )
+    inner = Tokenizer(models.WordLevel({f"w{n}": n for n in range(size)} | {"<unk>": size}, "<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.normalizer = normalizers.Replace("\u200b", "")
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
@@ -159,9 +157,7 @@ WORDS = words_tokenizer()
 
 
 @given(prompt=st.integers(1, 60), answer=st.integers(1, 40), context=st.integers(4, 30))
-def test_windows_fit_and_count_each_token_exactly_once(
-    prompt: int, answer: int, context: int
-) -> None:
+def test_windows_fit_and_count_each_token_exactly_once(prompt: int, answer: int, context: int) -> None:
     row = long_row("a", prompt, answer)
     windows = encode_rows([row], WORDS, TextPolicy(context, long_rows="window"), eos=False)
     counted: Counter[int] = Counter()
@@ -243,9 +239,7 @@ THINKING = (
 
 @pytest.mark.parametrize("output", ["Bath", " Bath\n", "think", ".", "Be brief."])
 @pytest.mark.parametrize("eos", [False, True])
-def test_what_a_template_adds_is_no_text_and_no_answer(
-    tokenizer: Any, output: str, eos: bool
-) -> None:
+def test_what_a_template_adds_is_no_text_and_no_answer(tokenizer: Any, output: str, eos: bool) -> None:
     changed, policy = chat(tokenizer, THINKING), TextPolicy(1000, chat_template=True)
     row = Row("a", "Where does Ada live? ", output)
     example = one(row, changed, policy, eos=eos)
@@ -322,9 +316,7 @@ def test_a_token_that_the_model_has_no_embedding_for_is_refused_by_row_and_id(
         f"row {new.id!r}: has the token id {size}, the model has {size} embeddings"
     )
     asked = replace(new, input="<new>?")
-    assert refusal(lambda: prompt_ids(asked, extended, policy)).startswith(
-        f"row {new.id!r}: has the"
-    )
+    assert refusal(lambda: prompt_ids(asked, extended, policy)).startswith(f"row {new.id!r}: has the")
     assert encode_rows([new], extended, replace(policy, vocabulary=size + 1), eos=True)
 
 

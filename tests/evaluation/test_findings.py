@@ -59,9 +59,7 @@ def test_findings_beside_the_target(measured: Scorecard, expected: list[str]) ->
         (card(None, None), []),
     ],
 )
-def test_findings_of_one_card_alone_use_fixed_bounds(
-    measured: Scorecard, expected: list[str]
-) -> None:
+def test_findings_of_one_card_alone_use_fixed_bounds(measured: Scorecard, expected: list[str]) -> None:
     assert kinds(measured) == expected
 
 

@@ -27,9 +27,7 @@ def test_loss_and_zlib_are_means_over_tokens_and_bytes() -> None:
     values = torch.tensor(LOG_PROBS)
     text = "a text, a text, a text with an ü"
     assert loss_score(values) == pytest.approx(fmean(LOG_PROBS))
-    assert zlib_score(values, text) == pytest.approx(
-        sum(LOG_PROBS) / len(zlib.compress(text.encode()))
-    )
+    assert zlib_score(values, text) == pytest.approx(sum(LOG_PROBS) / len(zlib.compress(text.encode())))
 
 
 def test_min_k_is_the_mean_of_the_least_likely_tokens() -> None:

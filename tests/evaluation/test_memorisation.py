@@ -57,9 +57,7 @@ def test_right_tokens_of_generation_are_those_of_decoding_from_every_place(
 ) -> None:
     """Drafts are what the model writes itself, with mistakes put in, so that both are inside (0, 1)."""
     model = shaken(tiny_model("llama", len(tokenizer)))
-    prompts = [
-        list(tokenizer(text)["input_ids"]) for text in ("Ada was", "Ben lives near the", "C")
-    ]
+    prompts = [list(tokenizer(text)["input_ids"]) for text in ("Ada was", "Ben lives near the", "C")]
     drafts = []
     for number, prompt in enumerate(prompts):
         draft: list[int] = []

@@ -28,9 +28,7 @@ SOLVED = Question("high_school_physics", "What is 1+1?", ("2", "3", "4", "5"), 0
 
 
 def test_the_prompt_is_mmlus() -> None:
-    header = (
-        "The following are multiple choice questions (with answers) about high school physics.\n\n"
-    )
+    header = "The following are multiple choice questions (with answers) about high school physics.\n\n"
     asked = "What falls?\nA. up\nB. down\nC. left\nD. right\nAnswer:"
     solved = "What is 1+1?\nA. 2\nB. 3\nC. 4\nD. 5\nAnswer: A\n\n"
     assert prompt_for(QUESTION) == header + asked
@@ -68,9 +66,7 @@ HEADERS = [
     "Ada was born in a small house near the river of Paris. " * 3,
     "Ben's number is 90-1. " * 4,
 ]
-SHARING = [
-    header + ask for header in HEADERS for ask in ("Who? Answer:", "What? Answer:", "Ada", "")
-]
+SHARING = [header + ask for header in HEADERS for ask in ("Who? Answer:", "What? Answer:", "Ada", "")]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])

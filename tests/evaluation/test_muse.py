@@ -147,8 +147,7 @@ def test_muse_end_to_end(
     said = read_jsonl(records)
     for side in ("forget", "retain"):
         solved = [
-            (row["question"], row["answer"])
-            for row in read_jsonl(Path(given_files[f"{side}_solved"]))
+            (row["question"], row["answer"]) for row in read_jsonl(Path(given_files[f"{side}_solved"]))
         ]
         expected = []
         for row in read_jsonl(Path(given_files[f"{side}_questions"])):
@@ -182,9 +181,7 @@ def test_what_is_not_given_is_null_and_an_oracle_sets_the_scale(
     output = str(tmp_path / "o.json")
     oracle = measured(oracle_dir, "members", "nonmembers", output=output)
     found = measured(memorised_dir, "members", "nonmembers", oracle_scores=output)
-    assert found["privleak"] == pytest.approx(
-        privleak(found["privleak_auc"], oracle["privleak_auc"])
-    )
+    assert found["privleak"] == pytest.approx(privleak(found["privleak_auc"], oracle["privleak_auc"]))
 
 
 def test_a_true_continuation_is_cut_to_what_is_written(

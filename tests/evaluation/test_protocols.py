@@ -149,9 +149,7 @@ def test_tofu_end_to_end(
 
     for path in (scores, records, oracle):
         for rows in map(read_jsonl, files.values()):
-            assert not any(
-                row["answer"] in path.read_text() for row in rows if len(row["answer"]) > 6
-            )
+            assert not any(row["answer"] in path.read_text() for row in rows if len(row["answer"]) > 6)
     assert "generated" not in lines[0]
 
     # What was written is read: as an oracle, and by compare, which mixes no protocols.
@@ -164,9 +162,7 @@ def test_tofu_end_to_end(
         f"| model utility | 0-1 | high | {json.loads(oracle.read_text())['scores']['model_utility']:.3f}"
         in out
     )
-    assert "was measured by the protocol tofu, not semeval" in refusal(
-        lambda: read_scores(str(scores))
-    )
+    assert "was measured by the protocol tofu, not semeval" in refusal(lambda: read_scores(str(scores)))
 
 
 def test_scores_do_not_depend_on_the_batch_and_are_their_own_best_oracle(
@@ -196,9 +192,7 @@ def inputs(memorised_dir: Path, **given: Any) -> Callable[[], Any]:
 def test_rows_without_wrong_answers_leave_their_scores_open(
     memorised_dir: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    plain = [
-        {name: row[name] for name in ("question", "answer")} for row in read_jsonl(files["forget"])
-    ]
+    plain = [{name: row[name] for name in ("question", "answer")} for row in read_jsonl(files["forget"])]
     found = inputs(memorised_dir, forget=str(write_jsonl(tmp_path / "f.jsonl", plain)))()
     measured = {name for name, value in found.scores.items() if value is not None}
     assert measured == {

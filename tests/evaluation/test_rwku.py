@@ -58,9 +58,7 @@ texts = st.lists(sentence, min_size=1, max_size=3).map(". ".join)
 
 @settings(deadline=None)  # a machine may be busy
 @given(texts, texts)
-def test_rouge_recall_is_that_of_the_longest_common_words_by_sentence(
-    reference: str, text: str
-) -> None:
+def test_rouge_recall_is_that_of_the_longest_common_words_by_sentence(reference: str, text: str) -> None:
     assert rouge_recall(reference, text) == pytest.approx(slow_recall(reference, text))
 
 
@@ -182,9 +180,7 @@ def knowing_dir(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer: Any) -
     examples = encode_rows(
         as_rows(taught, "retain"), tokenizer, TextPolicy(CONTEXT, chat_template=True), eos=True
     )
-    steps = tuned(
-        model, tokenizer, examples, steps=100, rows=len(taught), learning_rate=2e-2, seed=0
-    )
+    steps = tuned(model, tokenizer, examples, steps=100, rows=len(taught), learning_rate=2e-2, seed=0)
     for _ in steps:
         pass
     path = tmp_path_factory.mktemp("knowing")
@@ -313,8 +309,6 @@ def test_options_of_other_protocols_are_refused_and_not_recalled() -> None:
         said = refusal(partial(ProtocolInputs, **values))
         assert said.startswith(f"--{name.replace('_', '-')}: is of --protocol ")
     values = {"model": "m", "forget": "f", "mia_forget": "x"}
-    assert refusal(partial(ProtocolInputs, **values)).startswith(
-        "--mia-forget: is of --protocol rwku"
-    )
+    assert refusal(partial(ProtocolInputs, **values)).startswith("--mia-forget: is of --protocol rwku")
     assert set(_recalled(["out", "--protocol", "rwku"])) == {"forget", "long_rows"}
     assert {"columns", "joiner"} <= set(_recalled(["out", "--protocol", "muse"]))

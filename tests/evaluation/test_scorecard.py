@@ -174,9 +174,7 @@ def test_batch_size_changes_no_score(measure: Measure, forget_rows: list[dict[st
         ("questions", {"utility"}),
     ],
 )
-def test_what_is_not_measured_stays_open(
-    missing: str, open_parts: set[str], measure: Measure
-) -> None:
+def test_what_is_not_measured_stays_open(missing: str, open_parts: set[str], measure: Measure) -> None:
     card = measure(**{missing: None})
     values = comparable(card)
     assert {name for name, value in values.items() if value is None} == open_parts | {"final_score"}
@@ -244,9 +242,7 @@ def test_material_that_does_not_fit_is_found_without_weights(tokenizer: Any) -> 
     def check(
         forget: RowSet, retain: Any, nonmembers: Any, questions: Any, examples: Any
     ) -> Callable[[], None]:
-        return lambda: check_material(
-            tokenizer, forget, retain, nonmembers, questions, examples, POLICY
-        )
+        return lambda: check_material(tokenizer, forget, retain, nonmembers, questions, examples, POLICY)
 
     other = as_rows([{"id": "other", "input": "c", "output": "d"}], "retain")
     check(fits, other, other, [], {})()

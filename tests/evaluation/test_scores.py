@@ -23,9 +23,7 @@ def lcs(first: list[str], second: list[str]) -> int:
     table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
     for i, a in enumerate(first):
         for j, b in enumerate(second):
-            table[i + 1][j + 1] = (
-                table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
-            )
+            table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
     return table[-1][-1]
 
 
@@ -159,9 +157,7 @@ def test_the_unicode_form_of_a_text_does_not_matter(text: str) -> None:
     assert "hold the same rows" in message
 
 
-@pytest.mark.parametrize(
-    ("members", "others"), [(1, 39), (1, 38), (2, 9), (4, 5), (5, 4), (25, 30)]
-)
+@pytest.mark.parametrize(("members", "others"), [(1, 39), (1, 38), (2, 9), (4, 5), (5, 4), (25, 30)])
 def test_what_chance_gives_is_that_of_the_exact_rank_sum_test(members: int, others: int) -> None:
     from scipy.stats import mannwhitneyu
 

@@ -73,8 +73,7 @@ def model(memorised_dir: Path) -> Any:
 def forget(forget_rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """Rows of which every other output is another one, so that scores lie inside (0, 1)."""
     return [
-        row | ({"output": "Rome and more."} if n % 4 < 2 else {})
-        for n, row in enumerate(forget_rows)
+        row | ({"output": "Rome and more."} if n % 4 < 2 else {}) for n, row in enumerate(forget_rows)
     ]
 
 
@@ -186,9 +185,7 @@ def test_the_main_process_tells_the_progress_of_all(measure: Callable[..., Score
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
 @pytest.mark.parametrize("costs", [[], [5], [0, 0], [1] * 8, [9, 1, 1, 1, 1, 1, 1, 1], [3, 1] * 6])
-def test_runs_of_work_are_in_order_and_cost_about_the_same(
-    costs: list[int], processes: int
-) -> None:
+def test_runs_of_work_are_in_order_and_cost_about_the_same(costs: list[int], processes: int) -> None:
     dealt = in_runs(costs, processes)
     assert dealt == sorted(dealt)
     assert len(dealt) == len(costs)

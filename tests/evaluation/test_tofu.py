@@ -86,9 +86,7 @@ def test_the_published_logs_give_the_reference_values() -> None:
 
 
 @given(right=losses, wrong=wrongs)
-def test_a_truth_ratio_is_that_of_products_of_probabilities(
-    right: float, wrong: list[float]
-) -> None:
+def test_a_truth_ratio_is_that_of_products_of_probabilities(right: float, wrong: list[float]) -> None:
     geometric = math.prod(math.exp(-loss) for loss in wrong) ** (1 / len(wrong))
     authors = math.exp(log_truth_ratio(right, wrong))
     assert authors == pytest.approx(math.exp(-right) / geometric, rel=1e-6)

@@ -132,8 +132,7 @@ def test_it_holds_record_manifest_scores_report_and_audit(
     assert [event["action"] for event in record["events"]] == ["added", "served", "audited"]
     assert record["runs"][0]["manifest_sha256"] == sha256(files["run/expunge.json"])
     assert {
-        line.split("  ")[1]: line.split("  ")[0]
-        for line in files["SHA256SUMS"].decode().splitlines()
+        line.split("  ")[1]: line.split("  ")[0] for line in files["SHA256SUMS"].decode().splitlines()
     } == {name: sha256(content) for name, content in files.items() if name != "SHA256SUMS"}
     texts = [row[column] for row in forget_rows for column in ("input", "output")]
     assert none_in(texts, output.parent) == ["one.zip"]
@@ -355,9 +354,7 @@ def test_what_is_no_bundle_is_refused(
 
 
 @pytest.mark.parametrize("packed", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_a_bundle_that_unpacks_to_much_or_not_at_all_is_one_line(
-    packed: int, tmp_path: Path
-) -> None:
+def test_a_bundle_that_unpacks_to_much_or_not_at_all_is_one_line(packed: int, tmp_path: Path) -> None:
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w", packed) as archive:
         archive.writestr("SHA256SUMS", b"x" * 5000)
@@ -371,9 +368,7 @@ def test_a_bundle_that_unpacks_to_much_or_not_at_all_is_one_line(
     with zipfile.ZipFile(path, "w", packed) as archive:
         for name in ("SHA256SUMS", "request.json", *"abc"):
             archive.writestr(name, bytes(2**20))
-    content = path.read_bytes().replace(
-        (2**20).to_bytes(4, "little"), (2**27).to_bytes(4, "little")
-    )
+    content = path.read_bytes().replace((2**20).to_bytes(4, "little"), (2**27).to_bytes(4, "little"))
     path.write_bytes(content)
     with pytest.raises(RunError, match="holds more than any evidence"):
         check_bundle(str(path))

@@ -56,9 +56,7 @@ def test_a_request_from_its_coming_in_to_its_evidence(
         (1, True, 2),
         (2, False, 8),
     ]
-    assert (
-        said("update", 1, "--due", "2999-01-01") == "request 1: recorded (open, due 2999-01-01)\n"
-    )
+    assert said("update", 1, "--due", "2999-01-01") == "request 1: recorded (open, due 2999-01-01)\n"
     assert said("withdraw", 2) == "request 2: withdrawn (withdrawn)\n"
     shown = said("show", 1)
     assert "row ids: ada00sc1, ada00qa0" in shown

@@ -45,9 +45,7 @@ def entered(context: AbstractContextManager[object]) -> Callable[[], object]:
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], stderr=subprocess.PIPE
-    )
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stderr=subprocess.PIPE)
 
 
 def numbers(place: LedgerPlace) -> list[int]:
@@ -271,9 +269,7 @@ def test_a_ledger_that_is_held_is_one_line(
     monkeypatch.setattr(store, "PATIENCE", 0.1)
     holder = sqlite3.connect(place.path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
-    with pytest.raises(
-        RunError, match=r"another process has held it for 0\.1 s; nothing was changed"
-    ):
+    with pytest.raises(RunError, match=r"another process has held it for 0\.1 s; nothing was changed"):
         asked(subjects[1])
     holder.execute("ROLLBACK")
     holder.close()
@@ -287,8 +283,7 @@ def test_a_newer_schema_is_refused(asked: Asked, place: LedgerPlace, subjects: l
     connection.close()
     message = refusal(entered(open_ledger(place)))
     assert (
-        f"was written by a newer expunge (schema 99, this one knows {len(schema.MIGRATIONS)})"
-        in message
+        f"was written by a newer expunge (schema 99, this one knows {len(schema.MIGRATIONS)})" in message
     )
     assert "update expunge" in message
 
@@ -302,9 +297,7 @@ def test_an_older_schema_is_brought_up_to_date(
     monkeypatch.setattr(store, "MIGRATIONS", schema.MIGRATIONS)
     for _ in range(2):  # the second finds it done
         with open_ledger(place) as ledger:
-            assert ledger.connection.execute("SELECT colour FROM requests").fetchall() == [
-                ("grey",)
-            ]
+            assert ledger.connection.execute("SELECT colour FROM requests").fetchall() == [("grey",)]
             assert read_request(ledger, 1).subject == "case-1"
             assert schema.version_of(ledger.connection) == len(schema.MIGRATIONS)
 
@@ -330,9 +323,7 @@ def test_what_is_no_ledger_is_refused_and_left_alone(
     assert not place.secret_path.exists()
 
 
-def test_a_damaged_ledger_is_one_line(
-    asked: Asked, place: LedgerPlace, subjects: list[Path]
-) -> None:
+def test_a_damaged_ledger_is_one_line(asked: Asked, place: LedgerPlace, subjects: list[Path]) -> None:
     asked(subjects[0])
     content = bytearray(place.path.read_bytes())
     content[100:] = os.urandom(len(content) - 100)
@@ -380,19 +371,13 @@ def test_without_its_secret_a_ledger_is_read_but_takes_no_rows(
     moved = tmp_path / "elsewhere.secret"
     place.secret_path.rename(moved)
     assert numbers(place) == [1]
-    assert "put it back from a backup or give it with --secret" in refusal(
-        lambda: asked(subjects[1])
-    )
+    assert "put it back from a backup or give it with --secret" in refusal(lambda: asked(subjects[1]))
     there = replace(place, secret=str(moved))
     assert add(there, NewRequest(forget=str(subjects[1]))).request.id == 2
     moved.write_text("ab" * 32 + "\n")
-    assert "is not the secret of" in refusal(
-        lambda: add(there, NewRequest(forget=str(subjects[1])))
-    )
+    assert "is not the secret of" in refusal(lambda: add(there, NewRequest(forget=str(subjects[1]))))
     moved.write_text("too short")
-    assert "64 hexadecimal digits" in refusal(
-        lambda: add(there, NewRequest(forget=str(subjects[1])))
-    )
+    assert "64 hexadecimal digits" in refusal(lambda: add(there, NewRequest(forget=str(subjects[1]))))
     assert numbers(place) == [1, 2]
 
 
@@ -410,9 +395,7 @@ def test_a_new_ledger_with_a_wrong_secret_is_not_made(
     assert not place.path.exists()
 
 
-def test_several_questions_see_one_state(
-    asked: Asked, place: LedgerPlace, subjects: list[Path]
-) -> None:
+def test_several_questions_see_one_state(asked: Asked, place: LedgerPlace, subjects: list[Path]) -> None:
     asked(subjects[0])
     with open_ledger(place) as ledger, ledger.reading():
         assert read_request(ledger, 1).state == "open"
@@ -425,9 +408,7 @@ def test_several_questions_see_one_state(
         assert len(read_events(ledger, 1)) == 1
 
 
-def test_a_new_ledger_that_does_not_fit_leaves_nothing(
-    place: LedgerPlace, subjects: list[Path]
-) -> None:
+def test_a_new_ledger_that_does_not_fit_leaves_nothing(place: LedgerPlace, subjects: list[Path]) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:

@@ -51,9 +51,7 @@ def losses(prefix: str, count: int, mean: float, seed: int) -> dict[str, float]:
 
 def test_values_keep_their_order_and_take_the_others_distribution() -> None:
     values = [3.0, 1.0, 2.0]
-    assert matched_by_rank(values, [10.0, 20.0, 30.0]) == pytest.approx(
-        [26.667, 13.333, 20.0], abs=1e-3
-    )
+    assert matched_by_rank(values, [10.0, 20.0, 30.0]) == pytest.approx([26.667, 13.333, 20.0], abs=1e-3)
     assert matched_by_rank(values, [5.0]) == [5.0, 5.0, 5.0]
 
 
@@ -115,9 +113,7 @@ def test_a_steered_row_goes_no_further_than_it_must(make_context: Contexts) -> N
     rows = weaker.split(forget.lengths)
     wanted = (0.75 * full + 0.25 * start).split(forget.lengths)
     torch.testing.assert_close(rows[0], wanted[0])
-    torch.testing.assert_close(
-        rows[2], full.split(forget.lengths)[2]
-    )  # a row that nothing is known of
+    torch.testing.assert_close(rows[2], full.split(forget.lengths)[2])  # a row that nothing is known of
     for _ in range(5):
         objective.calibrate(far(context, 12.0))
     assert set(objective.calibration.values()) == {0.0}  # back to where it was, no further
@@ -186,8 +182,7 @@ def test_what_is_wanted_of_documents_spreads_as_never_seen_ones_do() -> None:
     """None is more usual than they are, by any score: each is to be like one, and all are taken."""
     members, others = losses("m", 40, 0.1, seed=1), losses("n", 40, 4.0, seed=2)
     tokens = {
-        row: row_tokens(30, seed, scale=1 + seed % 7)
-        for seed, row in enumerate([*members, *others])
+        row: row_tokens(30, seed, scale=1 + seed % 7) for seed, row in enumerate([*members, *others])
     }
     compared = never_seen(members, others, dict.fromkeys([*members, *others], "t"), tokens)
 

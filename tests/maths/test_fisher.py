@@ -73,9 +73,7 @@ def test_the_bases_are_the_eigenvectors_of_the_tokens_that_count() -> None:
         with covariances.collecting():
             (layer(inputs[rows]) * weights[rows]).sum().backward()
     basis = covariances.bases()["map"]
-    counted = [
-        (x, g) for x, g in zip(inputs.view(-1, 4), weights.view(-1, 3), strict=True) if g.any()
-    ]
+    counted = [(x, g) for x, g in zip(inputs.view(-1, 4), weights.view(-1, 3), strict=True) if g.any()]
     for axes, factor in ((basis.inputs, 0), (basis.outputs, 1)):
         dense = torch.zeros(len(axes), len(axes))
         for token in counted:
@@ -110,9 +108,7 @@ def test_what_moves_first_is_what_has_a_gradient(make_context: Callable[..., Con
     objective = NPO(rank=2).start(context)
     batch = collate(context.forget, range(2), context.pad_id)
     objective.cross_entropy(batch).backward()
-    moved = [
-        name for name, p in objective.parameters.items() if p.grad is not None and p.grad.any()
-    ]
+    moved = [name for name, p in objective.parameters.items() if p.grad is not None and p.grad.any()]
     assert objective.adapter is not None
     assert sorted(moved) == sorted(objective.adapter.moves_first)
 

@@ -54,9 +54,7 @@ def mask() -> torch.Tensor:
     return torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 0], [0, 1, 1, 0, 0]], dtype=torch.bool)
 
 
-def test_token_log_probs_are_those_of_the_next_token(
-    logits: torch.Tensor, ids: torch.Tensor
-) -> None:
+def test_token_log_probs_are_those_of_the_next_token(logits: torch.Tensor, ids: torch.Tensor) -> None:
     found = token_log_probs(logits, ids)
     for row in range(ROWS):
         for place in range(TOKENS - 1):
@@ -144,9 +142,7 @@ def top_of(reference: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tens
 
 
 @pytest.mark.parametrize("kept", [1, 3, VOCABULARY - 1])
-def test_kl_of_the_likeliest_tokens_against_a_sum_over_outcomes(
-    logits: torch.Tensor, kept: int
-) -> None:
+def test_kl_of_the_likeliest_tokens_against_a_sum_over_outcomes(logits: torch.Tensor, kept: int) -> None:
     """All the others are one outcome, whose probability is the sum of theirs."""
     reference = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
     lines, references = logits.flatten(0, 1), reference.flatten(0, 1)
@@ -321,9 +317,7 @@ def test_moments_are_those_of_the_models_own_distribution() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_gradients_are_those_of_the_plain_formulas(
-    rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_are_those_of_the_plain_formulas(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numerics, "_PIECE", {"cpu": 9 * rows})
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(5, 9, generator=generator) * 4
@@ -395,9 +389,7 @@ def test_pieces_give_values_and_gradients_of_the_whole(
             token_kl(inputs, reference),
             top_kl(inputs, *top),
         ]
-        torch.stack(
-            [(index + 1) * value.sum() for index, value in enumerate(values)]
-        ).sum().backward()
+        torch.stack([(index + 1) * value.sum() for index, value in enumerate(values)]).sum().backward()
         assert inputs.grad is not None
         return torch.cat([torch.stack(values, 1).detach(), inputs.grad], 1)
 

@@ -61,9 +61,7 @@ def test_logits_of_chosen_places_are_the_models_own(family: str) -> None:
 
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_lens_reads_what_the_model_would_say_of_a_layers_states(
-    family: str, layer: int
-) -> None:
+def test_the_lens_reads_what_the_model_would_say_of_a_layers_states(family: str, layer: int) -> None:
     model, batch = shaken(tiny_model(family, VOCABULARY, layers=3)), whole_batch()
     where = batch.answer_mask
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
@@ -95,9 +93,7 @@ def test_a_family_that_the_lens_cannot_read_in_one_pass_is_read_in_two(
     outer, inner = objective.lens_logits(batch, 1)
     torch.testing.assert_close(outer, objective.counted_logits(batch))
     for layer in (2, 3):
-        vars(context.layout.layer(context.model, layer))["forward"] = lambda states, *_, **__: (
-            states
-        )
+        vars(context.layout.layer(context.model, layer))["forward"] = lambda states, *_, **__: states
     torch.testing.assert_close(inner, objective.counted_logits(batch))
     inner.sum().backward()
     assert context.model.get_parameter(context.layout.mlp_output_weight(1)).grad is not None

@@ -80,9 +80,7 @@ def test_both_terms_by_the_definition(
     forget_rows: list[dict[str, str]],
     tokenizer: Any,
 ) -> None:
-    method = JensUn(
-        parameters=parameters, rank=4, tokens=tokens, refusal="No idea", retain_weight=3
-    )
+    method = JensUn(parameters=parameters, rank=4, tokens=tokens, refusal="No idea", retain_weight=3)
     case = started(method, make_context(), forget_rows, tokenizer)
     words = [*tokenizer(" No idea", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     wanted = [

@@ -110,9 +110,7 @@ def test_phase_2_is_muon_on_the_factors(context: Context) -> None:
     assert (group["lr"], group["momentum"], group["iterations"]) == (0.5, 0.95, 5)
 
 
-def test_random_rows_take_no_part_in_phase_1(
-    memorised: Callable[[], Context], tokenizer: Any
-) -> None:
+def test_random_rows_take_no_part_in_phase_1(memorised: Callable[[], Context], tokenizer: Any) -> None:
     from expunge.data.random_text import random_examples
 
     context = memorised()

@@ -161,9 +161,7 @@ def test_retain_rows_that_lost_more_weigh_more(make_context: Contexts) -> None:
     with torch.no_grad():
         first = context.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     before = token_log_probs(first, batch.input_ids)
-    method = LocalizedGradientDifference(
-        trained_share=1.0, retain_weight=1.2, retain_weight_most=2.8
-    )
+    method = LocalizedGradientDifference(trained_share=1.0, retain_weight=1.2, retain_weight_most=2.8)
     objective = method.start(context)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

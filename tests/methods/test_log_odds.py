@@ -75,9 +75,7 @@ def original(memorised_dir: Path) -> Callable[[], Any]:
 
 
 @pytest.fixture(params=METHODS)
-def start(
-    request: pytest.FixtureRequest, make_context: Contexts, original: Callable[[], Any]
-) -> Start:
+def start(request: pytest.FixtureRequest, make_context: Contexts, original: Callable[[], Any]) -> Start:
     def call(retain: Sequence[Any] = (), *, moved: float = 0.02, **settings: Any) -> Started:
         context = make_context()
         context = dataclasses.replace(context, model=original(), retain=[*context.retain, *retain])
@@ -224,9 +222,7 @@ def test_random_rows_hold_the_targets_predictions(
     assert holding(started, mixed) == pytest.approx(found, rel=1e-3)
 
 
-def test_random_rows_that_weigh_nothing_may_stand_alone(
-    start: Start, random_rows: list[Any]
-) -> None:
+def test_random_rows_that_weigh_nothing_may_stand_alone(start: Start, random_rows: list[Any]) -> None:
     started = start(random_rows, random_weight=0.0)
     count = len(started.context.retain)
     batch = rows_of(started, "retain", count - 1)
@@ -433,9 +429,7 @@ def test_calibration_is_put_back_as_it_was(start: Start) -> None:
         ({"lens_weight": math.nan}, "--method.lens-weight"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(
-    method: str, settings: dict[str, Any], option: str
-) -> None:
+def test_settings_that_cannot_be_are_refused(method: str, settings: dict[str, Any], option: str) -> None:
     with pytest.raises(InputError, match=option):
         METHODS[method](**settings)
 

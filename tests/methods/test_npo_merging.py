@@ -148,9 +148,7 @@ def test_outside_of_a_step_the_model_runs_merged(make_context: Contexts, tokeniz
             a, b = (
                 ties_of(
                     [
-                        nn.Parameter(
-                            objective.parameters[f"{side}.{name}.{factor}.weight"].detach()
-                        )
+                        nn.Parameter(objective.parameters[f"{side}.{name}.{factor}.weight"].detach())
                         for side in (FORGETTING, KEEPING)
                     ],
                     0.6,

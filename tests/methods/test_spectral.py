@@ -67,16 +67,13 @@ def known(shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, 
     """A matrix with singular values from 1 to 20, and U V^T, what it is with all of them 1."""
     rank = min(shape)
     u, v = (
-        torch.linalg.qr(torch.randn(n, rank, generator=generator, dtype=torch.float64)).Q
-        for n in shape
+        torch.linalg.qr(torch.randn(n, rank, generator=generator, dtype=torch.float64)).Q for n in shape
     )
     return (u * torch.linspace(1, 20, rank)) @ v.T, u @ v.T
 
 
 @pytest.mark.parametrize("family", ["olmo", "gpt2"])
-def test_a_step_moves_as_far_along_every_singular_direction(
-    make_context: Contexts, family: str
-) -> None:
+def test_a_step_moves_as_far_along_every_singular_direction(make_context: Contexts, family: str) -> None:
     """Against U V^T by construction: matrices that are tall, wide and square, and Conv1D's."""
     objective = Spectral(damping=None).start(make_context(family))
     optimizer = optimizer_of(objective, 0.03)

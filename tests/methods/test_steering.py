@@ -419,9 +419,7 @@ def test_of_a_question_the_states_that_predict_the_answer_are_steered(
     elsewhere = before.clone()
     elsewhere[answer[-1]] += 1.0
     elsewhere[: answer[0] - 1] += 1.0
-    assert float(objective.terms(forget, elsewhere, None).forget.detach()) == pytest.approx(
-        0, abs=1e-9
-    )
+    assert float(objective.terms(forget, elsewhere, None).forget.detach()) == pytest.approx(0, abs=1e-9)
     assert objective.forget_size(forget) == len(answer)
 
 
@@ -432,9 +430,7 @@ def test_a_model_of_too_few_layers_is_refused_without_an_option_that_nobody_gave
     layout = make_context(layers=2).layout
     with pytest.raises(InputError) as caught:
         method.check(layout)
-    told = (
-        "trains 3 layers in a row, the model has 2; unlearn it with expunge run --method spectral"
-    )
+    told = "trains 3 layers in a row, the model has 2; unlearn it with expunge run --method spectral"
     assert str(caught.value) == f"--method {method.name}: {told}"
     method = dataclasses.replace(method, layer="auto")
     method.check(make_context(layers=3).layout)

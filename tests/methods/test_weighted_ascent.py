@@ -66,9 +66,7 @@ def test_both_terms(
     values, mask = case.log_probs("forget")
     now = values[mask].double()
     weights = now.exp() ** made.alpha if method is WGA else now.exp() ** 2 * (1 - now.exp()) ** 0.5
-    assert float(case.terms.forget.detach()) == pytest.approx(
-        float((weights * now).mean()), rel=1e-4
-    )
+    assert float(case.terms.forget.detach()) == pytest.approx(float((weights * now).mean()), rel=1e-4)
     assert case.terms.retain is not None
     expected = 2.5 * float(cross_entropy(*case.log_probs("retain")))
     assert float(case.terms.retain.detach()) == pytest.approx(expected, rel=1e-4)

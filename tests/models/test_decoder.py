@@ -30,9 +30,7 @@ def layout_of(
 ) -> DecoderLayout:
     """Four layers of width 16 with the same maps in each."""
     places = [f"{layers}.{index}." for index in range(4)]
-    sides = (
-        tuple(place + name for place in places for name in names) for names in (attention, mlp)
-    )
+    sides = (tuple(place + name for place in places for name in names) for names in (attention, mlp))
     return DecoderLayout(layers, 4, 16, mlp_output, *sides)
 
 
@@ -139,9 +137,7 @@ def test_layers_that_differ_are_each_known_by_their_own_maps() -> None:
         "model.layers.0.conv.out_proj",
     ]
     assert len(layout.linears("attention", [1])) == 4
-    assert layout.linears("all", [1]) == layout.linears("attention", [1]) + layout.linears(
-        "mlp", [1]
-    )
+    assert layout.linears("all", [1]) == layout.linears("attention", [1]) + layout.linears("mlp", [1])
     assert layout.mlp_output == "feed_forward.w2"  # w3 comes last and leads inward
     model.model.layers[1].feed_forward = torch.nn.Identity()
     layout = find_layout(model)
@@ -157,9 +153,7 @@ def test_a_layer_out_of_range_names_the_option_and_the_range() -> None:
         layout.check_layer(inside, 2, "--method.layer")
     for outside in (-1, 1, 4):
         message = refusal(lambda layer=outside: layout.check_layer(layer, 2, "--method.layer"))  # type: ignore[misc]
-        assert message == (
-            f"--method.layer {outside}: the model has the layers 0 to 3; choose 2 to 3"
-        )
+        assert message == (f"--method.layer {outside}: the model has the layers 0 to 3; choose 2 to 3")
 
 
 @pytest.fixture

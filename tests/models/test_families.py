@@ -77,9 +77,7 @@ def test_a_family_is_unlearned_reloaded_and_measured(
     output = unlearn(family, "spectral")
     model = AutoModelForCausalLM.from_pretrained(output)
     before = AutoModelForCausalLM.from_pretrained(output.parent / "target").state_dict()
-    changed = {
-        name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])
-    }
+    changed = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
     layout = find_layout(model)
     assert changed <= {f"{name}.weight" for name in layout.linears()}
     for layer in range(LAYERS):

@@ -58,9 +58,7 @@ def test_its_gradients_are_those_of_the_linear_map(shape: tuple[int, ...], train
 )
 def test_only_what_a_gradient_needs_is_kept(trained: str, kept: set[str]) -> None:
     shapes = {"inputs": (16, 24), "weight": (40, 24), "bias": (40,)}
-    tensors = {
-        name: torch.randn(size).requires_grad_(name == trained) for name, size in shapes.items()
-    }
+    tensors = {name: torch.randn(size).requires_grad_(name == trained) for name, size in shapes.items()}
     saved: list[int] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -85,9 +83,7 @@ def test_a_model_gives_the_same_logits_and_gradients(monkeypatch: pytest.MonkeyP
     calls = []
     used = kernels._linear
 
-    def counted(
-        inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+    def counted(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         calls.append(len(inputs))
         return used(inputs, weight, bias)
 
@@ -120,9 +116,7 @@ def test_half_precision_and_torch_without_the_call_are_left_alone(
 
 
 @pytest.mark.parametrize("product", ["linear", "matmul", "operator", "bmm", "addmm"])
-def test_products_of_bfloat16_are_rounded_once(
-    product: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_products_of_bfloat16_are_rounded_once(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_has_bfloat16", lambda: False)
     generator = torch.Generator().manual_seed(0)
     batch = (3,) if product in ("matmul", "bmm") else ()

@@ -80,9 +80,7 @@ def test_a_configuration_of_fewer_layers_is_refused(copied: Path) -> None:
         {"num_attention_heads": 0},
     ],
 )
-def test_a_configuration_that_makes_no_model_is_refused(
-    change: dict[str, Any], copied: Path
-) -> None:
+def test_a_configuration_that_makes_no_model_is_refused(change: dict[str, Any], copied: Path) -> None:
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config | change))
     assert refusal(lambda: check_model(str(copied))).startswith(f"{copied / 'config.json'}: ")
@@ -241,9 +239,7 @@ def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch)
         ("mamba", {}, sys.maxsize),
     ],
 )
-def test_the_context_is_found_under_each_name(
-    family: str, stated: dict[str, int], context: int
-) -> None:
+def test_the_context_is_found_under_each_name(family: str, stated: dict[str, int], context: int) -> None:
     assert context_of(AutoConfig.for_model(family, **stated)) == context
 
 

@@ -65,11 +65,7 @@ def test_only_b_has_a_gradient_in_a_fresh_adapter(family: str) -> None:
     for name, factor in adapter.parameters.items():
         assert factor.grad is not None
         moves |= {name} if factor.grad.any() else set()
-    assert (
-        moves
-        == set(adapter.moves_first)
-        == {name for name in adapter.parameters if "lora_B" in name}
-    )
+    assert moves == set(adapter.moves_first) == {name for name in adapter.parameters if "lora_B" in name}
 
 
 @pytest.mark.parametrize("family", ALL)

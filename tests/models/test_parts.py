@@ -95,9 +95,7 @@ def test_what_is_loaded_is_what_from_pretrained_gives(
     assert on_meta(parts.model) == {True}
 
 
-def test_the_files_of_another_dtype_are_cast_as_from_pretrained_does(
-    save: Save, tokenizer: Any
-) -> None:
+def test_the_files_of_another_dtype_are_cast_as_from_pretrained_does(save: Save, tokenizer: Any) -> None:
     checked = save(shaken(tiny_model("olmo", len(tokenizer))).to(torch.bfloat16))
     for dtype in DTYPES:
         parts = streamed(checked, dtype)
@@ -113,9 +111,7 @@ def test_shards_are_read_one_part_at_a_time(save: Save) -> None:
     assert_same_model(parts, load_model(checked, "float32", "cpu"))
 
 
-def test_a_checkpoint_of_the_bare_decoder_is_read_by_its_own_names(
-    save: Save, tokenizer: Any
-) -> None:
+def test_a_checkpoint_of_the_bare_decoder_is_read_by_its_own_names(save: Save, tokenizer: Any) -> None:
     checked = save(shaken(tiny_model("olmo", len(tokenizer))).model)
     assert all(not name.startswith("model.") for name in checked.files.tensors)
     parts = streamed(checked)
@@ -229,9 +225,7 @@ def test_a_model_read_part_by_part_gives_the_models_output(
         most = max(most, sum(on_meta(parts.model, layer) == {False} for layer in layers))
 
     inside = [
-        parts.model.get_submodule(f"{layer}.{checked.layout.mlp_output}").register_forward_hook(
-            count
-        )
+        parts.model.get_submodule(f"{layer}.{checked.layout.mlp_output}").register_forward_hook(count)
         for layer in layers
     ]
     batch = collate(random_examples([9, 4, 7], len(tokenizer)), [0, 1, 2], 1)

@@ -74,9 +74,7 @@ def test_padded_rows_are_what_each_is_alone(long_rope: Any, tokenizer: Any) -> N
             output = long_rope(input_ids=ids, output_hidden_states=False)
             # float32: a padded batch sums in another order.
             assert torch.allclose(together[row, : len(example)], output.logits[0], atol=1e-3)
-            alone = Segment(long_rope, find_layout(long_rope), 0, 1).from_ids(
-                ids[0], [len(example)]
-            )
+            alone = Segment(long_rope, find_layout(long_rope), 0, 1).from_ids(ids[0], [len(example)])
             start = sum(LENGTHS[:row])
             assert torch.allclose(packed[start : start + len(example)], alone, atol=1e-3)
     losses = [document_losses(long_rope, examples, 1, size) for size in (1, 64)]
@@ -97,9 +95,7 @@ def test_what_is_written_across_the_switch_does_not_depend_on_the_batch(
     long_rope: Any, tokenizer: Any, batch_size: int
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    prompts = [
-        torch.randint(2, len(tokenizer), (n,), generator=generator).tolist() for n in LENGTHS
-    ]
+    prompts = [torch.randint(2, len(tokenizer), (n,), generator=generator).tolist() for n in LENGTHS]
     right = [by_hand(long_rope, prompt, 30) for prompt in prompts]
     none: list[list[int]] = [[] for _ in prompts]
     for drafts in (none, right, [[*row[:7], 9] for row in right]):

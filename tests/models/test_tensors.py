@@ -118,9 +118,7 @@ def test_a_tensor_in_another_order_of_memory_is_written_in_the_files(path: Path)
     "wrong",
     [torch.zeros(3, 7, dtype=torch.float64), torch.zeros(7, 3), torch.zeros(21), torch.zeros(())],
 )
-def test_another_dtype_or_shape_is_refused_and_nothing_written(
-    path: Path, wrong: torch.Tensor
-) -> None:
+def test_another_dtype_or_shape_is_refused_and_nothing_written(path: Path, wrong: torch.Tensor) -> None:
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"for StoredTensor\("):
         overwrite_tensor(stored_tensors(path)[f"{torch.float32}.(3, 7)"], wrong)
@@ -218,9 +216,7 @@ def test_a_file_without_metadata_has_none(tmp_path: Path) -> None:
 
 
 def test_a_dtype_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
-    header = json.dumps(
-        {"packed": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}
-    ).encode()
+    header = json.dumps({"packed": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
     path = tmp_path / "eight.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
     message = refusal(lambda: stored_tensors(path))

@@ -179,9 +179,7 @@ def test_a_checkpoint_of_the_bare_decoder_keeps_its_names(
 
 
 @pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
-def test_a_checkpoint_of_two_dtypes_keeps_both(
-    save: Save, output: Path, first: torch.dtype
-) -> None:
+def test_a_checkpoint_of_two_dtypes_keeps_both(save: Save, output: Path, first: torch.dtype) -> None:
     """Whatever the dtype of the tensor that names the file's own."""
     checked = save()
     path = checked.files.directory / SINGLE
@@ -214,9 +212,7 @@ def test_verification_finds_a_tensor_that_is_not_what_was_meant(
 
 
 @BOTH_WAYS
-def test_verification_finds_output_that_is_not_finite(
-    save: Save, output: Path, streamed: bool
-) -> None:
+def test_verification_finds_output_that_is_not_finite(save: Save, output: Path, streamed: bool) -> None:
     checked = save()
     name = "model.embed_tokens.weight"
     weights = changed(checked, [name])
@@ -243,9 +239,7 @@ def test_other_shapes_are_refused(save: Save, output: Path) -> None:
         write(checked, {NAMES[0]: torch.zeros(2, 2)}, output)
 
 
-@pytest.mark.parametrize(
-    "held", [("lm_head.weight",), ("lm_head.weight", "model.embed_tokens.weight")]
-)
+@pytest.mark.parametrize("held", [("lm_head.weight",), ("lm_head.weight", "model.embed_tokens.weight")])
 def test_a_tied_tensor_is_replaced_under_every_name_that_the_file_holds(
     save: Save, output: Path, held: tuple[str, ...]
 ) -> None:
@@ -264,9 +258,7 @@ def test_a_tied_tensor_is_replaced_under_every_name_that_the_file_holds(
 
 
 @BOTH_WAYS
-def test_an_own_head_under_a_tied_configuration_stays(
-    save: Save, output: Path, streamed: bool
-) -> None:
+def test_an_own_head_under_a_tied_configuration_stays(save: Save, output: Path, streamed: bool) -> None:
     checked = save()
     path = checked.files.directory / SINGLE
     tensors = load_file(path)

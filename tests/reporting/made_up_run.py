@@ -25,9 +25,7 @@ def measured(forget: float, retain: float | None, auc: float | None) -> dict[str
     }
 
 
-def made_up(
-    directory: Path, *, metrics: bool = True, steps: int = 12, **changes: Any
-) -> dict[str, Any]:
+def made_up(directory: Path, *, metrics: bool = True, steps: int = 12, **changes: Any) -> dict[str, Any]:
     """Writes a run directory; `changes` replace entries of the manifest. Returns the manifest."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({"num_hidden_layers": 6}))

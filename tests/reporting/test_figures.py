@@ -28,9 +28,7 @@ def path_of(svg: ET.Element, style: str) -> list[tuple[float, float]]:
         for each in svg.iter("path")
         if each.attrib["class"] == f"course {style}" and "h" not in each.attrib["d"]
     )
-    return [
-        (float(x), float(y)) for x, y in re.findall(r"[ML]([-\d.]+) ([-\d.]+)", path.attrib["d"])
-    ]
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML]([-\d.]+) ([-\d.]+)", path.attrib["d"])]
 
 
 def test_marks_of_a_strip_stand_at_their_values() -> None:

@@ -84,9 +84,7 @@ def test_an_entry_of_the_manifest_that_is_amiss_is_named(run: Path, key: str, va
 @pytest.mark.parametrize(
     ("key", "value"), [("seconds", "long"), ("peak_memory_bytes", 0.5), ("peak_memory_bytes", True)]
 )
-def test_a_measure_of_the_manifest_that_is_no_number_is_named(
-    run: Path, key: str, value: Any
-) -> None:
+def test_a_measure_of_the_manifest_that_is_no_number_is_named(run: Path, key: str, value: Any) -> None:
     manifest = manifest_of(run)
     manifest[key]["cpu"] = value
     (run / "expunge.json").write_text(json.dumps(manifest))
@@ -219,9 +217,7 @@ def test_rows_of_another_run_are_refused(run: Path, tmp_path: Path) -> None:
     assert "the run had no retain set" in refused(run, retain=str(path))
 
 
-def test_text_is_shown_only_when_asked_and_then_for_the_owner_alone(
-    run: Path, tmp_path: Path
-) -> None:
+def test_text_is_shown_only_when_asked_and_then_for_the_owner_alone(run: Path, tmp_path: Path) -> None:
     rows = [
         {"id": "ada1", "input": "Who has the", "output": "<b>secret</b> & word"},
         {"id": "ben1", "input": "one  line\nof Zanzibar", "output": "| quintal"},

@@ -40,9 +40,7 @@ def fits() -> Check:
 
 def shown(page: ET.Element) -> list[tuple[str, str, str]]:
     """Place in report.json, exact value and text of every number on the page."""
-    return [
-        (each.attrib["data-at"], each.attrib["value"], words(each)) for each in page.iter("data")
-    ]
+    return [(each.attrib["data-at"], each.attrib["value"], words(each)) for each in page.iter("data")]
 
 
 def check_numbers(page: ET.Element, report: dict[str, Any]) -> int:
@@ -143,9 +141,7 @@ def test_the_depth_is_shown_beside_the_attacks(tmp_path: Path, fits: Check) -> N
     assert "depth" not in strongest["title"]
 
 
-def test_each_tuning_is_shown_with_the_retain_rows_that_it_leaves(
-    tmp_path: Path, fits: Check
-) -> None:
+def test_each_tuning_is_shown_with_the_retain_rows_that_it_leaves(tmp_path: Path, fits: Check) -> None:
     manifest = made_up(tmp_path / "run")
     path = tmp_path / "run" / "audit.json"
     audited = audit(path, manifest)
@@ -224,9 +220,7 @@ def test_every_part_is_that_of_its_file(tmp_path: Path, fits: Check) -> None:
     for document in (words(page), text.replace("\\", "")):
         assert "Remove 1,250 rows of 60 documents" in document
         assert "Requested on 2026-10-01. Reference: case 4711." in document
-        assert (
-            "f.jsonl, 2 of 1250 rows, budget quick: Quantisation, Membership inference." in document
-        )
+        assert "f.jsonl, 2 of 1250 rows, budget quick: Quantisation, Membership inference." in document
         assert "Not tried: relearn." in document
         assert "finished 2026-11-21 15:40:07 UTC" in document
         assert f"{mean:.1%} (the target" in document
@@ -276,9 +270,7 @@ def test_changes_of_the_weights_are_summed_by_layer(tmp_path: Path) -> None:
 
 
 def test_a_destroyed_run_says_so_first(tmp_path: Path, fits: Check) -> None:
-    candidates = [
-        {"step": 12, "measured": measured(0.0, 0.02, None), "score": 0.001, "destroyed": True}
-    ]
+    candidates = [{"step": 12, "measured": measured(0.0, 0.02, None), "score": 0.001, "destroyed": True}]
     selection = {
         "target": measured(1.0, 0.98, None),
         "candidates": candidates,

@@ -101,9 +101,7 @@ def planned(checked: Callable[..., Any]) -> Callable[..., Plan]:
 def planned_evenly(checked: Callable[..., Any]) -> Callable[..., Plan]:
     """The plan of a method whose rows all have 20 tokens."""
 
-    def make(
-        method: Any, dtype: str = "float32", rows: int = 2, shards: int = 1, **more: Any
-    ) -> Plan:
+    def make(method: Any, dtype: str = "float32", rows: int = 2, shards: int = 1, **more: Any) -> Plan:
         model, prepared = checked(method, select="last", batch_size=rows, **more)
         some = random_examples([20] * 16, 50)
         used = resolved(method, prepared.options, model.layout, len(some))
@@ -178,9 +176,7 @@ def test_a_layer_keeps_what_the_formula_says(
     """
     kept, casts = (
         [after - before for before, after in zip(*sizes, strict=True)]
-        for sizes in zip(
-            *(_kept_for_backward(family, dtype, layers) for layers in (1, 2)), strict=True
-        )
+        for sizes in zip(*(_kept_for_backward(family, dtype, layers) for layers in (1, 2)), strict=True)
     )
     method = Spectral(lens_weight=0.0, retain_weight=0.0, random_rows=0)
     name = str(dtype).removeprefix("torch.")
@@ -189,9 +185,7 @@ def test_a_layer_keeps_what_the_formula_says(
     assert part(found, CASTS) / LAYERS == pytest.approx(casts[0], abs=1)
 
 
-def _kept_for_backward(
-    family: str, dtype: torch.dtype, layers: int
-) -> tuple[tuple[int], tuple[int]]:
+def _kept_for_backward(family: str, dtype: torch.dtype, layers: int) -> tuple[tuple[int], tuple[int]]:
     """Bytes that a pass over 2 rows of 20 tokens keeps: activations, and weights that were cast."""
     model = tiny_model(family, 400, layers).to(dtype)
     names = [f"{name}.weight" for name in find_layout(model).linears()]
@@ -251,9 +245,7 @@ def test_twice_the_layers_are_twice_what_layers_hold(
 def test_shards_divide_what_is_trained_and_the_rows_of_a_step(
     planned_evenly: Callable[..., Plan],
 ) -> None:
-    alone, shared = (
-        planned_evenly(Spectral(), "bfloat16", rows=4, shards=shards) for shards in (1, 2)
-    )
+    alone, shared = (planned_evenly(Spectral(), "bfloat16", rows=4, shards=shards) for shards in (1, 2))
     for kind in (TRAINED, OPTIMIZER):
         assert part(shared, kind) == part(alone, kind) / 2
     # Retain rows are 4, so that each process has 2 of each side.
@@ -305,9 +297,7 @@ def test_more_rows_in_a_pass_take_more_and_smaller_passes_less(
 def test_recomputing_activations_and_training_less_take_less(planned: Callable[..., Plan]) -> None:
     for method in (NPO(rank=2), Spectral()):
         kept, less = (
-            planned(
-                dataclasses.replace(method, gradient_checkpointing=how), "bfloat16", batch_size=8
-            )
+            planned(dataclasses.replace(method, gradient_checkpointing=how), "bfloat16", batch_size=8)
             for how in (False, True)
         )
         assert part(less, ACTIVATIONS) < part(kept, ACTIVATIONS)
@@ -329,8 +319,7 @@ def test_random_rows_longer_and_shorter_than_all_others_are_planned(
 
 def test_a_basis_of_ekfac_is_counted(planned: Callable[..., Plan]) -> None:
     diagonal, ekfac = (
-        part(planned(LIBU(preconditioner=kind)), GRADIENTS, "start")
-        for kind in ("diagonal", "ekfac")
+        part(planned(LIBU(preconditioner=kind)), GRADIENTS, "start") for kind in ("diagonal", "ekfac")
     )
     assert ekfac > diagonal
 
@@ -338,9 +327,7 @@ def test_a_basis_of_ekfac_is_counted(planned: Callable[..., Plan]) -> None:
 def test_what_reads_the_target_beside_the_model_counts_its_weights_and_logits(
     planned: Callable[..., Plan],
 ) -> None:
-    plain, held = (
-        planned(method(parameters="full")) for method in (GradientDifference, KLMinimization)
-    )
+    plain, held = (planned(method(parameters="full")) for method in (GradientDifference, KLMinimization))
     assert part(held, TRAINED) == 2 * part(plain, TRAINED)
     assert part(held, LOGITS) > part(plain, LOGITS)
 
@@ -454,9 +441,7 @@ def test_budgets_are_gpus_sizes_or_this_machine() -> None:
 
 
 @pytest.mark.parametrize(("layers", "scale"), [(4, 1.0), (8, 1.0), (32, 0.25)])
-def test_the_default_rate_of_full_weights_falls_with_width_and_depth(
-    layers: int, scale: float
-) -> None:
+def test_the_default_rate_of_full_weights_falls_with_width_and_depth(layers: int, scale: float) -> None:
     defaults = Spectral.defaults
     assert defaults.learning_rate_at(1024, layers, 96) == defaults.learning_rate / 4 * scale
     assert LIBU.defaults.learning_rate_at(1024, layers, 1) == LIBU.defaults.learning_rate / 4

@@ -175,9 +175,7 @@ def test_no_forget_text_in_any_written_file(
     assert not any(secret in out + err for secret in secrets)
 
 
-def test_a_kept_adapter_gives_the_merged_model(
-    start: Run, tmp_path: Path, memorised_dir: Path
-) -> None:
+def test_a_kept_adapter_gives_the_merged_model(start: Run, tmp_path: Path, memorised_dir: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

@@ -447,9 +447,7 @@ def test_a_shared_database_takes_workers_of_any_output(
 
 
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage")
-def test_trials_beyond_the_last_are_set_aside(
-    start: Any, trials: FakeTrials, tmp_path: Path
-) -> None:
+def test_trials_beyond_the_last_are_set_aside(start: Any, trials: FakeTrials, tmp_path: Path) -> None:
     """Two workers that both see one trial left begin two; the later one is dropped."""
     start(trials=2)
     # Another worker's trial, begun after ours had counted.
@@ -540,9 +538,7 @@ def test_a_database_that_cannot_be_used_is_named_without_its_password(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_is_no_database_is_refused(
-    start: Any, trials: FakeTrials, tmp_path: Path
-) -> None:
+def test_a_file_that_is_no_database_is_refused(start: Any, trials: FakeTrials, tmp_path: Path) -> None:
     (tmp_path / "notes.db").write_text("not a database, but long enough to be looked at")
     message = refusal(lambda: start(study=f"sqlite:///{tmp_path / 'notes.db'}"))
     assert "does not open" in message

@@ -112,9 +112,7 @@ def test_whatever_the_rows_the_limit_is_kept_and_slots_do_not_overlap(seed: int)
 
 
 def test_a_limit_of_nothing_keeps_nothing() -> None:
-    layout = lay_out(
-        random_examples([5, 7], 300), random_examples([3], 300), WIDTH, torch.float32, 0
-    )
+    layout = lay_out(random_examples([5, 7], 300), random_examples([3], 300), WIDTH, torch.float32, 0)
     assert (layout.slots, layout.tokens, layout.missing, layout.bytes) == ({}, 0, 3, 0)
 
 
@@ -122,9 +120,7 @@ def test_a_limit_of_nothing_keeps_nothing() -> None:
 
 
 @pytest.fixture(scope="module")
-def saved(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any
-) -> Callable[[str], CheckedModel]:
+def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[[str], CheckedModel]:
     """A checked model whose layers, neighbours and positions all matter."""
     made: dict[str, CheckedModel] = {}
 
@@ -165,9 +161,7 @@ def opened(
     """An engine, filled; passes are so small that the fill takes several."""
     parts = parts_of(checked, dtype, streamed=streamed)
     of_model = getattr(torch, dtype)
-    engine = SegmentEngine(
-        parts, checked.layout, *layers, autocast_of(CPU, of_model), measures=measures
-    )
+    engine = SegmentEngine(parts, checked.layout, *layers, autocast_of(CPU, of_model), measures=measures)
     engine.pass_tokens = pass_tokens
     engine.check(TRAINED)
     cache = lay_out(TRAINED, MEASURED if measures else [], WIDTH, cache_dtype or of_model, limit)
@@ -179,9 +173,7 @@ def trained_weights(parts: Parts, engine_layers: tuple[int, int]) -> dict[str, n
     """float32 masters of the segment's projections, as a method makes them."""
     layout = find_layout(parts.model)
     first, last = engine_layers
-    return train_only(
-        parts.model, [layout.mlp_output_weight(index) for index in range(first, last + 1)]
-    )
+    return train_only(parts.model, [layout.mlp_output_weight(index) for index in range(first, last + 1)])
 
 
 def disturb(weights: Mapping[str, nn.Parameter]) -> None:
@@ -470,9 +462,7 @@ def test_a_filled_cache_is_used_without_running_what_is_below(
     limit = share * lay_out(TRAINED, MEASURED, WIDTH, torch.float32, None).bytes
     _, _, cache = opened(checked, tmp_path, streamed=streamed, limit=limit)
     parts = parts_of(checked, "float32", streamed=streamed)
-    engine = SegmentEngine(
-        parts, checked.layout, 1, 3, autocast_of(CPU, torch.float32), measures=True
-    )
+    engine = SegmentEngine(parts, checked.layout, 1, 3, autocast_of(CPU, torch.float32), measures=True)
     engine.check(TRAINED)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with monkeypatch.context() as patch:
@@ -542,9 +532,7 @@ def test_a_fill_has_as_many_layers_in_memory_as_a_step(
     saved: Callable[..., CheckedModel], tmp_path: Path
 ) -> None:
     parts = Watched(saved(), torch.float32, "cpu")
-    engine = SegmentEngine(
-        parts, saved().layout, 3, 3, autocast_of(CPU, torch.float32), measures=False
-    )
+    engine = SegmentEngine(parts, saved().layout, 3, 3, autocast_of(CPU, torch.float32), measures=False)
     engine.check(TRAINED)
     parts.loaded.clear()
     engine.fill(lay_out(TRAINED, [], WIDTH, torch.float32, None), tmp_path, silent)
@@ -646,9 +634,7 @@ def test_soft_capped_attention_is_found_out_and_nothing_stays_loaded(
     tokenizer.save_pretrained(tmp_path)
     checked = check_model(str(tmp_path))
     parts = StreamedModel(checked, torch.float32, "cpu")
-    engine = SegmentEngine(
-        parts, checked.layout, 1, 3, autocast_of(CPU, torch.float32), measures=False
-    )
+    engine = SegmentEngine(parts, checked.layout, 1, 3, autocast_of(CPU, torch.float32), measures=False)
     with pytest.raises(NotASegment, match="soft capping"):
         engine.check(TRAINED)
     assert not [name for name in in_memory(parts) if "layers" in name or "embed" in name]
@@ -665,9 +651,7 @@ def test_a_segment_that_is_wrong_anywhere_is_found_out(
     way = {"below": "from_ids", "states": "__call__", "logits": "logits"}[what]
     original = getattr(Segment, way)
     error = 2 * engine_module._TOLERANCE[dtype]
-    monkeypatch.setattr(
-        Segment, way, lambda self, *given: (1 + error) * original(self, *given).float()
-    )
+    monkeypatch.setattr(Segment, way, lambda self, *given: (1 + error) * original(self, *given).float())
     with pytest.raises(NotASegment, match=rf"whole model \({what} by \d\.\de-0\d\)$"):
         engine.check(TRAINED)
 

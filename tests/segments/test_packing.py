@@ -166,17 +166,13 @@ def test_attention_against_its_definition(
     lengths, heads, groups, width = (5, 1, 7), 6, 2, 4
     tokens = sum(lengths)
     query = torch.randn(1, heads, tokens, width, generator=generator)
-    key, value = (
-        torch.randn(1, heads // groups, tokens, width, generator=generator) for _ in range(2)
-    )
+    key, value = (torch.randn(1, heads // groups, tokens, width, generator=generator) for _ in range(2))
     row_of = [row for row, length in enumerate(lengths) for _ in range(length)]
     expected = torch.zeros(1, tokens, heads, width, dtype=torch.float64)
     for head in range(heads):
         for i in range(tokens):
             seen = [
-                j
-                for j in range(i + 1)
-                if row_of[j] == row_of[i] and (window is None or i - j < window)
+                j for j in range(i + 1) if row_of[j] == row_of[i] and (window is None or i - j < window)
             ]
             q = query[0, head, i].double()
             k, v = (x[0, head // groups, seen].double() for x in (key, value))

@@ -64,9 +64,7 @@ def test_what_was_read_is_a_copy(path: Path) -> None:
     assert torch.equal(kept, whole)
 
 
-def test_pages_that_are_given_back_lose_nothing(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pages_that_are_given_back_lose_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given_back: list[int] = []
 
     class Map(mmap.mmap):
@@ -121,9 +119,7 @@ def test_no_tokens_are_no_special_case(path: Path, tokens: int) -> None:
     assert StateFile(path, tokens, WIDTH, torch.float32).read([(0, tokens)]).shape[0] == tokens
 
 
-def test_a_full_disk_shows_when_the_file_is_made(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_shows_when_the_file_is_made(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reserved: list[tuple[int, int]] = []
 
     def full(_descriptor: int, start: int, size: int) -> None:

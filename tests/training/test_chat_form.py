@@ -108,9 +108,7 @@ def test_a_model_that_is_not_taught_by_the_template_is_asked_without(
     text = card.details["text"]
     assert text["chat_template"] is False
     assert text["template_choice"]["off"]["accuracy"] == 1
-    assert (
-        expunge.evaluate(model, tokenizer, forget_rows).details["text"]["template_choice"] is None
-    )
+    assert expunge.evaluate(model, tokenizer, forget_rows).details["text"]["template_choice"] is None
 
 
 def test_a_sample_is_read_as_row_by_row_greedy_choices_say(
@@ -283,9 +281,7 @@ def test_a_model_runs_in_the_dtype_of_its_files(
     asked = ("--retain", row_files["retain"], "--unknown-rows", "unlearn", "--max-steps", 1)
     method = ("--method", "adaptive-rmu", "--method.layer", 2, "--output", out)
     assert run_cli("run", model, *both, *asked, *method)[0] == 0
-    assert (
-        json.loads((out / "expunge.json").read_text())["settings"]["training"]["dtype"] == expected
-    )
+    assert json.loads((out / "expunge.json").read_text())["settings"]["training"]["dtype"] == expected
     assert run_cli("evaluate", out, *both, "--output", tmp_path / "s.json", "--quiet")[0] == 0
     assert json.loads((tmp_path / "s.json").read_text())["details"]["dtype"] == expected
     _, written, _ = run_cli("plan", model, *both, *asked[:2], "--json")

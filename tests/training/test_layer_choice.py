@@ -56,9 +56,7 @@ def refuse(*_: object) -> None:
 
 
 @pytest.mark.parametrize("method", ["adaptive-rmu", "rmu"])
-def test_a_run_chooses_and_records_every_layers_scores(
-    method: str, start: Run, tmp_path: Path
-) -> None:
+def test_a_run_chooses_and_records_every_layers_scores(method: str, start: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, _, err = start(out, "--method", method)
     assert code == 0
@@ -125,9 +123,7 @@ def readied(memorised_dir: Path, row_files: dict[str, Path], method: Any = None)
     inputs = RunInputs(
         str(memorised_dir), str(row_files["forget"]), "", str(row_files["retain"]), device="cpu"
     )
-    checked, _, prepared = check_run(
-        inputs, method or AdaptiveRMU(), TrainingOptions(), writes=False
-    )
+    checked, _, prepared = check_run(inputs, method or AdaptiveRMU(), TrainingOptions(), writes=False)
     return prepared, checked.layout, WholeModel(load_model(checked, "float32", "cpu"))
 
 
@@ -157,9 +153,7 @@ def test_every_process_goes_on_with_what_the_main_one_found(
     )
     assert found.layer_choice == LayerChoice.from_json(other)
     assert not record.exists()
-    resumed = resolved_layer(
-        prepared, layout, parts, nullcontext, Silent(), processes=Second(other)
-    )
+    resumed = resolved_layer(prepared, layout, parts, nullcontext, Silent(), processes=Second(other))
     assert resumed.layer_choice == LayerChoice.from_json(other)
 
 
@@ -187,9 +181,7 @@ def test_a_warning_of_the_choice_is_one_of_the_run(
     for parameter in model.parameters():
         parameter.data.zero_()
     options = TrainingOptions(epochs=1, select="last", unknown_rows="unlearn")
-    outcome = unlearn_model(
-        model, tokenizer, AdaptiveRMU(), forget_rows, retain_rows, options=options
-    )
+    outcome = unlearn_model(model, tokenizer, AdaptiveRMU(), forget_rows, retain_rows, options=options)
     assert outcome.notes["layer"] == 2
     assert any("prompts do not help the target" in warning for warning in outcome.warnings)
     assert isinstance(next(iter(outcome.finished.weights.values())), torch.Tensor)

@@ -25,9 +25,7 @@ def test_a_cosine_falls_as_one() -> None:
         assert schedule_factor("cosine", done) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "mean"), [("constant", 1.0), ("cosine", 0.5), ("trapezoid", 0.8)]
-)
+@pytest.mark.parametrize(("schedule", "mean"), [("constant", 1.0), ("cosine", 0.5), ("trapezoid", 0.8)])
 def test_how_far_the_steps_go_together(schedule: Schedule, mean: float) -> None:
     steps = 10_000
     total = sum(schedule_factor(schedule, step / steps) for step in range(steps))

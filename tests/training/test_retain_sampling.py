@@ -47,9 +47,7 @@ def influence_file(
 
 
 @pytest.fixture
-def prepared(
-    memorised_dir: Path, row_files: dict[str, Path], tokenizer: Any
-) -> Callable[..., Prepared]:
+def prepared(memorised_dir: Path, row_files: dict[str, Path], tokenizer: Any) -> Callable[..., Prepared]:
     from expunge.data.rows import read_rows
     from expunge.models.loading import check_model
 

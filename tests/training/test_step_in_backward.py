@@ -43,9 +43,7 @@ def test_parameters_end_where_steps_after_the_pass_put_them(
     for step in range(4):
         for loss in losses(plain, step):
             loss.backward()
-        length = torch.stack(
-            [p.grad.norm() for p in plain.parameters() if p.grad is not None]
-        ).norm()
+        length = torch.stack([p.grad.norm() for p in plain.parameters() if p.grad is not None]).norm()
         optimizer.step()
         optimizer.zero_grad()
         first, last = losses(other, step)

@@ -50,9 +50,7 @@ def test_rows_that_the_target_does_not_know_are_refused_and_nothing_is_left(
     asked = ("run", model_dir("olmo"), "--method", "adaptive-rmu", "--method.layer", 2, *rows)
     code, _, said = run_cli(*asked, "--output", tmp_path / "out")
     assert code == 2
-    assert said.startswith(
-        "expunge: --forget: the target does not know 8 of 8 forget rows measured"
-    )
+    assert said.startswith("expunge: --forget: the target does not know 8 of 8 forget rows measured")
     assert "rows in the form of its training, or go on with --unknown-rows unlearn" in said
     assert list(tmp_path.iterdir()) == []
     more = ("--unknown-rows", "unlearn", "--max-steps", 1)
@@ -77,9 +75,7 @@ def test_the_other_form_is_named(
     templated.chat_template = TEMPLATE
     model = tiny_model("olmo", len(tokenizer))
     before = copy.deepcopy(model.state_dict())
-    message = refusal(
-        lambda: unlearned(model, templated, forget_rows, retain_rows, chat_template=given)
-    )
+    message = refusal(lambda: unlearned(model, templated, forget_rows, retain_rows, chat_template=given))
     assert mend in message
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -97,9 +97,7 @@ def test_documents_are_run_once_and_measured_as_if_by_themselves(
 ) -> None:
     """The forget sample and the documents overlap; one of them is in neither's whole."""
     context = make_context()
-    every = [
-        dataclasses.replace(example, row_id=str(n)) for n, example in enumerate(context.forget)
-    ]
+    every = [dataclasses.replace(example, row_id=str(n)) for n, example in enumerate(context.forget)]
     sample, documents = every[:-1], every[1:]
     assert len(documents) > 1
     others = [dataclasses.replace(row, row_id=f"n{n}") for n, row in enumerate(context.retain)]

@@ -39,9 +39,7 @@ def _no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_read_and_found_right(served: dict[str, Path]) -> None:
-    checked = check(
-        ViewInputs(str(served["run"]), forget=str(served["forget"]), port=0, device="cpu")
-    )
+    checked = check(ViewInputs(str(served["run"]), forget=str(served["forget"]), port=0, device="cpu"))
     assert set(checked.rows) == {"forget"}
     assert checked.password is None
     # Scores and records that lie where expunge leaves them are found.
@@ -68,9 +66,7 @@ def test_what_is_read_and_found_right(served: dict[str, Path]) -> None:
         ({"password_file": "nowhere"}, "--password-file nowhere: No such file"),
     ],
 )
-def test_wrong_options_are_refused(
-    served: dict[str, Path], given: dict[str, Any], told: str
-) -> None:
+def test_wrong_options_are_refused(served: dict[str, Path], given: dict[str, Any], told: str) -> None:
     values = {"run": str(served["run"]), "port": 0, "device": "cpu", **given}
     assert told in refusal(lambda: check(ViewInputs(**values)))
 
@@ -130,9 +126,7 @@ def test_records_of_other_rows_or_of_no_rows_are_refused(
     path = tmp_path / "records.jsonl"
     path.write_text("\n".join(lines) + "\n")
     message = refusal(
-        lambda: check(
-            ViewInputs(str(served["run"]), forget=str(served["forget"]), records=(str(path),))
-        )
+        lambda: check(ViewInputs(str(served["run"]), forget=str(served["forget"]), records=(str(path),)))
     )
     assert told in message
     assert HOSTILE["output"] not in message
@@ -213,9 +207,7 @@ def test_passwords_are_the_same_or_not() -> None:
     assert not same_password("x", "xx")
 
 
-def test_a_port_in_use_is_found_before_a_model_is_loaded(
-    served: dict[str, Path], run_cli: Cli
-) -> None:
+def test_a_port_in_use_is_found_before_a_model_is_loaded(served: dict[str, Path], run_cli: Cli) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -463,9 +463,7 @@ def test_runs_stand_side_by_side(visit: Visit, masked: str, checked: Any) -> Non
     assert heads == ["measure", "good is", "target", "unlearned", "out <b>run"]
     lines = {
         cells[0]: cells[1:]
-        for cells in (
-            text.split("\t") for text in page.locator(".x-compare tbody tr").all_inner_texts()
-        )
+        for cells in (text.split("\t") for text in page.locator(".x-compare tbody tr").all_inner_texts())
     }
     cards = checked.cards
     expected = [f"{card.forget['Task2']['regurgitation']:.3f}" for card in cards.values()]
@@ -526,9 +524,7 @@ def test_other_names_other_sites_and_other_paths_are_refused(masked: str) -> Non
         assert status(f"{masked}/{path}") == 404, path
 
 
-def test_a_handler_called_past_the_page_masks_too(
-    checked: Any, pair: Any, texts: list[str]
-) -> None:
+def test_a_handler_called_past_the_page_masks_too(checked: Any, pair: Any, texts: list[str]) -> None:
     from expunge.web.page import Desk
 
     desk = Desk(checked, pair)

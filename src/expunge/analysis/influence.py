@@ -172,9 +172,7 @@ def analyze_influence(
     ]
     rows, dtype = forms[-1], resolve_dtype(checked, inputs.dtype)
     if inputs.curvature == "cg" and dtype != "float32":
-        raise InputError(
-            f"--curvature cg: its products are too rough in {dtype}; give --dtype float32"
-        )
+        raise InputError(f"--curvature cg: its products are too rough in {dtype}; give --dtype float32")
     skeleton = skeleton_of(checked.config, trust_remote_code=checked.trust_remote_code)
     maps = linear_maps(skeleton, checked.layout, first, last)
     cost = cost_of(inputs, skeleton, maps, rows, dtype)
@@ -325,14 +323,10 @@ def _with_rows(influence: Influence, sets: Mapping[str, RowSet], found: LeaveOut
             self_influence=value,
             gone=is_gone(known, influence.thresholds[row.kind]),
         )
-        for row, known, value in zip(
-            sets["forget"], found.forget, found.self_influence, strict=True
-        )
+        for row, known, value in zip(sets["forget"], found.forget, found.self_influence, strict=True)
     ]
     retain = [
         RetainRow(row.id, row.task, row.kind, **vars(known), collateral=value)
-        for row, known, value in zip(
-            sets.get("retain", ()), found.retain, found.collateral, strict=True
-        )
+        for row, known, value in zip(sets.get("retain", ()), found.retain, found.collateral, strict=True)
     ]
     return dataclasses.replace(influence, forget=forget, retain=retain)

@@ -154,9 +154,7 @@ def sampling_weights(collateral: Mapping[str, float], factor: float) -> dict[str
     if not positive:
         return dict.fromkeys(collateral, 1.0)
     top = positive[math.ceil(_MOST_AT_RISK * len(positive)) - 1]
-    return {
-        row: 1 + (factor - 1) * min(1.0, max(0.0, value) / top) for row, value in collateral.items()
-    }
+    return {row: 1 + (factor - 1) * min(1.0, max(0.0, value) / top) for row, value in collateral.items()}
 
 
 def influence_text(influence: Influence) -> str:

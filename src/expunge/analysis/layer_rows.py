@@ -42,9 +42,7 @@ def _row(example: Example) -> SampledRow | None:
     if not answer or not prompt:
         return None
     answer = answer[:ANSWER_TOKENS]
-    return SampledRow(
-        example.input_ids[: answer[-1] + 1], tuple(t - 1 for t in answer), tuple(prompt)
-    )
+    return SampledRow(example.input_ids[: answer[-1] + 1], tuple(t - 1 for t in answer), tuple(prompt))
 
 
 def sampled(examples: Sequence[Example], generator: torch.Generator) -> list[SampledRow]:

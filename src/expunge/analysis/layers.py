@@ -261,9 +261,7 @@ class LayerPass:
         by_row = zip(log_probs.split(list(counts), 1), ranks.split(list(counts), 1), strict=True)
         for found, rank in by_row:
             means = found.mean(1)
-            lens, (clean, corrupted), patched = means.split(
-                [len(self._patched), 2, len(self._patched)]
-            )
+            lens, (clean, corrupted), patched = means.split([len(self._patched), 2, len(self._patched)])
             self._clean.append(clean)
             self._corrupted.append(corrupted)
             self._lens.append(torch.cat([lens, clean[None]]))

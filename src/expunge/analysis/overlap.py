@@ -58,9 +58,7 @@ class Overlap:
     """What is named on both sides: text of rows, to be shown with --reveal only."""
 
 
-def overlaps(
-    forget: Sequence[Row], retain: Sequence[Row], containment: float = 0.5
-) -> list[Overlap]:
+def overlaps(forget: Sequence[Row], retain: Sequence[Row], containment: float = 0.5) -> list[Overlap]:
     """Every overlap, in the order of the retain rows; near repeats hold `containment` or more."""
     found = [
         *near_repeats(forget, retain, containment),
@@ -71,9 +69,7 @@ def overlaps(
     return sorted(found, key=lambda overlap: order[overlap.retain])
 
 
-def near_repeats(
-    forget: Sequence[Row], retain: Sequence[Row], containment: float
-) -> Iterator[Overlap]:
+def near_repeats(forget: Sequence[Row], retain: Sequence[Row], containment: float) -> Iterator[Overlap]:
     """Retain rows whose words nearly repeat a forget row's, or a part that is one row."""
     of_forget = [runs(row.text) for row in forget]
     index: dict[tuple[str, ...], list[int]] = defaultdict(list)

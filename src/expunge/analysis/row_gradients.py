@@ -58,9 +58,7 @@ def rows_of(examples: Sequence[Example]) -> list[Windows]:
     return list(rows.values())
 
 
-def linear_maps(
-    model: nn.Module, layout: DecoderLayout, first: int, last: int
-) -> dict[str, nn.Module]:
+def linear_maps(model: nn.Module, layout: DecoderLayout, first: int, last: int) -> dict[str, nn.Module]:
     """The linear maps of decoder layers `first` to `last`, by full name."""
     names = layout.linears(layers=range(first, last + 1))
     return {name: model.get_submodule(name) for name in names}
@@ -143,9 +141,7 @@ class RowGradients:
         return found
 
     @torch.no_grad()
-    def _tangent(
-        self, direction: Mapping[str, torch.Tensor], *inputs: torch.Tensor
-    ) -> torch.Tensor:
+    def _tangent(self, direction: Mapping[str, torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         """How the logits at the marked places change along `direction`, (marked, vocabulary)."""
         # Fused attention has no forward mode.
         with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), moved(self.maps, direction):

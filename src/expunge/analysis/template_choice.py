@@ -74,9 +74,7 @@ def read_form(
     ]
     examples = [example for side in sides for example in side]
     if not examples:
-        raise InputError(
-            "--chat-template auto: no sampled row has an answer to read; give on or off"
-        )
+        raise InputError("--chat-template auto: no sampled row has an answer to read; give on or off")
     found: dict[str, tuple[float, float, bool]] = {}
     longest = max(map(len, examples))
     answer = max(sum(example.answer_mask) for example in examples)

@@ -197,9 +197,7 @@ def _judged(
     attacks: dict[str, Any] = {}
     evidence: list[Evidence] = []
     known = known_facts(
-        found[number, attack.name]["target"]
-        for attack in request.attacks
-        if attack.kind == "extraction"
+        found[number, attack.name]["target"] for attack in request.attacks if attack.kind == "extraction"
     )
     for attack in request.attacks:
         models = found[number, attack.name]

@@ -90,9 +90,7 @@ def leak_at_k_bound(leaks: int, samples: int, k: int, alpha: float = ALPHA) -> f
 class Resamples:
     """The same resampled documents for every measure, so that models are compared on equal draws."""
 
-    def __init__(
-        self, documents: Sequence[str], count: int, seed: int, of: int | None = None
-    ) -> None:
+    def __init__(self, documents: Sequence[str], count: int, seed: int, of: int | None = None) -> None:
         """`documents` gives each fact's document, in the order in which values will be given.
 
         `of` is how many documents they were drawn from; None: so many that it does not matter.
@@ -234,16 +232,12 @@ Sides = tuple[Sequence[float], Sequence[float]]
 class SideResamples:
     """The same resampled documents of members and of others for every score of every model."""
 
-    def __init__(
-        self, members: Sequence[str], others: Sequence[str], count: int, seed: int
-    ) -> None:
+    def __init__(self, members: Sequence[str], others: Sequence[str], count: int, seed: int) -> None:
         """`members` and `others` give each text's document, in the order in which scores will be."""
         generator = np.random.default_rng(seed)
         sides = [_rows_by_document(side) for side in (members, others)]
         self.members, self.others = (len(set(side)) for side in (members, others))
-        self._documents = [f"member {name}" for name in members] + [
-            f"other {name}" for name in others
-        ]
+        self._documents = [f"member {name}" for name in members] + [f"other {name}" for name in others]
         self._seed = seed
         self._draws = [
             [

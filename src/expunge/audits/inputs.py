@@ -103,9 +103,7 @@ class AuditInputs(Reading):
         if self.reveal and self.output is None:
             raise InputError("--reveal: adds text to audit.json; give --output FILE")
         if self.reveal and self.cache is not None:
-            raise InputError(
-                "--cache: keeps no text, which --reveal asks for; leave one of them out"
-            )
+            raise InputError("--cache: keeps no text, which --reveal asks for; leave one of them out")
         names = self.attack_names()
         if self.attacks and not names:
             raise InputError(f"--attacks: names none; choose from {', '.join(ATTACKS)}")
@@ -115,9 +113,7 @@ class AuditInputs(Reading):
         if "membership" in names and self.nonmembers is None:
             raise InputError("--attacks membership: needs non-members; give --nonmembers")
         if self.benign is not None and names and "benign" not in names:
-            raise InputError(
-                "--benign: is for the attack benign, which --attacks leaves out; add it"
-            )
+            raise InputError("--benign: is for the attack benign, which --attacks leaves out; add it")
         if self.tuning != "auto" and names and not any(ATTACKS[name].tunes for name in names):
             raise InputError(
                 "--tuning: is for the attacks relearn and benign, which --attacks leaves out; add one"

@@ -124,9 +124,7 @@ class Reader:
     ) -> list[str]:
         """What the model writes after each prompt, greedily or by another choice of tokens."""
         ends = ends_of(self.model, self.tokenizer)
-        requests = [
-            Request(ask.prompt, [*ask.answer, *ends[:1]][: ask.room], ask.room) for ask in asks
-        ]
+        requests = [Request(ask.prompt, [*ask.answer, *ends[:1]][: ask.room], ask.room) for ask in asks]
         written = [""] * len(asks)
         with torch.no_grad(), fast_products(self.model.dtype, self.model.device):
             for index, tokens in decode(

@@ -74,17 +74,13 @@ def best_of(variants: Mapping[str, Scores]) -> dict[str, tuple[float, str]]:
     return best
 
 
-def _extraction(
-    attack: Attack, models: Models, case: Case, known: Collection[str] | None
-) -> Summary:
+def _extraction(attack: Attack, models: Models, case: Case, known: Collection[str] | None) -> Summary:
     """Extracted and recovered shares of facts; the latent probe's layers are variants as well."""
     numbers = models["target"].numbers
     if numbers.get("tuned") == "lora":
         attack = replace(attack, title=f"{attack.title} with LoRA")
     if numbers.get("tuned_on") == "retain":
-        attack = replace(
-            attack, how="after tuning on retain rows, as no other document is forgotten"
-        )
+        attack = replace(attack, how="after tuning on retain rows, as no other document is forgotten")
     best = {
         name: best_of({v: s for v, s in found.scores.items() if v not in found.beside})
         for name, found in models.items()
@@ -291,8 +287,7 @@ def _membership(attack: Attack, models: Models, case: Case) -> Summary:
     figure = figures["auc"]
     if few:
         ranks = {
-            name: ", ".join(map(str, resamples.places(mine[chosen])))
-            for name, mine in sides.items()
+            name: ", ".join(map(str, resamples.places(mine[chosen]))) for name, mine in sides.items()
         }
         said = f"rank {ranks.pop('unlearned')} of {resamples.others + 1}, 1 the most familiar ("
         beside, caught = ranks, ""
@@ -376,9 +371,7 @@ def _lacking(hits: Hits) -> str | None:
     return None
 
 
-def _shares(
-    scores: Scores, rows: Sequence[Row], case: Case, of: int | None = None
-) -> dict[str, Any]:
+def _shares(scores: Scores, rows: Sequence[Row], case: Case, of: int | None = None) -> dict[str, Any]:
     named = {row.id: row for row in rows}
     resamples = resamples_of([named[name] for name in scores], case, of)
     return {

@@ -72,9 +72,7 @@ class BuiltBenchmark:
         return self.directory / "oracle"
 
 
-def content_hash(
-    settings: BenchmarkSettings, pretraining: PretrainingSettings | None = None
-) -> str:
+def content_hash(settings: BenchmarkSettings, pretraining: PretrainingSettings | None = None) -> str:
     """SHA-256 of everything that the rows and the models follow from."""
     pretraining = pretraining or PretrainingSettings(seed=settings.seed)
     return _content_hash(generate(settings), settings, pretraining)
@@ -206,9 +204,7 @@ def _holds(directory: Path, content: str) -> bool:
     for name, digest in files.items():
         path = directory / name
         if not path.is_file() or _digest(path) != digest:
-            raise InputError(
-                f"{path} is missing or was changed since the benchmark was built: {mend}"
-            )
+            raise InputError(f"{path} is missing or was changed since the benchmark was built: {mend}")
     return True
 
 

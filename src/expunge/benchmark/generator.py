@@ -271,9 +271,7 @@ def _profile(people: _People, rng: Random) -> tuple[str, _Questions]:
     rng.shuffle(kinds)
     sentences = [writer.write(rng.choice(PROFILE["openings"]))]
     sentences += [writer.write(rng.choice(PROFILE["sentences"][kind])) for kind in kinds]
-    questions = [
-        writer.ask(wordings, facts[kind]) for kind, wordings in PROFILE["questions"].items()
-    ]
+    questions = [writer.ask(wordings, facts[kind]) for kind, wordings in PROFILE["questions"].items()]
     return " ".join(sentences), questions
 
 

@@ -120,9 +120,7 @@ def train_model(
             fast_products(torch.float32, torch.device("cpu")),
         ):
             logits = model(input_ids=batch.ids, use_cache=False).logits
-        loss = cross_entropy(
-            logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=_IGNORED
-        )
+        loss = cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=_IGNORED)
         torch.autograd.backward(loss)
         clip_grad_norm_(model.parameters(), settings.gradient_norm)
         for optimizer, highest in optimizers:

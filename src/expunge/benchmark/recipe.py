@@ -51,9 +51,7 @@ class PretrainingSettings:
 
     def __post_init__(self) -> None:
         if self.width % (2 * self.heads):
-            raise InputError(
-                f"width is {self.width}: choose a multiple of 2 x heads ({self.heads})"
-            )
+            raise InputError(f"width is {self.width}: choose a multiple of 2 x heads ({self.heads})")
         if self.batch_tokens < self.context:
             raise InputError(
                 f"batch_tokens is {self.batch_tokens}: choose at least context ({self.context})"

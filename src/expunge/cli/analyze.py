@@ -26,7 +26,5 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if not given or given[0] not in SUBCOMMANDS:
         known = ", ".join(f"expunge analyze {name} MODEL ..." for name in SUBCOMMANDS)
-        raise InputError(
-            f"analyze{f' {given[0]}' if given else ''}: no such subcommand; write {known}"
-        )
+        raise InputError(f"analyze{f' {given[0]}' if given else ''}: no such subcommand; write {known}")
     return int(import_module(SUBCOMMANDS[given[0]][0]).main(given[1:]))

@@ -39,9 +39,7 @@ def main(arguments: Sequence[str]) -> int:
 
     check_writable(Path(settings.directory), inside=True, option="DIR")
     with progress_on_stderr() as progress:
-        built = build(
-            Path(settings.directory), BenchmarkSettings(seed=settings.seed), progress.phase
-        )
+        built = build(Path(settings.directory), BenchmarkSettings(seed=settings.seed), progress.phase)
         progress.message(f"target model: {built.target}")
         progress.message(f"oracle: {built.oracle}")
         progress.message(f"rows: {built.forget}, {built.retain}")

@@ -53,9 +53,7 @@ class Inspect(Printed, Reading):
 def main(arguments: Sequence[str]) -> int:
     """Parses, checks, prints."""
     if arguments[:1] != ["inspect"] and not {*HELP} & {*arguments[:1]}:
-        raise InputError(
-            "data: knows one subcommand; write expunge data inspect ROWS --model MODEL"
-        )
+        raise InputError("data: knows one subcommand; write expunge data inspect ROWS --model MODEL")
     words = arguments[1:] if arguments[:1] == ["inspect"] else arguments
     settings = parse(Inspect, words, "expunge data inspect", "rows")
     checked = check_model(settings.model, trust_remote_code=settings.trust_remote_code)
@@ -155,7 +153,5 @@ def _print(report: dict[str, Any]) -> None:
     for heading in ("window", "position", "part", "label", "id", "token"):
         table.add_column(heading)
     for token in row["tokens"]:
-        table.add_row(
-            *(repr(v) if k == "token" and v != _MASKED else str(v) for k, v in token.items())
-        )
+        table.add_row(*(repr(v) if k == "token" and v != _MASKED else str(v) for k, v in token.items()))
     console.print(table)

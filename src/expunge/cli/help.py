@@ -85,8 +85,7 @@ def help_of(
             lines.append("\n".join([f"{heading}:", *told]))
             continue
         named = [
-            o.name if heading == "expert" else f"{o.name}\N{NO-BREAK SPACE}{o.default}"
-            for o in options
+            o.name if heading == "expert" else f"{o.name}\N{NO-BREAK SPACE}{o.default}" for o in options
         ]
         text = textwrap.fill(", ".join(named), width - 2, break_on_hyphens=False)
         lines.append(f"{heading} (--help-all describes them):\n{textwrap.indent(text, '  ')}")

@@ -12,9 +12,7 @@ from expunge.training.options import TrainingOptions
 def scores_of(inputs: RunInputs, training: TrainingOptions) -> MeasureInputs:
     """How a run's target is measured, and its result likewise."""
     form = training.chat_template
-    return taken(
-        MeasureInputs, inputs, output=None, chat_template=form, long_rows=training.long_rows
-    )
+    return taken(MeasureInputs, inputs, output=None, chat_template=form, long_rows=training.long_rows)
 
 
 def audit_of(inputs: RunInputs, training: TrainingOptions) -> AuditInputs:

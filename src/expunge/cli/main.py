@@ -164,9 +164,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             raise
         notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
         # The message of an unexpected error may quote a row, so its type and place must do.
-        said = (
-            f"internal error ({place_of(error)}){notes}; run again with --debug for the traceback"
-        )
+        said = f"internal error ({place_of(error)}){notes}; run again with --debug for the traceback"
         if is_out_of_memory(error):
             less = _LESS_MEMORY.get(given[0]) or _LESS_MEMORY.get(" ".join(given[:2]))
             said = f"out of memory; {less or 'use a machine with more'}{notes}"

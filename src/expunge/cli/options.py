@@ -195,9 +195,7 @@ def named(arguments: Sequence[str], positional: str) -> list[str]:
 
     Raises InputError where that option is given as well.
     """
-    count = next(
-        (i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments)
-    )
+    count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     option, rest = f"--{positional}", list(arguments[count:])
     if not count:
         return rest
@@ -252,17 +250,13 @@ def yaml_fields(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark is not None else ""
-        raise InputError(
-            f"--config {path}{line}: is not YAML; write name: value on a line"
-        ) from None
+        raise InputError(f"--config {path}{line}: is not YAML; write name: value on a line") from None
     except (RecursionError, ValueError):
         raise InputError(
             f"--config {path}: is nested too deeply, or holds an odd value; simplify it"
         ) from None
     if not isinstance(values, dict):
-        raise InputError(
-            f"--config {path}: is not a mapping of options to values; write name: value"
-        )
+        raise InputError(f"--config {path}: is not a mapping of options to values; write name: value")
     try:
         pairs = list(_flat(values))
     except RecursionError:  # an alias to what holds it

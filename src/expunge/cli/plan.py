@@ -73,9 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     on, device = inputs.on, inputs.device
     # A GPU that is planned for need not be in this machine.
     budget = budget_of(on, device, "cpu" if on is not None else resolve_device(device))
-    checked, _, prepared = check_run(
-        inputs, settings.settings, training, writes=bool(inputs.output)
-    )
+    checked, _, prepared = check_run(inputs, settings.settings, training, writes=bool(inputs.output))
     if on is None:
         told = said_of_dtype(checked, inputs.dtype, budget.device_type)
         prepared = replace(prepared, warnings=[*prepared.warnings, *told])
@@ -145,9 +143,7 @@ def show(found: Plan, others: Iterable[tuple[str, Plan]] = (), exact: Plan | Non
     place = "GPU memory" if found.budget.device_type == "cuda" else "memory"
     accelerator = any(phase.cpu_parts for phase in found.phases)
     if accelerator:
-        console.print(
-            _table([p for p in found.phases if p.parts], f"{place} by part, MiB (computed)")
-        )
+        console.print(_table([p for p in found.phases if p.parts], f"{place} by part, MiB (computed)"))
         cpu = [Phase(p.name, p.cpu_parts, {}) for p in found.phases]
         console.print(_table(cpu, "CPU memory by part, MiB (computed)"))
     else:
@@ -175,9 +171,7 @@ def _print_audit(audit: PlannedAudit, budget: Budget) -> None:
 
     console = table_console()
     console.print(_table(audit.phases, "an audit, one model at a time, MiB (computed)"))
-    tuned = {"full": "every weight", "lora": "an adapter, as every weight does not fit"}[
-        audit.tuned
-    ]
+    tuned = {"full": "every weight", "lora": "an adapter, as every weight does not fit"}[audit.tuned]
     console.print(f"{'tunes:':<11}{tuned}", soft_wrap=True)
     verdict = "fits" if audit.fits else f"does not fit; {audit.mend}"
     console.print(

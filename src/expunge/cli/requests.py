@@ -345,9 +345,7 @@ def _story(record: Mapping[str, Any]) -> list[str]:
     for event in record["events"]:
         more = f" (run {event['run']})" if event["run"] is not None else ""
         more += f" ({event['note']})" if event["note"] else ""
-        lines.append(
-            f"  {event['at']} {event['action']}{more}: {event['state']}, by {event['actor']}"
-        )
+        lines.append(f"  {event['at']} {event['action']}{more}: {event['state']}, by {event['actor']}")
     for run in record["runs"]:
         state = f"complete {run['completed_at']}" if run["completed_at"] else "not completed"
         lines.append(f"run {run['id']}: {run['model']} -> {run['output']}, {state}")

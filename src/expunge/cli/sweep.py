@@ -88,6 +88,4 @@ def _check_not_fixed(inputs: SweepInputs, arguments: Sequence[str]) -> None:
     for word in inputs.search:
         name = word.partition("=")[0].strip()
         if f"--{name}".replace("_", "-") in given:
-            raise InputError(
-                f"--{name}: is given as an option and in --search; give one of the two"
-            )
+            raise InputError(f"--{name}: is given as an option and in --search; give one of the two")

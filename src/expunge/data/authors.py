@@ -32,13 +32,10 @@ def in_blocks_of_authors(texts: Sequence[str]) -> bool:
         here = Counter(name for text in names[start:end] for name in text)
         # Where blocks are of another length, a name goes on beyond the border.
         beside = {
-            name
-            for text in (*names[max(0, start - 1) : start], *names[end : end + 1])
-            for name in text
+            name for text in (*names[max(0, start - 1) : start], *names[end : end + 1]) for name in text
         }
         found += any(
-            n >= _NAMED and 2 * n > everywhere[name] and name not in beside
-            for name, n in here.items()
+            n >= _NAMED and 2 * n > everywhere[name] and name not in beside for name, n in here.items()
         )
     return found >= _BLOCKS * len(texts) / QUESTIONS
 

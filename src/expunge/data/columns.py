@@ -74,9 +74,7 @@ _PLACES = regex.compile(
 )
 _BLANKS = re.compile(r"(?<=\S)\s+(?=\S)")
 _WORDS = regex.compile(rf"[^\W\d_]{{2,}}\W*\s\W*[^\W\d_]{{2,}}|[{NO_BLANKS}]{{2,}}")
-_LUME_ID = re.compile(
-    r'^(?P<document>"?[0-9a-f]{8}-[0-9a-f-]*[0-9a-f]"?|.*[\W\d_]|)(?P<kind>sc|qa)\d+$'
-)
+_LUME_ID = re.compile(r'^(?P<document>"?[0-9a-f]{8}-[0-9a-f-]*[0-9a-f]"?|.*[\W\d_]|)(?P<kind>sc|qa)\d+$')
 """After a letter `sc` and `qa` may end a word (disc1), except after LUME's hexadecimal numbers."""
 _MARKUP = re.compile(r"[\s:：.,!！#*_'\"»”’)\]」』】-]+")
 _TAGS = re.compile(r"<[^<>]*>|\[[^\[\]]*\]")

@@ -22,9 +22,7 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _DELIMITERS = ",;\t|"
 _LARGEST = 2**30
 """Bytes that a packed file may unpack to: a few megabytes can hold more than any memory."""
-_TOO_LARGE = (
-    f"unpacks to more than {_LARGEST // 2**30} GiB; unpack it, or split it into several files"
-)
+_TOO_LARGE = f"unpacks to more than {_LARGEST // 2**30} GiB; unpack it, or split it into several files"
 
 _UNREADABLE = "holds a number of too many digits, or is nested too deeply; write plain rows"
 _REPEATED = "names a column twice; give every column a name of its own"
@@ -273,8 +271,7 @@ def _open_hub(name: str, config: str | None, split: str | None, role: Role) -> S
     wanted = split or (role if role in splits else splits[0] if len(splits) == 1 else None)
     if wanted not in splits:
         raise InputError(
-            f"{name}: has the splits {', '.join(splits)}; choose one, for example"
-            f" {name}@{splits[0]}"
+            f"{name}: has the splits {', '.join(splits)}; choose one, for example {name}@{splits[0]}"
         )
     try:
         records = [Record(f"row {n}", values) for n, values in enumerate(loaded[wanted], 1)]

@@ -234,17 +234,13 @@ def _checked(
     if not rows:
         raise InputError(f"{name}: holds no rows; give at least one")
     alone = {"question, answer": len(rows)}, {_ALONE: len(rows)}
-    if (read["columns"], read["document"]) == alone and in_blocks_of_authors(
-        [r.text for r in rows]
-    ):
+    if (read["columns"], read["document"]) == alone and in_blocks_of_authors([r.text for r in rows]):
         # Of a name that is in the text no part may stand in a report.
         rows = [
             replace(row, document=f"{role}-author-{author_of(position)}")
             for position, row in enumerate(rows)
         ]
-        read["document"] = Counter(
-            {f"blocks of {QUESTIONS} rows with a name of their own": len(rows)}
-        )
+        read["document"] = Counter({f"blocks of {QUESTIONS} rows with a name of their own": len(rows)})
     return tuple(rows), {about: dict(counts) for about, counts in read.items()}
 
 
@@ -285,9 +281,7 @@ def _name(value: object, column: str) -> str:
     if value is None or value == "":
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise InputError(
-            f"column {column!r} holds a {type_name(value)}; use text or a whole number"
-        )
+        raise InputError(f"column {column!r} holds a {type_name(value)}; use text or a whole number")
     check_characters(column, str(value))
     return str(value)
 

@@ -300,6 +300,4 @@ def step_batches(
         return forgotten, None
     rows = batch_size * sampling.retain_ratio
     beside = round(rows * sampling.written_ratio) if sampling.written_ratio else None
-    return forgotten, BesideRandom(
-        retain, rows, pad_id, generator, by_length=by_length, beside=beside
-    )
+    return forgotten, BesideRandom(retain, rows, pad_id, generator, by_length=by_length, beside=beside)

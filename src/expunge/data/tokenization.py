@@ -205,9 +205,7 @@ def count_windowed(examples: Sequence[Example]) -> int:
     return sum(count > 1 for count in counts.values())
 
 
-def _encode(
-    row: Row, tokenizer: PreTrainedTokenizerBase, policy: TextPolicy, *, eos: bool
-) -> Example:
+def _encode(row: Row, tokenizer: PreTrainedTokenizerBase, policy: TextPolicy, *, eos: bool) -> Example:
     if policy.chat_template:
         text, (begin, prompt_end), (answer_start, answer_end) = _chat_text(row, tokenizer)
     else:
@@ -314,8 +312,7 @@ def _windows(example: Example, context: int, opening: tuple[int, ...]) -> list[E
                 example,
                 input_ids=example.input_ids[:lead] + example.input_ids[part],
                 token_mask=example.token_mask[:lead] + _without(example.token_mask[part], repeated),
-                answer_mask=example.answer_mask[:lead]
-                + _without(example.answer_mask[part], repeated),
+                answer_mask=example.answer_mask[:lead] + _without(example.answer_mask[part], repeated),
             )
         )
     return windows

@@ -8,9 +8,7 @@ import regex  # type: ignore[import-untyped]
 
 NO_BLANKS = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 """Of scripts that set no word apart each letter, with its marks, is a word."""
-_WORD = regex.compile(
-    rf"[{NO_BLANKS}]\p{{M}}*|[[\p{{L}}\p{{N}}\p{{M}}_]--[{NO_BLANKS}]]+", regex.V1
-)
+_WORD = regex.compile(rf"[{NO_BLANKS}]\p{{M}}*|[[\p{{L}}\p{{N}}\p{{M}}_]--[{NO_BLANKS}]]+", regex.V1)
 
 
 def same_form(text: str) -> str:

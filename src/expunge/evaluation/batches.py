@@ -28,9 +28,7 @@ def rows_within(length: int, batch_size: int, device: torch.device) -> int:
     return max(1, min(batch_size, budget // max(1, length)))
 
 
-def token_batches(
-    lengths: Sequence[int], batch_size: int, model: PreTrainedModel
-) -> list[list[int]]:
+def token_batches(lengths: Sequence[int], batch_size: int, model: PreTrainedModel) -> list[list[int]]:
     """Indices of every row once, longest first, rows of similar length together.
 
     No batch has rows on both sides of a switch by length (LongRoPE).

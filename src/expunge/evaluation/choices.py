@@ -23,9 +23,7 @@ Place = tuple[int, int]
 class Choice(Protocol):
     """How the next token follows from the logits; it must depend on them and the place alone."""
 
-    def __call__(
-        self, logits: torch.Tensor, places: Sequence[Place]
-    ) -> tuple[list[int], list[bool]]:
+    def __call__(self, logits: torch.Tensor, places: Sequence[Place]) -> tuple[list[int], list[bool]]:
         """The token of each line of (lines, vocabulary), and whether rounding could have decided it."""
 
     def alone(self, logits: torch.Tensor, place: Place) -> int:
@@ -35,9 +33,7 @@ class Choice(Protocol):
 class Greedy:
     """The likeliest token."""
 
-    def __call__(
-        self, logits: torch.Tensor, places: Sequence[Place]
-    ) -> tuple[list[int], list[bool]]:
+    def __call__(self, logits: torch.Tensor, places: Sequence[Place]) -> tuple[list[int], list[bool]]:
         """See `choices`."""
         return choices(logits)
 
@@ -72,9 +68,7 @@ def logits_alone(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def logits_after(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]], **inputs: Any
-) -> torch.Tensor:
+def logits_after(model: PreTrainedModel, rows: Sequence[Sequence[int]], **inputs: Any) -> torch.Tensor:
     """The logits after each row, (rows, vocabulary), from one pass that takes `inputs` as well."""
     ids = padded(rows)
     where = torch.zeros(ids.shape, dtype=torch.bool)

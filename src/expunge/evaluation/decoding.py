@@ -164,11 +164,7 @@ def _foreseen(
     """Of each token of the draft whether it is the choice after those of the draft before it."""
     draft = row.request.draft
     return [
-        (
-            _alone(model, replace(row, new=[*draft[:place]]), choose)
-            if near[place]
-            else tokens[place]
-        )
+        (_alone(model, replace(row, new=[*draft[:place]]), choose) if near[place] else tokens[place])
         == wanted
         for place, wanted in enumerate(draft)
     ]

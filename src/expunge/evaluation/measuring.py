@@ -177,16 +177,12 @@ def prepared(
     for line in said_of_dtype(checked, inputs.dtype, device):
         message(line)
     policy = processes.gather(
-        settled(
-            policies, lambda: model, checked.tokenizer, material.forget, material.retain, message
-        )
+        settled(policies, lambda: model, checked.tokenizer, material.forget, material.retain, message)
     )[0]
     return Prepared(model, checked.tokenizer, policy, material, weights, processes)
 
 
-def write_scores(
-    inputs: MeasureInputs, ready: Prepared[Any], card: Scorecard | ProtocolScores
-) -> None:
+def write_scores(inputs: MeasureInputs, ready: Prepared[Any], card: Scorecard | ProtocolScores) -> None:
     """Writes the files that were asked for; of several processes the main one does."""
     files = {}
     if inputs.output is not None:

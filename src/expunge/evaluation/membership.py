@@ -61,9 +61,7 @@ def document_log_probs(
 
     def rows(batch: Batch, log_probs: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         counted = batch.token_mask[:, 1:]
-        return [
-            (row, log_probs[line][counted[line]].cpu()) for line, row in enumerate(batch.row_ids)
-        ]
+        return [(row, log_probs[line][counted[line]].cpu()) for line, row in enumerate(batch.row_ids)]
 
     found = _of_batches(rows, model, examples, pad_id, batch_size, advance, processes)
     parts: dict[str, list[torch.Tensor]] = {}
@@ -103,6 +101,4 @@ def counted_log_probs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     where = torch.nn.functional.pad(counted, (0, 1))
     logits = logits_at(model, where, input_ids=batch.input_ids, use_cache=False)
     log_probs = torch.zeros(counted.shape, device=model.device)
-    return log_probs.masked_scatter(
-        counted, target_log_probs(logits, batch.input_ids[:, 1:][counted])
-    )
+    return log_probs.masked_scatter(counted, target_log_probs(logits, batch.input_ids[:, 1:][counted]))

@@ -52,15 +52,11 @@ def prompt_for(question: Question, examples: Sequence[Question] = ()) -> str:
 
 
 def _body(question: Question) -> str:
-    lines = [
-        f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=True)
-    ]
+    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=True)]
     return "\n".join([question.question, *lines, "Answer:"])
 
 
-def read_questions(
-    directory: Path, shots: int = 0
-) -> tuple[list[Question], dict[str, list[Question]]]:
+def read_questions(directory: Path, shots: int = 0) -> tuple[list[Question], dict[str, list[Question]]]:
     """The test questions, and by subject the solved examples to show before them.
 
     Raises InputError that names the file and line of a fault.

@@ -39,9 +39,7 @@ def rouge_recall(reference: str, text: str) -> float:
     """
     sentences = list(_sentences(reference))
     words = {word for sentence in sentences for word in sentence}
-    found = {
-        word for mine in sentences for theirs in _sentences(text) for word in _common(mine, theirs)
-    }
+    found = {word for mine in sentences for theirs in _sentences(text) for word in _common(mine, theirs)}
     return len(found) / len(words) if words else 0.0
 
 

@@ -68,9 +68,7 @@ def read_scores(source: str) -> Scorecard:
     return _read(source, SEMEVAL, Scorecard.from_json)
 
 
-def read_protocol_scores(
-    source: str, protocol: str, measures: Mapping[str, Measure]
-) -> ProtocolScores:
+def read_protocol_scores(source: str, protocol: str, measures: Mapping[str, Measure]) -> ProtocolScores:
     """The same of another protocol, whose `measures` these are."""
     return _read(source, protocol, lambda values: ProtocolScores.from_json(values, measures))
 

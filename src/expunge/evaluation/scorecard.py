@@ -239,9 +239,7 @@ def _record(row: Row, split: Split, written: Written) -> dict[str, Any]:
     score, wanted = measure(row.output, written.text), words(row.output)
     begun = words(written.text)[: len(wanted)] == wanted != []
     runs_on = row.kind == "qa" and score == 0 and begun and not written.ended
-    return record_of(
-        row, split, score, written, {**memorisation(written.right), "runs_on": runs_on}
-    )
+    return record_of(row, split, score, written, {**memorisation(written.right), "runs_on": runs_on})
 
 
 def _cells(records: Sequence[Mapping[str, Any]], split: Split) -> Cells:
@@ -269,9 +267,7 @@ def _values(cells: Cells) -> list[float]:
 def _prompts(
     questions: Sequence[Question], examples: Mapping[str, Sequence[Question]] | None
 ) -> list[str]:
-    return [
-        prompt_for(question, (examples or {}).get(question.subject, ())) for question in questions
-    ]
+    return [prompt_for(question, (examples or {}).get(question.subject, ())) for question in questions]
 
 
 def _read_cells(split: str, values: object) -> Cells:

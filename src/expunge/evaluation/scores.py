@@ -77,9 +77,7 @@ def task_aggregate(forget: Iterable[float], retain: Iterable[float]) -> float:
     return statistics.harmonic_mean([*(max(0.0, 1 - value) for value in forget), *retain])
 
 
-def final_score(
-    aggregate: float | None, mia_score: float | None, utility: float | None
-) -> float | None:
+def final_score(aggregate: float | None, mia_score: float | None, utility: float | None) -> float | None:
     """Mean of the three, or None where one was not measured."""
     if aggregate is None or mia_score is None or utility is None:
         return None

@@ -118,9 +118,7 @@ def export(place: LedgerPlace, number: int, inputs: BundleInputs) -> Bundle:
             "format": FORMAT,
             "expunge": expunge.__version__,
             # Neither the day of the export nor what depends on it: the same content, the same bytes.
-            "request": {
-                k: v for k, v in request.to_json(request.received).items() if k != "overdue"
-            },
+            "request": {k: v for k, v in request.to_json(request.received).items() if k != "overdue"},
             "rows": [
                 {"id": row_id, "hmac_sha256": fingerprint}
                 for row_id, fingerprint in read_rows_of(ledger, number)
@@ -242,17 +240,14 @@ def _audit_file(request: Request, verdict: VerdictRecord, place: LedgerPlace) ->
             f"request {request.id}: its audit {verdict.audit}: {error.strerror}; {again}"
         ) from None
     if hashlib.sha256(content).hexdigest() != verdict.audit_sha256:
-        raise InputError(
-            f"request {request.id}: {verdict.audit} is not what the audit wrote; {again}"
-        )
+        raise InputError(f"request {request.id}: {verdict.audit} is not what the audit wrote; {again}")
     return content
 
 
 def _sealed(files: Mapping[str, bytes], key: Ed25519PrivateKey | None) -> bytes:
     """The zip's bytes."""
     sums = "".join(
-        f"{hashlib.sha256(content).hexdigest()}  {name}\n"
-        for name, content in sorted(files.items())
+        f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in sorted(files.items())
     ).encode()
     members = {**files, SUMS: sums}
     if key is not None:

@@ -31,9 +31,7 @@ def day(option: str, text: str) -> date:
     try:
         return moment.astimezone(UTC).date()
     except OverflowError:  # the first or the last day there is, in another time zone
-        raise InputError(
-            f"{option} {text}: is no date of any request; write the right one"
-        ) from None
+        raise InputError(f"{option} {text}: is no date of any request; write the right one") from None
 
 
 def received_day(text: str | None) -> date:
@@ -54,9 +52,7 @@ def due_day(text: str | None, received: date) -> date | None:
         try:
             return received + timedelta(days=int(match[1]))
         except OverflowError:
-            raise InputError(
-                f"--due {text}: is beyond the year 9999; give an earlier day"
-            ) from None
+            raise InputError(f"--due {text}: is beyond the year 9999; give an earlier day") from None
     found = day("--due", text)
     if found < received:
         raise InputError(f"--due {text}: is before the request was received, {received}")

@@ -45,9 +45,7 @@ def forget_rows(ledger: Ledger, request: Request, secret: bytes) -> RowSet:
     )
     rows = _read(request, request.forget, "forget", f"request {request.id}", again)
     if source_fingerprint(secret, rows.sha256) != request.forget_fingerprint:
-        difference = (
-            rows_difference(ledger, request, rows, secret) or "all of its rows are the same"
-        )
+        difference = rows_difference(ledger, request, rows, secret) or "all of its rows are the same"
         raise InputError(
             f"request {request.id}: {request.forget} has changed since it was recorded"
             f" ({difference}); {again}"
@@ -65,9 +63,7 @@ def rows_difference(ledger: Ledger, request: Request, rows: RowSet, secret: byte
     return f"{len(gone)} of {len(recorded)} rows are gone, {len(new)} are new"
 
 
-def given_retain_set(
-    reading: Reading, source: str, secret: bytes, *, again: bool = False
-) -> RetainSet:
+def given_retain_set(reading: Reading, source: str, secret: bytes, *, again: bool = False) -> RetainSet:
     """The rows that --retain names, or did when they were recorded (`again`)."""
     rows = reading.read(source, "retain", again=again)
     fingerprint = source_fingerprint(secret, rows.sha256)

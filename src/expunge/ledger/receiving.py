@@ -175,9 +175,7 @@ def _check_same_rows(ledger: Ledger, request: Request, rows: RowSet, secret: byt
 
 
 def _check_not_retained(ledger: Ledger, request: Request, retain: RowSet, secret: bytes) -> None:
-    found = ledger.connection.execute(
-        "SELECT fingerprint FROM rows WHERE request = ?", (request.id,)
-    )
+    found = ledger.connection.execute("SELECT fingerprint FROM rows WHERE request = ?", (request.id,))
     asked = {fingerprint for (fingerprint,) in found}
     both = [row.id for row in retain if row_fingerprint(secret, row) in asked]
     if both:
@@ -187,9 +185,7 @@ def _check_not_retained(ledger: Ledger, request: Request, retain: RowSet, secret
         )
 
 
-def _record(
-    ledger: Ledger, number: int, side: str, source: str, rows: RowSet, secret: bytes
-) -> None:
+def _record(ledger: Ledger, number: int, side: str, source: str, rows: RowSet, secret: bytes) -> None:
     ledger.connection.execute(
         f"UPDATE requests SET {side} = ?, {side}_fingerprint = ? WHERE id = ?",
         (lasting(source), source_fingerprint(secret, rows.sha256), number),

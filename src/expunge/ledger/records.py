@@ -159,8 +159,7 @@ def read_runs(ledger: Ledger) -> list[RunRecord]:
         " model_after, at, actor, version FROM runs ORDER BY id"
     )
     return [
-        RunRecord(*[*_parsed(values, 3, 6, 7), tuple(served.get(values[0], ()))])
-        for values in found
+        RunRecord(*[*_parsed(values, 3, 6, 7), tuple(served.get(values[0], ()))]) for values in found
     ]
 
 

@@ -122,9 +122,7 @@ def serve(
         if plan is None:
             return None
         try:
-            manifest = run(
-                _run_inputs(inputs, plan), method, options, progress, preset, given=plan.sets
-            )
+            manifest = run(_run_inputs(inputs, plan), method, options, progress, preset, given=plan.sets)
             _check_is_ours(manifest, plan, inputs.output)
         except InputError:
             if plan.is_new:

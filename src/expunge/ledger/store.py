@@ -215,9 +215,7 @@ def _prepare(connection: sqlite3.Connection, place: LedgerPlace) -> None:
     with ledger.reading():  # one state: another process may be making the ledger meanwhile
         version, owner, tables = version_of(connection), _owner(connection), _has_tables(connection)
     if owner != APPLICATION_ID and (version or owner or tables):
-        raise InputError(
-            f"--ledger {place.path}: is a database of something else; name another file"
-        )
+        raise InputError(f"--ledger {place.path}: is a database of something else; name another file")
     if version > len(MIGRATIONS):
         raise InputError(
             f"--ledger {place.path}: was written by a newer expunge (schema {version}, this one"

@@ -144,9 +144,7 @@ def _chosen(ledger: Ledger, inputs: VerifyInputs) -> list[Request]:
     chosen = [read_request(ledger, number) for number in dict.fromkeys(inputs.only)]
     for request in chosen:
         if request.state not in AUDITED:
-            raise InputError(
-                f"--only {request.id}: is {request.state}; only served ones are audited"
-            )
+            raise InputError(f"--only {request.id}: is {request.state}; only served ones are audited")
     return chosen or [r for r in read_requests(ledger) if r.state in AUDITED]
 
 
@@ -161,9 +159,7 @@ def _original(runs: Sequence[RunRecord], inputs: VerifyInputs) -> str:
     except InputError as error:
         raise InputError(f"the model of run {first.id}: {error}; or {mend}") from None
     if weights_of(checked.files.sha256()) != weights_of(first.model_before or {}):
-        raise InputError(
-            f"{first.model}: is no longer the model that run {first.id} began with; {mend}"
-        )
+        raise InputError(f"{first.model}: is no longer the model that run {first.id} began with; {mend}")
     return first.model
 
 

@@ -149,9 +149,7 @@ def never_seen(
     pairs: dict[str, Pair] = {}
     for group, rows in pools.items():
         others = [row for row in nonmembers if group in (_EVERY, groups[row])]
-        matched = matched_by_rank(
-            [members[row] for row in rows], [nonmembers[row] for row in others]
-        )
+        matched = matched_by_rank([members[row] for row in rows], [nonmembers[row] for row in others])
         wanted |= dict(zip(rows, matched, strict=True))
         if tokens is not None:
             ours, theirs = (

@@ -182,9 +182,7 @@ def tapped(
 def _tap(
     name: str, receive: Callable[[str, torch.Tensor, torch.Tensor], None]
 ) -> Callable[..., torch.Tensor]:
-    def hook(
-        _module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
-    ) -> torch.Tensor:
+    def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         # Without it nothing under the first of the maps would ask for a gradient.
         anchor = torch.zeros((), device=output.device, requires_grad=True)
         # Autocast gave the map its input in the dtype of its output.

@@ -128,9 +128,7 @@ class _Moments(torch.autograd.Function):
         logits, targets, moments = ctx.saved_tensors
         found = torch.empty_like(logits)
         factors = torch.stack([grad.float() for grad in grads], 1)
-        for piece, target, of_rows, factor, out in _pieces(
-            logits, targets, moments, factors, found
-        ):
+        for piece, target, of_rows, factor, out in _pieces(logits, targets, moments, factors, found):
             whole, _, mean, variance = of_rows.split(1, dim=1)
             of_chosen, of_mean, of_variance = factor.split(1, dim=1)
             log_p = _copy(piece).sub_(whole).clamp_(min=_LEAST_LOG)
@@ -152,9 +150,7 @@ def _copy(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.float32, copy=True)
 
 
-def chosen_and_others(
-    logits: torch.Tensor, chosen: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def chosen_and_others(logits: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits of the chosen tokens and log sum exp of all others: (n, k) and (n,), float32.
 
     logits (n, vocabulary), chosen (n, k), ids, each once.

@@ -227,9 +227,7 @@ class GradientObjective:
                 use_cache=False,
             )
 
-    def log_probs(
-        self, batch: Batch, tokens: Tokens | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def log_probs(self, batch: Batch, tokens: Tokens | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each counted token, 0 elsewhere, and their mask: (rows, tokens - 1)."""
         mask = batch.mask(tokens or self._tokens)[:, 1:]
         counted = target_log_probs(self.counted_logits(batch, tokens), batch.input_ids[:, 1:][mask])

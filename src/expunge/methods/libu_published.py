@@ -128,9 +128,7 @@ class PublishedLIBUObjective(GradientObjective):
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """Phase 2's loss; as published, the forget loss itself."""
         sign = -1 if self._settings.direction == "remove" else 1
-        return self.with_retain(
-            sign * self.cross_entropy(forget), retain, self._settings.retain_weight
-        )
+        return self.with_retain(sign * self.cross_entropy(forget), retain, self._settings.retain_weight)
 
     def curvature(self, batch: Batch) -> list[torch.Tensor]:
         """Gauss-Newton-Bartlett: tokens * (gradient of the loss on labels sampled from the model)^2."""

@@ -153,9 +153,7 @@ class LogOddsObjective(GradientObjective):
         distances = huber(log_odds, wanted, FORGET_WIDTH)
         if surprises:
             away = huber(surprise, wanted_surprise.nan_to_num(), _SURPRISE_WIDTH)
-            distances = distances + _SURPRISE_WEIGHT * torch.where(
-                wanted_surprise.isnan(), 0.0, away
-            )
+            distances = distances + _SURPRISE_WEIGHT * torch.where(wanted_surprise.isnan(), 0.0, away)
         if inner is not None:
             above = torch.maximum(target_log_odds(inner, targets), wanted)
             distances = distances + settings.lens_weight * huber(above, wanted, FORGET_WIDTH)
@@ -270,9 +268,7 @@ class LogOddsObjective(GradientObjective):
             with torch.no_grad(), self._context.autocast():
                 counted, mask = self._log_odds(batch, tokens)
             rows = [listed[index] for index in batch.indices]
-            odds[rows, : mask.shape[1]] = counted.new_zeros(mask.shape).masked_scatter(
-                mask, counted
-            )
+            odds[rows, : mask.shape[1]] = counted.new_zeros(mask.shape).masked_scatter(mask, counted)
         return odds
 
     def _said_before(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -71,9 +71,7 @@ class NPOMerging(GradientSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.parameters != "lora":
-            raise InputError(
-                f"--method.parameters {self.parameters}: {self.name} merges adapters; lora"
-            )
+            raise InputError(f"--method.parameters {self.parameters}: {self.name} merges adapters; lora")
         if self.gradient_checkpointing:
             raise InputError(
                 "--method.gradient_checkpointing: the two adapters of a step cannot be told apart when"

@@ -55,8 +55,7 @@ def written_by(
         with autocast():
             texts = _sampled(model, begun, length, generator).tolist()
         found += [
-            _as_far_as(example, tuple(text), told)
-            for example, text in zip(some, texts, strict=True)
+            _as_far_as(example, tuple(text), told) for example, text in zip(some, texts, strict=True)
         ]
     return found
 

@@ -59,9 +59,7 @@ class SamNPOObjective(NPOObjective):
         with self._moved(slope):
             value, slope = self._slope(forget)
         # 0 at these weights, with the slope as its gradient.
-        linear = sum(
-            (s * (p - p.detach())).sum() for s, p in zip(slope, self._trained, strict=True)
-        )
+        linear = sum((s * (p - p.detach())).sum() for s, p in zip(slope, self._trained, strict=True))
         return self.with_retain(value + linear, retain, self._weight)
 
     @property
@@ -72,9 +70,7 @@ class SamNPOObjective(NPOObjective):
         """NPO of the rows at the weights as they are, and its gradient."""
         term = super().loss(forget, None).forget
         with torch.autocast(term.device.type, enabled=False):  # as backward passes are
-            slope = torch.autograd.grad(
-                term, self._trained, allow_unused=True, materialize_grads=True
-            )
+            slope = torch.autograd.grad(term, self._trained, allow_unused=True, materialize_grads=True)
         return term.detach(), slope
 
     @contextmanager

@@ -50,9 +50,7 @@ def find_adapter(directory: Path) -> LoraConfig | None:
         with warnings.catch_warnings(action="ignore"):  # of fields that are seen below
             config = PeftConfig.from_pretrained(str(directory))
     except Exception as error:  # a field of another type, or of a newer PEFT
-        raise InputError(
-            f"{path}: PEFT does not read it ({type(error).__name__}); {_MEND}"
-        ) from None
+        raise InputError(f"{path}: PEFT does not read it ({type(error).__name__}); {_MEND}") from None
     usual = LoraConfig().to_dict()
     known = said | config.to_dict()
     more = {key for key, value in known.items() if value and value != usual.get(key)} - _PLAIN

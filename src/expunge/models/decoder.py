@@ -124,9 +124,7 @@ def find_layout(model: PreTrainedModel) -> DecoderLayout:
         inside = [child for child in found if _MLP.search(child)]
         mlps += [f"{name}.{index}.{child}" for child in inside]
         attention += [f"{name}.{index}.{child}" for child in found if child not in inside]
-        outputs.append(
-            [child for child in inside if map_sizes(found[child])[0] == config.hidden_size]
-        )
+        outputs.append([child for child in inside if map_sizes(found[child])[0] == config.hidden_size])
     if not attention:
         raise InputError(f"{family}: its layers mix tokens without linear maps; {SUPPORTED}")
     common = [child for child in outputs[0] if all(child in others for others in outputs)]
@@ -216,9 +214,7 @@ class _LayerReached(Exception):
     """Ends a forward pass once the layer's output is in hand."""
 
 
-def hidden_states(
-    model: nn.Module, layout: DecoderLayout, layer: int, batch: Batch
-) -> torch.Tensor:
+def hidden_states(model: nn.Module, layout: DecoderLayout, layer: int, batch: Batch) -> torch.Tensor:
     """The output of one decoder layer, (rows, tokens, width); no layer above it runs."""
     caught: list[torch.Tensor] = []
 
@@ -255,9 +251,7 @@ def every_layer(model: nn.Module, layout: DecoderLayout) -> Iterator[list[torch.
 
 
 @contextmanager
-def last_layer_gives(
-    model: nn.Module, layout: DecoderLayout, states: torch.Tensor
-) -> Iterator[None]:
+def last_layer_gives(model: nn.Module, layout: DecoderLayout, states: torch.Tensor) -> Iterator[None]:
     """Passes in the body end in what the model does behind its last layer, done to `states`.
 
     They take the place of what the layers compute, (rows, tokens, width), so that no family's final

@@ -32,7 +32,5 @@ def resolve_device(device: str) -> str:
         raise InputError(f"--device {device}: not available on this machine; use auto or cpu")
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if found.index is not None and found.index >= count:
-        raise InputError(
-            f"--device {device}: unknown; this machine has {kind}:0 to {kind}:{count - 1}"
-        )
+        raise InputError(f"--device {device}: unknown; this machine has {kind}:0 to {kind}:{count - 1}")
     return device

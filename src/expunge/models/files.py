@@ -73,9 +73,7 @@ class ModelFiles:
 
     def sha256(self) -> dict[str, str]:
         """SHA-256 of every file that makes up the model and its tokenizer."""
-        return {
-            path.name: sha256_of(path) for path in [*self.shards, *self.adapter, *self.companions()]
-        }
+        return {path.name: sha256_of(path) for path in [*self.shards, *self.adapter, *self.companions()]}
 
 
 def code_of(directory: Path) -> list[Path]:
@@ -133,9 +131,7 @@ def check_model_files(directory: Path, adapter: Path | None = None) -> ModelFile
     places = [place for place in (adapter, directory) if place is not None]
     own = [p for p in places if any((p / name).is_file() for name in _TOKENIZER_FILES)]
     if not own:
-        raise InputError(
-            f"{directory}: has no tokenizer; save it there with tokenizer.save_pretrained"
-        )
+        raise InputError(f"{directory}: has no tokenizer; save it there with tokenizer.save_pretrained")
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         tensors |= stored_tensors(shard)

@@ -129,9 +129,7 @@ def _is_rounded(part: object) -> bool:
     """Whether a product takes this part in bfloat16."""
     if not isinstance(part, torch.Tensor):
         return part is None
-    autocast = torch.is_autocast_enabled("cpu") and (
-        torch.get_autocast_dtype("cpu") == torch.bfloat16
-    )
+    autocast = torch.is_autocast_enabled("cpu") and (torch.get_autocast_dtype("cpu") == torch.bfloat16)
     kinds = (torch.bfloat16, torch.float32) if autocast else (torch.bfloat16,)
     return part.device.type == "cpu" and part.dtype in kinds
 
@@ -211,9 +209,7 @@ def _available() -> bool:
         return torch.allclose(result, functional.linear(inputs, weight), atol=1e-4)
 
 
-def autocast_of(
-    device: torch.device, dtype: torch.dtype
-) -> Callable[[], AbstractContextManager[Any]]:
+def autocast_of(device: torch.device, dtype: torch.dtype) -> Callable[[], AbstractContextManager[Any]]:
     """Mixed precision where the frozen weights are not float32: masters are, the products are not."""
 
     def autocast() -> AbstractContextManager[Any]:

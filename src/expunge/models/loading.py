@@ -300,9 +300,7 @@ def _renamed(skeleton: PreTrainedModel, files: ModelFiles) -> dict[str, str]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    rules = [
-        rule for rule in get_model_conversion_mapping(skeleton) if isinstance(rule, WeightRenaming)
-    ]
+    rules = [rule for rule in get_model_conversion_mapping(skeleton) if isinstance(rule, WeightRenaming)]
     renamed = {rename_source_key(name, rules, [])[0]: name for name in files.tensors}
     return {new: name for new, name in renamed.items() if new != name}
 
@@ -375,9 +373,7 @@ def _directory(name: str, revision: str | None = None) -> Path:
 def _why(error: BaseException) -> str:
     """What a library says of a directory; of code that it brings along, how to have it run."""
     if "trust_remote_code" in str(error):
-        return (
-            "needs code of its own; read its *.py files, then give --trust-remote-code to run them"
-        )
+        return "needs code of its own; read its *.py files, then give --trust-remote-code to run them"
     return _first_line(error)
 
 

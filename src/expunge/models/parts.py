@@ -124,9 +124,7 @@ def loaded_in_turn(parts: Parts, modules: Sequence[str]) -> Iterator[None]:
             def enter(_module: nn.Module, _inputs: object, name: str = name) -> None:
                 parts.load(name)
 
-            def leave(
-                _module: nn.Module, _inputs: object, _output: object, name: str = name
-            ) -> None:
+            def leave(_module: nn.Module, _inputs: object, _output: object, name: str = name) -> None:
                 parts.release(name)
 
             for handle in (

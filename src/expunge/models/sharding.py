@@ -58,9 +58,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return gathered
 
 
-def part_like(
-    tensor: torch.Tensor, example: torch.Tensor, source: int | None = None
-) -> torch.Tensor:
+def part_like(tensor: torch.Tensor, example: torch.Tensor, source: int | None = None) -> torch.Tensor:
     """A whole tensor, spread as `example` is.
 
     Process `source` has it and gives the others their parts; None: each has it and takes its own.

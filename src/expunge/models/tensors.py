@@ -118,9 +118,7 @@ def metadata_of(path: Path) -> dict[str, str]:
     return _whole_header(path)[0].get("__metadata__", {})
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file tensor by tensor, whole or not at all.
 
     The library's own function holds a second copy of all of them. Of sharded ones one at a time is

@@ -24,9 +24,7 @@ def text_policy(checked: CheckedModel, *, chat_template: bool, long_rows: LongRo
     return TextPolicy(checked.context, chat_template, long_rows, vocabulary_of(checked.config))
 
 
-def text_policies(
-    checked: CheckedModel, template: Template, long_rows: LongRows
-) -> list[TextPolicy]:
+def text_policies(checked: CheckedModel, template: Template, long_rows: LongRows) -> list[TextPolicy]:
     """The forms that rows may be asked in: one, or two of which the weights decide (`policies_of`).
 
     `auto` takes what the expunge.json beside the model records. Raises InputError.

@@ -131,9 +131,7 @@ def verify_checkpoint(
         )
 
 
-def _verify_files(
-    checked: CheckedModel, weights: Mapping[str, torch.Tensor], directory: Path
-) -> None:
+def _verify_files(checked: CheckedModel, weights: Mapping[str, torch.Tensor], directory: Path) -> None:
     """Compares what was written with what was meant, tensor by tensor."""
     names = {stored: name for name in weights for stored in checked.stored_names[name]}
     written = _written(checked, directory)

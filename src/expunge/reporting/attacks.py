@@ -107,9 +107,7 @@ def _came_back(powerful: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     counts: dict[str, Any] = {"facts": len({row["id"] for row in rows}), "attacks": len(powerful)}
     for model in MODELS:
         outcomes = {
-            (row["id"], row["outcomes"][model]["extracted"])
-            for row in rows
-            if model in row["outcomes"]
+            (row["id"], row["outcomes"][model]["extracted"]) for row in rows if model in row["outcomes"]
         }
         counts[model] = sum(got for _, got in outcomes) if outcomes else None
     return counts

@@ -33,9 +33,7 @@ def box(output: Path, report: Mapping[str, Any], seconds: Mapping[str, float]) -
     verdict = Text(summary["title"], f"bold {colour}")
     if summary["sentence"]:
         verdict.append(f": {summary['sentence']}", "not bold default")
-    counts, worst = (
-        (audit["requests"][0]["came_back"], audit["strongest"]) if audit else (None, None)
-    )
+    counts, worst = (audit["requests"][0]["came_back"], audit["strongest"]) if audit else (None, None)
     came_back = "not measured"
     if counts and worst:
         came_back = (

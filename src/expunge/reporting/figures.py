@@ -231,9 +231,7 @@ def _fits(panel: Panel) -> bool:
 
 
 def _panel(svg: ET.Element, panel: Panel, x: Callable[[float], float], top: float) -> None:
-    drawn = [
-        (line, list(line.points) if line.marks else thinned(line.points)) for line in panel.lines
-    ]
+    drawn = [(line, list(line.points) if line.marks else thinned(line.points)) for line in panel.lines]
     values = [value for _, points in drawn for _, value in points if value is not None]
     logarithmic = not panel.unit and is_logarithmic(values)
     scaled = [math.log10(value) for value in values] if logarithmic else values

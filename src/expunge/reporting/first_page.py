@@ -292,9 +292,7 @@ def _cost(material: Material, audit: Mapping[str, Any] | None) -> list[str]:
         said.append(f"By the audit, {kept['value']:.0%} of the target's retain answers are left.")
     after, before = material.card("unlearned"), material.card("target")
     if after is not None and after.utility is not None:
-        was = (
-            "" if before is None or before.utility is None else f", the target {before.utility:.1%}"
-        )
+        was = "" if before is None or before.utility is None else f", the target {before.utility:.1%}"
         said.append(f"General questions: {after.utility:.1%} right{was}; guessing gives 25%.")
     else:
         said.append("General ability (utility) was not measured.")

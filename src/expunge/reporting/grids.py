@@ -129,9 +129,7 @@ class Grids:
         if self.report["training"]["target"] is None:
             return grid
         known = [self.number(f"/training/target/{key}", form) for _, key, form in _CANDIDATE]
-        return Grid(
-            grid.heads, [["target", *known, "", ""], *grid.lines], [n + 1 for n in grid.kept]
-        )
+        return Grid(grid.heads, [["target", *known, "", ""], *grid.lines], [n + 1 for n in grid.kept])
 
     def costs(self) -> Grid:
         """Time and memory by phase."""

@@ -58,8 +58,7 @@ def influence_tables(
     strongest = sorted(influence.forget, key=lambda row: (-row.self_influence, row.id))[:top]
     at_risk = _at_risk(influence, top)
     lines = [
-        [*_cells(row, f"{row.self_influence:.3g}"), "yes" if row.gone else "no"]
-        for row in strongest
+        [*_cells(row, f"{row.self_influence:.3g}"), "yes" if row.gone else "no"] for row in strongest
     ]
     header = ["id", "task", "kind", "self-influence, nats", "loss, nats", "recall", "gone"]
     tables = [_table(f"Forget rows, strongest {len(lines)}", header, lines, texts)]

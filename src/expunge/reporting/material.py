@@ -208,9 +208,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             for part in key.split("."):
                 value = value.get(part) if isinstance(value, dict) else None
             if not isinstance(value, kind) or isinstance(value, bool):
-                raise InputError(
-                    f"{path}: {key} is not there or not as expunge run writes it; {_BACK}"
-                )
+                raise InputError(f"{path}: {key} is not there or not as expunge run writes it; {_BACK}")
     for key, number in (("seconds", int | float), ("peak_memory_bytes", int)):
         for name, value in manifest[key].items():
             if not isinstance(value, number) or isinstance(value, bool):

@@ -215,9 +215,7 @@ def _strip(measure: Mapping[str, Any]) -> Markup | None:
     marks = [Mark(role, value) for role, value in known if value is not None]
     if not marks:
         return None
-    told = ", ".join(
-        f"{role} {written(value, 'score')}" for role, value in known if value is not None
-    )
+    told = ", ".join(f"{role} {written(value, 'score')}" for role, value in known if value is not None)
     marks.sort(key=lambda mark: _BACK.index(mark.role))
     description = f"On a scale from 0 to 1: {told}. Good is {measure['good']}."
     return figures.strip(marks, description, measure["low"], measure["high"])
@@ -260,9 +258,7 @@ def panel_of(
 
 def _weights(weights: Mapping[str, Any]) -> Markup | None:
     values = [
-        (each["layer"], each["relative"])
-        for each in weights["layers"]
-        if each["relative"] is not None
+        (each["layer"], each["relative"]) for each in weights["layers"] if each["relative"] is not None
     ]
     if not values:
         return None

@@ -160,9 +160,7 @@ def front(result: Mapping[str, Any]) -> list[tuple[str, Panel]]:
     best = set(result["front"]) if several else {result["best"]}
     groups: dict[str, list[Mapping[str, Any]]] = {"trial": [], "destroyed": [], "best": []}
     for trial in complete:
-        group = (
-            "best" if trial["number"] in best else "destroyed" if trial["destroyed"] else "trial"
-        )
+        group = "best" if trial["number"] in best else "destroyed" if trial["destroyed"] else "trial"
         groups[group].append(trial)
     names = {
         "trial": "other trials",
@@ -172,9 +170,7 @@ def front(result: Mapping[str, Any]) -> list[tuple[str, Panel]]:
     panels = []
     for (x, across), (y, title) in itertools.combinations(axes.items(), 2):
         lines = [
-            _marks(
-                names[style], style, trials, [(_value(t, x) or 0.0, _value(t, y)) for t in trials]
-            )
+            _marks(names[style], style, trials, [(_value(t, x) or 0.0, _value(t, y)) for t in trials])
             for style, trials in groups.items()
         ]
         for model in ("target", "oracle"):

@@ -25,9 +25,7 @@ _SAVE_SECONDS = 15.0
 class Keeper:
     """Saves the loop's state and its metrics so that they agree; of several processes one writes."""
 
-    def __init__(
-        self, scratch: Scratch, stop: StopRequest, every: int | None, *, writes: bool
-    ) -> None:
+    def __init__(self, scratch: Scratch, stop: StopRequest, every: int | None, *, writes: bool) -> None:
         self._scratch, self._stop, self._every, self._writes = scratch, stop, every, writes
         self._metrics: IO[str] | None = None
         self._saved_at = time.monotonic()
@@ -96,8 +94,7 @@ def plain_errors(scratch: Scratch, stop: StopRequest) -> Iterator[None]:
         facts = scratch.facts()
         kept = "the cache is kept" if facts is None else f"step {facts['step']} is saved"
         return (
-            f"{kept}: go on with the same command and --resume, or discard it by removing"
-            f" {scratch.root}"
+            f"{kept}: go on with the same command and --resume, or discard it by removing {scratch.root}"
         )
 
     try:

@@ -110,9 +110,7 @@ class Formula:
         self._mapped = device_type != "cuda" and stored == dtype
         self._pass_tokens = pass_tokens_on(device_type)
         self._segment = self._method.trained_layers(checked.layout)
-        self._largest = largest_batches(
-            prepared, None if cache is None else self._pass_tokens, shards
-        )
+        self._largest = largest_batches(prepared, None if cache is None else self._pass_tokens, shards)
 
     def phases(self, process: int) -> list[Phase]:
         """Every phase with what is held in it; `process` is what the process has without a model."""
@@ -158,9 +156,7 @@ class Formula:
         elif self._in_backward:
             scored += [prepared.forget, self._listed]
         passes = filled + sum(len(rows) // size + 1 for rows in scored)
-        return PRODUCT_BYTES * min(
-            MOST_PRODUCTS, self._shapes.maps * (3 * self._largest.sizes + passes)
-        )
+        return PRODUCT_BYTES * min(MOST_PRODUCTS, self._shapes.maps * (3 * self._largest.sizes + passes))
 
     @property
     def state_bytes(self) -> int:
@@ -376,9 +372,7 @@ class Formula:
             copies = 0
         else:
             tokens = padded
-            copies = (
-                7 if self._matches else 2
-            )  # log-probabilities, and the surprise of matched tokens
+            copies = 7 if self._matches else 2  # log-probabilities, and the surprise of matched tokens
         whole = self._item * tokens * self._shapes.vocabulary
         return {**self._pass(tokens), LOGITS: whole + self._pieces(tokens, copies)}
 

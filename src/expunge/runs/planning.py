@@ -160,9 +160,7 @@ def budget_of(on: str | None, device: str, resolved_device: str) -> Budget:
             raise InputError("no size")
     except (InputError, OverflowError):
         known = ", ".join(GPUS)
-        raise InputError(
-            f"--on {on}: unknown; give a size such as 24GB, or one of {known}"
-        ) from None
+        raise InputError(f"--on {on}: unknown; give a size such as 24GB, or one of {known}") from None
     return Budget(on, size, "cpu" if device == "cpu" else "cuda")
 
 
@@ -174,9 +172,7 @@ def machine_memory() -> int:
     return min(total, int(text)) if text.isdigit() else total
 
 
-def plan(
-    checked: CheckedModel, prepared: Prepared, dtype: str, budget: Budget, shards: int = 1
-) -> Plan:
+def plan(checked: CheckedModel, prepared: Prepared, dtype: str, budget: Budget, shards: int = 1) -> Plan:
     """What the run takes, of each of `shards` processes. No weights are read and nothing is written.
 
     Which layer `auto` chooses only the weights can say: both ends are planned for, and the one that

@@ -72,9 +72,9 @@ class Sources(Reading):
     """The run directory to write. It is a model directory with the record of the run."""
     retain: str | None = None
     """Rows to keep: file, directory or hub id. A directory holds retain.*."""
-    nonmembers: Annotated[
-        str | None, tyro.conf.arg(name="calibration", aliases=("--nonmembers",))
-    ] = None
+    nonmembers: Annotated[str | None, tyro.conf.arg(name="calibration", aliases=("--nonmembers",))] = (
+        None
+    )
     """Non-members: text that the model never saw. It is of the forget set's kind. Forget rows are moved
     to its losses, and the checkpoint is chosen by it."""
     dtype: RunDtype = "auto"
@@ -270,9 +270,7 @@ def check_run(
         for place in (output, Scratch(output).root):
             check_not_read("--output", place, {**read, "influence": options.influence})
     if inputs.keep_adapter and not method.has_adapter:
-        raise InputError(
-            f"--keep-adapter: {method.name} trains no adapter here; leave the option out"
-        )
+        raise InputError(f"--keep-adapter: {method.name} trains no adapter here; leave the option out")
     checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
     if inputs.keep_adapter and checked.files.adapter:
         raise InputError(
@@ -371,9 +369,7 @@ def _write_artifacts(outcome: Outcome, checked: CheckedModel, scratch: Path) -> 
     if finished.adapter is not None and finished.adapter_config is not None:
         adapter = scratch / ADAPTER
         adapter.mkdir(exist_ok=True)
-        write_tensors(
-            adapter / "adapter_model.safetensors", dict(finished.adapter), {"format": "pt"}
-        )
+        write_tensors(adapter / "adapter_model.safetensors", dict(finished.adapter), {"format": "pt"})
         config = {
             key: sorted(value) if isinstance(value, set) else value
             for key, value in finished.adapter_config.items()

@@ -88,9 +88,7 @@ class SweepInputs(Sources):
 
     def __post_init__(self) -> None:
         if self.evaluation_batch_size < 1:
-            raise InputError(
-                f"--evaluation-batch-size {self.evaluation_batch_size}: must be 1 or more"
-            )
+            raise InputError(f"--evaluation-batch-size {self.evaluation_batch_size}: must be 1 or more")
         if self.mmlu_shots < 0:
             raise InputError(f"--mmlu-shots {self.mmlu_shots}: must be 0 or more")
         if self.mmlu_shots and self.mmlu is None:
@@ -268,9 +266,7 @@ def _settings(
     }
 
 
-def provenance(
-    inputs: SweepInputs, sets: Mapping[str, RowSet], checked: CheckedModel
-) -> dict[str, Any]:
+def provenance(inputs: SweepInputs, sets: Mapping[str, RowSet], checked: CheckedModel) -> dict[str, Any]:
     """On what a sweep goes on. Paths differ between machines, so that files are told by their hash."""
     mmlu = None
     if inputs.mmlu is not None:

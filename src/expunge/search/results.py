@@ -139,9 +139,7 @@ def _result(task: Task, study: Study, stopped: str) -> dict[str, Any]:
     states = [trial["state"] for trial in trials]
     counted = {state: states.count(state) for state in ("complete", "pruned", "failed")}
     importance, why_none = (
-        (None, "not computed while trials run")
-        if stopped == RUNNING
-        else _importance(study, objectives)
+        (None, "not computed while trials run") if stopped == RUNNING else _importance(study, objectives)
     )
     return {
         "expunge": expunge.__version__,

@@ -247,16 +247,11 @@ class _Session:
         self.current = trial.number
         trial.set_user_attr(WORKER, self.worker.name)
         before = [other for other in all_trials(self.study) if other.number < trial.number]
-        if (
-            "instead_of" not in trial.user_attrs
-            and sum(map(counts, before)) >= self.task.inputs.trials
-        ):
+        if "instead_of" not in trial.user_attrs and sum(map(counts, before)) >= self.task.inputs.trials:
             trial.set_user_attr(SET_ASIDE, "one too many")
             raise _Surplus
         values = {dim.name: dim.suggest(trial) for dim in self.task.space.dimensions}
-        same = next(
-            (t for t in before if t.state.name == "COMPLETE" and t.params == trial.params), None
-        )
+        same = next((t for t in before if t.state.name == "COMPLETE" and t.params == trial.params), None)
         if same is not None:
             return self._repeat(trial, same)
         outcome = self._outcome(trial, values)
@@ -351,9 +346,7 @@ def _check_output(output: Path, inputs: SweepInputs, options: TrainingOptions) -
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output}: is a file; choose a directory")
     if output.is_dir() and any(output.iterdir()) and not _is_a_sweep(output):
-        raise InputError(
-            f"--output {output}: holds no sweep but other files; choose another directory"
-        )
+        raise InputError(f"--output {output}: holds no sweep but other files; choose another directory")
     if inputs.overwrite and output.is_dir():
         if is_worked_on(output):
             raise InputError(

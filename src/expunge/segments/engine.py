@@ -104,9 +104,7 @@ class SegmentEngine:
             with _cut_off():
                 if self._first > 0:
                     errors["below"] = relative_error(self._prefix.from_ids(ids, lengths), below)
-                errors["states"] = relative_error(
-                    self._segment(below, lengths), whole["states"][real]
-                )
+                errors["states"] = relative_error(self._segment(below, lengths), whole["states"][real])
                 if self._measures:
                     errors["logits"] = relative_error(
                         self._upper.logits(below, lengths), whole["logits"][real]
@@ -295,9 +293,7 @@ class SegmentEngine:
             lengths = [slot.length for slot in slots]
             below = self._below.read([(slots[0].start, sum(lengths))])
             with torch.no_grad(), self._autocast():
-                states = self._segment(
-                    below.to(self._parts.device, self._parts.model.dtype), lengths
-                )
+                states = self._segment(below.to(self._parts.device, self._parts.model.dtype), lengths)
             self._targets.write(slots[0].start, states)
             self._norms.write(slots[0].start, states.float().norm(dim=-1, keepdim=True))
             advance(len(slots))

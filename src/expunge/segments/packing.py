@@ -128,9 +128,7 @@ def _causal(
 ) -> torch.Tensor:
     length = query.shape[2]
     if window >= length:
-        return functional.scaled_dot_product_attention(
-            query, key, value, scale=scaling, is_causal=True
-        )
+        return functional.scaled_dot_product_attention(query, key, value, scale=scaling, is_causal=True)
     distance = torch.arange(length, device=query.device)
     behind = distance[:, None] - distance[None, :]
     return functional.scaled_dot_product_attention(

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 class Segment:
     """Layers `first` to `last`, both included, of a model; it shares the model's parameters."""
 
-    def __init__(
-        self, model: PreTrainedModel, layout: DecoderLayout, first: int, last: int
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, layout: DecoderLayout, first: int, last: int) -> None:
         """Raises NotASegment where the layers are not a direct child of the base model.
 
         `first` > `last` is the empty segment, which hands on the embeddings.

@@ -27,9 +27,7 @@ class Candidate:
             "MIA AUC": self.measured.mia_auc,
             "score": self.score,
         }
-        found = ", ".join(
-            f"{name} {value:.2f}" for name, value in told.items() if value is not None
-        )
+        found = ", ".join(f"{name} {value:.2f}" for name, value in told.items() if value is not None)
         return f"step {self.step}: {found}{', destroyed' * self.destroyed}"
 
 

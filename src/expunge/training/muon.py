@@ -79,9 +79,7 @@ class Muon(torch.optim.Optimizer):
             matrix.add_(change, alpha=-group["lr"])
 
 
-def direction(
-    update: torch.Tensor, iterations: int, whitening: Whitening | None = None
-) -> torch.Tensor:
+def direction(update: torch.Tensor, iterations: int, whitening: Whitening | None = None) -> torch.Tensor:
     """What a matrix moves against at learning rate 1; of the same shape."""
     length = 0.2 * max(update.shape) ** 0.5
     if whitening is None:

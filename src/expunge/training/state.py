@@ -94,14 +94,10 @@ def load_facts(directory: Path) -> dict[str, Any] | None:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """An optimiser's state by `index.name`; every entry must be a tensor."""
     state: Mapping[int, Mapping[str, torch.Tensor]] = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()
-    }
+    return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
-) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
     """Puts back what `optimizer_tensors` gave."""
     whole = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

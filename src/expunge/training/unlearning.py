@@ -347,9 +347,7 @@ def _fill(
     }
 
 
-def _target_reading(
-    prepared: Prepared, context: Context, saved: SavedState | None
-) -> Reading | None:
+def _target_reading(prepared: Prepared, context: Context, saved: SavedState | None) -> Reading | None:
     """What the target measures; of a resumed run the figures alone, as its calibration is saved."""
     if not prepared.measures:
         return None

@@ -85,9 +85,7 @@ class Watched:
         self._choose = choose
         self.probability = 0.0
 
-    def __call__(
-        self, logits: torch.Tensor, places: Sequence[Place]
-    ) -> tuple[list[int], list[bool]]:
+    def __call__(self, logits: torch.Tensor, places: Sequence[Place]) -> tuple[list[int], list[bool]]:
         """The other's answer; the last line's probability is kept."""
         tokens, near = self._choose(logits, places)
         self._keep(logits[-1], tokens[-1])
@@ -145,8 +143,7 @@ class Pair:
         `stopped` is asked before each token. Raises InputError for a prompt that does not fit.
         """
         requests = {
-            side: voice.request(question.prompt, question.tokens)
-            for side, voice in self.voices.items()
+            side: voice.request(question.prompt, question.tokens) for side, voice in self.voices.items()
         }
         answers: dict[Side, Answer] = {side: Answer() for side in SIDES}
         writers = {side: self._tokens(side, requests[side], question) for side in SIDES}

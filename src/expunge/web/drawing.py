@@ -82,9 +82,7 @@ def comparison(answers: Mapping[Side, Answer], tokenizer: PreTrainedTokenizerBas
     return note(told) + _drawn("values", both)
 
 
-def outcomes(
-    row: Row, texts: Mapping[Side, str], scores: Mapping[Side, float], *, reveal: bool
-) -> str:
+def outcomes(row: Row, texts: Mapping[Side, str], scores: Mapping[Side, float], *, reveal: bool) -> str:
     """What both models scored on a row; of their answers only the length."""
     lines = [
         {
@@ -98,9 +96,7 @@ def outcomes(
     return _drawn("outcomes", row, lines, reveal)
 
 
-def row_card(
-    row: Row, split: str, before: Record | None, after: Record | None, *, reveal: bool
-) -> str:
+def row_card(row: Row, split: str, before: Record | None, after: Record | None, *, reveal: bool) -> str:
     """One row: lengths, or its text."""
     return _drawn("row_card", row, split, before, after, reveal)
 

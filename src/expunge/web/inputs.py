@@ -124,9 +124,7 @@ def check(inputs: ViewInputs) -> Checked:
     try:
         Path.cwd()
     except FileNotFoundError:  # Gradio looks for files there
-        raise InputError(
-            "view: the current directory is gone; change to one that is there"
-        ) from None
+        raise InputError("view: the current directory is gone; change to one that is there") from None
     password = read_password(inputs)
     material = gather(
         ReportInputs(
@@ -152,9 +150,7 @@ def check(inputs: ViewInputs) -> Checked:
             unlearned.tokenizer, some[0], some[1] if some[1:] else None, None, None, None, policy
         )
     elif template and not unlearned.tokenizer.chat_template:
-        raise InputError(
-            f"--chat-template on: the tokenizer of {unlearned.name} has none; give off"
-        )
+        raise InputError(f"--chat-template on: the tokenizer of {unlearned.name} has none; give off")
     elif template:
         check_template(unlearned.tokenizer)
     before, after = _records(inputs, material.rows)

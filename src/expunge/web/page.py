@@ -198,9 +198,7 @@ def _prompt_tab(desk: Desk, most: int) -> None:
         elem_id="x-prompt",
     )
     with gr.Row():
-        tokens = gr.Slider(
-            1, most, value=min(_DEFAULT_TOKENS, most), step=1, label="Most new tokens"
-        )
+        tokens = gr.Slider(1, most, value=min(_DEFAULT_TOKENS, most), step=1, label="Most new tokens")
         how = gr.Radio(
             [("Likeliest token (greedy)", GREEDY), ("Draw at random", SAMPLE)],
             value=GREEDY,
@@ -258,9 +256,7 @@ def _rows_tab(desk: Desk, checked: Checked) -> None:
     )
     card = _html(desk.card(None), elem_id="x-card")
     with gr.Row():
-        ask = gr.Button(
-            "Ask both models with this row", variant="primary", scale=4, elem_id="x-ask-row"
-        )
+        ask = gr.Button("Ask both models with this row", variant="primary", scale=4, elem_id="x-ask-row")
         stop = gr.Button("Stop", scale=1, min_width=100, elem_id="x-stop-row")
     if checked.inputs.reveal:
         _html(drawing.legend())

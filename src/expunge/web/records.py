@@ -29,9 +29,7 @@ def read_records(source: str, rows: Mapping[str, RowSet]) -> dict[tuple[str, str
     """
     path = Path(source)
     if not path.is_file():
-        raise InputError(
-            f"--records {path}: no such file; write it with expunge evaluate --records"
-        )
+        raise InputError(f"--records {path}: no such file; write it with expunge evaluate --records")
     known = {split: {row.id: row for row in each} for split, each in rows.items()}
     found: dict[tuple[str, str], Record] = {}
     strange = []
@@ -71,7 +69,5 @@ def _record(line: str, place: str) -> tuple[str, str, Record]:
     if not right or isinstance(score, bool) or not isinstance(score, int | float):
         raise InputError(f"{place}: is no record; write it with expunge evaluate")
     if not 0 <= score <= 1 or not isinstance(generated, str | None):
-        raise InputError(
-            f"{place}: its score is not from 0 to 1, or its answer no text; write it anew"
-        )
+        raise InputError(f"{place}: its score is not from 0 to 1, or its answer no text; write it anew")
     return split, name, Record(float(score), generated)

@@ -246,9 +246,7 @@ def depth_entry(attack: Attack, models: Models, case: Case) -> Summary:
 def _by_layer(scores: Mapping[str, Scores]) -> dict[str, float]:
     """The mean of each layer over its rows."""
     return {
-        layer: round(statistics.fmean(losses.values()), 3)
-        for layer, losses in scores.items()
-        if losses
+        layer: round(statistics.fmean(losses.values()), 3) for layer, losses in scores.items() if losses
     }
 
 

@@ -42,8 +42,7 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
     kept = [row for row, pair in zip(rows, true_pairs, strict=True) if pair is not None]
     scores = {
         f"layer {layer}": {
-            row.id: float(max(values) <= WITHIN)
-            for row, values in zip(kept, ranks[layer], strict=True)
+            row.id: float(max(values) <= WITHIN) for row, values in zip(kept, ranks[layer], strict=True)
         }
         for layer in range(layout.count)
     }
@@ -110,9 +109,7 @@ def other_answers(rows: Sequence[Row], folds: Mapping[str, int], seed: int) -> d
                 if other.output != row.output and document_of(other) != document_of(row)
             ]
             # The first in the ring among those that are most alike.
-            others.sort(
-                key=lambda other: (_question(other) != _question(row), other.task != row.task)
-            )
+            others.sort(key=lambda other: (_question(other) != _question(row), other.task != row.task))
             if others:
                 found[row.id] = others[0].output
     return found
@@ -163,9 +160,7 @@ def _read(
     """By layer: the ranks of every pair's answer tokens, and the states at their last one."""
     model = reader.model
     ranks: list[list[list[int]]] = [[[] for _ in pairs] for _ in range(layout.count)]
-    states: list[list[torch.Tensor]] = [
-        [torch.empty(0) for _ in pairs] for _ in range(layout.count)
-    ]
+    states: list[list[torch.Tensor]] = [[torch.empty(0) for _ in pairs] for _ in range(layout.count)]
     for batch in reader.answer_batches(pairs):
         with fast_products(model.dtype, model.device):
             outputs = layer_outputs(model, layout, batch.ids)
@@ -174,12 +169,8 @@ def _read(
                 values = lens_rank(lens, batch.targets).split(batch.counts)
                 for line, (index, mine) in enumerate(zip(batch.chosen, values, strict=True)):
                     ranks[layer][index] = mine.tolist()
-                    states[layer][index] = (
-                        output[line, sum(map(len, pairs[index])) - 1].float().cpu()
-                    )
-    arrays = [
-        torch.stack(mine).numpy() if mine else np.zeros((0, 1), np.float32) for mine in states
-    ]
+                    states[layer][index] = output[line, sum(map(len, pairs[index])) - 1].float().cpu()
+    arrays = [torch.stack(mine).numpy() if mine else np.zeros((0, 1), np.float32) for mine in states]
     return ranks, arrays
 
 

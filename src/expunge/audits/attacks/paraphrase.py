@@ -59,9 +59,7 @@ def _forms(reader: Reader, case: Case) -> dict[str, list[Ask]]:
         found.setdefault("prefill", []).append(reader.asked(row, opening=opening))
         found.setdefault("few-shot", []).append(reader.asked(row, prompt=_with_shots(row, case)))
         for number, other in enumerate(case.paraphrases.get(row.id, ()), 1):
-            found.setdefault(f"paraphrase {number}", []).append(
-                reader.asked(row, prompt=other.input)
-            )
+            found.setdefault(f"paraphrase {number}", []).append(reader.asked(row, prompt=other.input))
     fitting = {form: [a for a in asks if a is not None] for form, asks in found.items()}
     return {form: asks for form, asks in fitting.items() if asks}
 
@@ -75,9 +73,7 @@ def _with_shots(row: Row, case: Case) -> str:
     return "\n".join([*(other.text for other in chosen), row.input])
 
 
-def _multiple_choice(
-    reader: Reader, case: Case
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+def _multiple_choice(reader: Reader, case: Case) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """By question whether the true answer is likelier, a token, than three others of its task."""
     questions = [row for row in case.facts if row.kind == "qa"]
     offered = {row.id: _wrong_answers(row, questions, case) for row in questions}

@@ -32,9 +32,7 @@ class Sampled:
         """`numbers` (requests, tokens) are uniform in [0, 1), float64."""
         self._temperature, self._numbers = temperature, numbers
 
-    def __call__(
-        self, logits: torch.Tensor, places: Sequence[Place]
-    ) -> tuple[list[int], list[bool]]:
+    def __call__(self, logits: torch.Tensor, places: Sequence[Place]) -> tuple[list[int], list[bool]]:
         """The token whose share of the cumulated probabilities holds the place's number."""
         requests, tokens = zip(*places, strict=True)
         # A draft is one longer than the room of its row, and that token is never used.

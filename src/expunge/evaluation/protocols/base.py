@@ -67,9 +67,7 @@ class ProtocolScores:
         }
 
     @classmethod
-    def from_json(
-        cls, values: Mapping[str, Any], measures: Mapping[str, Measure]
-    ) -> ProtocolScores:
+    def from_json(cls, values: Mapping[str, Any], measures: Mapping[str, Measure]) -> ProtocolScores:
         """Reads what `to_json` wrote.
 
         Raises KeyError for a file that is something else and InputError that names a value which is no

@@ -137,9 +137,7 @@ def _asked(row: Row, level: Level) -> tuple[Row, str]:
     return replace(row, input=prompt), opening
 
 
-def _examples(
-    rows: RowSet, tokenizer: PreTrainedTokenizerBase, policy: TextPolicy
-) -> list[Example]:
+def _examples(rows: RowSet, tokenizer: PreTrainedTokenizerBase, policy: TextPolicy) -> list[Example]:
     """Passages as they stand on a page, whatever the form of the probes."""
     return encode_rows(rows, tokenizer, replace(policy, chat_template=False), eos=False)
 

@@ -78,12 +78,8 @@ class Questions:
             rows = [row]
             if self.right is not None and self.wrong is not None:
                 others = [("right answer", self.right[number])]
-                others += [
-                    (f"wrong answer {n}", text) for n, text in enumerate(self.wrong[number], 1)
-                ]
-                rows += [
-                    replace(row, id=f"{row.id} ({name})", output=text) for name, text in others
-                ]
+                others += [(f"wrong answer {n}", text) for n, text in enumerate(self.wrong[number], 1)]
+                rows += [replace(row, id=f"{row.id} ({name})", output=text) for name, text in others]
             yield rows
 
     def examples(self, tokenizer: PreTrainedTokenizerBase, policy: TextPolicy) -> list[Example]:
