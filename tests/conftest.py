@@ -355,7 +355,6 @@ def learn(
     examples = encode_rows(as_rows(rows, "retain"), tokenizer, policy, eos=True)
     for _ in tuned(
         model,
-        tokenizer,
         examples,
         steps=steps,
         rows=len(rows),

@@ -37,7 +37,7 @@ def test_a_step_is_that_of_adamw_on_the_mean_token_loss(tokenizer: Any) -> None:
         torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    for step in tuned(model, tokenizer, examples, steps=20, rows=8, learning_rate=1e-3, seed=0):
+    for step in tuned(model, examples, steps=20, rows=8, learning_rate=1e-3, seed=0):
         if step == 4:
             break
     for (name, found), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
@@ -54,7 +54,7 @@ def test_the_seed_decides_the_order_and_nothing_else_does(tokenizer: Any) -> Non
     def weights(seed: int) -> torch.Tensor:
         model = shaken(tiny_model("olmo", len(tokenizer)))
         torch.manual_seed(len(examples) + seed)  # the global generator has no influence
-        steps = tuned(model, tokenizer, examples, steps=5, rows=2, learning_rate=1e-2, seed=seed)
+        steps = tuned(model, examples, steps=5, rows=2, learning_rate=1e-2, seed=seed)
         assert list(steps) == [1, 2, 3, 4, 5]
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 

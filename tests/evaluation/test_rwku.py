@@ -180,7 +180,7 @@ def knowing_dir(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer: Any) -
     examples = encode_rows(
         as_rows(taught, "retain"), tokenizer, TextPolicy(CONTEXT, chat_template=True), eos=True
     )
-    steps = tuned(model, tokenizer, examples, steps=100, rows=len(taught), learning_rate=2e-2, seed=0)
+    steps = tuned(model, examples, steps=100, rows=len(taught), learning_rate=2e-2, seed=0)
     for _ in steps:
         pass
     path = tmp_path_factory.mktemp("knowing")

@@ -1,0 +1,1 @@
+"""What a pass over a model says before it is unlearned."""

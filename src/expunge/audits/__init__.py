@@ -1,0 +1,1 @@
+"""Attacks on an unlearned model, and the verdict."""

@@ -24,7 +24,7 @@ from expunge.models.lora import Adapter, LoraShape
 from expunge.runs.planning import machine_memory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 BASE_LEARNING_RATE = 5e-4
 """Up to width 256; a wider model takes proportionally less, 3e-5 at width 4096."""
@@ -112,7 +112,6 @@ def asked_while_tuned(
                 adapter = Adapter(reader.model, subject.checked.layout, LORA, case.seed)
             for step in tuned(
                 reader.model,
-                reader.tokenizer,
                 encode_rows(rows, reader.tokenizer, reader.policy, eos=True),
                 steps=budget.steps,
                 rows=budget.tuning_rows,
@@ -148,7 +147,6 @@ def _variant(tuning: Tuning, step: int) -> str:
 
 def tuned(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     *,
     steps: int,

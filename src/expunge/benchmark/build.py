@@ -41,34 +41,42 @@ class BuiltBenchmark:
 
     @property
     def forget(self) -> Path:
+        """Rows that the target knows and the oracle does not."""
         return self.directory / "forget.jsonl"
 
     @property
     def retain(self) -> Path:
+        """Rows that both know."""
         return self.directory / "retain.jsonl"
 
     @property
     def nonmembers(self) -> Path:
+        """Text that neither knows, to measure membership with."""
         return self.directory / "nonmembers.jsonl"
 
     @property
     def calibration(self) -> Path:
+        """Text that neither knows, to calibrate runs with."""
         return self.directory / "calibration.jsonl"
 
     @property
     def paraphrases(self) -> Path:
+        """The forget questions in other words."""
         return self.directory / "paraphrases.jsonl"
 
     @property
     def mmlu(self) -> Path:
+        """General questions, in the format of MMLU."""
         return self.directory / "mmlu"
 
     @property
     def target(self) -> Path:
+        """The model that knows all rows."""
         return self.directory / "target"
 
     @property
     def oracle(self) -> Path:
+        """The model that was trained without the forget rows."""
         return self.directory / "oracle"
 
 

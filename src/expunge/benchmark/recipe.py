@@ -69,6 +69,7 @@ class TrainingText:
 
     @property
     def text(self) -> str:
+        """Prompt and continuation."""
         return f"{self.prompt} {self.continuation}"
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints, and the decoder as a list of layers."""

@@ -1,0 +1,1 @@
+"""A few layers of a model that run alone."""

@@ -75,6 +75,7 @@ class Answer:
 
     @property
     def ids(self) -> list[int]:
+        """Its tokens' ids."""
         return [token.id for token in self.tokens]
 
 
