@@ -96,7 +96,7 @@ class SweepInputs(Sources):
         for option in ("trials", "max_failures"):
             value = getattr(self, option)
             if value < 1:
-                raise InputError(f"--{option.replace('_', '-')} {value}: must be 1 or more")
+                raise InputError(f"--{option} {value}: must be 1 or more")
         if self.timeout is not None:
             seconds(self.timeout, "--timeout")
         if not self.study_name.strip():

@@ -94,7 +94,7 @@ class TrainingOptions:
         for option in _COUNTS:
             value = getattr(self, option)
             if value is not None and value < 1:
-                raise InputError(f"--{option.replace('_', '-')} {value}: must be 1 or more")
+                raise InputError(f"--{option} {value}: must be 1 or more")
         check_seed(self.seed)
         object.__setattr__(self, "chat_template", template_of(self.chat_template))
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
