@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import FAMILIES, refusal, shaken, tiny_model
+from expunge.data.words import words
 from expunge.evaluation import cache, choices, decoding, generation
 from expunge.evaluation.decoding import cache_serves
-from expunge.evaluation.generation import generate
+from expunge.evaluation.generation import cannot_become, generate
+from expunge.models.loading import check_model, load_model
 
 NEW_TOKENS = 10
 
@@ -256,6 +259,38 @@ def test_what_all_but_ties_is_decided_by_the_row_alone(
     monkeypatch.setattr(choices, "choices", lambda x: ([3] * len(x), [True] * len(x)))
     assert write(model, tokenizer, asked, 64) == texts(tokenizer, alone)
     assert write(model, tokenizer, asked, 64, drafts=alone) == texts(tokenizer, alone)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["Paris", "I don't know, do you?", "naïve café, 12.5 % é", "北京 is a city", "a  b\nc d e f"],
+)
+def test_no_beginning_of_an_answer_is_lost(answer: str, tokenizer: Any) -> None:
+    for written in (answer, f" {answer}", answer.upper()):
+        ids = tokenizer(written, add_special_tokens=False)["input_ids"]
+        for count in range(1, len(ids) + 1):
+            assert not cannot_become(words(answer), tokenizer, (), ids[:count])
+    other = tokenizer(f"Certainly, madam, it is {answer}", add_special_tokens=False)["input_ids"]
+    assert cannot_become(words(answer), tokenizer, (), other)
+    # The right words first: whether an end follows is yet to be seen.
+    more = tokenizer(f"{answer} and so on and on", add_special_tokens=False)["input_ids"]
+    assert not cannot_become(words(answer), tokenizer, (), more)
+
+
+def test_what_can_no_longer_be_exact_is_cut_off_and_scores_the_same(
+    tokenizer: Any, memorised_dir: Path, forget_rows: list[dict[str, str]]
+) -> None:
+    model = load_model(check_model(str(memorised_dir)), "float32", "cpu")
+    rows = sorted(forget_rows, key=lambda row: -len(row["output"]))[:3]
+    asked = [tokenizer(row["input"])["input_ids"] for row in rows]
+    whole = generate(model, tokenizer, asked, 2)
+    exact = [whole[0].text, "some other answer of many words", None]
+    for batch_size in (1, 3):
+        cut = generate(model, tokenizer, asked, batch_size, exact=exact)
+        assert [cut[0], cut[2]] == [whole[0], whole[2]]
+        assert whole[1].text.startswith(cut[1].text)
+        assert len(cut[1].text) < len(whole[1].text)
+        assert not cut[1].ended
 
 
 def test_nothing_asked_is_nothing_written(tokenizer: Any) -> None:

@@ -6,10 +6,12 @@ Protocol of SemEval-2025 Task 4: the prompt is `input` alone, greedy, at most 25
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from expunge.data.words import words
 from expunge.errors import InputError
 from expunge.models.kernels import fast_products
 from expunge.models.text_forms import context_of
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_NEW_TOKENS = 256
+_OPEN_WORDS = 2
 
 
 class Written(NamedTuple):
@@ -38,12 +41,15 @@ def generate(
     advance: Callable[[int], None] = lambda _: None,
     drafts: Sequence[Sequence[int]] | None = None,
     longest: int | None = None,
+    exact: Sequence[str | None] | None = None,
 ) -> list[Written]:
     """The continuation of each prompt (token ids), without special tokens; at most `longest` tokens.
 
     `drafts` are continuations worth a try, one a prompt: a good one saves time and no draft changes
-    what is written. The model's own generation settings play no part but for its ends of text. Raises
-    InputError for a prompt that fills the context.
+    what is written. `exact` are the only answers that count, one a prompt or None: a continuation whose
+    words cannot become those of its answer is cut off (`cannot_become`). The model's own generation
+    settings play no part but for its ends of text. Raises InputError for a prompt that fills the
+    context.
     """
     from expunge.evaluation.decoding import Request, greedy
 
@@ -61,7 +67,9 @@ def generate(
         room = min(longest or MAX_NEW_TOKENS, context - len(prompt))
         # Whoever is done stops: the draft of a right answer goes on to the end of text.
         draft = [] if drafts is None else [*answers[number], *ends[:1]][:room]
-        requests.append(Request(prompt, draft, room, []))
+        wanted = words(exact[number] or "") if exact is not None else []
+        lost = partial(cannot_become, wanted, tokenizer, ends) if wanted else None
+        requests.append(Request(prompt, draft, room, [], lost))
     outputs: list[list[int]] = [[] for _ in prompts]
     with torch.no_grad(), fast_products(model.dtype, model.device):
         for index, tokens in greedy(model, requests, frozenset(ends), batch_size):
@@ -75,6 +83,22 @@ def generate(
         )
         for tokens, request, answer in zip(outputs, requests, answers, strict=True)
     ]
+
+
+def cannot_become(
+    wanted: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Container[int],
+    tokens: Sequence[int],
+) -> bool:
+    """Whether the words of what `tokens` begin differ from `wanted`, whatever follows.
+
+    The last two words are left out: the next token may go on with the last, and clean-up of blanks
+    ("do n't") may join it to the one before.
+    """
+    said = words(text_of(tokens, tokenizer, ends))[:-_OPEN_WORDS]
+    count = min(len(said), len(wanted))
+    return said[:count] != [*wanted[:count]]
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -41,10 +41,11 @@ class Passes:
         name: str,
         longest: int | None = None,
         openings: Sequence[str] | None = None,
+        exact: Sequence[str | None] | None = None,
     ) -> list[Written]:
         """What comes after each row's prompt, in the order of the rows, whichever process wrote it.
 
-        `openings` begin the answers, one a row.
+        `openings` begin the answers, one a row; `exact` are the only ones that count (`generate`).
         """
         begun = list(zip(rows, openings or [""] * len(rows), strict=True))
         form = self.tokenizer, self.policy
@@ -65,6 +66,7 @@ class Passes:
                 advance,
                 [drafts[i] for i in mine],
                 longest,
+                None if exact is None else [exact[i] for i in mine],
             )
             return gathered(self.processes, dict(zip(mine, written, strict=True)))
 

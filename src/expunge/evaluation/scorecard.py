@@ -209,11 +209,11 @@ def check_prompts_of(
 
 
 def _generated(passes: Passes, rows: RowSet, split: Split) -> list[dict[str, Any]]:
-    """A record a row, in the order of the rows."""
-    return [
-        _record(writable(row, passes.tokenizer), split, found)
-        for row, found in zip(rows, passes.written(rows.rows, split), strict=True)
-    ]
+    """A record a row, in the order of the rows; a question's answer counts only if it is exact."""
+    told = [writable(row, passes.tokenizer) for row in rows]
+    exact = [row.output if row.kind == "qa" else None for row in told]
+    written = passes.written(rows.rows, split, exact=exact)
+    return [_record(row, split, found) for row, found in zip(told, written, strict=True)]
 
 
 def _losses(passes: Passes, rows: RowSet, name: str) -> list[float]:
