@@ -159,7 +159,7 @@ def entry(command: str) -> Place:
 
 def is_of_methods(place: Place, command: str) -> bool:
     """Whether code runs in a method's run only, which the command has none of."""
-    inside = place[0].startswith("expunge.methods.") or place[0] == "expunge.models.lora"
+    inside = place[0].startswith(("expunge.methods.", "expunge.maths.", "expunge.models.lora"))
     return inside and "--method" not in accepted()[command]
 
 

@@ -290,7 +290,7 @@ def test_a_kill_in_the_middle_of_serving_leaves_them_open_and_is_resumed(
     code = (
         "import os, signal, sys\n"
         "from expunge.ledger import serving\n"
-        "from expunge.training import run as run_module\n"
+        "from expunge.runs import run as run_module\n"
         "from expunge.cli.main import main\n"
         "def killed(*_, **__):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

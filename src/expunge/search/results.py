@@ -114,8 +114,8 @@ def measured_layers(source: str) -> tuple[str, dict[int, float]]:
         ) from None
     if not found:
         raise InputError(
-            f"--measured {path}: has no complete trial over method.layer; add --search"
-            " method.layer=int:LOW:HIGH to expunge sweep"
+            f"--measured {path}: has no complete trial over method.layer; make some with expunge"
+            " sweep --search method.layer=int:LOW:HIGH"
         )
     return objective, dict(sorted(found, key=lambda each: each[1]))
 
