@@ -61,6 +61,9 @@ NEVER = {
 """Where a command that lacks the option does not come, or says otherwise, and why."""
 
 
+_OF_METHODS = ("expunge.maths.fisher", "expunge.models.lora")
+
+
 @cache
 def definitions() -> dict[Place, ast.AST]:
     """Every function, class and value of the package's modules."""
@@ -159,7 +162,7 @@ def entry(command: str) -> Place:
 
 def is_of_methods(place: Place, command: str) -> bool:
     """Whether code runs in a method's run only, which the command has none of."""
-    inside = place[0].startswith(("expunge.methods.", "expunge.maths.", "expunge.models.lora"))
+    inside = place[0].startswith("expunge.methods.") or place[0] in _OF_METHODS
     return inside and "--method" not in accepted()[command]
 
 

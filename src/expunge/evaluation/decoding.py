@@ -44,7 +44,7 @@ class Request:
     """If a list, it is filled: whether each token of the draft is the choice after those before it."""
     lost: Callable[[Sequence[int]], bool] | None = None
     """Whether nothing that can follow these new tokens matters; the row ends there. It is asked at 4, 8,
-    16 and so on: what costs little at one of them would cost a tenth of a small model's step at all."""
+    16 and so on: to read a text after every token would cost more of a small model's step."""
 
 
 @dataclass(repr=False)

@@ -187,7 +187,6 @@ def drawings(report: Mapping[str, Any]) -> dict[str, Any]:
     measured = [{**candidate} for candidate in candidates]
     if candidates and training["target"] is not None:
         measured.insert(0, {**training["target"], "step": 0})
-    below = "The table below holds every value."
 
     def curve(panel: Panel, axis: str, title: str, told: str) -> Markup:
         return figures.curves([panel], axis, title, told)
@@ -203,7 +202,7 @@ def drawings(report: Mapping[str, Any]) -> dict[str, Any]:
         "layers": curve(
             panel_of("Reading", "layer", readings, _READINGS, chosen),
             "decoder layer", "Readings of the layers",
-            f"{chosen[1].capitalize()} was chosen. {below}" if chosen else "",
+            f"{chosen[1].capitalize()} was chosen. The table below holds every value." if chosen else "",
         ) if readings else None,
         "weights": _weights(report["weights"]),
         "attacks": [] if audit is None else [_attacks(request) for request in audit["requests"]],
@@ -243,17 +242,15 @@ def panel_of(
     entries: Sequence[Mapping[str, Any]],
     lines: Sequence[tuple[str, str, str]],
     marked: tuple[int, str] | None = None,
-    *,
-    unit: bool = True,
 ) -> Panel:
-    """What each entry says over its `key`; a line is its part, name and style, and has a value."""
+    """Each entry's shares over its `key`; a line is its part, name and style, and has a value."""
     drawn = [
         Line(name, style, [(entry[key], entry.get(part)) for entry in entries])
         for part, name, style in lines
     ]
     drawn = [each for each in drawn if any(value is not None for _, value in each.points)]
     where, marked_as = marked or (None, "")
-    return Panel(title, drawn, unit=unit, marked=where, marked_as=marked_as)
+    return Panel(title, drawn, unit=True, marked=where, marked_as=marked_as)
 
 
 def _weights(weights: Mapping[str, Any]) -> Markup | None:

@@ -58,6 +58,7 @@ from expunge.training.unlearning import Outcome, Place, plan_cache, unlearn_prep
 METRICS = "metrics.jsonl"
 DIRECTIONS = "expunge-directions.safetensors"
 ADAPTER = "adapter"
+_CALIBRATION = tyro.conf.arg(name="calibration", aliases=("--nonmembers",))
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,7 @@ class Sources(Reading):
     """The run directory to write. It is a model directory with the record of the run."""
     retain: str | None = None
     """Rows to keep: file, directory or hub id. A directory holds retain.*."""
-    nonmembers: Annotated[str | None, tyro.conf.arg(name="calibration", aliases=("--nonmembers",))] = (
-        None
-    )
+    nonmembers: Annotated[str | None, _CALIBRATION] = None
     """Non-members: text that the model never saw. It is of the forget set's kind. Forget rows are moved
     to its losses, and the checkpoint is chosen by it."""
     dtype: RunDtype = "auto"
