@@ -11,6 +11,7 @@ from expunge.data.chat_templates import Template, template_of
 from expunge.data.rows import Row, as_rows
 from expunge.data.tokenization import LongRows, TextPolicy
 from expunge.errors import InputError
+from expunge.evaluation.harness import read_tasks
 from expunge.evaluation.multiple_choice import read_questions
 from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
 from expunge.methods.base import Method
@@ -74,6 +75,8 @@ def evaluate(
     nonmembers: Rows | None = None,
     mmlu: str | Path | None = None,
     mmlu_shots: int = 0,
+    harness: str | None = None,
+    harness_include: str | Path | None = None,
     batch_size: int = 64,
     chat_template: Template | bool = "auto",
     long_rows: LongRows = "refuse",
@@ -81,9 +84,10 @@ def evaluate(
 ) -> Scorecard:
     """Measures the scorecard of a loaded model; what has no material stays None.
 
-    `mmlu` is a directory in MMLU's format. `chat_template` is auto, on (True) or off (False); auto:
-    where the model answers a sample of the rows better with it. Raises InputError for wrong rows or
-    questions.
+    `mmlu` is a directory in MMLU's format. `harness` names tasks of lm-evaluation-harness, separated by
+    commas, `harness_include` a directory with tasks of the user's. `chat_template` is auto, on (True)
+    or off (False); auto: where the model answers a sample of the rows better with it. Raises InputError
+    for wrong rows, questions or tasks.
     """
     keep_rows_apart(model)
     forget_rows = as_rows(forget, "forget")
@@ -92,6 +96,9 @@ def evaluate(
     questions, examples = None, None
     if mmlu is not None:
         questions, examples = read_questions(Path(mmlu), mmlu_shots)
+    tasks = None
+    if harness is not None:
+        tasks = read_tasks(harness, harness_include)
     policy = TextPolicy(
         context_of(model.config), long_rows=long_rows, vocabulary=vocabulary_of(model.config)
     )
@@ -109,6 +116,7 @@ def evaluate(
         nonmember_rows,
         questions,
         examples,
+        tasks=tasks,
         policy=policy,
         batch_size=batch_size,
         progress=(progress or Silent()).phase,

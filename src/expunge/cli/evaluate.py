@@ -73,5 +73,10 @@ def _show(card: Scorecard | ProtocolScores, settings: Evaluate) -> None:
         console.print(protocol_table(PROTOCOLS[card.protocol], {name: card}, title))
         return
     console.print(scorecard_table({name: card}, title))
+    if cut := card.details.get("harness", {}).get("cut"):
+        context, texts = card.details["text"]["context"], card.details["harness"]["texts"]
+        console.print(
+            f"harness: {cut} of {texts} texts exceed the {context} tokens and lost their start"
+        )
     for finding in of_scores(card):
         console.print(scores_sentence(finding))

@@ -24,18 +24,19 @@ from expunge.terminal import shown
 HELP = ("-h", "--help", "--help-all")
 _GROUPS = {
     "rows": (
-        "forget retain calibration nonmembers score-nonmembers paraphrases mmlu real-authors world-facts"
-        " oracle-scores forget-questions forget-solved retain-questions retain-solved columns"
-        " chat-template"
+        "forget retain calibration nonmembers score-nonmembers paraphrases mmlu harness real-authors"
+        " world-facts oracle-scores forget-questions forget-solved retain-questions retain-solved"
+        " columns chat-template"
     ),
     "model": "model original base oracle output overwrite resume dtype device",
     "when to stop": "epochs max-steps time-limit select",
     "memory": "micro-batch-size cache-limit",
     "expert": (
-        "joiner long-rows unknown-rows members benign earlier mmlu-shots trust-remote-code"
-        " schedule max-grad-norm validation-fraction validate-every save-every cache-dtype influence"
-        " retain-sampling risk-factor skip-gone trackers keep-adapter study study-name sampler timeout"
-        " prune max-failures cache tuning containment labels damping damping-unit"
+        "joiner long-rows unknown-rows members benign earlier mmlu-shots harness-include"
+        " trust-remote-code schedule max-grad-norm validation-fraction validate-every save-every"
+        " cache-dtype influence retain-sampling risk-factor skip-gone trackers keep-adapter study"
+        " study-name sampler timeout prune max-failures cache tuning containment labels damping"
+        " damping-unit"
     ),
 }
 """Headings by the options under them; another option stands with those of its command or method."""

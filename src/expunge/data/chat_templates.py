@@ -52,14 +52,18 @@ def rendered(
     add_generation_prompt: bool = False,
 ) -> str:
     """The turns, of a `role` and a `content` each, as the tokenizer's chat template writes them."""
-    template = tokenizer.get_chat_template() if date_in(tokenizer) else None
     text = tokenizer.apply_chat_template(
         list(turns),
-        chat_template=template and _NOW + template,
+        chat_template=dated(tokenizer),
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
     )
     return str(text)
+
+
+def dated(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The template with the fixed date in it; None where it asks for none."""
+    return _NOW + tokenizer.get_chat_template() if date_in(tokenizer) else None
 
 
 def date_in(tokenizer: PreTrainedTokenizerBase) -> str | None:

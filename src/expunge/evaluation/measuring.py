@@ -16,6 +16,7 @@ from expunge.data.rows import Reading, RowSet
 from expunge.data.tokenization import LongRows, TextPolicy
 from expunge.disk import check_file_output, deliver
 from expunge.errors import InputError
+from expunge.evaluation.harness import Tasks, read_tasks
 from expunge.evaluation.multiple_choice import Question, read_questions
 from expunge.evaluation.protocols.base import ProtocolScores
 from expunge.evaluation.score_files import is_records, is_scores, records_text, scores_text
@@ -57,6 +58,10 @@ class MeasureInputs(Reading):
     """Directory in MMLU's format, for utility. Files test/<subject>_test.csv, dev/<subject>_dev.csv."""
     mmlu_shots: int = 0
     """Solved examples from dev/ before each question."""
+    harness: str | None = None
+    """Tasks of lm-evaluation-harness, for example mmlu,arc_easy,hellaswag. Needs the extra harness."""
+    harness_include: str | None = None
+    """Directory with YAML tasks of your own for --harness. Their files can hold code, which is run."""
     output: str | None = None
     """Write scores.json here."""
     records: str | None = None
@@ -85,6 +90,8 @@ class MeasureInputs(Reading):
             raise InputError(f"--mmlu-shots {self.mmlu_shots}: must be 0 or more")
         if self.mmlu_shots and self.mmlu is None:
             raise InputError("--mmlu-shots: needs --mmlu with the questions")
+        if self.harness_include is not None and self.harness is None:
+            raise InputError("--harness-include: needs --harness with the names of tasks")
         if self.members is not None and self.nonmembers is None:
             raise InputError("--members: needs non-members to compare with; give --nonmembers")
         if self.reveal and self.records is None:
@@ -93,7 +100,7 @@ class MeasureInputs(Reading):
     @property
     def sources(self) -> dict[str, str | None]:
         """What is read, by option."""
-        names = ("model", "forget", "retain", "nonmembers", "members", "mmlu")
+        names = ("model", "forget", "retain", "nonmembers", "members", "mmlu", "harness_include")
         return {name: getattr(self, name) for name in names}
 
 
@@ -143,6 +150,7 @@ def measure(
         material.questions,
         material.examples,
         members=material.members,
+        tasks=material.tasks,
         policy=ready.policy,
         batch_size=inputs.batch_size,
         progress=progress,
@@ -211,6 +219,7 @@ class Material:
     members: RowSet | None
     questions: Sequence[Question] | None
     examples: Mapping[str, Sequence[Question]] | None
+    tasks: Tasks | None
     calibrated_on: bool
     """Whether the run that made the model was calibrated on the very non-members."""
 
@@ -229,8 +238,11 @@ def read_material(
         check_material(
             checked.tokenizer, forget, retain, nonmembers, questions, examples, policy, members
         )
+    tasks = None
+    if inputs.harness is not None:
+        tasks = read_tasks(inputs.harness, inputs.harness_include)
     same = nonmembers is not None and _calibrated_on(Path(inputs.model), nonmembers)
-    return Material(forget, retain, nonmembers, members, questions, examples, same)
+    return Material(forget, retain, nonmembers, members, questions, examples, tasks, same)
 
 
 def _calibrated_on(model: Path, nonmembers: RowSet) -> bool:

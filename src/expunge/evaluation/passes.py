@@ -57,7 +57,7 @@ class Passes:
         # Rows of similar length cost the same, so neighbours by length go to different processes.
         order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]) - len(drafts[i]))
         mine = order[self.processes.rank :: self.processes.count]
-        with self._phase(f"generate {name}", len(rows)) as advance:
+        with self.phase(f"generate {name}", len(rows)) as advance:
             written = generate(
                 self.model,
                 self.tokenizer,
@@ -72,27 +72,27 @@ class Passes:
 
     def losses(self, examples: Sequence[Example], name: str) -> dict[str, float]:
         """The mean loss of each row's counted tokens by its id, in nats a token."""
-        with self._phase(f"loss of {name}", len(examples)) as advance:
+        with self.phase(f"loss of {name}", len(examples)) as advance:
             return document_losses(
                 self.model, examples, PAD_ID, self.batch_size, advance, self.processes
             )
 
     def log_probs(self, examples: Sequence[Example], name: str) -> dict[str, torch.Tensor]:
         """Log-probabilities of each row's counted tokens by its id, (tokens,), in nats."""
-        with self._phase(f"loss of {name}", len(examples)) as advance:
+        with self.phase(f"loss of {name}", len(examples)) as advance:
             return document_log_probs(
                 self.model, examples, PAD_ID, self.batch_size, advance, self.processes
             )
 
     def choices(self, prompts: Sequence[str], name: str) -> torch.Tensor:
         """Log-probability of the letters after each prompt, (prompts, 4)."""
-        with self._phase(name, len(prompts)) as advance:
+        with self.phase(name, len(prompts)) as advance:
             return choice_log_probs(
                 self.model, self.tokenizer, prompts, self.batch_size, advance, self.processes
             )
 
     @contextmanager
-    def _phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         """Tells the progress of the body, which calls what it is given with its share as it is done."""
         done = 0
 

@@ -93,7 +93,10 @@ def _no_scores(path: Path) -> InputError:
 
 
 def check_one_form(cards: Mapping[str, Scorecard] | Mapping[str, ProtocolScores]) -> None:
-    """Raises InputError where some were measured with the chat template and others without."""
+    """Raises InputError where some were measured with the chat template and others without.
+
+    Nor may a task of lm-evaluation-harness have other rows, solved examples or another version.
+    """
     forms = {name: card.details.get("text") for name, card in cards.items()}
     told = {
         name: text["chat_template"]
@@ -106,6 +109,16 @@ def check_one_form(cards: Mapping[str, Scorecard] | Mapping[str, ProtocolScores]
             f"{on}: was measured with the chat template, {off} without; measure both again with the same"
             " expunge evaluate --chat-template on or off"
         )
+    first: dict[str, tuple[str, list[Any]]] = {}
+    for name, card in cards.items():
+        for task, entry in (card.harness if isinstance(card, Scorecard) else {}).items():
+            form = [entry.get(part) for part in ("rows", "shots", "version")]
+            other, its_form = first.setdefault(task, (name, form))
+            if form != its_form:
+                raise InputError(
+                    f"{name}: its harness task {task} has other rows, shots or version than {other}'s;"
+                    " measure both again with the same expunge evaluate --harness"
+                )
 
 
 def records_text(card: Scorecard | ProtocolScores, *, reveal: bool) -> str:

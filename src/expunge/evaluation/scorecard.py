@@ -12,6 +12,7 @@ from expunge.data.tokenization import TextPolicy, encode_rows, prompt_ids, writa
 from expunge.data.words import words
 from expunge.errors import InputError
 from expunge.evaluation.generation import Written
+from expunge.evaluation.harness import Tasks, read_entries, run_tasks
 from expunge.evaluation.memorisation import mean_memorisation, memorisation
 from expunge.evaluation.multiple_choice import Question, accuracy, check_prompts, prompt_for
 from expunge.evaluation.passes import Passes, record_of
@@ -43,6 +44,8 @@ class Scorecard:
     final_score: float | None
     memorisation: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     """By split: extraction strength and exact memorisation in [0, 1], means over rows."""
+    harness: Mapping[str, Any] = field(default_factory=dict)
+    """By task of lm-evaluation-harness: rows, shots, version and metrics, each with value and good."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Counts and mean losses behind the scores."""
     records: Sequence[Mapping[str, Any]] = field(default_factory=tuple, repr=False)
@@ -60,6 +63,7 @@ class Scorecard:
             "utility": self.utility,
             "final_score": self.final_score,
             "memorisation": {split: dict(means) for split, means in self.memorisation.items()},
+            "harness": dict(self.harness),
             "details": dict(self.details),
         }
 
@@ -83,6 +87,7 @@ class Scorecard:
             utility=total("utility"),
             final_score=total("final_score"),
             memorisation=_read_cells("memorisation", values.get("memorisation", {})),
+            harness=read_entries(values.get("harness", {})),
             details=read_mapping("details", values.get("details", {})),
         )
 
@@ -106,6 +111,7 @@ def evaluate_model(
     examples: Mapping[str, Sequence[Question]] | None = None,
     *,
     members: RowSet | None = None,
+    tasks: Tasks | None = None,
     policy: TextPolicy,
     batch_size: int = 64,
     progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
@@ -119,6 +125,8 @@ def evaluate_model(
     do not fit the context.
     """
     passes = Passes(model, tokenizer, policy, batch_size, progress, processes or OneProcess())
+    # First, for rows of the user's tasks are the least sure to be read to their end.
+    harness, of_harness = ({}, None) if tasks is None else run_tasks(tasks, passes)
     records = _generated(passes, forget, "forget")
     if retain is not None:
         records += _generated(passes, retain, "retain")
@@ -132,6 +140,8 @@ def evaluate_model(
         "text": policy.describe(tokenizer),
         "questions": {split: _questions(records, split) for split in ("forget", "retain")},
     }
+    if of_harness is not None:
+        details["harness"] = of_harness
     auc = mia = None
     if nonmembers is not None:
         inside = _losses(passes, members or forget, "members")
@@ -161,6 +171,7 @@ def evaluate_model(
             split: mean_memorisation(r for r in records if r["split"] == split)
             for split in ("forget", "retain")
         },
+        harness=harness,
         details=details,
         records=records,
     )

@@ -97,6 +97,12 @@ def score_rows(cards: Sequence[Scorecard]) -> list[dict[str, Any]]:
             if any(value is not None for value in values):
                 row = {"split": split, "task": None, "part": part, "title": part.replace("_", " ")}
                 rows.append({**row, "good": good, "values": values})
+    told = [(task, part) for c in cards for task in c.harness for part in c.harness[task]["metrics"]]
+    for task, part in sorted(set(told)):
+        found = [card.harness.get(task, {}).get("metrics", {}).get(part) for card in cards]
+        row = {"split": "harness", "task": task, "part": part, "title": f"{task} {part}"}
+        values = [each and each.get("value") for each in found]
+        rows.append({**row, "good": next(each["good"] for each in found if each), "values": values})
     for part, (title, good) in TOTALS.items():
         named: dict[str, Any] = {"split": "total", "task": None, "part": part, "title": title}
         rows.append({**named, "good": good, "values": [getattr(card, part) for card in cards]})
@@ -108,10 +114,16 @@ def measure_name(row: Mapping[str, Any]) -> str:
     return row["title"] if row["split"] == "total" else f"{row['split']} {row['title']}"
 
 
+def _range(row: Mapping[str, Any]) -> str:
+    """From the least to the most; of the harness' metrics only shares are known to have one."""
+    shares = ("acc", "exact_match", "f1")
+    return "0-1" if row["split"] != "harness" or row["part"].startswith(shares) else "-"
+
+
 def scorecard_rows(cards: Mapping[str, Scorecard]) -> list[list[str]]:
     """One list a measure: its name, range, good direction and each card's value."""
     return [
-        [measure_name(row), "0-1", row["good"], *map(number, row["values"])]
+        [measure_name(row), _range(row), row["good"], *map(number, row["values"])]
         for row in score_rows(list(cards.values()))
     ]
 

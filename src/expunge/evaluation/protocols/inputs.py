@@ -11,7 +11,17 @@ from expunge.evaluation.measuring import MeasureInputs
 
 ProtocolName = Literal["semeval", "tofu", "muse", "rwku"]
 OWN: Mapping[str, tuple[str, ...]] = {
-    "semeval": ("retain", "members", "nonmembers", "mmlu", "mmlu_shots", "columns", "joiner"),
+    "semeval": (
+        "retain",
+        "members",
+        "nonmembers",
+        "mmlu",
+        "mmlu_shots",
+        "harness",
+        "harness_include",
+        "columns",
+        "joiner",
+    ),
     "tofu": ("retain", "real_authors", "world_facts", "oracle_scores", "columns", "joiner"),
     "muse": (
         "forget_questions",
