@@ -241,6 +241,24 @@ def test_the_command_shows_and_writes_them_and_compare_too(
     assert (code, set(json.loads(out)["harness"])) == (0, {"towns_whole"})
 
 
+def test_a_group_with_a_metric_is_one_task_and_its_members_are_parts(
+    include: Path, model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, first in (("few", 0), ("many", 2)):
+        rows = write_jsonl(tmp_path / f"{name}.jsonl", QUESTIONS[first : first + 2 + first])
+        write_task(tmp_path, name, KINDS["towns"], rows)
+    metric = "[{metric: acc, aggregation: mean, weight_by_size: true}]"
+    (tmp_path / "all.yaml").write_text(
+        f"group: all\ntask: [few, many]\naggregate_metric_list: {metric}\nmetadata: {{version: 3}}\n"
+    )
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(_own_tasks, harness_manager()))
+    found, details = run_tasks(read_tasks("all", tmp_path), passes_of(model, tokenizer))
+    parts = values_of(details["parts"])
+    mean = (2 * parts["few"]["acc"] + 4 * parts["many"]["acc"]) / 6
+    assert values_of(found) == {"all": {"acc": pytest.approx(mean)}}
+    assert found["all"]["rows"] == 6
+
+
 ROW = {"question": "Who?", "choices": ["Ada", "Ben"], "label": 1}
 
 
