@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from expunge.audits.base import Advance, Attack, Case, Found
-from expunge.audits.subject import Subject
+from expunge.audits.subject import Reader, Subject
 from expunge.data.batches import PAD_ID, collate
 from expunge.data.rows import Row, document_of
 from expunge.data.tokenization import encode_rows
@@ -31,8 +31,14 @@ _FOLDS = 5
 
 
 def run(subject: Subject, case: Case, advance: Advance) -> Found:
-    """The four scores of every forget document and never-seen text; higher looks more like a member."""
-    reader, rows = subject.reader, members_and_others(case)
+    """The four scores of every forget document and never-seen text."""
+    return Found(scores_of(subject.reader, members_and_others(case), advance))
+
+
+def scores_of(
+    reader: Reader, rows: Sequence[Row], advance: Advance = lambda _done, _total: None
+) -> dict[str, dict[str, float]]:
+    """By score its value of every text, by id; higher looks more like a member."""
     model = reader.model
     examples = encode_rows(rows, reader.tokenizer, reader.policy, eos=False)
     parts: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
@@ -64,7 +70,7 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
         for name, value in zip(SCORES, values, strict=True):
             # Further digits are float32's rounding, which changes with the batch.
             scores[name][row.id] = round(value, 4)
-    return Found(scores)
+    return scores
 
 
 def members_and_others(case: Case) -> list[Row]:

@@ -76,7 +76,7 @@ def _with_shots(row: Row, case: Case) -> str:
 def _multiple_choice(reader: Reader, case: Case) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """By question whether the true answer is likelier, a token, than three others of its task."""
     questions = [row for row in case.facts if row.kind == "qa"]
-    offered = {row.id: _wrong_answers(row, questions, case) for row in questions}
+    offered = {row.id: wrong_answers(row, questions, case) for row in questions}
     questions = [row for row in questions if len(offered[row.id]) == CHOICES - 1]
     if not questions:
         return {}, {"multiple_choice": None}
@@ -100,7 +100,7 @@ def _multiple_choice(reader: Reader, case: Case) -> tuple[dict[str, dict[str, An
     }
 
 
-def _wrong_answers(row: Row, questions: Sequence[Row], case: Case) -> list[str]:
+def wrong_answers(row: Row, questions: Sequence[Row], case: Case) -> list[str]:
     """Answers to other subjects' questions, where they can be, to the same question of theirs."""
     others = [q for q in [*questions, *case.others] if q.kind == "qa"]
     pool = [q for q in others if document_of(q) != document_of(row) and q.task == row.task]
