@@ -44,10 +44,11 @@ from methods import replaced
 SECTION = "metrics"
 ROWS, NONMEMBERS, TEACHING, BRIEFLY, BATCH = 30, 18, 30, 8, 8
 """Forget rows and non-members of each benchmark; steps that teach, well or briefly; rows a step."""
-TEACHING_RATE, RESAMPLES, LEAST_KEPT = 2.0, 2000, 0.8
-"""Rate of teaching in units of relearning's; resamples of the models; the share of the target's retain
-score that a model which unlearned must have kept to count."""
-UNLEARNED = ("gradient-difference", "npo", "rmu")
+TEACHING_RATE, RESAMPLES = 2.0, 2000
+"""Rate of teaching in units of relearning's; resamples of the models."""
+LEAST_KEPT = MOST_KNOWN = 0.8
+"""Of the target's retain score and of its knowledge: what a model that unlearned must have to count."""
+UNLEARNED = ("gradient-difference", "npo")
 PARTS = ("all", "shown", "held out")
 LOSING = ("loss of answers", "loss of documents", "truth ratio", "MIA score")
 """Metrics that are lower in a model that knows."""
@@ -280,13 +281,20 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def counted(found: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Models that unlearned and kept the rest, each with its benchmark."""
+    """Models that forgot and kept the rest, each with its benchmark."""
     return [
         (b, name)
         for b, those in found.items()
         for name, each in those.items()
-        if each["knows"] is None and each["kept"] >= LEAST_KEPT * those["target"]["kept"]
+        if each["knows"] is None
+        and each["kept"] >= LEAST_KEPT * those["target"]["kept"]
+        and known(each) <= MOST_KNOWN * known(those["target"])
     ]
+
+
+def known(member: Mapping[str, Any]) -> float:
+    """Share of the questions that it answers before relearning."""
+    return float(member["before"]["all"]["knowledge"])
 
 
 def note(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -297,8 +305,8 @@ def note(found: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     names = ", ".join(f"{name} ({b})" for b, name in counted(found)) or "none"
     return (
-        f"{pools[0]} models that know and {pools[1]} that do not, of {len(found)} benchmarks. Of"
-        f" {pools[2]} that unlearned, these kept the rest: {names}.\n"
+        f"{pools[0]} models know, {pools[1]} do not; benchmarks: {', '.join(found)}. Of {pools[2]} that"
+        f" unlearned, these forgot and kept the rest: {names}.\n"
     )
 
 

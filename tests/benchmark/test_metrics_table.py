@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import random
-import sys
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -78,7 +77,10 @@ def test_each_cell_is_that_of_a_slow_reference(metrics: Any) -> None:
         mine = {f"k{n}": member(True, draw) for n in range(3)}
         mine |= {f"n{n}": member(False, draw) for n in range(3)}
         mine |= {"target": member(True, draw, 1.0), "oracle": member(False, draw)}
-        found[benchmark] = mine | {"good": member(None, draw, 0.8), "broken": member(None, draw, 0.7)}
+        mine |= {n: member(None, draw, 0.8) for n in ("good", "unchanged")}
+        for name, share in (("target", 1.0), ("good", 0.8), ("unchanged", 0.9)):
+            mine[name]["before"]["all"]["knowledge"] = share
+        found[benchmark] = mine | {"broken": {**mine["good"], "kept": 0.7}}
     everyone = [each for mine in found.values() for each in mine.values()]
     lines = cells(metrics.table(found))
     for metric, sign in (("knowledge", 1), ("truth ratio", -1)):
@@ -98,39 +100,35 @@ def test_each_cell_is_that_of_a_slow_reference(metrics: Any) -> None:
                 ]
                 ratios.append(1.0 if gains[1] <= 0 else min(1.0, max(0.0, gains[0] / gains[1])))
             assert lines[metric][column] == f"{sum(ratios) / len(ratios):.2f}"
-    assert "these kept the rest: good (b0), good (b1)." in metrics.note(found)
+    assert "these forgot and kept the rest: good (b0), good (b1)." in metrics.note(found)
     without = {b: {n: m for n, m in mine.items() if n != "good"} for b, mine in found.items()}
     assert cells(metrics.table(without))["knowledge"][3:] == ["-", "-"]
 
 
 @pytest.mark.slow
 def test_a_tiny_benchmark_is_measured_once(
-    metrics: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    metrics: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = PretrainingSettings(
-        vocabulary=400, layers=2, width=16, heads=2, feed_forward=32, epochs=1, batch_tokens=8192
+        vocabulary=400, layers=1, width=16, heads=2, feed_forward=32, epochs=1, batch_tokens=8192
     )
-    rows = BenchmarkSettings(documents_per_task=2, story_words=0)
+    rows = BenchmarkSettings(documents_per_task=1, story_words=0)
     directory = build(tmp_path / "tiny", rows, pretraining=training).directory
-    monkeypatch.setattr(metrics, "UNLEARNED", ("gradient-difference",))
+    every, named = metrics.members, ("oracle", "taught all", "gradient-difference")
+    monkeypatch.setattr(metrics, "members", lambda *of: [m for m in every(*of) if m.name in named])
     # After one epoch the target knows nothing, which a run refuses.
     monkeypatch.setattr(metrics, "unlearn", partial(metrics.unlearn, unknown_rows="unlearn"))
-    command = ["metrics.py", str(directory), "--output", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", command)
-    metrics.main()
-    first = capsys.readouterr().out
-    lines = cells(first.partition("\n\n")[0])
-    assert "6 models that know and 6 that do not" in first
-    assert {"regurgitation", "truth ratio", "MIA AUC, zlib", "MIA score"} <= set(lines)
-    assert set(metrics.LOSING) <= set(lines)
+    found = metrics.measured(directory, tmp_path / "out")
+    assert [found[name]["knows"] for name in named] == [False, True, None]
+    oracle, taught = (found[name]["before"]["all"] for name in named[:2])
+    assert set(metrics.LOSING) < set(oracle)
+    assert taught["loss of answers"] < oracle["loss of answers"]
+    assert taught["loss of documents"] < oracle["loss of documents"]
+    for mine in found.values():  # relearning lowers the losses of what it shows
+        before, after = (mine[when]["shown"]["loss of documents"] for when in ("before", "after"))
+        assert after < before
     monkeypatch.setattr(metrics, "load_model", None)
-    metrics.main()
-    assert capsys.readouterr().out == first
-    files = sorted((tmp_path / "out" / "tiny").iterdir())
-    assert len(files) == 13
-    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    assert metrics.measured(directory, tmp_path / "out") == found
+    text = "".join(file.read_text(encoding="utf-8") for file in (tmp_path / "out" / "tiny").iterdir())
     row = (directory / "forget.jsonl").read_text(encoding="utf-8").splitlines()[0]
     assert row.partition('"input": "')[2][:20] not in text
