@@ -48,7 +48,7 @@ TEACHING_RATE, RESAMPLES = 2.0, 2000
 """Rate of teaching in units of relearning's; resamples of the models."""
 LEAST_KEPT = MOST_KNOWN = 0.8
 """Of the target's retain score and of its knowledge: what a model that unlearned must have to count."""
-UNLEARNED = ("gradient-difference", "npo")
+UNLEARNED = ("gradient-difference", "npo", "simnpo", "adaptive-rmu")
 PARTS = ("all", "shown", "held out")
 LOSING = ("loss of answers", "loss of documents", "truth ratio", "MIA score")
 """Metrics that are lower in a model that knows."""
