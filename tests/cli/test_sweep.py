@@ -68,7 +68,7 @@ def test_best_yaml_is_the_run_that_the_sweep_measured(
     assert (code, err) == (0, "")
     written = tmp_path / "out"
     assert {path.name for path in written.iterdir()} == {
-        "best.yaml", "front", "study.db", "sweep.html", "sweep.json",
+        "best.yaml", "front", "study.db", "sweep.json",
     }  # fmt: skip
     for path in written.rglob("*"):
         if path.is_file():

@@ -10,9 +10,8 @@ from typing import Any
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.options import Printed, print_json, yaml_fields
 from expunge.cli.run import parsed
-from expunge.disk import deliver
 from expunge.errors import InputError
-from expunge.reporting.sweep import PAGE, page, print_sweep
+from expunge.reporting.sweep import print_sweep
 from expunge.search.inputs import SweepInputs
 
 _ABOUT = """
@@ -37,7 +36,7 @@ class Sweep(Printed, SweepInputs):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Parses, searches, writes the figures, prints."""
+    """Parses, searches, prints."""
     settings, _ = parsed(arguments, "expunge sweep", Sweep, _ABOUT, with_search)
     from expunge.search.sweep import sweep  # which says so if Optuna is missing; --help needs none
 
@@ -48,7 +47,6 @@ def main(arguments: Sequence[str]) -> int:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with progress_on_stderr() as progress:
         result = sweep(inputs, settings.settings, settings.training, progress)
-    deliver({Path(inputs.output) / PAGE: page(result, inputs.output)})
     if inputs.json:
         print_json(result)
     else:

@@ -1,26 +1,15 @@
-"""A sweep for people: a table of its trials, what it says in words, and a page with figures."""
+"""A sweep for people: a table of its trials, and what it says in words."""
 
 from __future__ import annotations
 
-import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from expunge.reporting import figures
-from expunge.reporting.figures import Compared, Line, Panel
-from expunge.reporting.rendering import still_page
 from expunge.reporting.tables import number, table_console, table_of
 from expunge.terminal import shown
 
-PAGE = "sweep.html"
 _SHOWN = 20
-_TITLE = "Trials (0-1, high is good)"
-_SIDES = {
-    "forget": "forgetting (1 - mean of the forget set)",
-    "retain": "retention (mean of the retain set)",
-}
-Points = list[tuple[float, float | None]]
 
 
 def sweep_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -92,119 +81,11 @@ def print_sweep(result: Mapping[str, Any], output: str) -> None:
     """Prints the table to standard output."""
     console = table_console()
     header, rows = sweep_rows(result)
-    console.print(table_of(_TITLE, header, rows[:_SHOWN], left=("trial", "state")))
+    console.print(table_of("Trials (0-1, high is good)", header, rows[:_SHOWN], left=("trial", "state")))
     if len(rows) > _SHOWN:
         console.print(f"{len(rows) - _SHOWN} more trials are in {output}/sweep.json")
     for note in sweep_notes(result, output):
         console.print(note, soft_wrap=True)
-
-
-def page(result: Mapping[str, Any], output: str) -> str:
-    """The page for what sweep.json in the output holds."""
-    told = "The table below holds every value."
-    drawings = []
-    if result["trials"]:
-        title = "Value of each trial, and the best so far; without a value at 0"
-        drawings.append((title, figures.curves(history(result), "trial", title, told)))
-    for objective, shares in (result["importance"] or {}).items():
-        title = f"Importance of each option for {objective} ({result['importance_note']})"
-        rows = [Compared(name, bar=share) for name, share in shares.items()]
-        drawings.append((title, figures.comparison(rows, "share of the variance", title, told)))
-    for across, panel in front(result):
-        title = f"{panel.title} against {across}"
-        drawn = figures.curves([panel], across, title, told, span=(0.0, 1.0))
-        drawings.append((title, drawn))
-    table = (_TITLE, *sweep_rows(result))
-    return still_page("sweep", "Sweep", sweep_notes(result, output), drawings, table)
-
-
-def history(result: Mapping[str, Any]) -> list[Panel]:
-    """Each objective's value by trial, and the best so far; pruned and failed trials at the foot."""
-    trials = result["trials"]
-    others = {"destroyed": [trial for trial in trials if trial["destroyed"]]}
-    others |= {state: [t for t in trials if t["state"] == state] for state in ("pruned", "failed")}
-    panels = []
-    for objective in result["objectives"]:
-        whole = [t for t in trials if t["values"] is not None and not t["destroyed"]]
-        values = [trial["values"][objective] for trial in whole]
-        numbers = [trial["number"] for trial in whole]
-        best = list(zip(numbers, itertools.accumulate(values, max), strict=True))
-        lines = [
-            _marks("complete", "best", whole, list(zip(numbers, values, strict=True))),
-            Line("best so far", "one", best, stepped=True),
-        ]
-        for style, mine in others.items():
-            points = [(t["number"], (t["values"] or {}).get(objective, 0.0)) for t in mine]
-            lines.append(_marks(style, style, mine, points))
-        levels = [
-            (model, result[model]["values"][objective])
-            for model in ("target", "oracle")
-            if result[model] is not None and result[model]["values"][objective] is not None
-        ]
-        shown = [line for line in lines if line.points]
-        panels.append(Panel(objective, shown, unit=True, levels=levels))
-    return panels
-
-
-def front(result: Mapping[str, Any]) -> list[tuple[str, Panel]]:
-    """A panel and its horizontal axis for every pair of objectives.
-
-    Of a single objective: retention over forgetting, if all complete trials measured both.
-    """
-    several = len(result["objectives"]) > 1
-    axes = {name: name for name in result["objectives"]}
-    complete = [trial for trial in result["trials"] if trial["state"] == "complete"]
-    if not several:
-        measured = [trial["parts"] for trial in result["trials"] if trial["parts"] is not None]
-        axes = _SIDES if measured and all(parts["retain"] for parts in measured) else {}
-    best = set(result["front"]) if several else {result["best"]}
-    groups: dict[str, list[Mapping[str, Any]]] = {"trial": [], "destroyed": [], "best": []}
-    for trial in complete:
-        group = "best" if trial["number"] in best else "destroyed" if trial["destroyed"] else "trial"
-        groups[group].append(trial)
-    names = {
-        "trial": "other trials",
-        "destroyed": "destroyed (never best)",
-        "best": "Pareto front" if several else "best trial",
-    }
-    panels = []
-    for (x, across), (y, title) in itertools.combinations(axes.items(), 2):
-        lines = [
-            _marks(names[style], style, trials, [(_value(t, x) or 0.0, _value(t, y)) for t in trials])
-            for style, trials in groups.items()
-        ]
-        for model in ("target", "oracle"):
-            if result[model] is not None:
-                point = (_value(result[model], x) or 0.0, _value(result[model], y))
-                lines.append(Line(model, model, [point], marks=True))
-        shown = [line for line in lines if line.points]
-        panels.append((across, Panel(title, shown, unit=True, height=320.0)))
-    return panels
-
-
-def _marks(name: str, style: str, trials: Sequence[Mapping[str, Any]], points: Points) -> Line:
-    return Line(name, style, points, marks=True, said=[_told(trial) for trial in trials])
-
-
-def _value(entry: Mapping[str, Any], name: str) -> float | None:
-    """An objective's value, or the share that a side of the scorecard says was forgotten or kept."""
-    if name not in _SIDES:
-        value: float | None = entry["values"][name]
-        return value
-    parts = entry["parts"] or {}
-    cells = [v for cell in parts.get(name, {}).values() for v in cell.values() if v is not None]
-    if not cells:
-        return None
-    mean = statistics.fmean(cells)
-    return 1 - mean if name == "forget" else mean
-
-
-def _told(trial: Mapping[str, Any]) -> str:
-    """What a trial's mark says under the pointer."""
-    lines = [f"trial {trial['number']}: {trial['state']}"]
-    lines += [f"{name} {value:.4f}" for name, value in (trial["values"] or {}).items()]
-    lines += [f"{name} = {shown(value)}" for name, value in trial["params"].items()]
-    return "\n".join([*lines, *filter(None, [trial["reason"]])])
 
 
 def _values(values: Mapping[str, float | None]) -> str:

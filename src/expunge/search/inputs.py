@@ -48,7 +48,7 @@ class SweepInputs(Sources):
     """What is searched, on what, and where the result goes."""
 
     output: str
-    """Directory for sweep.json, best.yaml, sweep.html and the study; the same one goes on."""
+    """Directory for sweep.json, best.yaml and the study; the same one goes on."""
     search: tuple[str, ...] = ()
     """What is varied, one NAME=RANGE each. A range is log:LOW:HIGH, float:LOW:HIGH, int:LOW:HIGH or
     choice:A,B. In YAML a mapping of names to ranges."""
