@@ -600,7 +600,7 @@ def place_case(world: World, draw: random.Random, case: Path) -> Case:
             "--output",
             place,
         ],
-        ["analyze", "influence", model, *files, "--figure", place],
+        ["analyze", "influence", model, *files, "--output", place],
         ["report", f"{root}/run", "--no-card", "--output", place],
         ["requests", "add", f"{root}/forget.jsonl", "--ledger", place],
         ["requests", "export", "1", "--ledger", f"{root}/ledger.db", "--output", place, *overwrite],

@@ -96,7 +96,6 @@ def test_files_of_others_are_not_replaced_and_places_are_proved_first(
         (evaluate, "--records"),
         (audit, "--output"),
         (influence, "--output"),
-        (influence, "--figure"),
     ):
         said = refused(run_cli, *command, option, thesis)
         assert f"{option} {thesis}: is there, and not written by this option" in said

@@ -17,7 +17,6 @@ from expunge.analysis.influence_file import (
     Influence,
     RetainRow,
     influence_text,
-    is_figure,
     is_gone,
     is_influence,
     thresholds_of,
@@ -71,8 +70,6 @@ class InfluenceInputs(Reading):
     """Non-members. Their loss is the one from which a forget row counts as gone."""
     output: str | None = None
     """Write influence.json here: ids and numbers, never text."""
-    figure: str | None = None
-    """Write the figure here, one HTML file that needs no network."""
     curvature: CurvatureKind = "diagonal"
     """The Fisher's diagonal; EK-FAC (arXiv 2308.03296); or cg: EK-FAC for self-influence, the whole
     Gauss-Newton matrix by conjugate gradients for collateral."""
@@ -148,13 +145,9 @@ def analyze_influence(
     started = time.monotonic()
     device = resolve_device(inputs.device)
     check_alone("analyze influence")
-    if inputs.output is not None and inputs.output == inputs.figure:
-        raise InputError(f"--figure {inputs.figure}: is what --output writes; name another file")
-    read = {name: getattr(inputs, name) for name in ("model", "forget", "retain", "nonmembers")}
-    for option, is_ours in (("output", is_influence), ("figure", is_figure)):
-        path = getattr(inputs, option)
-        if path is not None:
-            check_file_output(option, Path(path), read, is_ours)
+    if inputs.output is not None:
+        read = {name: getattr(inputs, name) for name in ("model", "forget", "retain", "nonmembers")}
+        check_file_output("output", Path(inputs.output), read, is_influence)
     checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
     first, last = layer_range(inputs.layers, checked.layout)
     sets = inputs.read_sets("forget", "retain", "nonmembers")

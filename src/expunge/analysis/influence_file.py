@@ -17,8 +17,6 @@ from expunge.data.rows import RowSet
 from expunge.errors import InputError
 
 FORMAT = "expunge influence 1"
-FIGURE = "influence"
-"""Name of the figure in its page."""
 _LEAST = 10
 """Never-seen rows of a kind that a threshold needs."""
 _MOST_AT_RISK = 0.9
@@ -100,11 +98,6 @@ class Influence:
             for overlap in plain["overlaps"]
         ]
         return {"format": FORMAT, **plain}
-
-
-def is_figure(text: str) -> bool:
-    """Whether a file is the page with the figure of an influence."""
-    return f'id="{FIGURE}"' in text
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from expunge.analysis.influence import InfluenceInputs, analyze_influence
 from expunge.analysis.influence_file import Influence
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.options import Printed, parse, print_json
 from expunge.data.rows import RowSet
-from expunge.disk import deliver
 from expunge.errors import InputError
-from expunge.reporting.influence import figure_text, influence_tables, summary_lines
+from expunge.reporting.influence import influence_tables, summary_lines
 from expunge.reporting.tables import table_console
 
 
@@ -44,8 +42,6 @@ def main(arguments: Sequence[str]) -> int:
     settings = parse(AnalyzeInfluence, arguments, "expunge analyze influence")
     with progress_on_stderr() as progress:
         influence, sets = analyze_influence(settings, progress.phase, progress.message)
-    if settings.figure is not None:
-        deliver({Path(settings.figure): figure_text(influence)})
     _show(influence, sets, settings)
     return 0
 

@@ -1,4 +1,4 @@
-"""The influence of rows for people: tables of the rows that matter most, and a figure."""
+"""The influence of rows for people: tables of the rows that matter most."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from expunge.analysis.influence_file import FIGURE, Influence, MeasuredRow, RetainRow
+from expunge.analysis.influence_file import Influence, MeasuredRow, RetainRow
 from expunge.data.rows import Row
-from expunge.reporting import figures
-from expunge.reporting.figures import Compared, Line, Panel
-from expunge.reporting.rendering import still_page
 from expunge.reporting.tables import table_of
 
 if TYPE_CHECKING:
@@ -18,7 +15,6 @@ if TYPE_CHECKING:
 
 _SHOWN = 120
 """Characters of a revealed text."""
-_BINS = 40
 
 
 def summary_lines(influence: Influence) -> list[str]:
@@ -78,43 +74,6 @@ def influence_tables(
         title = f"Retain rows that overlap, {len(lines)} of {len(influence.overlaps)}"
         tables.append(_table(title, header, lines, texts))
     return tables
-
-
-def figure_text(influence: Influence, top: int = 30) -> str:
-    """One HTML file that needs no network: forget rows by self-influence, retain rows at risk."""
-    at_risk = _at_risk(influence, top)
-    risks = [
-        Compared(
-            row.id,
-            bar=row.collateral,
-            said=f"{row.id}\n{row.task}, loss {row.loss:.3f}, recall {row.recall:.2f}",
-        )
-        for row in at_risk
-    ]
-    title = "Forget rows by their self-influence"
-    told = f"{len(influence.forget)} forget rows; influence.json holds every value."
-    across = "self-influence, nats a token"
-    drawings = [(title, figures.curves(_histograms(influence), across, title, told))]
-    if risks:
-        title = f"Retain rows: the {len(risks)} most at risk"
-        across = "collateral: predicted rise of the loss, nats a token"
-        drawings.append((title, figures.comparison(risks, across, title, told)))
-    return still_page(FIGURE, "Influence of rows", summary_lines(influence), drawings)
-
-
-def _histograms(influence: Influence) -> list[Panel]:
-    """How many forget rows of each task lie in each of 40 equal parts of the range."""
-    values = [row.self_influence for row in influence.forget]
-    low, high = min(values), max(values)
-    width = (high - low) / _BINS or 1.0
-    panels = []
-    for task in sorted({row.task for row in influence.forget}):
-        mine = [row.self_influence for row in influence.forget if row.task == task]
-        counts = Counter(min(int((value - low) / width), _BINS - 1) for value in mine)
-        ends = range(_BINS + 1)  # a part's height holds to its end
-        points = [(low + width * end, float(counts[min(end, _BINS - 1)])) for end in ends]
-        panels.append(Panel(f"{task}: rows", [Line(task, "forget", points, stepped=True)]))
-    return panels
 
 
 def _at_risk(influence: Influence, top: int) -> list[RetainRow]:
