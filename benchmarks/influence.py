@@ -28,7 +28,7 @@ from scipy.stats import spearmanr
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from expunge.analysis.leave_out import CurvatureOptions, LeaveOut, leave_out
+from expunge.analysis.leave_out import LeaveOut, leave_out
 from expunge.analysis.row_gradients import RowGradients, linear_maps
 from expunge.data.batches import Batch, collate
 from expunge.data.tokenization import Example
@@ -38,9 +38,7 @@ from expunge.reporting.tables import markdown
 _STEPS, _RATE, _FLAT = 600, 2e-2, 1e-5
 _MOST_ITERATIONS = {"all rows": 10_000, "left out": 5_000}
 VOCABULARY, LENGTH, TOPICS, WIDTH = 24, 9, 4, 8
-KINDS = (
-    ("diagonal", "data"), ("diagonal", "model"), ("ekfac", "data"), ("ekfac", "model"), ("cg", "data"),
-)  # fmt: skip
+KINDS = ("diagonal", "ekfac", "cg")
 
 
 @dataclass(frozen=True)
@@ -135,32 +133,28 @@ def measure_truth(problem: Problem, alone: int = 32, groups: int = 8, group_size
 
 
 def predict(
-    problem: Problem, kind: str, labels: str, forget: Sequence[int], damping: float | None = None
+    problem: Problem, kind: str, forget: Sequence[int], damping: float | None = None
 ) -> LeaveOut:
     """What the library says of leaving out `forget`, damped by the penalty unless told otherwise."""
     layout = find_layout(problem.model)
     maps = linear_maps(problem.model, layout, problem.first_layer, layout.count - 1)
-    options = CurvatureOptions(
-        kind,  # type: ignore[arg-type]
-        labels,  # type: ignore[arg-type]
-        problem.penalty if damping is None else damping,
-        "absolute" if damping is None else "mean-fisher",
-    )
     kept = [row for row in range(len(problem.examples)) if row not in forget]
     return leave_out(
         RowGradients(problem.model, maps, pad_id=0, batch_size=8),
         [[problem.examples[row]] for row in forget],
         [[problem.examples[row]] for row in kept],
-        options,
+        kind,  # type: ignore[arg-type]
+        problem.penalty if damping is None else damping,
+        "absolute" if damping is None else "mean-fisher",
     )
 
 
 def correlations(
-    problem: Problem, truth: Truth, kind: str, labels: str, damping: float | None = None
+    problem: Problem, truth: Truth, kind: str, damping: float | None = None
 ) -> tuple[float, float]:
     """Spearman's rank correlation with the truth: of self-influence, and of collateral."""
-    own = predict(problem, kind, labels, list(truth.own), damping).self_influence
-    others = [predict(problem, kind, labels, group, damping).collateral for group, _ in truth.groups]
+    own = predict(problem, kind, list(truth.own), damping).self_influence
+    others = [predict(problem, kind, group, damping).collateral for group, _ in truth.groups]
     return agreement(truth, own, others)
 
 
@@ -300,8 +294,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the table here as markdown")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    settings = [(*kind, damping) for kind in KINDS for damping in (None, *arguments.dampings)]
-    settings.insert(0, ("exact", "data", None))
+    settings = [(kind, damping) for kind in KINDS for damping in (None, *arguments.dampings)]
+    settings.insert(0, ("exact", None))
     found: dict[Any, list[tuple[float, float]]] = {setting: [] for setting in settings}
     for seed in range(arguments.seeds):
         problem = make_problem(seed, arguments.rows, arguments.penalty)
@@ -313,12 +307,12 @@ def main() -> None:
                 found[setting].append(correlations(problem, truth, *setting))
         print(f"seed {seed} done", file=sys.stderr, flush=True)
     lines = []
-    for (kind, labels, damping), values in found.items():
+    for (kind, damping), values in found.items():
         unit = "penalty" if damping is None else f"{damping:g} x mean"
         for name, column in zip(("self", "collateral"), zip(*values, strict=True), strict=True):
             cells = [f"{value:.2f}" for value in column]
-            lines.append([kind, labels, unit, name, f"{statistics.fmean(column):.2f}", *cells])
-    header = ["curvature", "labels", "damping", "what", "mean"]
+            lines.append([kind, unit, name, f"{statistics.fmean(column):.2f}", *cells])
+    header = ["curvature", "damping", "what", "mean"]
     text = markdown([*header, *(f"seed {seed}" for seed in range(arguments.seeds))], lines)
     print(text)
     if arguments.output:

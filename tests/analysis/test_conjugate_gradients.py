@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from expunge.analysis import leave_out as module
-from expunge.analysis.leave_out import CurvatureOptions, LeaveOut, leave_out
+from expunge.analysis.leave_out import LeaveOut, leave_out
 from expunge.analysis.row_gradients import output_product
 from expunge.errors import RunError
 from expunge.maths.conjugate_gradients import Blocks, conjugate_gradients
@@ -165,7 +165,7 @@ def test_products_are_those_of_the_dense_matrix_whatever_the_batch(family: str) 
 
 def found_by(setting: Setting, **options: Any) -> LeaveOut:
     rows = setting.rows
-    return leave_out(setting.passes(), rows[:FORGET], rows[FORGET:], CurvatureOptions(**options))
+    return leave_out(setting.passes(), rows[:FORGET], rows[FORGET:], **options)
 
 
 def test_the_collateral_is_that_of_a_dense_solve(monkeypatch: pytest.MonkeyPatch) -> None:

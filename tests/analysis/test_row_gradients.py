@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import FAMILIES
-from expunge.analysis.row_gradients import along, block_shape, drawn_labels, gradient_of, rows_of
+from expunge.analysis.row_gradients import along, block_shape, gradient_of, rows_of
 from row_setting import Setting, make_setting
 
 
@@ -97,15 +97,3 @@ def test_along_is_the_inner_product_with_the_gradient() -> None:
     step = torch.randn(3, 4, generator=generator)
     expected = (gradient_of(inputs, gradients) * step).sum()
     torch.testing.assert_close(along(inputs, gradients, step), expected)
-
-
-def test_drawn_labels_follow_the_softmax_and_not_the_batch() -> None:
-    logits = torch.tensor([0.0, 2.0, 1.0, -torch.inf]).expand(30_000, 4)
-    labels = drawn_labels(logits, [30_000], [0])
-    shares = torch.bincount(labels, minlength=4) / len(labels)
-    # Three standard errors of a share of 30,000 draws are 0.009 at most.
-    torch.testing.assert_close(shares, logits[0].softmax(-1), rtol=0, atol=0.009)
-    assert shares[3] == 0
-    together = drawn_labels(logits[:10], [4, 6], [7, 8])
-    assert torch.equal(together[4:], drawn_labels(logits[:6], [6], [8]))
-    assert not torch.equal(drawn_labels(logits, [30_000], [1]), labels)

@@ -48,9 +48,6 @@ def test_it_prints_tables_and_writes_ids_and_numbers(
     assert "Forget rows, strongest 3" in out
     assert "Retain rows, most at risk 3" in out
     assert "8 forget rows, 0 of them gone already; 8 retain rows" in out
-    assert "gradients of 0.0 million parameters" in err
-    assert "GiB for the model and its curvature" in err
-    assert "(from one batch)" in err
     assert silent(texts, out, err, path.read_text())
     values = json.loads(path.read_text())
     assert [row["id"] for row in values["forget"]] == [row["id"] for row in forget_rows]
@@ -90,11 +87,9 @@ def test_layers_curvature_and_damping_change_what_is_predicted(analyze: Cli) -> 
         upper,
         numbers("--damping", 10)[1],
         numbers("--damping", 10, "--damping-unit", "absolute")[1],
-        numbers("--labels", "model")[1],
-        numbers("--tokens", "answer")[1],
         numbers("--curvature", "ekfac")[1],
     ]
-    assert len({tuple(values) for values in [base, *others]}) == 7
+    assert len({tuple(values) for values in [base, *others]}) == 5
 
 
 def test_conjugate_gradients_say_how_far_they_came(
@@ -103,7 +98,6 @@ def test_conjugate_gradients_say_how_far_they_came(
     path = tmp_path / "influence.json"
     code, out, err = analyze("--curvature", "cg", "--layers", "2-3", "--output", path)
     assert code == 0
-    assert "at most" in err
     assert silent(texts, out, err, path.read_text())
     values = json.loads(path.read_text())
     residuals = values["curvature"]["residuals"]
@@ -170,7 +164,6 @@ def test_overlaps_are_listed_by_id_and_shown_when_asked(
         (("--layers", "3-1"), ("--layers 3-1",)),
         (("--layers", "last"), ("--layers last", "8-15")),
         (("--damping", "0"), ("--damping 0.0", "positive")),
-        (("--containment", "2"), ("--containment 2.0", "(0, 1]")),
         (("--batch-size", "0"), ("--batch-size 0",)),
         (("--top", "0"), ("--top 0",)),
         (("--dtype", "float16"), ("'float16'", "bfloat16")),

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 import expunge
 from expunge.analysis.influence_file import (
@@ -21,33 +19,19 @@ from expunge.analysis.influence_file import (
     is_influence,
     thresholds_of,
 )
-from expunge.analysis.leave_out import (
-    MOST_ITERATIONS,
-    PASSES_A_PRODUCT,
-    CurvatureKind,
-    CurvatureOptions,
-    LeaveOut,
-    leave_out,
-)
+from expunge.analysis.leave_out import CurvatureKind, LeaveOut, leave_out
 from expunge.analysis.overlap import overlaps
-from expunge.analysis.row_gradients import (
-    Labels,
-    RowGradients,
-    Windows,
-    block_shape,
-    linear_maps,
-    rows_of,
-)
+from expunge.analysis.row_gradients import RowGradients, Windows, block_shape, linear_maps, rows_of
 from expunge.analysis.template_choice import settled
-from expunge.data.batches import PAD_ID, Tokens
+from expunge.data.batches import PAD_ID
 from expunge.data.chat_templates import Template, template_of
 from expunge.data.fingerprints import data_fingerprint, named
 from expunge.data.rows import Reading, RowSet, check_disjoint
 from expunge.data.tokenization import LongRows, encode_rows
 from expunge.disk import check_file_output, deliver
-from expunge.errors import InputError, check_seed
+from expunge.errors import InputError
 from expunge.maths.curvature import DampingUnit
-from expunge.models.decoder import DecoderLayout, skeleton_of
+from expunge.models.decoder import DecoderLayout
 from expunge.models.devices import resolve_device
 from expunge.models.loading import RunDtype, check_model, load_model, resolve_dtype, said_of_dtype
 from expunge.models.text_forms import text_policies
@@ -73,22 +57,14 @@ class InfluenceInputs(Reading):
     curvature: CurvatureKind = "diagonal"
     """The Fisher's diagonal; EK-FAC (arXiv 2308.03296); or cg: EK-FAC for self-influence, the whole
     Gauss-Newton matrix by conjugate gradients for collateral."""
-    labels: Labels = "data"
-    """Labels of the Fisher: the rows' own tokens, or tokens drawn from the model."""
     damping: float = 1.0
     """lambda, what is added to the curvature before it is inverted."""
     damping_unit: DampingUnit = "mean-fisher"
     """Unit of the damping: the mean of the curvature's eigenvalues, or 1."""
     layers: str | None = None
     """Decoder layers whose linear maps count, such as 8-15, from 0; null: all."""
-    tokens: Tokens = "all"
-    """Tokens that a row's loss counts: all, the answer, or of questions the answer only (content)."""
-    containment: float = 0.5
-    """Retain rows that share this much of a forget row's word runs, or it of theirs, are listed."""
     batch_size: int = 8
     """Rows a batch; it changes speed and memory, never a number."""
-    seed: int = 0
-    """Seed of drawn labels."""
     dtype: RunDtype = "auto"
     """Dtype that the model is loaded and run in; auto: the one of its files, for float16 files float32.
     Sums are in float32."""
@@ -107,29 +83,7 @@ class InfluenceInputs(Reading):
             raise InputError(f"--batch-size {self.batch_size}: must be 1 or more")
         if not 0 < self.damping < float("inf"):
             raise InputError(f"--damping {self.damping}: must be positive")
-        if not 0 < self.containment <= 1:
-            raise InputError(f"--containment {self.containment}: must be in (0, 1]")
-        check_seed(self.seed)
         object.__setattr__(self, "chat_template", template_of(self.chat_template))
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What the analysis takes, known before the model is loaded."""
-
-    parameters: int
-    """Numbers whose gradients are used."""
-    bytes: int
-    """Memory beside activations, at most."""
-    tokens: int
-    """Tokens of all forward and backward passes."""
-
-    def __str__(self) -> str:
-        return (
-            f"gradients of {self.parameters / 1e6:.1f} million parameters; about"
-            f" {self.bytes / 2**30:.1f} GiB for the model and its curvature, however many rows;"
-            f" {self.tokens} tokens forward and backward"
-        )
 
 
 def analyze_influence(
@@ -142,7 +96,6 @@ def analyze_influence(
     Returns the rows too, for those who may see them. Raises InputError before a model is loaded and
     anything is written, RunError where a prediction is not finite.
     """
-    started = time.monotonic()
     device = resolve_device(inputs.device)
     check_alone("analyze influence")
     if inputs.output is not None:
@@ -166,10 +119,7 @@ def analyze_influence(
     rows, dtype = forms[-1], resolve_dtype(checked, inputs.dtype)
     if inputs.curvature == "cg" and dtype != "float32":
         raise InputError(f"--curvature cg: its products are too rough in {dtype}; give --dtype float32")
-    skeleton = skeleton_of(checked.config, trust_remote_code=checked.trust_remote_code)
-    maps = linear_maps(skeleton, checked.layout, first, last)
-    cost = cost_of(inputs, skeleton, maps, rows, dtype)
-    for line in [f"influence of rows: {cost}", *said_of_dtype(checked, inputs.dtype, device)]:
+    for line in said_of_dtype(checked, inputs.dtype, device):
         message(line)
     model = load_model(checked, dtype, device)
     policy = settled(
@@ -177,14 +127,11 @@ def analyze_influence(
     )
     rows = forms[policy.chat_template and len(forms) - 1]
     maps = linear_maps(model, checked.layout, first, last)
-    passes = RowGradients(model, maps, PAD_ID, inputs.batch_size, inputs.tokens)
+    passes = RowGradients(model, maps, PAD_ID, inputs.batch_size)
     forget, retain = rows["forget"], rows.get("retain", [])
-    about = "at most" if inputs.curvature == "cg" else "about"
-    message(f"{about} {_duration(_timed(passes, forget, retain, cost))} (from one batch)")
-    options = CurvatureOptions(
-        inputs.curvature, inputs.labels, inputs.damping, inputs.damping_unit, inputs.seed
+    found = leave_out(
+        passes, forget, retain, inputs.curvature, inputs.damping, inputs.damping_unit, progress
     )
-    found = leave_out(passes, forget, retain, options, progress)
     if found.residuals:
         message(
             f"conjugate gradients: {len(found.residuals) - 1} iterations, residual"
@@ -198,13 +145,15 @@ def analyze_influence(
         model_sha256=checked.files.sha256(),
         data_hmac_sha256=fingerprints,
         settings={
-            **_settings(inputs, first, last),
+            "layers": [first, last],
+            **{name: getattr(inputs, name) for name in ("curvature", "damping", "damping_unit")},
+            "long_rows": inputs.long_rows,
             "dtype": dtype,
             "chat_template": policy.chat_template,
         },
         curvature={
             "maps": len(maps),
-            "parameters": cost.parameters,
+            "parameters": sum(math.prod(block_shape(module)) for module in maps.values()),
             "tokens": found.tokens,
             "mean_fisher": found.mean_fisher,
             "damping": found.damping,
@@ -213,11 +162,10 @@ def analyze_influence(
         thresholds=thresholds_of(list(zip(kinds, unseen, strict=True)), vocabulary),
         forget=[],
         retain=[],
-        overlaps=overlaps(list(sets["forget"]), list(sets.get("retain", ())), inputs.containment),
+        overlaps=overlaps(list(sets["forget"]), list(sets.get("retain", ()))),
         expunge=expunge.__version__,
     )
     influence = _with_rows(influence, sets, found)
-    message(f"done in {_duration(time.monotonic() - started)}")
     if inputs.output is not None:
         deliver({Path(inputs.output): influence_text(influence)})
     return influence, sets
@@ -238,71 +186,6 @@ def layer_range(layers: str | None, layout: DecoderLayout) -> tuple[int, int]:
             " be above the last"
         )
     return first, last
-
-
-def cost_of(
-    inputs: InfluenceInputs,
-    skeleton: torch.nn.Module,
-    maps: Mapping[str, torch.nn.Module],
-    rows: Mapping[str, Sequence[Windows]],
-    dtype: str,
-) -> Cost:
-    """What the analysis will take, from shapes and row lengths alone."""
-    shapes = [block_shape(module) for module in maps.values()]
-    parameters = sum(out * inside for out, inside in shapes)
-    # The curvature and the step, and the largest block's gradient of one row twice.
-    held = 4 * (2 * parameters + 2 * max(out * inside for out, inside in shapes))
-    if inputs.curvature != "diagonal":
-        squares = sum(out * out + inside * inside for out, inside in shapes)
-        # Covariances in float32, while the eigenvectors that replace them are computed in float64.
-        held += 4 * squares + 2 * 8 * max(out * out + inside * inside for out, inside in shapes)
-        held += 4 * squares
-    if inputs.curvature == "cg":
-        # Solution, residual, direction, and what a product and a preconditioner give.
-        held += 4 * 5 * parameters
-    width = getattr(torch, dtype).itemsize
-    model_bytes = width * sum(parameter.numel() for parameter in skeleton.parameters())
-    tokens = {name: sum(len(w) for row in side for w in row) for name, side in rows.items()}
-    forget, retain = tokens["forget"], tokens.get("retain", 0)
-    passes = 2 if inputs.curvature == "diagonal" else 3
-    at_once = inputs.curvature == "diagonal" and inputs.labels == "data"
-    total = passes * (forget + retain) + (forget if retain and not at_once else 0)
-    if inputs.curvature == "cg":
-        total += PASSES_A_PRODUCT * MOST_ITERATIONS * retain
-    return Cost(parameters, model_bytes + held, total)
-
-
-def _timed(
-    passes: RowGradients, forget: Sequence[Windows], retain: Sequence[Windows], cost: Cost
-) -> float:
-    """Seconds that all passes will take, from one batch of middling rows."""
-    every = sorted([*forget, *retain], key=lambda row: sum(map(len, row)))
-    middle = len(every) // 2
-    sample = every[max(0, middle - passes.batch_size // 2) :][: passes.batch_size]
-
-    def work(_name: str, _place: int, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
-        (gradients.T @ inputs).square_()
-
-    started = time.monotonic()
-    passes.run(sample, work)
-    if passes.model.device.type == "cuda":
-        torch.cuda.synchronize()
-    tokens = sum(len(window) for row in sample for window in row)
-    return (time.monotonic() - started) * cost.tokens / max(1, tokens)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _settings(inputs: InfluenceInputs, first: int, last: int) -> dict[str, object]:
-    names = [
-        *("curvature", "labels", "damping", "damping_unit", "tokens", "containment", "seed"),
-        "long_rows",
-    ]
-    return {"layers": [first, last]} | {name: getattr(inputs, name) for name in names}
 
 
 def _with_rows(influence: Influence, sets: Mapping[str, RowSet], found: LeaveOut) -> Influence:

@@ -21,7 +21,6 @@ import torch
 
 from expunge.analysis.row_gradients import (
     Known,
-    Labels,
     RowGradients,
     Windows,
     along,
@@ -43,27 +42,8 @@ CurvatureKind = Literal["diagonal", "ekfac", "cg"]
 TOLERANCE, MOST_ITERATIONS = 0.1, 50
 """Of conjugate gradients: the residual's norm in shares of the gradient's. Against retraining 0.01 ranks
 rows no better, at four times the iterations."""
-PASSES_A_PRODUCT = 3
-"""Forward and backward passes that take as long as one product: one of its own, and forward mode."""
 Report = Callable[[str, int, int], None]
 """Called with a phase's name, what is done and what there is to do."""
-
-
-@dataclass(frozen=True)
-class CurvatureOptions:
-    """Which curvature, and how it is damped."""
-
-    kind: CurvatureKind = "diagonal"
-    """The Fisher's diagonal; EK-FAC, a diagonal in its eigenbasis; or EK-FAC for self-influence and the
-    whole Gauss-Newton matrix, by conjugate gradients, for collateral."""
-    labels: Labels = "data"
-    """Labels of the Fisher: the rows' own tokens, or tokens drawn from the model."""
-    damping: float = 1.0
-    """lambda, what is added to the curvature before it is inverted."""
-    unit: DampingUnit = "mean-fisher"
-    """Unit of the damping: the mean of the curvature's eigenvalues, or 1."""
-    seed: int = 0
-    """Seed of drawn labels."""
 
 
 @dataclass(frozen=True)
@@ -89,28 +69,28 @@ def leave_out(
     passes: RowGradients,
     forget: Sequence[Windows],
     retain: Sequence[Windows],
-    options: CurvatureOptions,
+    kind: CurvatureKind = "diagonal",
+    damping: float = 1.0,
+    unit: DampingUnit = "mean-fisher",
     report: Report = lambda _name, _done, _total: None,
 ) -> LeaveOut:
     """Predicts for each forget row what it owes to itself, for each retain row what removal costs it.
 
-    Two passes over all rows, with drawn labels one over the forget rows too, with EK-FAC both that and
-    one more over all, with conjugate gradients as much as three over the retain rows an iteration.
-    Memory beside the model: two float32 copies of the maps, with EK-FAC the bases too, with conjugate
+    `damping` is lambda, in `unit`. Two passes over all rows, with EK-FAC one more and one over the
+    forget rows, with conjugate gradients as much as three over the retain rows an iteration. Memory
+    beside the model: two float32 copies of the maps, with EK-FAC the bases too, with conjugate
     gradients five more copies. Raises RunError where no prediction is finite.
     """
     every = [*forget, *retain]
     removed = blocks_of_zeros(passes.maps)
-    # The gradients of a diagonal on the rows' own labels are those that are summed, so one pass does.
-    at_once = options.kind == "diagonal" and options.labels == "data"
-    if options.kind in ("ekfac", "cg"):
-        curvature: Curvature = _ekfac(passes, every, options, report)
+    # The gradients of a diagonal are those that are summed, so one pass does.
+    if kind == "diagonal":
+        curvature: Curvature = _diagonal(passes, every, report, (removed, len(forget)))
     else:
-        added = (removed, len(forget)) if at_once else None
-        curvature = _diagonal(passes, every, options, report, added)
+        curvature = _ekfac(passes, every, report)
     tokens = passes.counted(every)
     mean_fisher = curvature.mean()
-    curvature.damping = options.damping * (mean_fisher if options.unit == "mean-fisher" else 1.0)
+    curvature.damping = damping * (mean_fisher if unit == "mean-fisher" else 1.0)
     if not 0 < curvature.damping < float("inf"):
         raise RunError(
             f"the mean of the curvature is {mean_fisher:.3g}, no damping follows from it; give"
@@ -120,11 +100,11 @@ def leave_out(
     def gather(name: str, _place: int, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         removed[name].add_(gradient_of(inputs, gradients))
 
-    if retain and not at_once:
+    if retain and kind != "diagonal":
         passes.run(forget, gather, _counting(report, "forget gradient", len(forget)))
     for block in removed.values():
         block.div_(tokens)
-    if options.kind == "cg" and retain:
+    if kind == "cg" and retain:
         step = _newton(passes, retain, removed, curvature, tokens, report)
     else:
         # One block at a time: no third copy of the maps.
@@ -186,34 +166,31 @@ def _newton(
 def _diagonal(
     passes: RowGradients,
     rows: Sequence[Windows],
-    options: CurvatureOptions,
     report: Report,
-    added: tuple[Mapping[str, torch.Tensor], int] | None,
+    added: tuple[Mapping[str, torch.Tensor], int],
 ) -> DiagonalCurvature:
     """Sum of every row's squared gradient over the tokens of all: the mean token loss's Fisher.
 
-    With the tokens' gradients uncorrelated, as those of drawn labels are. `added` are sums that the
-    gradients of so many of the first rows are added to on the way.
+    With the tokens' gradients taken for uncorrelated. `added` are sums that the gradients of so many of
+    the first rows are added to on the way.
     """
     fisher = blocks_of_zeros(passes.maps)
 
     def square(name: str, place: int, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         gradient = gradient_of(inputs, gradients)
         fisher[name].addcmul_(gradient, gradient)
-        if added is not None and place < added[1]:
+        if place < added[1]:
             added[0][name].add_(gradient)
 
     advance = _counting(report, "Fisher", len(rows))
-    passes.run(rows, square, advance, labels=options.labels, seed=options.seed)
+    passes.run(rows, square, advance)
     tokens = passes.counted(rows)
     for block in fisher.values():
         block.div_(tokens)
     return DiagonalCurvature(fisher)
 
 
-def _ekfac(
-    passes: RowGradients, rows: Sequence[Windows], options: CurvatureOptions, report: Report
-) -> EigenbasisCurvature:
+def _ekfac(passes: RowGradients, rows: Sequence[Windows], report: Report) -> EigenbasisCurvature:
     """The same Fisher as a diagonal in the eigenbasis of each map's inputs and output gradients.
 
     Two passes, for the bases and for the eigenvalues (arXiv 2308.03296, section 2.2). Raises RunError
@@ -225,7 +202,7 @@ def _ekfac(
     def add(name: str, _place: int, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         covariances.add(name, inputs, gradients)
 
-    passes.run(rows, add, advance, labels=options.labels, seed=options.seed)
+    passes.run(rows, add, advance)
     bases = covariances.bases()
     squares = blocks_of_zeros(passes.maps)
 
@@ -233,7 +210,7 @@ def _ekfac(
         basis = bases[name]
         squares[name] += gradient_of(inputs @ basis.inputs, gradients @ basis.outputs).square_()
 
-    passes.run(rows, square, advance, labels=options.labels, seed=options.seed)
+    passes.run(rows, square, advance)
     tokens = passes.counted(rows)
     return EigenbasisCurvature(bases, {name: block.div_(tokens) for name, block in squares.items()})
 

@@ -21,6 +21,8 @@ Reason = Literal["near repeat", "same document", "same subject"]
 
 RUN = 5
 """Words of a run."""
+CONTAINMENT = 0.5
+"""Share of the shorter text's runs from which a row is a near repeat."""
 RARE = 3
 """A subject is rare where so many documents of a set name it at most."""
 _LISTED = 10
@@ -58,10 +60,10 @@ class Overlap:
     """What is named on both sides: text of rows, to be shown with --reveal only."""
 
 
-def overlaps(forget: Sequence[Row], retain: Sequence[Row], containment: float = 0.5) -> list[Overlap]:
-    """Every overlap, in the order of the retain rows; near repeats hold `containment` or more."""
+def overlaps(forget: Sequence[Row], retain: Sequence[Row]) -> list[Overlap]:
+    """Every overlap, in the order of the retain rows."""
     found = [
-        *near_repeats(forget, retain, containment),
+        *near_repeats(forget, retain),
         *same_documents(forget, retain),
         *same_subjects(forget, retain),
     ]
@@ -69,7 +71,7 @@ def overlaps(forget: Sequence[Row], retain: Sequence[Row], containment: float = 
     return sorted(found, key=lambda overlap: order[overlap.retain])
 
 
-def near_repeats(forget: Sequence[Row], retain: Sequence[Row], containment: float) -> Iterator[Overlap]:
+def near_repeats(forget: Sequence[Row], retain: Sequence[Row]) -> Iterator[Overlap]:
     """Retain rows whose words nearly repeat a forget row's, or a part that is one row."""
     of_forget = [runs(row.text) for row in forget]
     index: dict[tuple[str, ...], list[int]] = defaultdict(list)
@@ -82,7 +84,7 @@ def near_repeats(forget: Sequence[Row], retain: Sequence[Row], containment: floa
         found = []
         for place, count in shared.items():
             share = count / min(len(held), len(of_forget[place]))
-            if share >= containment:
+            if share >= CONTAINMENT:
                 jaccard = count / (len(held) + len(of_forget[place]) - count)
                 found.append((-share, -jaccard, place))
         if found:

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from expunge.data.batches import Tokens, collate
+from expunge.data.batches import collate
 from expunge.data.tokenization import Example
 from expunge.maths.fisher import tapped
 from expunge.maths.numerics import target_log_probs, unbroken_share, wide
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 Windows = Sequence[Example]
 """All examples of one row."""
-Labels = Literal["data", "model"]
-"""Whose labels a loss is on: the rows' own tokens, or tokens drawn from the model."""
 Receive = Callable[[str, int, torch.Tensor, torch.Tensor], None]
 """Called with a map's name, the row's place, its inputs (tokens, in) and its gradients (tokens, out)."""
 
@@ -73,11 +71,9 @@ class RowGradients:
         maps: Mapping[str, nn.Module],
         pad_id: int,
         batch_size: int,
-        tokens: Tokens = "all",
     ) -> None:
-        """`tokens` are those that a row's loss counts."""
         self.model, self.maps = model, maps
-        self.pad_id, self.batch_size, self.tokens = pad_id, batch_size, tokens
+        self.pad_id, self.batch_size = pad_id, batch_size
         self._head_takes_places = head_takes_places(model)
 
     def run(
@@ -85,15 +81,10 @@ class RowGradients:
         rows: Sequence[Windows],
         receive: Receive | None = None,
         advance: Callable[[int], None] = lambda _: None,
-        *,
-        labels: Labels = "data",
-        seed: int = 0,
     ) -> list[Known]:
         """One pass, in which `receive` is given every row's factors of every map.
 
-        Without `receive` there is no backward pass. The gradients are those of the loss on the row's own
-        tokens, or on `labels` drawn from the model, which depend on the seed and the row's place alone.
-        Longest rows first, so that memory peaks at once.
+        Without `receive` there is no backward pass. Longest rows first, so that memory peaks at once.
         """
         known: dict[int, Known] = {}
         order = sorted(range(len(rows)), key=lambda place: -max(map(len, rows[place])))
@@ -101,8 +92,7 @@ class RowGradients:
         with _frozen(self.model), torch.set_grad_enabled(receive is not None), products:
             for start in range(0, len(order), self.batch_size):
                 places = order[start : start + self.batch_size]
-                drawn = [seed * 2**31 + place for place in places] if labels == "model" else None
-                known.update(zip(places, self._batch(rows, places, receive, drawn), strict=True))
+                known.update(zip(places, self._batch(rows, places, receive), strict=True))
                 advance(len(places))
         return [known[place] for place in range(len(rows))]
 
@@ -130,7 +120,7 @@ class RowGradients:
         for start in range(0, len(windows), self.batch_size):
             examples = windows[start : start + self.batch_size]
             batch = collate(examples, range(len(examples)), self.pad_id).to(self.model.device)
-            where = batch.mask(self.tokens)[:, 1:]
+            where = batch.token_mask[:, 1:]
             inputs = (where, batch.input_ids, batch.attention_mask)
             tangent = self._tangent(direction, *inputs)
             products = fast_products(self.model.dtype, self.model.device)
@@ -150,24 +140,20 @@ class RowGradients:
 
     def counted(self, rows: Sequence[Windows]) -> int:
         """How many tokens the losses of these rows count; at least 1."""
-        examples = [window for row in rows for window in row]
-        batches = (collate([example], [0], self.pad_id) for example in examples)
-        return max(1, sum(int(b.mask(self.tokens)[:, 1:].sum()) for b in batches))
+        return max(1, sum(sum(window.token_mask[1:]) for row in rows for window in row))
 
     def _batch(
         self,
         rows: Sequence[Windows],
         places: Sequence[int],
         receive: Receive | None,
-        seeds: Sequence[int] | None,
     ) -> list[Known]:
-        """Runs some rows, each with all its windows; with `seeds` of the rows on drawn labels."""
+        """Runs some rows, each with all its windows."""
         examples = [window for place in places for window in rows[place]]
         spans = _spans([len(rows[place]) for place in places])
         batch = collate(examples, range(len(examples)), self.pad_id).to(self.model.device)
-        counted = batch.mask(self.tokens)[:, 1:]
+        where = batch.token_mask[:, 1:]
         answers = batch.answer_mask[:, 1:]
-        where = counted | answers
         real = batch.attention_mask.bool()
 
         def split(name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
@@ -181,14 +167,10 @@ class RowGradients:
             targets = batch.input_ids[:, 1:][where]
             values = -target_log_probs(chosen, targets)
             if receive is not None:
-                loss = values
-                if seeds is not None:
-                    marked = [int(where[span].sum()) for span in spans]
-                    loss = -target_log_probs(chosen, drawn_labels(chosen, marked, seeds))
-                loss[counted[where]].sum().backward()
+                values.sum().backward()
         losses = values.detach().new_zeros(where.shape).masked_scatter(where, values.detach())
         right = torch.zeros_like(where).masked_scatter(where, chosen.argmax(-1) == targets)
-        return [_known(losses[span], right[span], counted[span], answers[span]) for span in spans]
+        return [_known(losses[span], right[span], where[span], answers[span]) for span in spans]
 
     def _logits(
         self, where: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
@@ -199,25 +181,6 @@ class RowGradients:
         before = nn.functional.pad(where, (0, 1))
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         return logits_at(self.model, before, **inputs, use_cache=False)
-
-
-@torch.no_grad()
-def drawn_labels(logits: torch.Tensor, counts: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
-    """A label for every line of logits (n, vocabulary), drawn from the model's own softmax: (n,).
-
-    The first `counts[0]` lines use the generator of `seeds[0]`, and so on, whatever shares the batch.
-    """
-    uniform = torch.cat(
-        [
-            torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            for count, seed in zip(counts, seeds, strict=True)
-        ]
-    )
-    cumulative = logits.float().softmax(-1).cumsum(-1)
-    # The last entry is 1 up to rounding, and what is drawn must stay below it.
-    limits = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
-    labels = torch.searchsorted(cumulative, limits)[:, 0]
-    return labels.clamp(max=logits.shape[-1] - 1)
 
 
 @contextmanager
