@@ -10,13 +10,10 @@ import pytest
 
 from conftest import HOSTILE
 from expunge.data.rows import Row, as_rows
-from expunge.evaluation.scorecard import Scorecard
 from expunge.web import drawing
 from expunge.web.asking import SIDES, Answer, Side, Token
-from expunge.web.records import Record
 
 ROW = as_rows([HOSTILE], "forget").rows[0]
-RECORD = Record(0.25, "<u>what the model wrote</u>")
 
 
 def parsed(drawn: str) -> ET.Element:
@@ -65,21 +62,20 @@ def test_below_two_answers_stands_where_they_part(tokenizer: Any) -> None:
 
 
 def test_a_masked_row_holds_lengths_alone() -> None:
-    drawn = drawing.row_card(ROW, "forget", RECORD, RECORD, reveal=False)
+    drawn = drawing.row_card(ROW, "forget", reveal=False)
     told = written(parsed(drawn))
-    for text in (ROW.input, ROW.output, str(RECORD.generated)):
+    for text in (ROW.input, ROW.output):
         assert text not in told
         assert f"{len(text)} characters, masked" in told
     assert ROW.id in told
-    assert "target scored 0.250" in told
-    words = set(re.findall(r"\w{4,}", f"{ROW.input} {ROW.output} {RECORD.generated}"))
-    names = set(re.findall(r"\w{4,}", f"{ROW.id} model answer"))
+    words = set(re.findall(r"\w{4,}", f"{ROW.input} {ROW.output}"))
+    names = set(re.findall(r"\w{4,}", ROW.id))
     assert not {word for word in words - names if re.search(rf"\b{word}\b", drawn)}
 
 
 def test_a_revealed_row_is_text() -> None:
-    root = parsed(drawing.row_card(ROW, "forget", None, RECORD, reveal=True))
-    assert [each.text for each in root.iter("dd")] == [ROW.input, ROW.output, RECORD.generated]
+    root = parsed(drawing.row_card(ROW, "forget", reveal=True))
+    assert [each.text for each in root.iter("dd")] == [ROW.input, ROW.output]
     assert not list(root.iter("script"))
 
 
@@ -104,24 +100,9 @@ def test_a_score_is_said_in_words(kind: Any, score: float, meaning: str, reveal:
 
 
 def test_the_table_of_rows_holds_no_text() -> None:
-    known = {("forget", ROW.id): RECORD}
-    heads, lines = drawing.row_lines({"forget": [ROW]}, {}, known)
-    assert heads == ["row", "set", "task", "kind", "input chars", "output chars", "unlearned score"]
-    lengths = [len(ROW.input), len(ROW.output)]
-    assert lines == [[ROW.id, "forget", ROW.task, "continuation", *lengths, "0.250"]]
-
-
-def test_runs_are_compared_with_what_their_scores_say() -> None:
-    def card(forget: float) -> Scorecard:
-        cells: dict[str, dict[str, float | None]] = {"<b>T": {"regurgitation": forget}}
-        return Scorecard(cells, {}, None, None, None, None, None)
-
-    root = parsed(drawing.compare({"target": card(1.0), "<u>run": card(0.99), "ok": card(0.1)}))
-    assert [written(each) for each in root.iter("th")][:5] == [
-        "measure", "good is", "target", "<u>run", "ok"
-    ]  # fmt: skip
-    (remark,) = root.iter("li")
-    assert written(remark).startswith("<u>run: unchanged: the forget set still scores 0.99")
+    (line,) = drawing.row_lines({"forget": [ROW]})
+    assert len(line) == len(drawing.ROW_HEADS)
+    assert line == [ROW.id, "forget", ROW.task, "continuation", len(ROW.input), len(ROW.output)]
 
 
 def test_the_report_keeps_to_its_frame() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from conftest import HOSTILE, refusal, write_jsonl
+from conftest import refusal, write_jsonl
 from expunge.models import loading
 from expunge.runs.sources import remembered
 from expunge.web import serving
@@ -42,9 +43,8 @@ def test_what_is_read_and_found_right(served: dict[str, Path]) -> None:
     checked = check(ViewInputs(str(served["run"]), forget=str(served["forget"]), port=0, device="cpu"))
     assert set(checked.rows) == {"forget"}
     assert checked.password is None
-    # Scores and records that lie where expunge leaves them are found.
-    assert list(checked.cards) == ["target", "unlearned"]
-    assert (len(checked.before), len(checked.after)) == (0, 9)
+    # Scores that lie where expunge leaves them are found.
+    assert [card.role for card in checked.material.cards] == ["target", "unlearned"]
     assert not checked.chat_template
     assert set(remembered(served["run"])["sources"]) == {"original", "forget", "retain"}
 
@@ -55,10 +55,6 @@ def test_what_is_read_and_found_right(served: dict[str, Path]) -> None:
         ({"run": "nowhere"}, "nowhere: no such run directory"),
         ({"port": 70000}, "--port 70000: must be from 0 to 65535"),
         ({"reveal": True}, "--reveal: shows the text of the rows; give --forget FILE"),
-        ({"records": ("a", "b", "c")}, "--records: takes two files"),
-        ({"records": ("a",)}, "--records: are shown beside the rows; give --forget FILE"),
-        ({"scores": ("a", "b", "c")}, "others go to --compare"),
-        ({"compare": ("nowhere",)}, "nowhere: not found; make it with expunge evaluate"),
         ({"original": "nowhere"}, "nowhere: no such model directory"),
         ({"device": "abacus"}, "--device abacus: unknown"),
         ({"chat_template": "on"}, "has none; give off"),
@@ -88,8 +84,6 @@ def test_a_target_that_is_another_model_is_refused(
 
 
 def test_a_target_that_is_gone_names_the_option(served: dict[str, Path], tmp_path: Path) -> None:
-    import shutil
-
     moved = tmp_path / "run"
     shutil.copytree(served["run"], moved)
     manifest = json.loads((moved / "expunge.json").read_text())
@@ -103,33 +97,6 @@ def test_a_target_that_is_gone_names_the_option(served: dict[str, Path], tmp_pat
 def test_a_run_that_is_not_finished_is_refused(served: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "expunge.json").write_text('{"status": "running"}')
     assert "is not complete" in refusal(lambda: check(ViewInputs(str(tmp_path))))
-
-
-LINE = {"id": "ada00sc1", "split": "forget", "task": "Task1", "kind": "sc", "score": 0.5}
-
-
-@pytest.mark.parametrize(
-    ("lines", "told"),
-    [
-        (["not JSON"], "line 1: is no record"),
-        (["[1]"], "line 1: is no record"),
-        ([json.dumps({**LINE, "score": True})], "line 1: is no record"),
-        ([json.dumps({**LINE, "score": 1.5})], "line 1: its score is not from 0 to 1"),
-        ([json.dumps({**LINE, "generated": 3})], "or its answer no text"),
-        ([json.dumps(LINE)], "8 rows have no record"),
-        ([json.dumps({**LINE, "id": "who1"})], "1 ids are not among the rows (ids who1)"),
-    ],
-)
-def test_records_of_other_rows_or_of_no_rows_are_refused(
-    served: dict[str, Path], tmp_path: Path, lines: list[str], told: str
-) -> None:
-    path = tmp_path / "records.jsonl"
-    path.write_text("\n".join(lines) + "\n")
-    message = refusal(
-        lambda: check(ViewInputs(str(served["run"]), forget=str(served["forget"]), records=(str(path),)))
-    )
-    assert told in message
-    assert HOSTILE["output"] not in message
 
 
 def test_the_password_comes_from_a_file_or_the_environment(
@@ -195,9 +162,13 @@ def test_an_audit_that_makes_no_report_is_refused_before_a_model_is_loaded(
         "target": {"sha256": manifest["model_sha256"]},
         "unlearned": {"sha256": manifest["output_sha256"]},
     }
-    path = tmp_path / "audit.json"
-    path.write_text(json.dumps({"format": "expunge-audit/1", "models": models}))
-    told = refusal(lambda: check(ViewInputs(str(served["run"]), audit=str(path), device="cpu")))
+    run = tmp_path / "run"
+    shutil.copytree(served["run"], run)
+    (tmp_path / manifest["settings"]["inputs"]["model"]).symlink_to(
+        served["run"].parent / manifest["settings"]["inputs"]["model"]
+    )
+    (run / "audit.json").write_text(json.dumps({"format": "expunge-audit/1", "models": models}))
+    told = refusal(lambda: check(ViewInputs(str(run), device="cpu")))
     assert "is not as expunge audit writes it" in told
 
 

@@ -15,11 +15,11 @@ from expunge.web.serving import serve
 
 @dataclass(frozen=True)
 class View(ViewInputs):
-    """expunge view RUN [--forget F --retain R] [--reveal] [--compare RUN2 ...] [--port P]
+    """expunge view RUN [--forget F --retain R] [--reveal] [--port P]
 
     Shows a page on this machine. Asks both models side by side, with the probability of every
-    token. Shows the rows with masked text, the report, and other runs beside this one. Prints its
-    address and runs until Ctrl-C. Needs no network.
+    token. Shows the rows with masked text, and the report. Prints its address and runs until Ctrl-C.
+    Needs no network.
     """
 
 

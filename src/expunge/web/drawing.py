@@ -9,11 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jinja2 import Environment
 
 from expunge.data.rows import Row
-from expunge.evaluation.outcomes import of_scores
-from expunge.evaluation.scorecard import Scorecard
-from expunge.evaluation.sentences import scores_sentence
 from expunge.reporting.rendering import templates_of
-from expunge.reporting.tables import scorecard_rows
 from expunge.web.asking import SIDES, Answer, Side
 from expunge.web.pieces import (
     STEPS,
@@ -22,7 +18,6 @@ from expunge.web.pieces import (
     typical_probability,
     written,
 )
-from expunge.web.records import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +31,7 @@ _ENDINGS = {
 }
 _VISIBLE = {"\n": "↵", "\r": "␍", "\t": "⇥", " ": "␣"}
 _EXACT = 1.0
+ROW_HEADS = ["row", "set", "task", "kind", "input chars", "output chars"]
 
 
 def stylesheet() -> str:
@@ -96,21 +92,9 @@ def outcomes(row: Row, texts: Mapping[Side, str], scores: Mapping[Side, float], 
     return _drawn("outcomes", row, lines, reveal)
 
 
-def row_card(row: Row, split: str, before: Record | None, after: Record | None, *, reveal: bool) -> str:
+def row_card(row: Row, split: str, *, reveal: bool) -> str:
     """One row: lengths, or its text."""
-    return _drawn("row_card", row, split, before, after, reveal)
-
-
-def compare(cards: Mapping[str, Scorecard]) -> str:
-    """Scorecards side by side, with what they say in words."""
-    target = cards.get("target")
-    remarks = [
-        (name, scores_sentence(finding))
-        for name, card in cards.items()
-        if name not in ("target", "oracle")
-        for finding in of_scores(card, target)
-    ]
-    return _drawn("compare", list(cards), scorecard_rows(cards), remarks)
+    return _drawn("row_card", row, split, reveal)
 
 
 def note(text: str, kind: Literal["plain", "wrong"] = "plain") -> str:
@@ -155,19 +139,13 @@ def _visible(text: str) -> str:
     return "".join(_VISIBLE.get(letter, letter) for letter in text)
 
 
-def row_lines(
-    rows: Mapping[str, Sequence[Row]],
-    before: Mapping[tuple[str, str], Record],
-    after: Mapping[tuple[str, str], Record],
-) -> tuple[list[str], list[list[Any]]]:
-    """Headings and lines of the table of rows. No text of a row is in it."""
-    heads = ["row", "set", "task", "kind", "input chars", "output chars"]
-    known = [("target score", before), ("unlearned score", after)]
-    known = [(name, records) for name, records in known if records]
-    lines: list[list[Any]] = []
-    for split, each in rows.items():
-        for row in each:
-            kind = "continuation" if row.kind == "sc" else "question"
-            scores = [f"{records[split, row.id].score:.3f}" for _, records in known]
-            lines.append([row.id, split, row.task, kind, len(row.input), len(row.output), *scores])
-    return [*heads, *(name for name, _ in known)], lines
+def row_lines(rows: Mapping[str, Sequence[Row]]) -> list[list[Any]]:
+    """Lines of the table of rows, below `ROW_HEADS`. No text of a row is in it."""
+    return [
+        [
+            row.id, split, row.task, "continuation" if row.kind == "sc" else "question",
+            len(row.input), len(row.output),
+        ]
+        for split, each in rows.items()
+        for row in each
+    ]  # fmt: skip

@@ -8,7 +8,7 @@ import ipaddress
 import json
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,26 +18,21 @@ import tyro
 from expunge.data.chat_templates import Template, check_template, template_of
 from expunge.data.rows import RowSet
 from expunge.errors import InputError, install
-from expunge.evaluation.score_files import check_one_form, read_scores
-from expunge.evaluation.scorecard import Scorecard, check_material
+from expunge.evaluation.scorecard import check_material
 from expunge.models.devices import resolve_device
 from expunge.models.loading import AnyDtype, CheckedModel, check_model
 from expunge.models.text_forms import text_policy
 from expunge.reporting.content import content
 from expunge.reporting.material import Material, ReportInputs, gather
-from expunge.reporting.tables import label_of
-from expunge.web.records import Record, read_records
 
 PASSWORD = "EXPUNGE_PASSWORD"
 """The environment variable that may hold the password."""
-RECORDS = "records.jsonl"
-"""The records of the unlearned model, in a run directory."""
 _LEAST_PASSWORD = 8
 
 
 @dataclass(frozen=True)
 class ViewInputs:
-    """Which run is shown, with which files beside it, where and to whom."""
+    """Which run is shown, with which rows, where and to whom."""
 
     run: str
     """The run directory: what expunge run wrote."""
@@ -47,17 +42,6 @@ class ViewInputs:
     """The run's forget set, to browse its rows."""
     retain: str | None = None
     """The run's retain set, to browse its rows."""
-    scores: tuple[str, ...] = ()
-    """Scores before and after, as expunge report takes them. None: those beside or in RUN."""
-    oracle_scores: str | None = None
-    """Scores of a model trained without the forget set."""
-    audit: str | None = None
-    """The audit; null: RUN/audit.json, if it exists."""
-    records: tuple[str, ...] = ()
-    """Records of expunge evaluate --records, before and after; one alone is that after. None:
-    RUN/records.jsonl, if it exists."""
-    compare: tuple[str, ...] = ()
-    """Other runs, or their scores.json, to stand beside this one."""
     reveal: bool = False
     """Show the text of the rows to everyone who opens the page."""
     host: str = "127.0.0.1"
@@ -81,12 +65,6 @@ class ViewInputs:
         object.__setattr__(self, "chat_template", template_of(self.chat_template))
         if not 0 <= self.port < 2**16:
             raise InputError(f"--port {self.port}: must be from 0 to 65535")
-        if len(self.records) > 2:
-            raise InputError("--records: takes two files, those before and after")
-        if len(self.scores) > 2:
-            raise InputError("--scores: takes two files, BEFORE AFTER; others go to --compare")
-        if self.records and self.forget is None and self.retain is None:
-            raise InputError("--records: are shown beside the rows; give --forget FILE")
         if self.reveal and self.forget is None:
             raise InputError("--reveal: shows the text of the rows; give --forget FILE")
 
@@ -103,11 +81,6 @@ class Checked:
     unlearned: CheckedModel
     device: str
     chat_template: bool
-    before: Mapping[tuple[str, str], Record]
-    """The target's record of each row by (split, id); empty where none were given."""
-    after: Mapping[tuple[str, str], Record]
-    cards: Mapping[str, Scorecard]
-    """Scorecards to compare, by the name of their column."""
     password: str | None = field(repr=False)
 
     @property
@@ -127,15 +100,7 @@ def check(inputs: ViewInputs) -> Checked:
         raise InputError("view: the current directory is gone; change to one that is there") from None
     password = read_password(inputs)
     material = gather(
-        ReportInputs(
-            inputs.run,
-            scores=inputs.scores,
-            oracle_scores=inputs.oracle_scores,
-            audit=inputs.audit,
-            forget=inputs.forget,
-            retain=inputs.retain,
-            reveal=inputs.reveal,
-        )
+        ReportInputs(inputs.run, forget=inputs.forget, retain=inputs.retain, reveal=inputs.reveal)
     )
     report = json.loads(json.dumps(content(material), allow_nan=False, ensure_ascii=False))
     device = resolve_device(inputs.device)
@@ -153,7 +118,6 @@ def check(inputs: ViewInputs) -> Checked:
         raise InputError(f"--chat-template on: the tokenizer of {unlearned.name} has none; give off")
     elif template:
         check_template(unlearned.tokenizer)
-    before, after = _records(inputs, material.rows)
     return Checked(
         inputs=inputs,
         material=material,
@@ -162,9 +126,6 @@ def check(inputs: ViewInputs) -> Checked:
         unlearned=unlearned,
         device=device,
         chat_template=template,
-        before=before,
-        after=after,
-        cards=_cards(inputs.compare, material),
         password=password,
     )
 
@@ -266,24 +227,3 @@ def _models(inputs: ViewInputs, manifest: Mapping[str, Any]) -> tuple[CheckedMod
 def _text_of(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     text = manifest["settings"]["training"].get("text")
     return text if isinstance(text, dict) else {}
-
-
-def _records(
-    inputs: ViewInputs, rows: Mapping[str, RowSet]
-) -> tuple[Mapping[tuple[str, str], Record], Mapping[tuple[str, str], Record]]:
-    given: Sequence[str] = inputs.records
-    usual = Path(inputs.run) / RECORDS
-    if not given and rows and usual.is_file():
-        given = (str(usual),)
-    read = [read_records(path, rows) for path in given]
-    if len(read) == 2:
-        return read[0], read[1]
-    return {}, (read[0] if read else {})
-
-
-def _cards(runs: Sequence[str], material: Material) -> dict[str, Scorecard]:
-    cards = {each.label: each.card for each in material.cards}
-    for run in runs:
-        cards[label_of(run, cards)] = read_scores(run)
-    check_one_form(cards)
-    return cards

@@ -1,4 +1,4 @@
-"""The page in Gradio: a prompt to both models, the rows, the report, other runs beside this one.
+"""The page in Gradio: a prompt to both models, the rows, the report.
 
 Gradio keeps what a handler returns and sends it to the browser, so a handler returns no text of a row
 unless it was revealed: not as a value, not as a choice, not as state.
@@ -83,13 +83,7 @@ class Desk:
         if not isinstance(key, str) or key not in self.rows:
             return drawing.note("No row is chosen.")
         split, row = self.rows[key]
-        return drawing.row_card(
-            row,
-            split,
-            self._checked.before.get((split, row.id)),
-            self._checked.after.get((split, row.id)),
-            reveal=self._checked.inputs.reveal,
-        )
+        return drawing.row_card(row, split, reveal=self._checked.inputs.reveal)
 
     def ask_row(self, key: str | None, session: str) -> Iterator[Drawn]:
         """Asks both with a row's input: the scores, and the answers where text is revealed."""
@@ -180,8 +174,6 @@ def build(checked: Checked, pair: Pair) -> gr.Blocks:
             _rows_tab(desk, checked)
         with gr.Tab("Report", id="report"):
             _html(drawing.report_frame(report_page(report)))
-        with gr.Tab("Compare", id="compare"):
-            _compare_tab(checked)
         # The browser has gone, so nobody reads what is being written.
         page.unload(_stopper(desk))
     # No generation past the queue, and no queue without end.
@@ -233,12 +225,9 @@ def _rows_tab(desk: Desk, checked: Checked) -> None:
     if not checked.rows:
         _html(drawing.note("Start expunge view with --forget F --retain R to browse the rows."))
         return
-    heads, lines = drawing.row_lines(
-        {split: rows.rows for split, rows in checked.rows.items()}, checked.before, checked.after
-    )
     table = gr.Dataframe(
-        lines,
-        headers=heads,
+        drawing.row_lines({split: rows.rows for split, rows in checked.rows.items()}),
+        headers=drawing.ROW_HEADS,
         datatype="str",
         type="array",
         interactive=False,
@@ -281,20 +270,6 @@ def _rows_tab(desk: Desk, checked: Checked) -> None:
     chosen.change(changed, chosen, [card, target, unlearned, below], **_AT_ONCE)
     ask.click(asked, chosen, [target, unlearned, below], **_GENERATES)
     stop.click(_stopper(desk), None, None, **_AT_ONCE)
-
-
-def _compare_tab(checked: Checked) -> None:
-    if not checked.cards:
-        _html(
-            drawing.note(
-                "No scorecard is there. expunge evaluate RUN --forget F --retain R --output"
-                " RUN/scores.json measures one; --compare RUN2 sets another run beside it."
-            )
-        )
-        return
-    _html(drawing.compare(checked.cards))
-    if not checked.inputs.compare:
-        _html(drawing.note("Start expunge view with --compare RUN2 ... to see other runs here."))
 
 
 def _sides(desk: Desk, *, shown: bool = True) -> tuple[gr.HTML, gr.HTML, gr.HTML]:
