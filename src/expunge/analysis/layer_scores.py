@@ -6,10 +6,9 @@ For a layer l, with sums over the sampled forget rows:
     restored(l)  = sum(patched(l) - corrupted) / sum(clean - corrupted)
     separate(l)  = 1 - mean over forget inputs of the highest cosine with a retain input
     score(l)     = their geometric mean
-    written(l)   = mean of min(1, ||h_l - h_(l-n)|| / ||h_l||), shown beside it
 
 `clean`, `corrupted`, `patched` and `lens` are a row's mean log-probabilities of its answer tokens in
-nats, `guess` is -log(vocabulary), n the number of trained layers. Every share is cut to [0, 1]. No
+nats, `guess` is -log(vocabulary). Every share is cut to [0, 1]. No
 constant is fitted to a model, and no share can make up for one that is 0.
 """
 
@@ -50,32 +49,8 @@ def separate(forget: torch.Tensor, retain: torch.Tensor) -> float:
     return float((1 - near.amax(1)).mean().clamp(0, 1))
 
 
-def written(states: torch.Tensor, below: torch.Tensor) -> float:
-    """Share of the states that the layers in between wrote: in [0, 1].
-
-    The mean of min(1, ||states - below|| / ||states||); both (n, width).
-    """
-    states, below = states.double(), below.double()
-    change = (states - below).norm(dim=1) / states.norm(dim=1).clamp(min=1e-30)
-    return float(change.clamp(max=1).mean())
-
-
 def combined(shares: Sequence[float]) -> float:
     """The geometric mean; 0 if any is 0."""
     if not shares:
         raise ValueError("no share to combine")
     return math.prod(shares) ** (1 / len(shares))
-
-
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman's rank correlation, in [-1, 1]; equal values share their mean rank.
-
-    None for fewer than two values, or where one side is all equal and has no order.
-    """
-    if len(first) != len(second):
-        raise ValueError(f"{len(first)} values beside {len(second)}")
-    if len(set(first)) < 2 or len(set(second)) < 2:
-        return None
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(list(first), list(second)).statistic)

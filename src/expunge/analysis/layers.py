@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from expunge.analysis.layer_rows import ANSWER_TOKENS, SampledRow, corrupted_ids, sampled
-from expunge.analysis.layer_scores import combined, separate, share, written
+from expunge.analysis.layer_scores import combined, separate, share
 from expunge.data.tokenization import Example
 from expunge.maths.numerics import target_log_probs
 from expunge.methods.forward import logits_at
@@ -48,14 +48,6 @@ class LayerReading:
     """Share of the answers' log-probability that the layer's clean states bring to a corrupted row."""
     separate: float | None
     """How far inputs of the trained projections are from those of retain rows; None without them."""
-    written: float
-    """Share of the layer's states that the trained layers wrote; not part of the score."""
-    log_prob: float
-    """Mean log-probability of the answers' tokens by the logit lens, in nats."""
-    rank: float
-    """Mean over rows of the answer tokens' median rank by the logit lens; 0 is the likeliest."""
-    norm: float
-    """Mean norm of the layer's states."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ class LayerChoice:
 
     def to_json(self) -> dict[str, Any]:
         """Numbers only; what a manifest holds."""
-        return asdict(self) | {"readings": [asdict(reading) for reading in self.readings]}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> LayerChoice:
@@ -153,10 +145,7 @@ class LayerPass:
         self._corrupted: list[torch.Tensor] = []
         self._patches: list[torch.Tensor] = []
         self._lens: list[torch.Tensor] = []
-        self._ranks: list[torch.Tensor] = []
         self._vocabulary = 0
-        self._norms: list[list[float]] = [[] for _ in range(layout.count)]
-        self._written: list[list[float]] = [[] for _ in self._candidates]
         self._inputs: dict[str, list[list[torch.Tensor]]] = {
             side: [[] for _ in range(layout.count)] for side in self._sides
         }
@@ -234,9 +223,6 @@ class LayerPass:
                 projection = module.get_submodule(self._layout.mlp_output)
                 handle = projection.register_forward_pre_hook(taken.input_hook)
                 stack.callback(handle.remove)
-            first = self._layout.layer(self._parts.model, 0)
-            handle = first.register_forward_pre_hook(taken.below_hook, with_kwargs=True)
-            stack.callback(handle.remove)
             with torch.no_grad(), self._autocast():
                 where = (torch.arange(ids.numel()) < read).view(ids.shape)
                 logits = logits_at(
@@ -248,7 +234,6 @@ class LayerPass:
             targets = [target for index in chunk for target in rows[index].targets]
             counts = [len(rows[index].places) for index in chunk]
             self._take(logits, torch.tensor(targets, device=device), counts)
-            self._take_states(taken, counts)
 
     def _take(self, logits: torch.Tensor, targets: torch.Tensor, counts: Sequence[int]) -> None:
         """Log-probabilities of the variants and of the lens: logits (pieces * places, vocabulary)."""
@@ -256,30 +241,13 @@ class LayerPass:
         pieces = len(logits) // len(targets)
         repeated = targets.repeat(pieces)
         log_probs = target_log_probs(logits, repeated).view(pieces, -1).cpu()
-        chosen = logits.gather(1, repeated[:, None])
-        ranks = (logits > chosen).sum(1).view(pieces, -1).float().cpu()
-        by_row = zip(log_probs.split(list(counts), 1), ranks.split(list(counts), 1), strict=True)
-        for found, rank in by_row:
+        for found in log_probs.split(list(counts), 1):
             means = found.mean(1)
             lens, (clean, corrupted), patched = means.split([len(self._patched), 2, len(self._patched)])
             self._clean.append(clean)
             self._corrupted.append(corrupted)
             self._lens.append(torch.cat([lens, clean[None]]))
             self._patches.append(torch.cat([patched, clean[None]]))
-            medians = rank.median(1).values
-            self._ranks.append(medians[: len(self._candidates)])
-
-    def _take_states(self, taken: _Taken, counts: Sequence[int]) -> None:
-        below = [taken.below, *taken.states]  # below[i] is what layer i is given
-        for layer, states in enumerate(taken.states):
-            norms = states.float().norm(dim=1).split(list(counts))
-            self._norms[layer] += [float(row.mean()) for row in norms]
-        for number, layer in enumerate(self._candidates):
-            under = below[layer + 1 - self._trained].float().split(list(counts))
-            over = below[layer + 1].float().split(list(counts))
-            self._written[number] += [
-                written(top, bottom) for top, bottom in zip(over, under, strict=True)
-            ]
 
     def readings(self) -> tuple[LayerReading, ...]:
         """Everything that was measured, layer by layer."""
@@ -293,24 +261,11 @@ class LayerPass:
         for number, layer in enumerate(self._candidates):
             found = None if decodable is None else float(decodable[number])
             brought = None if restored is None else float(restored[number])
-            own = statistics.fmean(self._written[number])
             score = None
             if found is not None and brought is not None:
                 distance = [] if apart[layer] is None else [apart[layer] or 0.0]
                 score = combined([found, brought, *distance])
-            readings.append(
-                LayerReading(
-                    layer=layer,
-                    score=score,
-                    decodable=found,
-                    restored=brought,
-                    separate=apart[layer],
-                    written=own,
-                    log_prob=float(lens[:, number].mean()),
-                    rank=float(torch.stack(self._ranks)[:, number].mean()),
-                    norm=statistics.fmean(self._norms[layer]),
-                )
-            )
+            readings.append(LayerReading(layer, score, found, brought, apart[layer]))
         return tuple(readings)
 
     def _separations(self) -> dict[int, float | None]:
@@ -341,16 +296,10 @@ class _Taken:
     """(n,): their places."""
     patches: Mapping[int, int]
     lens: Sequence[int]
-    below: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     states: list[torch.Tensor] = field(default_factory=list)
     """Clean states that each layer gives at the places, (n, width)."""
     inputs: list[torch.Tensor] = field(default_factory=list)
     """Inputs of each layer's MLP output projection there, (n, its width)."""
-
-    def below_hook(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
-        """What the first layer is given."""
-        given = args[0] if args else kwargs["hidden_states"]
-        self.below = given[self.rows, self.places]
 
     def input_hook(self, _module: nn.Module, args: Any) -> None:
         """What a projection is given."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from expunge.analysis.layer_scores import rank_correlation
 from expunge.analysis.layers import LayerChoice
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.options import Printed, print_json
@@ -24,7 +23,6 @@ from expunge.processes import check_alone, processes_of
 from expunge.reporting.tables import number, table_console, table_of
 from expunge.runs.opening import open_parts
 from expunge.runs.run import RunInputs, check_run
-from expunge.search.results import measured_layers
 from expunge.search.space import replaced
 from expunge.training.form import resolved_form
 from expunge.training.layer_choice import read_layers
@@ -32,7 +30,7 @@ from expunge.training.options import TrainingOptions
 from expunge.training.progress import Progress
 
 _ABOUT = """
-expunge analyze layers MODEL --forget F --retain R [--measured SWEEP]
+expunge analyze layers MODEL --forget F --retain R
 
 Scores each layer that adaptive-rmu or rmu can steer, by one pass over a few rows of the target.
 `--method.layer auto` chooses by it. To measure layers, sweep over them.
@@ -41,9 +39,7 @@ Examples:
   expunge analyze layers model --forget f.jsonl --retain r.jsonl
   expunge sweep model --forget f.jsonl --retain r.jsonl --output layers --method adaptive-rmu
       --sampler grid --search method.layer=int:2:7
-  expunge analyze layers model --forget f.jsonl --retain r.jsonl --measured layers
 """
-_OF_A_SWEEP = ("--output", "--every", "--layers", "--keep", "--overwrite", "--resume")
 
 
 @dataclass(frozen=True)
@@ -53,32 +49,18 @@ class Layers(Printed, RunInputs):
     output: Annotated[str, tyro.conf.Suppress] = ""
     overwrite: Annotated[bool, tyro.conf.Suppress] = False
     resume: Annotated[bool, tyro.conf.Suppress] = False
-    measured: str | None = None
-    """A sweep over --method.layer of this target, a sweep.json or a directory that holds one. Its
-    scores stand beside the prediction."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parses, reads the layers, prints."""
-    # It has become all that the command does.
-    words = [word for word in arguments if word != "--predict-only"]
-    for word in words:
-        if (name := word.partition("=")[0]) in _OF_A_SWEEP:
-            raise InputError(
-                f"{name}: analyze layers runs and writes nothing; run each layer with expunge sweep"
-                " --sampler grid --search method.layer=int:LOW:HIGH"
-            )
-    settings, _ = parsed(words, "expunge analyze layers", Layers, _ABOUT, default=AdaptiveRMU.name)
+    settings, _ = parsed(arguments, "expunge analyze layers", Layers, _ABOUT, default=AdaptiveRMU.name)
     inputs = settings.inputs
-    measured = None if inputs.measured is None else measured_layers(inputs.measured)
     with progress_on_stderr() as progress:
         choice = predict(inputs, settings.settings, settings.training, progress)
-    found = _correlation(choice, {} if measured is None else measured[1])
     if inputs.json:
-        values = None if measured is None else {"objective": measured[0], "layers": measured[1]}
-        print_json(choice.to_json() | {"measured": values, "rank_correlation": found})
-        return 0
-    _show(choice, measured, found)
+        print_json(choice.to_json())
+    else:
+        _show(choice)
     return 0
 
 
@@ -99,41 +81,18 @@ def predict(
     return read_layers(prepared, checked.layout, parts, autocast, progress)
 
 
-def _correlation(choice: LayerChoice, measured: Mapping[int, float]) -> float | None:
-    """Spearman's, of predicted and measured scores; None where either has no order."""
-    both = [
-        (reading.score, measured[reading.layer])
-        for reading in choice.readings
-        if reading.score is not None and reading.layer in measured
-    ]
-    return rank_correlation([one for one, _ in both], [other for _, other in both])
-
-
-def _show(
-    choice: LayerChoice, measured: tuple[str, Mapping[int, float]] | None, correlation: float | None
-) -> None:
+def _show(choice: LayerChoice) -> None:
     console = table_console()
     if choice.readings:
-        name, values = measured or ("", {})
-        header = [
-            "layer", "score", "decodable", "restored", "separate", "written", "log-prob", "rank", "norm",
-            *([f"measured, {name}"] if measured else []),
-        ]  # fmt: skip
-        rows = []
-        for reading in choice.readings:
-            told = asdict(reading)
-            shares = ("score", "decodable", "restored", "separate", "written")
-            rows.append(
-                [
-                    f"{reading.layer}{' *' * (reading.layer == choice.layer)}",
-                    *(number(told[share]) for share in shares),
-                    f"{reading.log_prob:.2f}",
-                    f"{reading.rank:.1f}",
-                    f"{reading.norm:.1f}",
-                    *([number(values.get(reading.layer))] if measured else []),
-                ]
-            )
-        console.print(table_of("Predicted", header, rows))
+        shares = ("score", "decodable", "restored", "separate")
+        rows = [
+            [
+                f"{reading.layer}{' *' * (reading.layer == choice.layer)}",
+                *(number(getattr(reading, share)) for share in shares),
+            ]
+            for reading in choice.readings
+        ]
+        console.print(table_of("Predicted", ["layer", *shares], rows))
     said = []
     if choice.clean is not None and choice.corrupted is not None:
         said.append(
@@ -141,9 +100,6 @@ def _show(
             f" log-probability of their answers {choice.clean:.2f}, after another prompt"
             f" {choice.corrupted:.2f}"
         )
-    if measured is not None:
-        order = "too few layers for one" if correlation is None else f"{correlation:.2f}"
-        said.append(f"rank correlation of predicted and measured scores: {order}")
     said.append(f"--method.layer auto: {choice.layer} ({choice.why})")
     if choice.warning is not None:
         said.append(f"warning: {choice.warning}")

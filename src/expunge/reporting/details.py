@@ -14,7 +14,7 @@ from expunge.reporting.figures import thinned
 from expunge.reporting.material import Material, plain
 from expunge.reporting.tables import score_rows
 
-_SHARES = ("score", "decodable", "restored", "separate", "written")
+_SHARES = ("score", "decodable", "restored", "separate")
 
 
 def scorecard(material: Material) -> dict[str, Any] | None:
@@ -92,7 +92,6 @@ def weights(material: Material) -> dict[str, Any]:
             for layer, mine in sorted(by_layer.items())
         ],
         "outside_layers": [tensor["name"] for tensor in outside],
-        "layer_count": material.layer_count,
     }
 
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import expunge
 from expunge.disk import write_whole
-from expunge.errors import InputError
 from expunge.evaluation.outcomes import of_scores
 from expunge.evaluation.scorecard import Scorecard
 from expunge.runs.manifest import finite, settings_of
@@ -89,35 +88,6 @@ def write_results(task: Task, study: Study, stopped: str) -> dict[str, Any]:
 def best_run(result: Mapping[str, Any]) -> Mapping[str, Any]:
     """The trial that was chosen."""
     return _trial(result, result["best"])
-
-
-def measured_layers(source: str) -> tuple[str, dict[int, float]]:
-    """The first objective of a sweep over `method.layer`, and its highest value at each layer.
-
-    `source` is a sweep.json or a directory that holds one. Raises InputError that names the file.
-    """
-    path = Path(source)
-    path = path / RESULT if path.is_dir() else path
-    if not path.is_file():
-        raise InputError(f"--measured {path}: not found; give the output of expunge sweep")
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        objective = str(result["objectives"][0])
-        found = [
-            (int(trial["params"]["method.layer"]), float(trial["values"][objective]))
-            for trial in result["trials"]
-            if trial["state"] == "complete" and "method.layer" in trial["params"]
-        ]
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        raise InputError(
-            f"--measured {path}: is not what a sweep wrote; give the output of expunge sweep"
-        ) from None
-    if not found:
-        raise InputError(
-            f"--measured {path}: has no complete trial over method.layer; make some with expunge"
-            " sweep --search method.layer=int:LOW:HIGH"
-        )
-    return objective, dict(sorted(found, key=lambda each: each[1]))
 
 
 def _trial(result: Mapping[str, Any], number: int) -> Mapping[str, Any]:
