@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expunge.reporting import figures
-from expunge.reporting.figures import Compared, Line, Mark, Panel
+from expunge.reporting.figures import Compared, Line, Panel
 
 Points = list[tuple[float, float | None]]
 
@@ -32,8 +32,8 @@ def path_of(svg: ET.Element, style: str) -> list[tuple[float, float]]:
 
 
 def test_marks_of_a_strip_stand_at_their_values() -> None:
-    marks = [Mark("target", 1.0), Mark("oracle", 0.0), Mark("unlearned", 0.25)]
-    svg = drawn(figures.strip(marks, "told", 0.125, 0.5))
+    values = {"target": 1.0, "oracle": 0.0, "unlearned": 0.25}
+    svg = drawn(figures.strip(values, "told", 0.125, 0.5))
     disc = svg.find("circle")
     square = svg.find("rect")
     assert disc is not None
@@ -48,7 +48,7 @@ def test_marks_of_a_strip_stand_at_their_values() -> None:
 
 
 def test_a_share_beyond_the_strip_is_drawn_at_its_end() -> None:
-    svg = drawn(figures.strip([Mark("unlearned", -0.3)], "told", None, None))
+    svg = drawn(figures.strip({"unlearned": -0.3}, "told", None, None))
     disc = svg.find("circle")
     assert disc is not None
     assert float(disc.attrib["cx"]) == 9.0
@@ -118,9 +118,9 @@ def test_thinning_keeps_the_mean_and_the_order(values: list[float], most: int) -
         assert math.fsum(kept) / len(kept) == pytest.approx(mean, abs=tolerance)
 
 
-def test_comparisons_and_bars_stand_at_their_values() -> None:
-    marks = [Mark("oracle", 0.0), Mark("target", 1.0), Mark("unlearned", 0.5)]
-    rows = [Compared("a", marks, 0.25, 0.75), Compared("b <", [Mark("unlearned", 1.0)], None, None)]
+def test_comparisons_stand_at_their_values() -> None:
+    shares = {"oracle": 0.0, "target": 1.0, "unlearned": 0.5}
+    rows = [Compared("a", shares, 0.25, 0.75), Compared("b <", {"unlearned": 1.0}, None, None)]
     svg = drawn(figures.comparison(rows, "x", "t", "d"))
     half, whole = (float(each.attrib["cx"]) for each in svg.iter("circle"))
     (interval,) = (each for each in svg.iter("line") if each.attrib["class"] == "interval")
@@ -130,8 +130,3 @@ def test_comparisons_and_bars_stand_at_their_values() -> None:
     (target,) = svg.iter("rect")
     assert float(target.attrib["x"]) + 5.5 == pytest.approx(whole, abs=0.02)
     assert "b <" in [each.text for each in svg.iter("text")]
-    svg = drawn(figures.bars([(1, 0.2), (3, 0.1)], 4, "t", "d"))
-    big, small = svg.findall("rect")
-    assert float(big.attrib["height"]) == pytest.approx(2 * float(small.attrib["height"]))
-    slot = (float(small.attrib["x"]) - float(big.attrib["x"])) / 2
-    assert float(big.attrib["width"]) == pytest.approx(0.7 * slot, abs=0.02)

@@ -8,7 +8,7 @@ Every figure has a title and a description for screen readers. Shapes tell apart
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
@@ -16,43 +16,23 @@ from markupsafe import Markup
 
 _WIDTH = 680.0
 _LEFT, _RIGHT = 62.0, 16.0
+_HEIGHT = 104.0
+"""Of a panel."""
 _MOST_POINTS = 300
 _LONGEST = 28
 """Characters of a name beside a figure."""
 _LOG_FROM = 50.0
 """Largest over smallest value from which an axis of positive values is logarithmic."""
-_SHAPES = {
-    "oracle": "M0-6.5L6.5 5H-6.5Z",
-    "destroyed": "M0-6L6 0L0 6L-6 0Z",
-    "pruned": "M0 6.5L6.5-5H-6.5Z",
-    "failed": "M-4.5-4.5L4.5 4.5M-4.5 4.5L4.5-4.5",
-}
-"""Paths about the mark's place."""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """One model's value on a strip."""
-
-    role: str
-    """target, unlearned or oracle."""
-    value: float
 
 
 @dataclass(frozen=True)
 class Line:
-    """One course of values over steps or layers, or marks that no line joins."""
+    """One course of values over steps or layers."""
 
     name: str
     style: str
-    """Its class in the page's style sheet; of marks also their shape."""
+    """Its class in the page's style sheet."""
     points: Sequence[tuple[float, float | None]]
-    marks: bool = False
-    """Whether every point is a mark of its own."""
-    stepped: bool = False
-    """Whether a value holds until the next."""
-    said: Sequence[str] = ()
-    """What the pointer is told of each mark."""
 
 
 @dataclass(frozen=True)
@@ -66,25 +46,22 @@ class Panel:
     marked: float | None = None
     """Where the chosen step or layer is."""
     marked_as: str = ""
-    levels: Sequence[tuple[str, float]] = ()
-    """Named values that a line crosses the panel at."""
-    height: float = 104.0
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One row of a comparison: each model's share, and the interval of the unlearned one's; or a bar."""
+    """One row of a comparison: each model's share, and the interval of the unlearned one's."""
 
     name: str
-    marks: Sequence[Mark] = ()
-    low: float | None = None
-    high: float | None = None
-    bar: float | None = None
-    said: str = ""
-    """What the pointer is told of the bar."""
+    shares: Mapping[str, float]
+    """By model, the one that lies above the others last."""
+    low: float | None
+    high: float | None
 
 
-def strip(marks: Sequence[Mark], description: str, low: float | None, high: float | None) -> Markup:
+def strip(
+    values: Mapping[str, float], description: str, low: float | None, high: float | None
+) -> Markup:
     """A line from 0 to 1 with a mark for each model, and an interval about the unlearned one."""
     width, y = 210.0, 13.0
     x = _scale(0.0, 1.0, 9.0, 201.0)
@@ -95,47 +72,36 @@ def strip(marks: Sequence[Mark], description: str, low: float | None, high: floa
         _text(svg, x(tick), 30, f"{tick:g}", "tick", "middle")
     if low is not None and high is not None:
         _line(svg, x(low), y, x(high), y, "interval")
-    for mark in marks:
-        _mark(svg, mark.role, x(mark.value), y)
+    for model, value in values.items():
+        _mark(svg, model, x(value), y)
     return _markup(svg)
 
 
-def curves(
-    panels: Sequence[Panel],
-    across: str,
-    title: str,
-    description: str,
-    span: tuple[float, float] | None = None,
-) -> Markup:
+def curves(panels: Sequence[Panel], across: str, title: str, description: str) -> Markup:
     """Panels under each other over one axis; values beyond 300 points are means of neighbours."""
     xs = [point[0] for panel in panels for line in panel.lines for point in line.points]
-    first, last = span or ((min(xs), max(xs)) if xs else (0.0, 1.0))
+    first, last = (min(xs), max(xs)) if xs else (0.0, 1.0)
     if first == last:
         first, last = first - 0.5, last + 0.5
     tops, base = [], -14.0
     for panel in panels:
         tops.append(base + 40 + 18 * (not _fits(panel)))
-        base = tops[-1] + panel.height
+        base = tops[-1] + _HEIGHT
     svg = _figure("curves", _WIDTH, base + 52, title, description)
     x = _scale(first, last, _LEFT, _WIDTH - _RIGHT)
     for panel, top in zip(panels, tops, strict=True):
         _panel(svg, panel, x, top)
-    whole = span is None and all(value == int(value) for value in xs)
+    whole = all(value == int(value) for value in xs)
     _foot(svg, x, base, _ticks(first, last, whole=whole, count=8), across, _LEFT)
     return _markup(svg)
 
 
 def comparison(rows: Sequence[Compared], across: str, title: str, description: str) -> Markup:
-    """A row each: every model's mark and the interval about the unlearned one, or a bar from 0.
-
-    The axis goes from 0 to 1, or as far as bars do.
-    """
+    """A row each, from 0 to 1: every model's mark and the interval about the unlearned one."""
     left, step, top = 190.0, 24.0, 8.0
     base = top + step * len(rows)
     svg = _figure("comparison", _WIDTH, base + 40, title, description)
-    bars = [row.bar for row in rows if row.bar is not None]
-    low, high = min([0.0, *bars]), 1.1 * max(bars, default=0.0)
-    x = _scale(low, high if high > low else 1.0, left, _WIDTH - _RIGHT)
+    x = _scale(0.0, 1.0, left, _WIDTH - _RIGHT)
     for index, row in enumerate(rows):
         y = top + step * (index + 0.5)
         name = row.name if len(row.name) <= _LONGEST else row.name[: _LONGEST - 1] + "…"
@@ -143,36 +109,10 @@ def comparison(rows: Sequence[Compared], across: str, title: str, description: s
         _line(svg, left, y, _WIDTH - _RIGHT, y, "grid")
         if row.low is not None and row.high is not None:
             _line(svg, x(row.low), y, x(row.high), y, "interval")
-        for mark in row.marks:
-            _mark(svg, mark.role, x(mark.value), y)
-        if row.bar is not None:
-            begin, end = sorted((x(0.0), x(row.bar)))
-            _bar(svg, begin, y - 7, end - begin, 14.0, row.said)
-            _text(svg, end + 6, y + 4, _short(row.bar), "tick halo", "start")
+        for model, share in row.shares.items():
+            _mark(svg, model, x(share), y)
     _line(svg, left, base, _WIDTH - _RIGHT, base, "axis")
-    _foot(svg, x, base, _ticks(low, high or 1.0, whole=False, count=5), across, left)
-    return _markup(svg)
-
-
-def bars(values: Sequence[tuple[int, float]], count: int, title: str, description: str) -> Markup:
-    """A bar for each of `count` layers; a layer without a value is unchanged and has none."""
-    top, height = 16.0, 120.0
-    base = top + height
-    svg = _figure("bars", _WIDTH, base + 40, title, description)
-    most = max((value for _, value in values), default=0.0) or 1.0
-    slot = (_WIDTH - _LEFT - _RIGHT) / max(1, count)
-    for tick in _ticks(0.0, most, whole=False, count=4):
-        y = base - height * tick / most
-        _line(svg, _LEFT, y, _WIDTH - _RIGHT, y, "grid")
-        _text(svg, _LEFT - 7, y + 4, f"{100 * tick:g}%", "tick", "end")
-    for layer, value in values:
-        bar = height * value / most
-        _bar(svg, _LEFT + slot * (layer + 0.15), base - bar, slot * 0.7, bar)
-    _line(svg, _LEFT, base, _WIDTH - _RIGHT, base, "axis")
-    every = max(1, math.ceil(count / 24))
-    for layer in range(0, count, every):
-        _text(svg, _LEFT + slot * (layer + 0.5), base + 16, str(layer), "tick", "middle")
-    _text(svg, (_LEFT + _WIDTH - _RIGHT) / 2, base + 34, "decoder layer", "label", "middle")
+    _foot(svg, x, base, _ticks(0.0, 1.0, whole=False, count=5), across, left)
     return _markup(svg)
 
 
@@ -231,7 +171,7 @@ def _fits(panel: Panel) -> bool:
 
 
 def _panel(svg: ET.Element, panel: Panel, x: Callable[[float], float], top: float) -> None:
-    drawn = [(line, list(line.points) if line.marks else thinned(line.points)) for line in panel.lines]
+    drawn = [(line, thinned(line.points)) for line in panel.lines]
     values = [value for _, points in drawn for _, value in points if value is not None]
     logarithmic = not panel.unit and is_logarithmic(values)
     scaled = [math.log10(value) for value in values] if logarithmic else values
@@ -240,7 +180,7 @@ def _panel(svg: ET.Element, panel: Panel, x: Callable[[float], float], top: floa
         low, high = min(0.0, low), max(1.0, high)
     if low == high:
         low, high = low - 0.5, high + 0.5
-    base = top + panel.height
+    base = top + _HEIGHT
     linear = _scale(low, high, base, top)
 
     def y(value: float) -> float:
@@ -260,31 +200,19 @@ def _panel(svg: ET.Element, panel: Panel, x: Callable[[float], float], top: floa
         _text(svg, _LEFT - 7, y(tick) + 4, _short(tick), "tick", "end")
     _line(svg, _LEFT, top, _LEFT, base, "axis")
     _line(svg, _LEFT, base, _WIDTH - _RIGHT, base, "axis")
-    for number, (name, level) in enumerate(panel.levels):
-        _line(svg, _LEFT, y(level), _WIDTH - _RIGHT, y(level), "chosen")
-        # At different places, for levels can be near to each other; never above the panel.
-        beside = y(level) + (-4 if y(level) - top > 14 else 13)
-        _text(svg, _LEFT + 8 + 60 * number, beside, name, "tick halo", "start")
     if panel.marked is not None:
         _line(svg, x(panel.marked), top, x(panel.marked), base, "chosen")
     for line, points in drawn:
-        if line.marks:
-            said = line.said or [line.name] * len(points)
-            for (at, value), words in zip(points, said, strict=True):
-                if value is not None:
-                    _mark(svg, line.style, x(at), y(value), words)
-            continue
         path, pen = [], "M"
         for at, value in points:
             if value is None:
                 pen = "M"
                 continue
-            path.append(f"H{_n(x(at))}" * (line.stepped and pen == "L"))
             path.append(f"{pen}{_n(x(at))} {_n(y(value))}")
             pen = "L"
         if path:
             ET.SubElement(svg, "path", {"class": f"course {line.style}", "d": "".join(path)})
-        if len(points) <= 40 and not line.stepped:
+        if len(points) <= 40:
             for at, value in points:
                 if value is not None:
                     _dot(svg, line.style, x(at), y(value))
@@ -296,13 +224,9 @@ def _panel(svg: ET.Element, panel: Panel, x: Callable[[float], float], top: floa
     legend = _WIDTH - _RIGHT - _legend(panel)
     for line in panel.lines if len(panel.lines) > 1 else ():
         at = names - 4
-        if line.marks:
-            _mark(svg, line.style, legend + 14, at)
-        else:
-            course = {"class": f"course {line.style}", "d": f"M{_n(legend)} {_n(at)}h20"}
-            ET.SubElement(svg, "path", course)
-            if not line.stepped:
-                _dot(svg, line.style, legend + 10, at)
+        course = {"class": f"course {line.style}", "d": f"M{_n(legend)} {_n(at)}h20"}
+        ET.SubElement(svg, "path", course)
+        _dot(svg, line.style, legend + 10, at)
         _text(svg, legend + 25, at + 4, line.name, "tick", "start")
         legend += 7.0 * len(line.name) + 34
 
@@ -326,27 +250,17 @@ def _text(svg: ET.Element, x: float, y: float, text: str, style: str, anchor: st
     ET.SubElement(svg, "text", place).text = text
 
 
-def _bar(svg: ET.Element, x: float, y: float, width: float, height: float, said: str = "") -> None:
-    place = {"x": _n(x), "y": _n(y), "width": _n(width), "height": _n(height)}
-    bar = ET.SubElement(svg, "rect", {"class": "bar", **place})
-    if said:
-        ET.SubElement(bar, "title").text = said
-
-
-def _mark(svg: ET.Element, kind: str, x: float, y: float, said: str = "") -> None:
-    """Target a hollow square, other models and trials by `_SHAPES`, the rest discs."""
-    style = {"class": f"mark {kind}"}
-    if kind == "target":
+def _mark(svg: ET.Element, model: str, x: float, y: float) -> None:
+    """The target a hollow square, the oracle a triangle, the unlearned model a disc."""
+    style = {"class": f"mark {model}"}
+    if model == "target":
         size = {"x": _n(x - 5.5), "y": _n(y - 5.5), "width": "11", "height": "11"}
-        mark = ET.SubElement(svg, "rect", {**style, **size})
-    elif kind in _SHAPES:
-        place = {"transform": f"translate({_n(x)} {_n(y)})", "d": _SHAPES[kind]}
-        mark = ET.SubElement(svg, "path", {**style, **place})
+        ET.SubElement(svg, "rect", {**style, **size})
+    elif model == "oracle":
+        place = {"transform": f"translate({_n(x)} {_n(y)})", "d": "M0-6.5L6.5 5H-6.5Z"}
+        ET.SubElement(svg, "path", {**style, **place})
     else:
-        place = {"cx": _n(x), "cy": _n(y), "r": "5"}
-        mark = ET.SubElement(svg, "circle", {**style, **place})
-    if said:
-        ET.SubElement(mark, "title").text = said
+        ET.SubElement(svg, "circle", {**style, "cx": _n(x), "cy": _n(y), "r": "5"})
 
 
 def _dot(svg: ET.Element, style: str, x: float, y: float) -> None:

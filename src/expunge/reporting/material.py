@@ -25,7 +25,6 @@ from expunge.runs.run import DIRECTIONS, METRICS
 
 AUDIT = "audit.json"
 """Its name in a run directory."""
-"""Its name in a run directory."""
 BEFORE, ORACLE = "before.json", "oracle.json"
 """Scores of the target and of an oracle, in a run directory."""
 _BACK = "put back what the run wrote"
@@ -127,8 +126,6 @@ class Material:
     audit_source: str | None
     rows: Mapping[str, RowSet]
     """Forget and retain set, where given."""
-    layer_count: int | None
-    """Decoder layers of the model; None where config.json does not tell."""
     changed_files: Sequence[str]
     """Files that are not as the manifest recorded them."""
     missing_files: Sequence[str]
@@ -163,7 +160,6 @@ def gather(inputs: ReportInputs) -> Material:
         audit=None if audit_path is None else _audit(audit_path, manifest),
         audit_source=None if audit_path is None else named(str(audit_path)),
         rows=_rows(inputs, manifest),
-        layer_count=_layer_count(directory / "config.json"),
         changed_files=changed,
         missing_files=missing,
     )
@@ -378,16 +374,6 @@ def _rows(inputs: ReportInputs, manifest: Mapping[str, Any]) -> dict[str, RowSet
             )
         found[role] = rows
     return found
-
-
-def _layer_count(path: Path) -> int | None:
-    if not path.is_file():
-        return None
-    config = read_json(path)
-    nested = config.get("text_config")
-    places = (config, nested if isinstance(nested, dict) else {})
-    counts = (values.get(key) for values in places for key in ("num_hidden_layers", "n_layer"))
-    return next((int(count) for count in counts if isinstance(count, int)), None)
 
 
 def plain(value: Any) -> float | None:

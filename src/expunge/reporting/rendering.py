@@ -15,9 +15,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Undefined
 from markupsafe import Markup, escape
 
-from expunge.audits.base import MODELS
 from expunge.reporting import figures
-from expunge.reporting.figures import Compared, Line, Mark, Panel
+from expunge.reporting.figures import Compared, Line, Panel
 from expunge.reporting.grids import Grids, at, pairs
 from expunge.terminal import shown
 
@@ -25,7 +24,7 @@ ABSENT = "not measured"
 _BACK = ("oracle", "target", "unlearned")
 """In the order of drawing: the mark that the report is about lies above the others."""
 _NO_FIGURES: Mapping[str, Any] = {
-    **dict.fromkeys(("terms", "candidates", "layers", "weights")),
+    **dict.fromkeys(("terms", "candidates", "layers")),
     "strips": [],
     "attacks": [],
 }
@@ -35,7 +34,6 @@ _READINGS = (
     ("decodable", "decodable", "one"),
     ("restored", "restored", "two"),
     ("separate", "separate", "three"),
-    ("written", "written", "four"),
 )
 _CANDIDATES = (
     ("forget_accuracy", "forget accuracy", "forget"),
@@ -116,38 +114,9 @@ def _render(template: str, report: Mapping[str, Any], *, html: bool) -> str:
             n=number,
             tables=Grids(report, number, none, between, wide=html),
             figures=drawings(report) if html else _NO_FIGURES,
-            style=_style() if html else "",
+            style=Markup(_environment(html=True).get_template("report.css").render()) if html else "",
         )
     )
-
-
-def _style() -> Markup:
-    return Markup(_environment(html=True).get_template("report.css").render())
-
-
-def still_page(
-    kind: str,
-    title: str,
-    notes: Sequence[str],
-    drawings: Sequence[tuple[str, Markup | None]],
-    table: tuple[str, Sequence[str], Sequence[Sequence[str]]] = ("", (), ()),
-) -> str:
-    """Notes, figures with their captions and a table (caption, header, rows) as one HTML page.
-
-    It needs no network and runs no script; what it is given is text and stays text.
-    """
-    caption, header, rows = table
-    values = {
-        "kind": kind,
-        "title": title,
-        "notes": notes,
-        "drawings": [(said, drawing) for said, drawing in drawings if drawing is not None],
-        "caption": caption,
-        "header": header,
-        "rows": rows,
-        "style": _style(),
-    }
-    return _environment(html=True).get_template("page.html").render(values)
 
 
 def templates_of(package: str, *, html: bool) -> Environment:
@@ -204,20 +173,17 @@ def drawings(report: Mapping[str, Any]) -> dict[str, Any]:
             "decoder layer", "Readings of the layers",
             f"{chosen[1].capitalize()} was chosen. The table below holds every value." if chosen else "",
         ) if readings else None,
-        "weights": _weights(report["weights"]),
         "attacks": [] if audit is None else [_attacks(request) for request in audit["requests"]],
     }  # fmt: skip
 
 
 def _strip(measure: Mapping[str, Any]) -> Markup | None:
-    known = [(role, measure["values"][role]) for role in MODELS]
-    marks = [Mark(role, value) for role, value in known if value is not None]
-    if not marks:
+    known = {role: measure["values"][role] for role in _BACK if measure["values"][role] is not None}
+    if not known:
         return None
-    told = ", ".join(f"{role} {written(value, 'score')}" for role, value in known if value is not None)
-    marks.sort(key=lambda mark: _BACK.index(mark.role))
+    told = ", ".join(f"{role} {written(value, 'score')}" for role, value in known.items())
     description = f"On a scale from 0 to 1: {told}. Good is {measure['good']}."
-    return figures.strip(marks, description, measure["low"], measure["high"])
+    return figures.strip(known, description, measure["low"], measure["high"])
 
 
 def _terms(training: Mapping[str, Any], kept: tuple[int, str]) -> Markup | None:
@@ -253,18 +219,6 @@ def panel_of(
     return Panel(title, drawn, unit=True, marked=where, marked_as=marked_as)
 
 
-def _weights(weights: Mapping[str, Any]) -> Markup | None:
-    values = [
-        (each["layer"], each["relative"]) for each in weights["layers"] if each["relative"] is not None
-    ]
-    if not values:
-        return None
-    count = max(weights["layer_count"] or 0, values[-1][0] + 1)
-    told = ", ".join(f"layer {layer} {written(value, 'percent')}" for layer, value in values)
-    title = "Change of the weights by layer, in percent of their norm"
-    return figures.bars(values, count, title, f"{told}. Other layers are unchanged.")
-
-
 def _attacks(request: Mapping[str, Any]) -> Markup | None:
     """Before, after and oracle of every attack with power that extracts."""
     rows, told = [], []
@@ -273,8 +227,8 @@ def _attacks(request: Mapping[str, Any]) -> Markup | None:
             continue
         shares = {role: each["models"][role]["extracted"] for role in _BACK if each["models"][role]}
         after = shares["unlearned"]
-        marks = [Mark(role, share["value"]) for role, share in shares.items()]
-        rows.append(Compared(each["title"], marks, after["low"], after["high"]))
+        values_of = {role: share["value"] for role, share in shares.items()}
+        rows.append(Compared(each["title"], values_of, after["low"], after["high"]))
         values = ", ".join(f"{role} {share['value']:.0%}" for role, share in shares.items())
         told.append(f"{each['title']}: {values}")
     if not rows:
