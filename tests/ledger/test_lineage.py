@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from expunge.ledger.lineage import carried, weights_of
-from expunge.ledger.records import RunRecord
+from expunge.ledger.records import RunRecord, carried, weights_of
 
 
 def run(number: int, before: str | None, after: str | None, *requests: int) -> RunRecord:

@@ -18,7 +18,7 @@ from expunge.cli.audit import show as show_audit
 from expunge.cli.compare import show as show_scores
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.inputs import audit_of, scores_of
-from expunge.cli.options import given, take_option, taken, yaml_fields
+from expunge.cli.options import given, take_option, yaml_fields
 from expunge.cli.plan import outcome
 from expunge.cli.plan import show as show_plan
 from expunge.cli.run import parsed
@@ -144,7 +144,7 @@ def prepare(
     check_not_read("--output", output, {name: getattr(inputs, name) for name in _READ})
     # What is complete is not overwritten by going on.
     overwrite = inputs.overwrite and not is_run
-    run_inputs = taken(RunInputs, inputs, nonmembers=inputs.calibration, overwrite=overwrite)
+    run_inputs = inputs.into(RunInputs, nonmembers=inputs.calibration, overwrite=overwrite)
     checked, sets, prepared = check_run(run_inputs, method, training, writes=not is_run)
     scored, attacked = scores_of(inputs, training), audit_of(inputs, training)
     check_measure(scored)

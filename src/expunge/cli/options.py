@@ -43,12 +43,6 @@ def print_json(values: Any) -> None:
     sys.stdout.write(json.dumps(values, indent=2) + "\n")
 
 
-def taken(kind: type[Command], source: object, **others: Any) -> Command:
-    """Inputs of this kind with the values that `source` has for them; `others` stand before those."""
-    names = [field.name for field in dataclasses.fields(kind) if hasattr(source, field.name)]  # type: ignore[arg-type]
-    return kind(**{name: getattr(source, name) for name in names} | others)
-
-
 def parse(
     command: type[Command],
     arguments: Sequence[str],

@@ -66,22 +66,12 @@ class List(Printed, LedgerPlace):
     """
 
 
-@dataclass(frozen=True)
-class Numbered:
+@dataclass(frozen=True, kw_only=True)
+class Numbered(LedgerPlace):
     """One request of a ledger."""
 
     id: int
     """The request's number."""
-    ledger: str
-    """The ledger's file."""
-    secret: str | None = None
-    """File with the ledger's secret; null: FILE.secret beside the ledger."""
-    by: str | None = None
-    """Who writes; null: this user at this machine."""
-
-    def place(self) -> LedgerPlace:
-        """The ledger."""
-        return LedgerPlace(self.ledger, self.secret, self.by)
 
 
 @dataclass(frozen=True)
@@ -194,7 +184,7 @@ def _list(arguments: list[str]) -> int:
 
 def _show(arguments: list[str]) -> int:
     settings = parse(Show, arguments, "expunge requests show", "id")
-    with open_ledger(settings.place()) as ledger, ledger.reading():
+    with open_ledger(settings) as ledger, ledger.reading():
         request = read_request(ledger, settings.id)
         record = request.to_json(today()) | {
             "row_ids": [row_id for row_id, _ in read_rows_of(ledger, request.id)],
@@ -212,17 +202,17 @@ def _show(arguments: list[str]) -> int:
 def _update(arguments: list[str]) -> int:
     settings = parse(Update, arguments, "expunge requests update", "id")
     given = {"forget": settings.forget, "retain": settings.retain, "due": settings.due}
-    return _say(update(settings.place(), settings.id, **given), "recorded")
+    return _say(update(settings, settings.id, **given), "recorded")
 
 
 def _withdraw(arguments: list[str]) -> int:
     settings = parse(Withdraw, arguments, "expunge requests withdraw", "id")
-    return _say(withdraw(settings.place(), settings.id), "withdrawn")
+    return _say(withdraw(settings, settings.id), "withdrawn")
 
 
 def _reopen(arguments: list[str]) -> int:
     settings = parse(Reopen, arguments, "expunge requests reopen", "id")
-    return _say(reopen(settings.place(), settings.id), "open again")
+    return _say(reopen(settings, settings.id), "open again")
 
 
 def _serve(arguments: list[str]) -> int:
@@ -276,7 +266,7 @@ def _verify(arguments: list[str]) -> int:
 
 def _export(arguments: list[str]) -> int:
     settings = parse(Export, arguments, "expunge requests export", "id")
-    bundle = export(settings.place(), settings.id, settings)
+    bundle = export(settings, settings.id, settings)
     signed = "signed" if bundle.signed_by else "not signed; --key signs it"
     sys.stdout.write(
         f"{settings.output}: {', '.join(bundle.files)} ({signed}); SHA-256 {bundle.sha256}\n"

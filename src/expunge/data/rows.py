@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 from expunge.data.authors import QUESTIONS, author_of, in_blocks_of_authors
 from expunge.data.columns import (
@@ -31,6 +31,7 @@ from expunge.data.formats import Record, Role, open_source
 from expunge.data.words import same_form
 from expunge.errors import InputError
 
+Inputs = TypeVar("Inputs")
 DEFAULT_TASK = "default"
 _LISTED_IDS = 10
 _ALONE = "the row alone"
@@ -106,6 +107,11 @@ class Reading:
     def recorded(values: Mapping[str, Any]) -> Reading:
         """As a manifest or a ledger says."""
         return Reading(columns=values.get("columns"), joiner=values.get("joiner", " "))
+
+    def into(self, kind: type[Inputs], **others: Any) -> Inputs:
+        """Inputs of another kind with the values that these have for it; `others` stand before those."""
+        names = [field.name for field in fields(kind) if hasattr(self, field.name)]  # type: ignore[arg-type]
+        return kind(**{name: getattr(self, name) for name in names} | others)
 
     def read(self, source: str, role: Role, *, again: bool = False) -> RowSet:
         """Reads and checks every row of `source`: a file, a directory or a hub data set id.

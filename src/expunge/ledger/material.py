@@ -5,7 +5,7 @@ The text is with the user only. What is read must be what was recorded, to the b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from expunge.data.fingerprints import lasting, row_fingerprint, rows_fingerprint, source_fingerprint
@@ -142,10 +142,9 @@ def join(sets: Mapping[str, RowSet], secret: bytes, source: str) -> tuple[RowSet
             else:
                 fingerprints[fingerprint] = None
                 new.append(row)
-        rename: Callable[[Row], Row] = _same
-        if any(row.id in taken for row in new):
-            rename = _prefixed(name)
-        renamed = [rename(row) for row in new]
+        # An id that is taken marks all ids of its set.
+        prefix = f"{name}:" if any(row.id in taken for row in new) else ""
+        renamed = [replace(row, id=f"{prefix}{row.id}") for row in new]
         rows += renamed
         taken |= {row.id for row in renamed}
     digest = rows_fingerprint(secret, fingerprints)
@@ -154,14 +153,6 @@ def join(sets: Mapping[str, RowSet], secret: bytes, source: str) -> tuple[RowSet
 
 def _recorded(kept: RetainSet) -> str:
     return "" if kept.name == "--retain" else " and record it with expunge requests update"
-
-
-def _same(row: Row) -> Row:
-    return row
-
-
-def _prefixed(name: str) -> Callable[[Row], Row]:
-    return lambda row: replace(row, id=f"{name}:{row.id}")
 
 
 def _read(reading: Reading, source: str, role: Role, name: str, again: str) -> RowSet:

@@ -59,24 +59,18 @@ def add(place: LedgerPlace, new: NewRequest) -> Added:
         secret = ledger.secret()
         prints = [row_fingerprint(secret, row) for row in forget]
         with ledger.change() as connection:
-            number = connection.execute(
-                "INSERT INTO requests (subject, received, due, forget, forget_fingerprint, retain,"
-                " retain_fingerprint, columns, joiner, at, actor, version)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    new.subject,
-                    received.isoformat(),
-                    None if due is None else due.isoformat(),
-                    lasting(new.forget),
-                    source_fingerprint(secret, forget.sha256),
-                    None if new.retain is None else lasting(new.retain),
-                    None if retain is None else source_fingerprint(secret, retain.sha256),
-                    new.columns,
-                    new.joiner,
-                    *ledger.stamp(),
-                ),
-            ).lastrowid
-            assert number is not None
+            number = ledger.insert(
+                "requests",
+                subject=new.subject,
+                received=received.isoformat(),
+                due=None if due is None else due.isoformat(),
+                forget=lasting(new.forget),
+                forget_fingerprint=source_fingerprint(secret, forget.sha256),
+                retain=None if new.retain is None else lasting(new.retain),
+                retain_fingerprint=None if retain is None else source_fingerprint(secret, retain.sha256),
+                columns=new.columns,
+                joiner=new.joiner,
+            )
             connection.executemany(
                 "INSERT INTO rows VALUES (?, ?, ?, ?)",
                 [

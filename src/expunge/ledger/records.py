@@ -1,9 +1,12 @@
-"""What the ledger holds, as read from it: requests with their state, runs, verdicts, events."""
+"""What the ledger holds, as read from it: requests with their state, runs, verdicts, events.
+
+And which erasures a model carries, by the hashes of its weights and the runs.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from typing import Any, Literal
@@ -112,27 +115,26 @@ class Event:
     version: str
 
 
-_SQLITE_INTEGERS = 2**63
 _REQUESTS = """
-    SELECT q.id, q.subject, q.received, q.due, q.forget, q.forget_fingerprint, q.retain,
-        q.retain_fingerprint, q.at, q.actor, q.version,
-        (SELECT state FROM events WHERE request = q.id ORDER BY id DESC LIMIT 1),
-        (SELECT count(*) FROM rows WHERE request = q.id),
-        (SELECT verdict FROM verdicts WHERE request = q.id ORDER BY id DESC LIMIT 1),
-        q.columns, q.joiner
+    SELECT q.*,
+        (SELECT state FROM events WHERE request = q.id ORDER BY id DESC LIMIT 1) AS state,
+        (SELECT count(*) FROM rows WHERE request = q.id) AS rows,
+        (SELECT verdict FROM verdicts WHERE request = q.id ORDER BY id DESC LIMIT 1) AS verdict
     FROM requests q"""
+_JSON = ("model_before", "model_after", "model_sha256", "original_sha256")
+"""Columns that hold JSON; of runs `retain` does too."""
 
 
 def read_requests(ledger: Ledger) -> list[Request]:
     """All requests by number."""
-    return [_request(values) for values in ledger.connection.execute(f"{_REQUESTS} ORDER BY q.id")]
+    return [_request(values) for values in _records(ledger, f"{_REQUESTS} ORDER BY q.id")]
 
 
 def read_request(ledger: Ledger, number: int) -> Request:
     """One request. Raises InputError where there is none of this number."""
-    values = None
-    if abs(number) < _SQLITE_INTEGERS:
-        values = ledger.connection.execute(f"{_REQUESTS} WHERE q.id = ?", (number,)).fetchone()
+    # SQLite takes no larger number.
+    found = _records(ledger, f"{_REQUESTS} WHERE q.id = ?", number) if abs(number) < 2**63 else ()
+    values = next(iter(found), None)
     if values is None:
         count = ledger.connection.execute("SELECT count(*) FROM requests").fetchone()[0]
         held = f"it holds 1 to {count}" if count else "it holds none yet"
@@ -154,33 +156,25 @@ def read_runs(ledger: Ledger) -> list[RunRecord]:
         "SELECT run, request FROM run_requests ORDER BY run, request"
     ):
         served.setdefault(run, []).append(request)
-    found = ledger.connection.execute(
-        "SELECT id, output, model, retain, completed_at, manifest_sha256, model_before,"
-        " model_after, at, actor, version FROM runs ORDER BY id"
-    )
     return [
-        RunRecord(*[*_parsed(values, 3, 6, 7), tuple(served.get(values[0], ()))]) for values in found
+        RunRecord(
+            **{**values, "retain": json.loads(values["retain"])},
+            requests=tuple(served.get(values["id"], ())),
+        )
+        for values in _records(ledger, "SELECT * FROM runs ORDER BY id")
     ]
 
 
 def read_verdicts(ledger: Ledger, number: int) -> list[VerdictRecord]:
     """A request's verdicts, the last one last."""
-    found = ledger.connection.execute(
-        "SELECT id, request, verdict, sentence, model, model_sha256, original_sha256, audit,"
-        " audit_sha256, at, actor, version FROM verdicts WHERE request = ? ORDER BY id",
-        (number,),
-    )
-    return [VerdictRecord(*_parsed(values, 5, 6)) for values in found]
+    verdicts = "SELECT * FROM verdicts WHERE request = ? ORDER BY id"
+    return [VerdictRecord(**values) for values in _records(ledger, verdicts, number)]
 
 
 def read_events(ledger: Ledger, number: int) -> list[Event]:
     """A request's history."""
-    found = ledger.connection.execute(
-        "SELECT id, request, action, state, run, verdict, note, at, actor, version FROM events"
-        " WHERE request = ? ORDER BY id",
-        (number,),
-    )
-    return [Event(*values) for values in found]
+    events = "SELECT * FROM events WHERE request = ? ORDER BY id"
+    return [Event(**values) for values in _records(ledger, events, number)]
 
 
 def write_event(
@@ -194,24 +188,47 @@ def write_event(
     note: str | None = None,
 ) -> None:
     """Adds a line to a request's history, inside the transaction that is open."""
-    ledger.connection.execute(
-        "INSERT INTO events (request, action, state, run, verdict, note, at, actor, version)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (number, action, state, run, verdict, note, *ledger.stamp()),
-    )
+    told = {"run": run, "verdict": verdict, "note": note}
+    ledger.insert("events", request=number, action=action, state=state, **told)
 
 
-def _request(values: Sequence[Any]) -> Request:
-    due = None if values[3] is None else date.fromisoformat(values[3])
-    received = date.fromisoformat(values[2])
-    *shown, columns, joiner = values[4:]
-    return Request(values[0], values[1], received, due, *shown, columns=columns, joiner=joiner)
+def weights_of(sha256: Mapping[str, str]) -> frozenset[str]:
+    """The hashes of a model's weights alone: another tokenizer file makes no other model."""
+    return frozenset(v for name, v in sha256.items() if name.endswith(".safetensors"))
 
 
-def _parsed(values: Sequence[Any], *columns: int) -> list[Any]:
-    """The values with the JSON in these columns read."""
-    return [_json(value) if n in columns else value for n, value in enumerate(values)]
+def carried(weights: frozenset[str], runs: Sequence[RunRecord]) -> set[int]:
+    """Requests that the runs served which led to a model of these weights.
+
+    A run's output begins where its model ended, so this goes back from run to run.
+    """
+    found: set[int] = set()
+    passed: set[int] = set()
+    ahead = [weights]
+    while ahead:
+        now = ahead.pop()
+        for run in runs:
+            if run.id in passed or run.model_after is None or run.model_before is None:
+                continue
+            if weights_of(run.model_after) == now:
+                passed.add(run.id)
+                found |= set(run.requests)
+                ahead.append(weights_of(run.model_before))
+    return found
 
 
-def _json(text: str | None) -> Any:
-    return None if text is None else json.loads(text)
+def _records(ledger: Ledger, question: str, *values: Any) -> Iterator[dict[str, Any]]:
+    """What is found, by column."""
+    found = ledger.connection.execute(question, values)
+    names = [column for column, *_ in found.description]
+    for line in found:
+        named = dict(zip(names, line, strict=True))
+        yield named | {name: json.loads(named[name]) for name in _JSON if named.get(name) is not None}
+
+
+def _request(values: Mapping[str, Any]) -> Request:
+    days = {
+        name: None if values[name] is None else date.fromisoformat(values[name])
+        for name in ("received", "due")
+    }
+    return Request(**{**values, **days})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,6 @@ from expunge.data.formats import sha256_of
 from expunge.data.rows import RowSet, listed
 from expunge.errors import InputError, Interrupted
 from expunge.ledger.dates import now
-from expunge.ledger.lineage import carried, weights_of
 from expunge.ledger.material import (
     RetainSet,
     check_sides,
@@ -33,10 +32,12 @@ from expunge.ledger.records import (
     Request,
     RunRecord,
     State,
+    carried,
     read_request,
     read_requests,
     read_rows_of,
     read_runs,
+    weights_of,
     write_event,
 )
 from expunge.ledger.store import Ledger, LedgerPlace, open_ledger, serving_lock
@@ -220,10 +221,8 @@ def _check_lineage(inputs: ServeInputs, erased: Sequence[int], runs: Sequence[Ru
 
 
 def _run_inputs(inputs: ServeInputs, plan: _Plan) -> RunInputs:
-    taken = {field.name: getattr(inputs, field.name) for field in fields(RunInputs)}
-    taken["forget"] = plan.sets["forget"].source
-    taken["retain"] = plan.sets["retain"].source if "retain" in plan.sets else None
-    return RunInputs(**taken)
+    sources = {name: plan.sets[name].source for name in ("forget", "retain") if name in plan.sets}
+    return inputs.into(RunInputs, **{"retain": None, **sources})
 
 
 def _check_is_ours(manifest: Mapping[str, Any], plan: _Plan, output: str) -> None:
@@ -240,16 +239,12 @@ def _begin(
     ledger: Ledger, numbers: Sequence[int], retain: Sequence[RetainSet], inputs: ServeInputs
 ) -> int:
     with ledger.change() as connection:
-        found = connection.execute(
-            "INSERT INTO runs (output, model, retain, at, actor, version) VALUES (?, ?, ?, ?, ?, ?)",
-            (
-                str(Path(inputs.output).absolute()),
-                lasting(inputs.model),
-                json.dumps([each.to_json() for each in retain]),
-                *ledger.stamp(),
-            ),
-        ).lastrowid
-        assert found is not None
+        found = ledger.insert(
+            "runs",
+            output=str(Path(inputs.output).absolute()),
+            model=lasting(inputs.model),
+            retain=json.dumps([each.to_json() for each in retain]),
+        )
         connection.executemany(
             "INSERT INTO run_requests VALUES (?, ?)", [(found, number) for number in numbers]
         )

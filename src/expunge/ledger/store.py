@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import expunge
 from expunge.data.fingerprints import SECRET_BYTES, make_secret, secret_check
@@ -92,9 +93,13 @@ class Ledger:
         finally:
             self.connection.execute("ROLLBACK")
 
-    def stamp(self) -> tuple[str, str, str]:
-        """The last three columns of a record: when, who, with which version."""
-        return now(), self.place.actor, expunge.__version__
+    def insert(self, table: str, **values: Any) -> int:
+        """Adds a record and who adds it, inside the transaction that is open; returns its number."""
+        values |= {"at": now(), "actor": self.place.actor, "version": expunge.__version__}
+        names, marks = ", ".join(values), ", ".join(f":{name}" for name in values)
+        added = self.connection.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", values)
+        assert added.lastrowid is not None
+        return added.lastrowid
 
     def secret(self) -> bytes:
         """The key of the fingerprints. Raises InputError where it is missing or another ledger's."""
@@ -249,16 +254,13 @@ def _write_ahead(connection: sqlite3.Connection) -> None:
 
 def _identify(ledger: Ledger) -> None:
     """Ties the new ledger to its secret, which is made where there is none yet."""
-    connection, place = ledger.connection, ledger.place
-    if connection.execute("SELECT count(*) FROM identity").fetchone()[0]:
+    place = ledger.place
+    if ledger.connection.execute("SELECT count(*) FROM identity").fetchone()[0]:
         return
     path = place.secret_path
     if not path.exists():
         make_secret(path)
-    connection.execute(
-        "INSERT INTO identity VALUES (1, ?, ?, ?, ?)",
-        (secret_check(_read_secret(place)), *ledger.stamp()),
-    )
+    ledger.insert("identity", only_one=1, secret_check=secret_check(_read_secret(place)))
 
 
 def _check_new_secret(place: LedgerPlace) -> None:

@@ -22,7 +22,6 @@ from expunge.data.rows import Reading
 from expunge.data.tokenization import LongRows
 from expunge.disk import check_writable, made, write_whole
 from expunge.errors import InputError
-from expunge.ledger.lineage import weights_of
 from expunge.ledger.material import (
     RetainSet,
     check_sides,
@@ -36,6 +35,7 @@ from expunge.ledger.records import (
     read_request,
     read_requests,
     read_runs,
+    weights_of,
     write_event,
 )
 from expunge.ledger.store import Ledger, LedgerPlace, open_ledger
@@ -47,14 +47,12 @@ AUDITED: tuple[State, ...] = ("served", "verified", "failed")
 WHOLE = "audit.json"
 
 
-@dataclass(frozen=True)
-class VerifyInputs(Reading):
+@dataclass(frozen=True, kw_only=True)
+class VerifyInputs(LedgerPlace, Reading):
     """What is audited, how, and where the audits go."""
 
     model: str
     """Today's model: a directory, or a hub id."""
-    ledger: str
-    """The ledger whose served requests are audited."""
     output: str
     """Directory for audit.json and one audit-<request>.json a request."""
     original: str | None = None
@@ -89,10 +87,6 @@ class VerifyInputs(Reading):
     """Refuse rows longer than the context, or cut them into windows."""
     trust_remote_code: bool = False
     """Run code that the models' directories bring along."""
-    secret: str | None = None
-    """File with the ledger's secret; null: FILE.secret beside the ledger."""
-    by: str | None = None
-    """Who writes; null: this user at this machine."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +107,9 @@ def verify(inputs: VerifyInputs, progress: Progress | None = None) -> list[Verif
     its state stays. Raises InputError before a model is loaded.
     """
     check_alone("requests verify")
-    place = LedgerPlace(inputs.ledger, inputs.secret, inputs.by)
     directory = Path(inputs.output)
     _check_output(directory)
-    with open_ledger(place) as ledger:
+    with open_ledger(inputs) as ledger:
         requests = _chosen(ledger, inputs)
         if not requests:
             return []
@@ -133,7 +126,7 @@ def verify(inputs: VerifyInputs, progress: Progress | None = None) -> list[Verif
     for request, entry in zip(requests, report["requests"], strict=True):
         files[request.id] = directory / f"audit-{request.id}.json"
         write_whole(files[request.id], json.dumps(_own(report, entry, request), indent=2) + "\n")
-    with open_ledger(place) as ledger, ledger.change():
+    with open_ledger(inputs) as ledger, ledger.change():
         return [
             _record(ledger, request, entry, report, inputs.model, files[request.id])
             for request, entry in zip(requests, report["requests"], strict=True)
@@ -187,27 +180,13 @@ def _retain(ledger: Ledger, runs: Sequence[RunRecord], inputs: VerifyInputs) -> 
 def _audit_inputs(
     inputs: VerifyInputs, requests: Sequence[Request], original: str, retain: RetainSet
 ) -> AuditInputs:
-    return AuditInputs(
-        model=inputs.model,
+    return inputs.into(
+        AuditInputs,
         original=original,
         forget=requests[0].forget,
         retain=retain.source,
         earlier=tuple(request.forget for request in requests[1:]),
-        oracle=inputs.oracle,
-        nonmembers=inputs.nonmembers,
-        columns=inputs.columns,
-        joiner=inputs.joiner,
-        attacks=inputs.attacks,
-        budget=inputs.budget,
         output=str(Path(inputs.output) / WHOLE),
-        cache=inputs.cache,
-        batch_size=inputs.batch_size,
-        dtype=inputs.dtype,
-        device=inputs.device,
-        seed=inputs.seed,
-        chat_template=inputs.chat_template,
-        long_rows=inputs.long_rows,
-        trust_remote_code=inputs.trust_remote_code,
     )
 
 
@@ -236,21 +215,17 @@ def _record(
 ) -> Verified:
     verdict, sentence = entry["verdict"]["verdict"], entry["verdict"]["sentence"]
     models = report["models"]
-    number = ledger.connection.execute(
-        "INSERT INTO verdicts (request, verdict, sentence, model, model_sha256, original_sha256,"
-        " audit, audit_sha256, at, actor, version) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            request.id,
-            verdict,
-            sentence,
-            lasting(model),
-            json.dumps(models["unlearned"]["sha256"]),
-            json.dumps(models["target"]["sha256"]),
-            str(path.absolute()),
-            sha256_of(path),
-            *ledger.stamp(),
-        ),
-    ).lastrowid
+    number = ledger.insert(
+        "verdicts",
+        request=request.id,
+        verdict=verdict,
+        sentence=sentence,
+        model=lasting(model),
+        model_sha256=json.dumps(models["unlearned"]["sha256"]),
+        original_sha256=json.dumps(models["target"]["sha256"]),
+        audit=str(path.absolute()),
+        audit_sha256=sha256_of(path),
+    )
     # It may have been withdrawn or reopened while the audit went on.
     state = read_request(ledger, request.id).state
     if verdict is not None and state in AUDITED:

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import expunge
 from expunge.data.chat_templates import Template
@@ -32,7 +32,6 @@ from expunge.training.options import TrainingOptions, seconds
 from expunge.training.preparation import EncodedSets, encode_sets, prepare_encoded
 
 Sampler = Literal["tpe", "random", "grid"]
-Into = TypeVar("Into")
 _ROLES: dict[str, Role] = {
     "forget": "forget",
     "retain": "retain",
@@ -120,11 +119,6 @@ class SweepInputs(Sources):
             for part, names in sources.items()
             if any(getattr(self, name) is not None for name in names)
         }
-
-    def into(self, kind: type[Into], **changes: Any) -> Into:
-        """Inputs of another kind: every field that both have, and the changes."""
-        names = [f.name for f in dataclasses.fields(kind) if hasattr(self, f.name)]  # type: ignore[arg-type]
-        return kind(**{name: getattr(self, name) for name in names} | changes)
 
     def measurement(self, options: TrainingOptions, **changes: Any) -> MeasureInputs:
         """How a model is measured."""
