@@ -35,7 +35,6 @@ RESULT: dict[str, Any] = {
         "running": 0, "waiting": 0, "lost": 1,
     },
     "target": {"values": {"forgetting": 0.0, "retention": 1.0}, "parts": cells(0.0, 1.0)},
-    "oracle": {"values": {"forgetting": 0.95, "retention": 0.99}, "parts": cells(0.95, 0.99)},
     "best": 1,
     "why_best": "highest harmonic mean",
     "front": [1, 2],

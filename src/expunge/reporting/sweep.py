@@ -50,11 +50,8 @@ def sweep_notes(result: Mapping[str, Any], output: str) -> list[str]:
         f" {counts['pruned']} pruned, {counts['failed']} failed{f'; {more}' if more else ''}"
         f" ({result['stopped']})"
     ]
-    notes += [
-        f"{model}: {_values(result[model]['values'])}"
-        for model in ("target", "oracle")
-        if result[model] is not None
-    ]
+    if result["target"] is not None:
+        notes.append(f"target: {_values(result['target']['values'])}")
     if result["best"] is None:
         notes.append("best: no trial is complete and left the model whole")
     else:

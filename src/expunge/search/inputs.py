@@ -17,8 +17,6 @@ from expunge.data.rows import RowSet
 from expunge.disk import check_not_read
 from expunge.errors import InputError
 from expunge.evaluation.measuring import Material, MeasureInputs, read_material
-from expunge.evaluation.score_files import read_scores
-from expunge.evaluation.scorecard import Scorecard
 from expunge.methods.base import Method
 from expunge.models.devices import resolve_device
 from expunge.models.loading import CheckedModel, Dtype, check_model, resolve_dtype, said_of_dtype
@@ -26,7 +24,7 @@ from expunge.models.text_forms import text_policies
 from expunge.processes import check_alone
 from expunge.runs.manifest import settings_of
 from expunge.runs.run import Sources
-from expunge.search.objectives import Objective, Part, check_objectives, objective_value
+from expunge.search.objectives import Objective, Part, check_objectives
 from expunge.search.space import METHOD_PREFIX, Space, read_space
 from expunge.training.options import TrainingOptions, seconds
 from expunge.training.preparation import EncodedSets, encode_sets, prepare_encoded
@@ -64,9 +62,6 @@ class SweepInputs(Sources):
     """Solved examples from dev/ before each question."""
     evaluation_batch_size: int = 64
     """Rows a batch in the scoring; it changes the speed, never a score."""
-    oracle: str | None = None
-    """Scores of a model trained without the forget set, to mark in the figures: a scores.json or a
-    directory that holds one."""
     study: str | None = None
     """URL of a shared database, such as postgresql://host/db; null: study.db in the output."""
     study_name: str = "sweep"
@@ -80,8 +75,6 @@ class SweepInputs(Sources):
     """Stop hopeless trials early."""
     max_failures: int = 5
     """End after so many failed trials in a row."""
-    write_best: bool = False
-    """At the end run the best settings again and write that model to OUTPUT/best."""
     overwrite: bool = False
     """Discard the sweep that the output holds and begin anew."""
 
@@ -134,7 +127,7 @@ class SweepInputs(Sources):
 
     def check_not_in(self, output: Path, influence: str | None) -> None:
         """Raises InputError if something that is read lies in the output, or is the output."""
-        names = ("model", "forget", "retain", "nonmembers", "score_nonmembers", "mmlu", "oracle")
+        names = ("model", "forget", "retain", "nonmembers", "score_nonmembers", "mmlu")
         read = {name: getattr(self, name) for name in names}
         check_not_read("--output", output, {**read, "influence": influence})
 
@@ -154,7 +147,6 @@ class Task:
     """The rows without the chat template, where the weights decide whether it is on."""
     material: Material
     """What every trial is scored on."""
-    oracle: Scorecard | None
     settings: Mapping[str, Any]
     """What the workers of a study must have in common."""
     warnings: Sequence[str]
@@ -181,13 +173,6 @@ def check_sweep(inputs: SweepInputs, method: Method, options: TrainingOptions) -
     check_objectives(inputs.objectives, inputs.measured)
     device = resolve_device(inputs.device)
     check_alone("sweep")
-    oracle = None if inputs.oracle is None else read_scores(inputs.oracle)
-    if oracle is not None:
-        for objective in inputs.objectives:
-            if objective_value(objective, oracle) is None:
-                raise InputError(
-                    f"--oracle {inputs.oracle}: has no {objective}; measure it with the same options"
-                )
     checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
     space.check(checked.layout)
     sets = {
@@ -229,7 +214,6 @@ def check_sweep(inputs: SweepInputs, method: Method, options: TrainingOptions) -
         encoded=encoded,
         plain=others[0] if others else None,
         material=material,
-        oracle=oracle,
         settings=_settings(inputs, space, sets, checked),
         warnings=warnings,
     )

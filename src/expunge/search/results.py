@@ -2,7 +2,6 @@
 
 sweep.json         every trial with its settings, values, parts and time; the target; importance
 best.yaml          the best trial's run
-front/trial-N.yaml the run of every trial on the Pareto front, where there are several objectives
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 RESULT = "sweep.json"
 BEST_CONFIG = "best.yaml"
-FRONT = "front"
 _PATHS = ("model", "forget", "retain", "nonmembers")
 RUNNING = "running"
 """What `stopped` says between two trials."""
@@ -72,26 +70,11 @@ def write_results(task: Task, study: Study, stopped: str) -> dict[str, Any]:
     output = Path(task.inputs.output)
     result = finite(_result(task, study, stopped))
     write_whole(output / RESULT, json.dumps(result, indent=2, allow_nan=False) + "\n")
-    for path in (output / FRONT).glob("trial-*.yaml"):
-        if path.name not in [_front_name(number) for number in result["front"]]:
-            path.unlink(missing_ok=True)
-    for number in result["front"] if len(task.inputs.objectives) > 1 else ():
-        (output / FRONT).mkdir(exist_ok=True)
-        write_whole(output / FRONT / _front_name(number), _config(task, _trial(result, number)))
     if result["best"] is None:
         (output / BEST_CONFIG).unlink(missing_ok=True)
     else:
-        write_whole(output / BEST_CONFIG, _config(task, best_run(result)))
+        write_whole(output / BEST_CONFIG, _config(task, result["trials"][result["best"]]))
     return dict(result)
-
-
-def best_run(result: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The trial that was chosen."""
-    return _trial(result, result["best"])
-
-
-def _trial(result: Mapping[str, Any], number: int) -> Mapping[str, Any]:
-    return next(trial for trial in result["trials"] if trial["number"] == number)
 
 
 def _result(task: Task, study: Study, stopped: str) -> dict[str, Any]:
@@ -128,7 +111,6 @@ def _result(task: Task, study: Study, stopped: str) -> dict[str, Any]:
             **{state: states.count(state) for state in ("running", "waiting", "lost")},
         },
         "target": None if target is None else _described(Scorecard.from_json(target), objectives),
-        "oracle": None if task.oracle is None else _described(task.oracle, objectives),
         "best": chosen({number: usable[number] for number in front}),
         "why_best": "highest value"
         if len(objectives) == 1
@@ -229,7 +211,3 @@ def _config(task: Task, trial: Mapping[str, Any]) -> str:
 def _place(source: str) -> str:
     """A path that works from any directory; a hub id as it is."""
     return str(Path(source).absolute()) if Path(source).exists() else source
-
-
-def _front_name(number: int) -> str:
-    return f"trial-{number}.yaml"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +21,9 @@ from expunge.errors import (
 from expunge.evaluation.scorecard import Scorecard
 from expunge.methods.base import Method
 from expunge.runs.manifest import finite
-from expunge.runs.run import RunInputs, check_run, run
-from expunge.runs.scratch import check_output
 from expunge.search.inputs import SweepInputs, Task, check_sweep
 from expunge.search.objectives import objective_value
-from expunge.search.results import BEST_CONFIG, FRONT, RESULT, RUNNING, best_run, write_results
+from expunge.search.results import BEST_CONFIG, RESULT, RUNNING, write_results
 from expunge.search.study import (
     DATABASE,
     REASON,
@@ -62,10 +60,9 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
-BEST = "best"
 _WRITTEN = (
-    RESULT, DATABASE, f"{DATABASE}-*", BEST_CONFIG, FRONT, "sweep.html", BEST, f".{BEST}.unfinished",
-    "trackers", f"{WORKERS}*", ".expunge-*",
+    RESULT, DATABASE, f"{DATABASE}-*", BEST_CONFIG, "trackers", f"{WORKERS}*", ".expunge-*",
+    *("front", "sweep.html"),  # of earlier versions
 )  # fmt: skip
 """Names of what is in a sweep's directory."""
 
@@ -95,8 +92,6 @@ def sweep(
     if inputs.study is not None:
         check_url(inputs.study)
     task = check_sweep(inputs, method, options)
-    if inputs.write_best:
-        _check_best(task)
     if inputs.overwrite and output.exists():
         for path in output.iterdir():
             remove(path)
@@ -133,8 +128,6 @@ def sweep(
             f"stopped with {done} of {task.inputs.trials} trials done; go on with the same command",
             stop.exit_code,
         )
-    if inputs.write_best and result["best"] is not None:
-        _write_best(task, result, progress)
     return result
 
 
@@ -354,34 +347,8 @@ def _check_output(output: Path, inputs: SweepInputs, options: TrainingOptions) -
             )
         inputs.check_not_in(output, options.influence)
         check_written("--output", output, _WRITTEN)
-        if (output / BEST).exists():
-            check_output(output / BEST, overwrite=True)
     check_writable(output, inside=True)
 
 
 def _is_a_sweep(output: Path) -> bool:
     return (output / RESULT).is_file() or (output / DATABASE).is_file()
-
-
-def _best_inputs(task: Task) -> RunInputs:
-    output = str(Path(task.inputs.output) / BEST)
-    return task.inputs.into(RunInputs, output=output, overwrite=True)
-
-
-def _check_best(task: Task) -> None:
-    check_run(_best_inputs(task), task.space.method, task.space.options)
-
-
-def _write_best(task: Task, result: Mapping[str, Any], progress: Progress) -> None:
-    """Runs the best settings once more and writes the model."""
-    values = best_run(result)["params"]
-    method, options = task.space.with_values(values)
-    options = replace(options, chat_template=task.template)
-    progress.message(f"writing the model of trial {best_run(result)['number']}")
-    try:
-        run(_best_inputs(task), method, options, progress)
-    except Interrupted as stop:
-        why = str(stop).partition(";")[0]
-        raise Interrupted(
-            f"{why}; go on with the same command, which writes the model anew", stop.exit_code
-        ) from None
