@@ -230,14 +230,14 @@ def test_text_is_shown_only_when_asked_and_then_for_the_owner_alone(run: Path, t
     texts = {"unlearned": {"input": {"ada1": "she said hush-hush"}}, "target": {}}
     audited["requests"][0]["attacks"]["direct"]["texts"] = texts
     (run / "audit.json").write_text(json.dumps(audited))
-    files = ("report.html", "report.md", "report.json", "README.md")
+    files = ("report.html", "report.json", "README.md")
     hidden = ("secret", "Who has", "quintal", "Zanzibar", "hush-hush")
     report = write_report(ReportInputs(run=str(run), forget=str(path)))
     assert report["asked"]["forget"]["documents"] == 2
     for name in files:
         assert [text for text in hidden if text in (run / name).read_text()] == []
     write_report(ReportInputs(run=str(run), forget=str(path), reveal=True))
-    for name in files[:3]:
+    for name in files[:2]:
         told = (run / name).read_text()
         assert [text for text in hidden if text not in told] == []
         assert (run / name).stat().st_mode & 0o077 == 0

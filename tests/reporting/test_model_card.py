@@ -60,4 +60,4 @@ def test_a_report_elsewhere_leaves_the_run_alone_but_for_its_card(tmp_path: Path
     write_report(ReportInputs(run=str(run), output=str(tmp_path / "out"), card=False))
     assert sorted(path.name for path in run.iterdir()) == before
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["report.html", "report.json", "report.md"]
+    assert names == ["report.html", "report.json"]

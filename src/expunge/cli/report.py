@@ -8,7 +8,7 @@ from pathlib import Path
 
 from expunge.cli.options import parse
 from expunge.reporting.material import ReportInputs
-from expunge.reporting.report import DATA, MARKDOWN, PAGE, write_report
+from expunge.reporting.report import DATA, PAGE, write_report
 from expunge.terminal import plain_console, quiet
 
 
@@ -17,8 +17,8 @@ class Report(ReportInputs):
     """expunge report RUN [--scores BEFORE.json AFTER.json] [--oracle-scores O.json] [--audit audit.json]
 
     Writes what a run did, what it reached and what nobody measured. The files are report.html (one
-    page, needs no network), report.md, report.json and a section in RUN/README.md. They hold no
-    text of a row without --reveal --forget F.
+    page, needs no network), report.json and a section in RUN/README.md. They hold no text of a row
+    without --reveal --forget F.
     """
 
 
@@ -36,5 +36,5 @@ def main(arguments: Sequence[str]) -> int:
     for entry in report["not_measured"]:
         console.print(f"not measured: {entry['what']}")
     output = Path(settings.output or settings.run)
-    console.print("written: " + ", ".join(str(output / name) for name in (PAGE, MARKDOWN, DATA)))
+    console.print("written: " + ", ".join(str(output / name) for name in (PAGE, DATA)))
     return 0

@@ -1,4 +1,4 @@
-"""report.json: everything that a report says, once; page and Markdown are drawn from it alone."""
+"""report.json: everything that a report says, once; the page is drawn from it alone."""
 
 from __future__ import annotations
 

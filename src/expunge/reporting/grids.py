@@ -1,4 +1,4 @@
-"""The tables of a report, once for the page and for Markdown: each number names its place."""
+"""The tables of a report: each number names its place."""
 
 from __future__ import annotations
 
@@ -33,9 +33,6 @@ _CANDIDATE: Sequence[Column] = (
 )  # fmt: skip
 
 
-_INTERVAL = ("value", "low", "high")
-
-
 @dataclass(frozen=True)
 class Grid:
     """A table before it is marked up."""
@@ -52,14 +49,8 @@ class Grids:
     """Makes the tables of one report."""
 
     report: Mapping[str, Any]
-    number: Callable[[str, str], Any]
+    number: Callable[[str, str], Markup]
     """Shows the number at a place in a form."""
-    none: Callable[[str], Any]
-    """Shows that there is none."""
-    between: Markup
-    """How the bounds of an interval stand behind its value."""
-    wide: bool
-    """Whether there is room for every model; else recovered shares have columns for their bounds."""
 
     def grid(
         self,
@@ -74,7 +65,7 @@ class Grids:
         lines: list[list[Any]] = [[] for _ in entries]
         for column in columns:
             for line, (i, entry) in zip(lines, entries, strict=True):
-                line += self._cells(entry, f"{place}/{i}", column)
+                line.append(self._cell(entry, f"{place}/{i}", column))
         layer = place == "/layers/readings" and self.report["layers"]["chosen"]
         kept = [
             number
@@ -85,8 +76,7 @@ class Grids:
 
     def of_models(self, head: str, place: str, form: str) -> list[Column]:
         """A column a model, `*` in the place standing for it."""
-        models = MODELS if self.wide else ("unlearned",)
-        return [(head + model, place.replace("*", model), form) for model in models]
+        return [(head + model, place.replace("*", model), form) for model in MODELS]
 
     def scorecard(self) -> Grid:
         """Every measured part, a column a scorecard."""
@@ -106,7 +96,7 @@ class Grids:
                 model, figure = key.split("/")
                 entry = None if models[model] is None else models[model]["variants"][variant]
                 part = f"{place}/models/{model}/variants/{pointer_part(variant)}"
-                line += self._cells(entry, part, ("", figure, form))
+                line.append(self._cell(entry, part, ("", figure, form)))
             lines.append(line)
         return Grid(self._heads([("score", "", "text"), *columns]), lines)
 
@@ -147,12 +137,9 @@ class Grids:
         for head, _, form in columns:
             kind = "num mine" if head.endswith("unlearned") else "num"
             heads.append((head, kind if form not in _TOLD else form if "path" in form else ""))
-            if form == "score interval" and not self.wide:
-                heads += [("from", kind), ("to", kind)]
         return heads
 
-    def _cells(self, entry: Any, place: str, column: Column) -> list[Any]:
-        """One, or three for an interval whose bounds have columns of their own."""
+    def _cell(self, entry: Any, place: str, column: Column) -> Any:
         _, key, form = column
         value = entry
         for part in key.split("/") if key else ():
@@ -162,19 +149,21 @@ class Grids:
             elif value is not None:
                 value = value.get(part) if part in MODELS else value[part]
         if form in _TOLD:
-            return [_TOLD[form](value)]
+            return _TOLD[form](value)
         form, _, interval = form.partition(" ")
         if not interval:
-            return [self.none("not measured") if value is None else self.number(place, form)]
-        apart = form == "score" and not self.wide
+            return none("not measured") if value is None else self.number(place, form)
         if value is None or value["value"] is None:
-            absent = self.none("no claim" if key in ("", "recovered") else "not measured")
-            return [absent, "", ""] if apart else [absent]
-        shown, low, high = (self.number(f"{place}/{part}", form) for part in _INTERVAL)
-        if apart:
-            return [shown, low, high]
-        known = value["low"] is not None and value["high"] is not None
-        return [shown + self.between.format(low, high) if known else shown]
+            return none("no claim" if key in ("", "recovered") else "not measured")
+        told, low, high = (self.number(f"{place}/{part}", form) for part in ("value", "low", "high"))
+        if value["low"] is None or value["high"] is None:
+            return told
+        return told + Markup(' <span class="soft">({} to {})</span>').format(low, high)
+
+
+def none(text: str) -> Markup:
+    """What stands in the place of a number that is not there."""
+    return Markup('<span class="none">{}</span>').format(text)
 
 
 def pairs(name: str, value: str, told: Mapping[str, Any]) -> Grid:

@@ -66,7 +66,7 @@ class ReportInputs:
     requested: str | None = None
     """Date of the erasure request, as YYYY-MM-DD."""
     output: str | None = None
-    """Directory for report.html, report.md and report.json; null: RUN."""
+    """Directory for report.html and report.json; null: RUN."""
     card: bool = True
     """Write a section on the run into the README.md of RUN."""
     reveal: bool = False

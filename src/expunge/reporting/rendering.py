@@ -1,4 +1,4 @@
-"""report.json drawn as a page, as Markdown and as a model-card section.
+"""report.json drawn as a page and as a model-card section.
 
 A template can print no number of its own: it names the place in report.json, and the page carries that
 place and the exact value with every number that it shows.
@@ -13,21 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Undefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from expunge.reporting import figures
 from expunge.reporting.figures import Compared, Line, Panel
-from expunge.reporting.grids import Grids, at, pairs
+from expunge.reporting.grids import Grids, at, none, pairs
 from expunge.terminal import shown
 
 ABSENT = "not measured"
 _BACK = ("oracle", "target", "unlearned")
 """In the order of drawing: the mark that the report is about lies above the others."""
-_NO_FIGURES: Mapping[str, Any] = {
-    **dict.fromkeys(("terms", "candidates", "layers")),
-    "strips": [],
-    "attacks": [],
-}
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 _READINGS = (
     ("score", "score", "score"),
@@ -44,18 +39,34 @@ _CANDIDATES = (
 
 def page(report: Mapping[str, Any]) -> str:
     """One self-contained HTML page."""
-    return _render("report.html", report, html=True)
+    environment = _environment(html=True)
 
+    def number(pointer: str, form: str = "score") -> Markup:
+        value = at(report, pointer)
+        if value is None:
+            return none(ABSENT)
+        told = Markup('<data value="{}" data-at="{}">{}</data>')
+        return told.format(repr(value), pointer, written(value, form))
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """The same content in Markdown, readable on a forge."""
-    return re.sub(r"\n{3,}", "\n\n", _render("report.md", report, html=False)).strip() + "\n"
+    return environment.get_template("report.html").render(
+        report=report,
+        n=number,
+        tables=Grids(report, number),
+        figures=drawings(report),
+        style=Markup(environment.get_template("report.css").render()),
+    )
 
 
 def card_section(report: Mapping[str, Any]) -> str:
     """The body of the section in the checkpoint's README.md; it never holds revealed text."""
+
+    def number(pointer: str, form: str = "score") -> Markup:
+        value = at(report, pointer)
+        return Markup(ABSENT if value is None else written(value, form))
+
     public = {**report, "revealed": None}
-    return re.sub(r"\n{3,}", "\n\n", _render("card.md", public, html=False)).strip() + "\n"
+    drawn = _environment(html=False).get_template("card.md").render(report=public, n=number)
+    return re.sub(r"\n{3,}", "\n\n", drawn).strip() + "\n"
 
 
 def written(value: float, form: str) -> str:
@@ -87,38 +98,6 @@ def public_name(model: str) -> str:
     return Path(model).name if model.startswith(("/", ".", "~")) or "\\" in model else model
 
 
-def block(text: str) -> Markup:
-    """Text of any kind as an indented code block."""
-    return Markup("\n".join("    " + line for line in text.splitlines() or [""]))
-
-
-def _render(template: str, report: Mapping[str, Any], *, html: bool) -> str:
-    def none(text: str) -> Markup:
-        return Markup(f'<span class="none">{text}</span>' if html else text)
-
-    def number(pointer: str, form: str = "score") -> Markup:
-        value = at(report, pointer)
-        if value is None:
-            return none(ABSENT)
-        if not html:
-            return Markup(written(value, form))
-        place, text = escape(pointer), escape(written(value, form))
-        return Markup(f'<data value="{value!r}" data-at="{place}">{text}</data>')
-
-    between = Markup(' <span class="soft">({} to {})</span>' if html else " ({} to {})")
-    return (
-        _environment(html=html)
-        .get_template(template)
-        .render(
-            report=report,
-            n=number,
-            tables=Grids(report, number, none, between, wide=html),
-            figures=drawings(report) if html else _NO_FIGURES,
-            style=Markup(_environment(html=True).get_template("report.css").render()) if html else "",
-        )
-    )
-
-
 def templates_of(package: str, *, html: bool) -> Environment:
     """A package's templates; what they are given is text, and what is missing is an error."""
     return Environment(
@@ -140,7 +119,7 @@ def _as_text(value: Any) -> Any:
 def _environment(*, html: bool) -> Environment:
     environment = templates_of("expunge.reporting", html=html)
     environment.globals |= {
-        "absent": ABSENT, "setting": shown, "block": block, "public_name": public_name,
+        "absent": ABSENT, "setting": shown, "public_name": public_name,
         "pairs": pairs,
     }  # fmt: skip
     return environment

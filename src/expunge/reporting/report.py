@@ -12,19 +12,18 @@ from expunge.errors import RunError
 from expunge.reporting.content import FORMAT, content
 from expunge.reporting.material import ReportInputs, gather
 from expunge.reporting.model_card import README, read_card, with_section
-from expunge.reporting.rendering import card_section, markdown, page
+from expunge.reporting.rendering import card_section, page
 
-PAGE, MARKDOWN, DATA = "report.html", "report.md", "report.json"
+PAGE, DATA = "report.html", "report.json"
 _BEGINNINGS = {
     PAGE: "<title>Unlearning report: ",
-    MARKDOWN: "# Unlearning report\n",
     DATA: f'{{\n  "format": "{FORMAT}"',
 }
 """What tells each of them from a file of the user's."""
 
 
 def write_report(inputs: ReportInputs) -> dict[str, Any]:
-    """Writes report.html, report.md, report.json and the model card's section; returns report.json.
+    """Writes report.html, report.json and the model card's section; returns report.json.
 
     Raises InputError with nothing written, RunError where a file cannot be written.
     """
@@ -37,7 +36,6 @@ def write_report(inputs: ReportInputs) -> dict[str, Any]:
     report = json.loads(data)
     files = {
         output / DATA: data,
-        output / MARKDOWN: markdown(report),
         output / PAGE: page(report),
     }
     card = material.directory / README
