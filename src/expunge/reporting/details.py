@@ -23,7 +23,7 @@ def scorecard(material: Material) -> dict[str, Any] | None:
         return None
     columns = [
         {
-            **{key: getattr(each, key) for key in ("role", "label", "source", "model")},
+            **{key: getattr(each, key) for key in ("role", "source", "model")},
             **{key: each.card.details.get(key) for key in ("rows", "dtype")},
         }
         for each in material.cards

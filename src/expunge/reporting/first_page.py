@@ -352,9 +352,9 @@ def _mismatches(material: Material) -> list[str]:
     said = []
     rows = material.manifest["rows"]
     for each in material.cards:
-        if each.role in ("target", "unlearned") and not each.is_checked:
+        if each.role != "oracle" and not each.is_checked:
             said.append(
-                f"The scores of {each.label}, {each.source}, hold no hash of the weights they were"
+                f"The scores of {each.role}, {each.source}, hold no hash of the weights they were"
                 f" measured on ({each.model or 'not named'}), so that they may be another model's."
             )
         scored = each.card.details.get("rows")
@@ -362,7 +362,7 @@ def _mismatches(material: Material) -> list[str]:
             count = scored.get(split) if isinstance(scored, Mapping) else None
             if split in rows and count and count != rows[split]:
                 said.append(
-                    f"The scores of {each.label} are of {count} {split} rows, the run had {rows[split]}."
+                    f"The scores of {each.role} are of {count} {split} rows, the run had {rows[split]}."
                 )
     if material.audit is not None:
         given = material.audit["requests"][0]["forget"]["hmac_sha256"]

@@ -80,7 +80,7 @@ class Grids:
 
     def scorecard(self) -> Grid:
         """Every measured part, a column a scorecard."""
-        labels = [column["label"] for column in self.report["scorecard"]["columns"]]
+        labels = [column["role"] for column in self.report["scorecard"]["columns"]]
         values = [(label, f"values/{i}", "score") for i, label in enumerate(labels)]
         columns = [("measure", "", "measure"), ("good is", "good", "text"), *values]
         return self.grid("/scorecard/rows", columns)

@@ -11,7 +11,6 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from expunge.audits.base import MODELS
 from expunge.audits.inputs import FORMAT as AUDIT_FORMAT
 from expunge.data.fingerprints import PLACE, data_fingerprint, named, same_data
 from expunge.data.formats import sha256_of
@@ -20,7 +19,6 @@ from expunge.errors import InputError
 from expunge.evaluation.score_files import SCORES, check_one_form, read_scores
 from expunge.evaluation.scorecard import Scorecard
 from expunge.models.files import MANIFEST
-from expunge.reporting.tables import unlike
 from expunge.runs.run import DIRECTIONS, METRICS
 
 AUDIT = "audit.json"
@@ -51,10 +49,10 @@ class ReportInputs:
     run: str
     """The run directory: what expunge run wrote."""
     scores: tuple[str, ...] = ()
-    """Scores before and after, then those of other models; one alone is that after. None:
-    RUN/scores.json, RUN/before.json and RUN/oracle.json, if they exist."""
+    """Scores before and after; one alone is that after. None: RUN/before.json and RUN/scores.json, if
+    they exist."""
     oracle_scores: str | None = None
-    """Scores of a model trained without the forget set."""
+    """Scores of a model trained without the forget set; null: RUN/oracle.json, if it exists."""
     audit: str | None = None
     """The audit; null: RUN/audit.json, if it exists."""
     forget: str | None = None
@@ -73,6 +71,8 @@ class ReportInputs:
     """Add the text of the rows to the report; keep it then as carefully as the rows."""
 
     def __post_init__(self) -> None:
+        if len(self.scores) > 2:
+            raise InputError("--scores: takes two files, BEFORE AFTER; others go to expunge compare")
         if self.reveal and self.forget is None:
             raise InputError("--reveal: shows the text of the rows; give --forget FILE")
         if self.subject is not None and not self.subject.strip():
@@ -98,9 +98,7 @@ class Card:
     """One model's scorecard, and where it was read."""
 
     role: str
-    """target, unlearned, oracle or other."""
-    label: str
-    """What its column is called."""
+    """target, unlearned or oracle."""
     source: str
     model: str
     """The model that was measured, as its file says."""
@@ -247,19 +245,15 @@ def _metrics(path: Path) -> list[dict[str, Any]] | None:
 
 
 def _cards(inputs: ReportInputs, directory: Path, manifest: Mapping[str, Any]) -> list[Card]:
-    paths: list[tuple[str, Path]] = []
-    if inputs.scores:
-        roles = ["unlearned"] if len(inputs.scores) == 1 else ["target", "unlearned"]
-        roles += ["other"] * (len(inputs.scores) - len(roles))
-        paths += zip(roles, map(Path, inputs.scores), strict=True)
-    elif (directory / SCORES).is_file():
-        paths.append(("unlearned", directory / SCORES))
-    if len(inputs.scores) < 2 and (directory / BEFORE).is_file():
-        paths.insert(0, ("target", directory / BEFORE))
-    if inputs.oracle_scores is not None:
-        paths.append(("oracle", Path(inputs.oracle_scores)))
-    elif (directory / ORACLE).is_file():
-        paths.append(("oracle", directory / ORACLE))
+    after = inputs.scores[-1:] or [str(directory / SCORES)]
+    before = inputs.scores[:-1] or [str(directory / BEFORE)]
+    oracle = [inputs.oracle_scores or str(directory / ORACLE)]
+    given = {*inputs.scores, inputs.oracle_scores}
+    paths = [
+        (role, Path(path))
+        for role, (path,) in (("target", before), ("unlearned", after), ("oracle", oracle))
+        if path in given or Path(path).is_file()
+    ]
     cards: list[Card] = []
     recorded = _recorded(manifest)
     for role, path in paths:
@@ -270,13 +264,9 @@ def _cards(inputs: ReportInputs, directory: Path, manifest: Mapping[str, Any]) -
         measured = named(model) if isinstance(model, str) else ""
         option = "--oracle-scores" if role == "oracle" else "--scores"
         is_checked = _check_weights(values, role, recorded, f"{option} {file}")
-        label = role
-        if role == "other":
-            label = unlike(Path(measured).name or file.stem, [*MODELS, *(c.label for c in cards)])
-        cards.append(Card(role, label, named(str(file)), measured, card, is_checked))
-    order = ("target", "unlearned", "oracle", "other")
-    check_one_form({each.label: each.card for each in cards})
-    return sorted(cards, key=lambda each: order.index(each.role))
+        cards.append(Card(role, named(str(file)), measured, card, is_checked))
+    check_one_form({each.role: each.card for each in cards})
+    return cards
 
 
 def _recorded(manifest: Mapping[str, Any]) -> dict[str, tuple[set[str], str]]:
@@ -298,7 +288,7 @@ def _check_weights(
     False where nothing says so. Raises InputError where they are of others.
     """
     measured = values.get("model_sha256")
-    if role == "other" or not isinstance(measured, dict) or not measured:
+    if not isinstance(measured, dict) or not measured:
         return False
     found = set(measured.values())
     expected, meant = recorded.get(role, (None, ""))

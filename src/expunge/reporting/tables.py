@@ -66,14 +66,9 @@ def label_of(run: str, taken: Collection[str]) -> str:
     """What the column of a run directory or a scores.json is called, unlike those that are `taken`."""
     path = Path(run)
     name = path.parent.name if path.suffix == ".json" and path.name == SCORES else path.stem
-    return unlike(name or run, taken)
-
-
-def unlike(name: str, taken: Collection[str]) -> str:
-    """The name, with a number where it is taken."""
-    label, number = name, 2
+    label, number = name or run, 2
     while label in taken:
-        label, number = f"{name} ({number})", number + 1
+        label, number = f"{name or run} ({number})", number + 1
     return label
 
 
