@@ -179,7 +179,6 @@ def test_trials_that_steer_higher_layers_begin_where_earlier_ones_were(
         (("--search", "epochs=int:1:5", "--objectives", "final"), ("--objectives final", "--mmlu")),
         (("--search", *SEARCH, "--objectives", "speed"), ("--objectives",)),
         (("--search", *SEARCH, "--trials", 0), ("--trials 0: must be 1 or more",)),
-        (("--search", *SEARCH, "--timeout", "soon"), ("--timeout soon: not a duration",)),
         (("--search", *SEARCH, "--trails", 3), ("--trails", "did you mean --trials?")),
         (("--search", *SEARCH, "--retain", "{forget}"), ("give two different sets",)),
         (("--search", *SEARCH, "--nonmembers", "{forget}"), ("give two different sets",)),

@@ -389,21 +389,6 @@ def test_the_same_settings_are_not_run_twice(start: Any, trials: FakeTrials) -> 
         assert trial["values"] == result["trials"][trial["same_as"]]["values"]
 
 
-def test_the_timeout_begins_nothing_that_would_end_after_it(
-    start: Any, trials: FakeTrials, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [0.0]
-
-    def lasts() -> None:
-        clock[0] += 10
-
-    trials.events = dict.fromkeys(range(1, 20), lasts)
-    monkeypatch.setattr("expunge.search.sweep.time.monotonic", lambda: clock[0])
-    result = start(trials=20, timeout="35s")
-    assert result["counts"]["ended"] == 3
-    assert result["stopped"] == "--timeout 35s"
-
-
 def test_a_worker_of_other_settings_is_refused_with_what_differs(
     start: Any, trials: FakeTrials, row_files: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -35,7 +35,7 @@ _GROUPS = {
         "joiner long-rows unknown-rows members benign earlier mmlu-shots harness-include"
         " trust-remote-code schedule max-grad-norm validation-fraction validate-every save-every"
         " cache-dtype influence retain-sampling risk-factor skip-gone trackers keep-adapter study"
-        " study-name sampler timeout prune max-failures cache tuning damping"
+        " study-name sampler prune max-failures cache tuning damping"
         " damping-unit"
     ),
 }

@@ -26,7 +26,7 @@ from expunge.runs.manifest import settings_of
 from expunge.runs.run import Sources
 from expunge.search.objectives import Objective, Part, check_objectives
 from expunge.search.space import METHOD_PREFIX, Space, read_space
-from expunge.training.options import TrainingOptions, seconds
+from expunge.training.options import TrainingOptions
 from expunge.training.preparation import EncodedSets, encode_sets, prepare_encoded
 
 Sampler = Literal["tpe", "random", "grid"]
@@ -69,8 +69,6 @@ class SweepInputs(Sources):
     sampler: Sampler = "tpe"
     """How settings are proposed: tree-structured Parzen estimators, at random, or all of a grid in turn
     (at most --trials)."""
-    timeout: str | None = None
-    """Begin no trial that would end after this, as long as the longest so far, for example 2h."""
     prune: bool = True
     """Stop hopeless trials early."""
     max_failures: int = 5
@@ -89,8 +87,6 @@ class SweepInputs(Sources):
             value = getattr(self, option)
             if value < 1:
                 raise InputError(f"--{option} {value}: must be 1 or more")
-        if self.timeout is not None:
-            seconds(self.timeout, "--timeout")
         if not self.study_name.strip():
             raise InputError("--study-name: is empty; give a name")
         if self.study is not None and self.overwrite:

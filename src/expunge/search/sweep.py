@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -52,7 +51,7 @@ from expunge.search.trial import (
     score,
     with_form,
 )
-from expunge.training.options import TrainingOptions, seconds
+from expunge.training.options import TrainingOptions
 from expunge.training.progress import Progress, Silent
 from expunge.training.stopping import StopRequest, stop_requests
 
@@ -142,8 +141,6 @@ class _Session:
     progress: Progress
     failures: list[str] = field(default_factory=list)
     """Reasons of the last trials in a row that failed."""
-    longest: float = 0.0
-    began: float = 0.0
     target: Scorecard | None = None
     current: int | None = None
     """The trial that was begun last."""
@@ -151,7 +148,6 @@ class _Session:
     def work(self) -> str:
         """Trials, until there are enough; returns why it ended. Raises RunError after failures."""
         inputs = self.task.inputs
-        self.began = time.monotonic()
         take_over(self.study, self.worker, self.progress.message)
         try:
             self.task = with_form(self.task, self.progress)
@@ -159,8 +155,6 @@ class _Session:
             while self._is_next():
                 if self.stop.requested:
                     return "interrupted"
-                if self._out_of_time():
-                    return f"--timeout {inputs.timeout}"
                 check_same_settings(self.study, self.task)
                 if not self._one():
                     break
@@ -185,14 +179,6 @@ class _Session:
         self.progress.phase("trials", min(done, self.task.inputs.trials), self.task.inputs.trials)
         return done < self.task.inputs.trials
 
-    def _out_of_time(self) -> bool:
-        """Whether a trial as long as the longest would end after the limit; the first one begins."""
-        if self.task.inputs.timeout is None:
-            return False
-        limit = seconds(self.task.inputs.timeout, "--timeout")
-        spent = time.monotonic() - self.began
-        return self.longest > 0 and spent + self.longest > limit
-
     def _target(self) -> Scorecard:
         """The target's own scorecard, measured once for all workers."""
         stored = self.study.user_attrs.get(TARGET)
@@ -207,7 +193,6 @@ class _Session:
         """One trial; False where it was one too many."""
         import optuna
 
-        started = time.monotonic()
         failed = len(self.failures)
         try:
             self.study.optimize(self._objective, n_trials=1, catch=(_Failed,))
@@ -225,7 +210,6 @@ class _Session:
             self.progress.message(
                 f"trial {ended.number}: another worker took this one for gone, and tries it again"
             )
-        self.longest = max(self.longest, time.monotonic() - started)
         if len(self.failures) == failed:
             self.failures.clear()
         return True
