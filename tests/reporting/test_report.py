@@ -74,7 +74,7 @@ def test_without_scores_and_audit_nothing_is_filled_in(tmp_path: Path, fits: Che
     fits(data)
     assert check_numbers(page, data) > 40
     assert data["summary"]["status"] == "not-audited"
-    assert (data["scorecard"], data["audit"], data["layers"]) == (None, None, None)
+    assert (data["scorecard"], data["audit"]) == (None, None)
     for measure in data["measures"]:
         assert set(measure["values"].values()) == {None}
     told = words(page)
@@ -423,22 +423,6 @@ def test_thousands_of_steps_keep_the_page_small(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "report.html").stat().st_size < 150_000
     (curves, _) = page.findall(".//svg[@class='curves']")
     assert any("log scale" in (each.text or "") for each in curves.iter("text"))
-
-
-def test_layers_are_told_from_the_run_and_from_a_sweep(tmp_path: Path, fits: Check) -> None:
-    reading = {"decodable": 0.5, "restored": 0.6, "separate": None, "written": 0.7, "rank": 3.0}
-    choice = {
-        "layer": 3, "why": "highest score 0.9 of 2 layers", "warning": None, "rows": {"forget": 4},
-        "readings": [{"layer": 2, "score": 0.4, **reading}, {"layer": 3, "score": 0.9, **reading}],
-    }  # fmt: skip
-    made_up(tmp_path / "run", method_notes={"layer": 3, "layer_choice": choice})
-    write_report(ReportInputs(run=str(tmp_path / "run")))
-    page, data = read(tmp_path / "run")
-    fits(data)
-    check_numbers(page, data)
-    assert [each["score"] for each in data["layers"]["readings"]] == [0.4, 0.9]
-    assert "layer_choice" not in json.dumps(data["record"])
-    assert page.find(".//section[@aria-labelledby='layers']//svg") is not None
 
 
 def test_files_that_changed_since_the_run_are_named(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from expunge.data.fingerprints import named
 from expunge.errors import InputError
 from expunge.models.files import MANIFEST
 from expunge.reporting.attacks import attacks
-from expunge.reporting.details import layers, record, scorecard, training, weights
+from expunge.reporting.details import record, scorecard, training, weights
 from expunge.reporting.first_page import asked, done, measures, summary
 from expunge.reporting.material import Material
 
@@ -42,7 +42,6 @@ def content(material: Material) -> dict[str, Any]:
         "not_measured": _not_measured(material, audit),
         "scorecard": scorecard(material),
         "audit": audit,
-        "layers": layers(material),
         **of_the_run,
         "revealed": _revealed(material) if material.inputs.reveal else None,
     }

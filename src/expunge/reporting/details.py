@@ -1,4 +1,4 @@
-"""What a reviewer wants behind the first page: scorecard, training, layers, weights, record."""
+"""What a reviewer wants behind the first page: scorecard, training, weights, record."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from expunge.errors import InputError
 from expunge.evaluation.outcomes import Measured
 from expunge.reporting.figures import thinned
 from expunge.reporting.material import Material, plain
 from expunge.reporting.tables import score_rows
-
-_SHARES = ("score", "decodable", "restored", "separate")
 
 
 def scorecard(material: Material) -> dict[str, Any] | None:
@@ -56,22 +53,6 @@ def training(material: Material) -> dict[str, Any]:
         "candidates": candidates,
         "curve": {name: _course(steps, name) for name in ("forget", "retain")} if steps else None,
     }
-
-
-def layers(material: Material) -> dict[str, Any] | None:
-    """What was read of every layer as the run chose one; None where it chose none."""
-    choice = material.manifest["method_notes"].get("layer_choice")
-    if choice is None:
-        return None
-    try:
-        readings = [
-            {"layer": int(each["layer"]), **{name: plain(each.get(name)) for name in _SHARES}}
-            for each in choice["readings"]
-        ]
-        told = {key: choice[key] for key in ("why", "warning")}
-        return {"chosen": int(choice["layer"]), **told, "readings": readings}
-    except (KeyError, TypeError, ValueError):
-        raise InputError("expunge.json: is not as expunge writes it; make it anew") from None
 
 
 def weights(material: Material) -> dict[str, Any]:

@@ -66,12 +66,7 @@ class Grids:
         for column in columns:
             for line, (i, entry) in zip(lines, entries, strict=True):
                 line.append(self._cell(entry, f"{place}/{i}", column))
-        layer = place == "/layers/readings" and self.report["layers"]["chosen"]
-        kept = [
-            number
-            for number, (_, entry) in enumerate(entries)
-            if entry.get("chosen") or (layer is not False and entry["layer"] == layer)
-        ]
+        kept = [number for number, (_, entry) in enumerate(entries) if entry.get("chosen")]
         return Grid(self._heads(columns), lines, kept)
 
     def of_models(self, head: str, place: str, form: str) -> list[Column]:

@@ -7,7 +7,7 @@ place and the exact value with every number that it shows.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,6 @@ ABSENT = "not measured"
 _BACK = ("oracle", "target", "unlearned")
 """In the order of drawing: the mark that the report is about lies above the others."""
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
-_READINGS = (
-    ("score", "score", "score"),
-    ("decodable", "decodable", "one"),
-    ("restored", "restored", "two"),
-    ("separate", "separate", "three"),
-)
 _CANDIDATES = (
     ("forget_accuracy", "forget accuracy", "forget"),
     ("retain_accuracy", "retain accuracy", "retain"),
@@ -127,33 +121,14 @@ def _environment(*, html: bool) -> Environment:
 
 def drawings(report: Mapping[str, Any]) -> dict[str, Any]:
     """Every figure of the page, from report.json alone; None where there is nothing to draw."""
-    audit, layers, training = report["audit"], report["layers"], report["training"]
-    readings = layers["readings"] if layers else []
+    audit, training = report["audit"], report["training"]
     kept = (training["chosen_step"], f"kept: step {training['chosen_step']}")
-    chosen = (layers["chosen"], f"layer {layers['chosen']}") if layers else None
-    candidates = training["candidates"]
-    measured = [{**candidate} for candidate in candidates]
-    if candidates and training["target"] is not None:
-        measured.insert(0, {**training["target"], "step": 0})
-
-    def curve(panel: Panel, axis: str, title: str, told: str) -> Markup:
-        return figures.curves([panel], axis, title, told)
-
     return {
         "strips": [_strip(measure) for measure in report["measures"]],
         "terms": _terms(training, kept),
-        "candidates": curve(
-            panel_of("Measured during the run", "step", measured, _CANDIDATES, kept),
-            "step (0: the target)", "Candidates", f"{len(candidates)} candidates; the table below"
-            f" holds every value. Kept: step {training['chosen_step']}.",
-        ) if measured else None,
-        "layers": curve(
-            panel_of("Reading", "layer", readings, _READINGS, chosen),
-            "decoder layer", "Readings of the layers",
-            f"{chosen[1].capitalize()} was chosen. The table below holds every value." if chosen else "",
-        ) if readings else None,
+        "candidates": _candidates(training, kept),
         "attacks": [] if audit is None else [_attacks(request) for request in audit["requests"]],
-    }  # fmt: skip
+    }
 
 
 def _strip(measure: Mapping[str, Any]) -> Markup | None:
@@ -181,21 +156,21 @@ def _terms(training: Mapping[str, Any], kept: tuple[int, str]) -> Markup | None:
     return figures.curves(panels, "step", "Terms of the loss over the steps", " ".join(told))
 
 
-def panel_of(
-    title: str,
-    key: str,
-    entries: Sequence[Mapping[str, Any]],
-    lines: Sequence[tuple[str, str, str]],
-    marked: tuple[int, str] | None = None,
-) -> Panel:
-    """Each entry's shares over its `key`; a line is its part, name and style, and has a value."""
-    drawn = [
-        Line(name, style, [(entry[key], entry.get(part)) for entry in entries])
-        for part, name, style in lines
+def _candidates(training: Mapping[str, Any], kept: tuple[int, str]) -> Markup | None:
+    """The shares that were measured during the run, the target's at step 0."""
+    candidates = training["candidates"]
+    if not candidates:
+        return None
+    target = [] if training["target"] is None else [{**training["target"], "step": 0}]
+    measured = [*target, *candidates]
+    lines = [
+        Line(name, style, [(entry["step"], entry[part]) for entry in measured])
+        for part, name, style in _CANDIDATES
+        if any(entry[part] is not None for entry in measured)
     ]
-    drawn = [each for each in drawn if any(value is not None for _, value in each.points)]
-    where, marked_as = marked or (None, "")
-    return Panel(title, drawn, unit=True, marked=where, marked_as=marked_as)
+    panel = Panel("Measured during the run", lines, unit=True, marked=kept[0], marked_as=kept[1])
+    told = f"{len(candidates)} candidates; the table below holds every value. Kept: step {kept[0]}."
+    return figures.curves([panel], "step (0: the target)", "Candidates", told)
 
 
 def _attacks(request: Mapping[str, Any]) -> Markup | None:
