@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from expunge.cli.options import Printed, parse, print_json
 from expunge.errors import InputError
 from expunge.evaluation.outcomes import of_scores
-from expunge.evaluation.protocols.base import Protocol
 from expunge.evaluation.protocols.catalog import PROTOCOLS
 from expunge.evaluation.score_files import (
     check_one_form,
@@ -26,9 +25,9 @@ from expunge.evaluation.sentences import scores_sentence
 from expunge.reporting.tables import (
     label_of,
     markdown,
-    markdown_table,
     protocol_rows,
     protocol_table,
+    scorecard_rows,
     scorecard_table,
     table_console,
 )
@@ -67,40 +66,28 @@ def main(arguments: Sequence[str]) -> int:
         sources["oracle"] = settings.oracle
     for run in settings.runs:
         sources[label_of(run, sources)] = run
-    name = protocol_in(opened(next(iter(sources.values())))[1])
-    if name in PROTOCOLS:
-        return _of_protocol(PROTOCOLS[name], sources, settings)
-    cards = {label: read_scores(source) for label, source in sources.items()}
-    check_one_form(cards)
-    show(cards, as_json=settings.json, as_markdown=settings.markdown)
-    return 0
-
-
-def _of_protocol(protocol: Protocol, sources: Mapping[str, str], settings: Compare) -> int:
-    """Scores of a protocol beside SemEval's; all must be of it."""
-    cards = {
-        label: read_protocol_scores(source, protocol.name, protocol.measures)
+    protocol = PROTOCOLS.get(protocol_in(opened(next(iter(sources.values())))[1]))
+    cards: dict[str, Any] = {
+        label: read_scores(source)
+        if protocol is None
+        else read_protocol_scores(source, protocol.name, protocol.measures)
         for label, source in sources.items()
     }
     check_one_form(cards)
     if settings.json:
         print_json({label: card.to_json() for label, card in cards.items()})
     elif settings.markdown:
-        header = ["measure", "range", "good", *cards]
-        sys.stdout.write(markdown(header, protocol_rows(protocol, cards)))
+        rows = scorecard_rows(cards) if protocol is None else protocol_rows(protocol, cards)
+        sys.stdout.write(markdown(["measure", "range", "good", *cards], rows))
+    elif protocol is None:
+        show(cards)
     else:
         table_console().print(protocol_table(protocol, cards, f"Scores by {protocol.name}"))
     return 0
 
 
-def show(cards: dict[str, Scorecard], *, as_json: bool = False, as_markdown: bool = False) -> None:
-    """Prints the comparison to standard output, with what the scores say in words."""
-    if as_json:
-        print_json({name: card.to_json() for name, card in cards.items()})
-        return
-    if as_markdown:
-        sys.stdout.write(markdown_table(cards))
-        return
+def show(cards: Mapping[str, Scorecard]) -> None:
+    """Prints scorecards side by side to standard output, with what the scores say in words."""
     console = table_console()
     console.print(scorecard_table(cards, "Scorecards"))
     for name, card in cards.items():

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from expunge.data.fingerprints import lasting, row_fingerprint, source_fingerprint
+from expunge.data.formats import Role
 from expunge.data.rows import Reading, RowSet, check_disjoint, listed
 from expunge.errors import InputError
 from expunge.ledger.dates import due_day, received_day
@@ -105,27 +106,31 @@ def update(
     with open_ledger(place) as ledger:
         secret = ledger.secret()
         recorded = read_request(ledger, number)
-        new_forget = None if forget is None else recorded.read(forget, "forget", again=True)
-        new_retain = None if retain is None else recorded.read(retain, "retain", again=True)
+        sources: dict[Role, str | None] = {"forget": forget, "retain": retain}
+        given = {
+            side: recorded.read(source, side, again=True)
+            for side, source in sources.items()
+            if source is not None
+        }
         with ledger.change() as connection:
             request = read_request(ledger, number)
             if request.state == "withdrawn":
                 raise InputError(f"request {number}: was withdrawn; add a new one")
-            if new_forget is not None and forget is not None:
-                _check_same_rows(ledger, request, new_forget, secret)
-                _record(ledger, number, "forget", forget, new_forget, secret)
-            if new_retain is not None and retain is not None:
-                _check_not_retained(ledger, request, new_retain, secret)
-                _record(ledger, number, "retain", retain, new_retain, secret)
+            for side, rows in given.items():
+                check = _check_same_rows if side == "forget" else _check_not_retained
+                check(ledger, request, rows, secret)
+                connection.execute(
+                    f"UPDATE requests SET {side} = ?, {side}_fingerprint = ? WHERE id = ?",
+                    (lasting(rows.source), source_fingerprint(secret, rows.sha256), number),
+                )
             if due is not None:
                 last = due_day(due, request.received)
                 assert last is not None
                 connection.execute(
                     "UPDATE requests SET due = ? WHERE id = ?", (last.isoformat(), number)
                 )
-            given = {"forget": forget, "retain": retain, "due": due}
-            changed = ", ".join(name for name, value in given.items() if value is not None)
-            write_event(ledger, number, "updated", request.state, note=changed)
+            changed = [*given, *(["due"] if due is not None else [])]
+            write_event(ledger, number, "updated", request.state, note=", ".join(changed))
             return read_request(ledger, number)
 
 
@@ -177,10 +182,3 @@ def _check_not_retained(ledger: Ledger, request: Request, retain: RowSet, secret
             f"--retain {retain.source}: {len(both)} rows are those that request {request.id} removes"
             f" (ids {listed(both)}); take them out"
         )
-
-
-def _record(ledger: Ledger, number: int, side: str, source: str, rows: RowSet, secret: bytes) -> None:
-    ledger.connection.execute(
-        f"UPDATE requests SET {side} = ?, {side}_fingerprint = ? WHERE id = ?",
-        (lasting(source), source_fingerprint(secret, rows.sha256), number),
-    )

@@ -174,11 +174,6 @@ def audit_table(request: Mapping[str, Any], title: str) -> Table:
     return table_of(title, header, audit_rows(request), left=_WORDS)
 
 
-def markdown_table(cards: Mapping[str, Scorecard]) -> str:
-    """The same in Markdown, for docs."""
-    return markdown(["measure", "range", "good", *cards], scorecard_rows(cards))
-
-
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table of plain cells."""
     lines = [header, ["---"] * len(header), *rows]
