@@ -21,8 +21,7 @@ from conftest import none_in, refusal
 from expunge.data.rows import Row
 from expunge.errors import InputError, RunError
 from expunge.ledger import bundles
-from expunge.ledger.bundles import BundleInputs, check_bundle, export
-from expunge.ledger.leaks import SHORTEST, rows_in
+from expunge.ledger.bundles import SHORTEST, BundleInputs, check_bundle, export, rows_in
 from expunge.ledger.receiving import Added
 from expunge.ledger.records import read_request, write_event
 from expunge.ledger.store import LedgerPlace, open_ledger

@@ -15,21 +15,22 @@ compressed (each zlib compresses in its own way), and Ed25519 draws nothing at r
 from __future__ import annotations
 
 import hashlib
+import html
 import io
 import json
 import re
+import unicodedata
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import expunge
 from expunge.data.fingerprints import handed_out
-from expunge.data.rows import listed
+from expunge.data.rows import Row, listed
 from expunge.disk import check_writable, write_whole
 from expunge.errors import ExpungeError, InputError, RunError
-from expunge.ledger.leaks import rows_in
 from expunge.ledger.material import forget_rows
 from expunge.ledger.records import (
     Request,
@@ -63,6 +64,9 @@ _REPORT = ("run/report.html", "run/report.json")
 _EARLIEST = (1980, 1, 1, 0, 0, 0)
 _LARGEST, _MOST = 2**28, 64
 """Bytes and number of the files that `check_bundle` reads: evidence is small, a zip bomb is not."""
+_NORMAL: tuple[Literal["NFC", "NFD", "NFKC", "NFKD"], ...] = ("NFC", "NFD", "NFKC", "NFKD")
+SHORTEST = 12
+"""Characters from which a text is searched for: a shorter one, such as a town, stands anywhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +199,31 @@ def check_bundle(bundle: str, public_key: str | None = None) -> Checked:
     names = tuple(name for name in files if name not in (SUMS, SIGNATURE, PUBLIC_KEY))
     request = record["request"]
     return Checked(request["id"], request["state"], names, signed_by, key is not None)
+
+
+def rows_in(content: bytes, rows: Iterable[Row]) -> list[str]:
+    """Ids of the rows whose input or output is in the file: as it is, in JSON, or in HTML.
+
+    A model may have written it in another Unicode form than the row has.
+    """
+    found = []
+    for row in rows:
+        texts = [text.strip() for text in (row.input, row.output)]
+        long = [text for text in texts if len(text) >= SHORTEST]
+        long += [unicodedata.normalize(form, text) for text in long for form in _NORMAL]
+        forms = {form for text in long for form in _forms(text)}
+        if any(form in content for form in forms):
+            found.append(row.id)
+    return found
+
+
+def _forms(text: str) -> set[bytes]:
+    escaped = html.escape(text)
+    # Jinja writes quotes as numbers, the standard library one of them in hexadecimal.
+    numbered = escaped.replace("&#x27;", "&#39;").replace("&quot;", "&#34;")
+    written = {text, escaped, numbered, html.escape(text, quote=False)}
+    written |= {json.dumps(text, ensure_ascii=plain)[1:-1] for plain in (True, False)}
+    return {form.encode() for form in written}
 
 
 def _run_files(request: Request, run: RunRecord) -> dict[str, bytes]:
