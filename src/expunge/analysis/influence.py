@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from expunge.analysis.influence_file import (
     is_influence,
     thresholds_of,
 )
-from expunge.analysis.leave_out import CurvatureKind, LeaveOut, leave_out
+from expunge.analysis.leave_out import CurvatureKind, leave_out
 from expunge.analysis.overlap import overlaps
 from expunge.analysis.row_gradients import RowGradients, Windows, block_shape, linear_maps, rows_of
 from expunge.analysis.template_choice import settled
@@ -116,7 +115,7 @@ def analyze_influence(
         }
         for policy in policies
     ]
-    rows, dtype = forms[-1], resolve_dtype(checked, inputs.dtype)
+    dtype = resolve_dtype(checked, inputs.dtype)
     if inputs.curvature == "cg" and dtype != "float32":
         raise InputError(f"--curvature cg: its products are too rough in {dtype}; give --dtype float32")
     for line in said_of_dtype(checked, inputs.dtype, device):
@@ -140,6 +139,7 @@ def analyze_influence(
     unseen = passes.run(rows["nonmembers"]) if "nonmembers" in rows else []
     kinds = [row.kind for row in sets.get("nonmembers", ())]
     vocabulary = model.config.get_text_config().vocab_size
+    thresholds = thresholds_of(list(zip(kinds, unseen, strict=True)), vocabulary)
     influence = Influence(
         model=named(inputs.model),
         model_sha256=checked.files.sha256(),
@@ -159,13 +159,25 @@ def analyze_influence(
             "damping": found.damping,
             "residuals": list(found.residuals),
         },
-        thresholds=thresholds_of(list(zip(kinds, unseen, strict=True)), vocabulary),
-        forget=[],
-        retain=[],
+        thresholds=thresholds,
+        forget=[
+            ForgetRow(
+                *(row.id, row.task, row.kind),
+                **vars(known),
+                self_influence=value,
+                gone=is_gone(known, thresholds[row.kind]),
+            )
+            for row, known, value in zip(sets["forget"], found.forget, found.self_influence, strict=True)
+        ],
+        retain=[
+            RetainRow(*(row.id, row.task, row.kind), **vars(known), collateral=value)
+            for row, known, value in zip(
+                sets.get("retain", ()), found.retain, found.collateral, strict=True
+            )
+        ],
         overlaps=overlaps(list(sets["forget"]), list(sets.get("retain", ()))),
         expunge=expunge.__version__,
     )
-    influence = _with_rows(influence, sets, found)
     if inputs.output is not None:
         deliver({Path(inputs.output): influence_text(influence)})
     return influence, sets
@@ -186,23 +198,3 @@ def layer_range(layers: str | None, layout: DecoderLayout) -> tuple[int, int]:
             " be above the last"
         )
     return first, last
-
-
-def _with_rows(influence: Influence, sets: Mapping[str, RowSet], found: LeaveOut) -> Influence:
-    """The report with an entry for each row."""
-    forget = [
-        ForgetRow(
-            row.id,
-            row.task,
-            row.kind,
-            **vars(known),
-            self_influence=value,
-            gone=is_gone(known, influence.thresholds[row.kind]),
-        )
-        for row, known, value in zip(sets["forget"], found.forget, found.self_influence, strict=True)
-    ]
-    retain = [
-        RetainRow(row.id, row.task, row.kind, **vars(known), collateral=value)
-        for row, known, value in zip(sets.get("retain", ()), found.retain, found.collateral, strict=True)
-    ]
-    return dataclasses.replace(influence, forget=forget, retain=retain)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import date
 from typing import Any, Literal
 
@@ -227,8 +227,7 @@ def _records(ledger: Ledger, question: str, *values: Any) -> Iterator[dict[str, 
 
 
 def _request(values: Mapping[str, Any]) -> Request:
-    days = {
-        name: None if values[name] is None else date.fromisoformat(values[name])
-        for name in ("received", "due")
-    }
-    return Request(**{**values, **days})
+    known = {field.name: values[field.name] for field in fields(Request)}
+    for name in ("received", "due"):
+        known[name] = None if known[name] is None else date.fromisoformat(known[name])
+    return Request(**known)
