@@ -38,11 +38,6 @@ RESULT: dict[str, Any] = {
     "best": 1,
     "why_best": "highest harmonic mean",
     "front": [1, 2],
-    "importance": {
-        "forgetting": {"method.alpha": 0.8, "schedule": 0.2},
-        "retention": {"schedule": 0.7, "method.alpha": 0.3},
-    },
-    "importance_note": "fANOVA over 3 complete trials",
     "trials": [
         trial(0, 0.3, 0.3),
         trial(1, 0.7, 0.8),

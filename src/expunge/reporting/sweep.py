@@ -63,12 +63,6 @@ def sweep_notes(result: Mapping[str, Any], output: str) -> list[str]:
         notes += [f"best: {finding}" for finding in best["findings"]]
     if len(objectives) > 1 and result["front"]:
         notes.append(f"Pareto front (+, *): trials {', '.join(map(str, result['front']))}")
-    if result["importance"] is None:
-        notes.append(f"importance: none ({result['importance_note']})")
-    else:
-        for objective, shares in result["importance"].items():
-            named = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
-            notes.append(f"importance for {objective}: {named}")
     failures = [t for t in result["trials"] if t["state"] == "failed"]
     notes += [f"trial {t['number']} failed: {t['reason']}" for t in failures[:5]]
     return notes

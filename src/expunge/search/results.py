@@ -1,6 +1,6 @@
 """What a sweep leaves on disk: sweep.json, and best.yaml for `expunge run --config`.
 
-sweep.json         every trial with its settings, values, parts and time; the target; importance
+sweep.json         every trial with its settings, values, parts and time; the target
 best.yaml          the best trial's run
 """
 
@@ -91,9 +91,6 @@ def _result(task: Task, study: Study, stopped: str) -> dict[str, Any]:
     front = pareto_front(usable)
     states = [trial["state"] for trial in trials]
     counted = {state: states.count(state) for state in ("complete", "pruned", "failed")}
-    importance, why_none = (
-        (None, "not computed while trials run") if stopped == RUNNING else _importance(study, objectives)
-    )
     return {
         "expunge": expunge.__version__,
         "stopped": stopped,
@@ -116,9 +113,6 @@ def _result(task: Task, study: Study, stopped: str) -> dict[str, Any]:
         if len(objectives) == 1
         else "highest harmonic mean of the objectives on the Pareto front",
         "front": front,
-        "importance": importance,
-        "importance_note": why_none
-        or f"fANOVA over {counted['complete']} complete trials; shares of the variance, sum 1",
         "trials": trials,
     }
 
@@ -164,28 +158,6 @@ def _is_destroyed(parts: Mapping[str, Any], target: Mapping[str, Any] | None) ->
     before = None if target is None else Scorecard.from_json(target)
     found = of_scores(Scorecard.from_json(parts), before)
     return any(finding.outcome == "destroyed" for finding in found)
-
-
-def _importance(
-    study: Study, objectives: Sequence[str]
-) -> tuple[dict[str, dict[str, float]] | None, str | None]:
-    """Share of each objective's variance that each option accounts for, or why there is none."""
-    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
-
-    complete = [trial for trial in all_trials(study) if trial.state.name == "COMPLETE"]
-    if len(complete) < 2:
-        return None, "fewer than two complete trials"
-    found = {}
-    for index, objective in enumerate(objectives):
-        if len({trial.values[index] for trial in complete}) < 2:
-            return None, f"every trial has the same {objective}"
-
-        def value(trial: FrozenTrial, index: int = index) -> float:
-            return float(trial.values[index])
-
-        evaluator = FanovaImportanceEvaluator(seed=0)
-        found[objective] = dict(get_param_importances(study, evaluator=evaluator, target=value))
-    return found, None
 
 
 def _config(task: Task, trial: Mapping[str, Any]) -> str:
