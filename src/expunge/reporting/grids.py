@@ -62,10 +62,9 @@ class Grids:
         """The entries of a list of the report, of some kinds alone, `most` at most."""
         every = list(enumerate(at(self.report, place)))[:most]
         entries = [(i, entry) for i, entry in every if not kinds or entry["kind"] in kinds]
-        lines: list[list[Any]] = [[] for _ in entries]
-        for column in columns:
-            for line, (i, entry) in zip(lines, entries, strict=True):
-                line.append(self._cell(entry, f"{place}/{i}", column))
+        lines = [
+            [self._cell(entry, f"{place}/{i}", column) for column in columns] for i, entry in entries
+        ]
         kept = [number for number, (_, entry) in enumerate(entries) if entry.get("chosen")]
         return Grid(self._heads(columns), lines, kept)
 

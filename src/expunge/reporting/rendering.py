@@ -7,7 +7,7 @@ place and the exact value with every number that it shows.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,19 +65,7 @@ def card_section(report: Mapping[str, Any]) -> str:
 
 def written(value: float, form: str) -> str:
     """A number as it is shown: score, percent, count, short, seconds or bytes."""
-    if form == "score":
-        return f"{value:.3f}"
-    if form == "percent":
-        return f"{value:.1%}"
-    if form == "count":
-        return f"{value:,}"
-    if form == "seconds":
-        return _duration(value)
-    if form == "bytes":
-        return _size(value)
-    if form == "short":
-        return f"{value:#.4g}".removesuffix(".")
-    raise ValueError(form)
+    return _FORMS[form](value)
 
 
 def cell(text: object) -> Markup:
@@ -207,3 +195,13 @@ def _size(count: float) -> str:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} {_UNITS[-1]}"
+
+
+_FORMS: Mapping[str, Callable[[float], str]] = {
+    "score": "{:.3f}".format,
+    "percent": "{:.1%}".format,
+    "count": "{:,}".format,
+    "seconds": _duration,
+    "bytes": _size,
+    "short": lambda value: f"{value:#.4g}".removesuffix("."),
+}
