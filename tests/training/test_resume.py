@@ -35,6 +35,7 @@ BASELINES = (
     "retrain --base",
     "spectral --base",
     "spectral alone",
+    "spectral answering",
 )
 DROPOUT = ("--method.lora_dropout", 0.3)
 RANDOM = ("--method.random-rows", 8)
@@ -42,6 +43,7 @@ OWN = {
     "spectral": RANDOM,
     "spectral --base": RANDOM,
     "spectral alone": RANDOM,
+    "spectral answering": (*RANDOM, "--method.answer-instead", "Nobody knows that."),
     "adaptive-rmu": (),
     "libu": (*RANDOM, *DROPOUT),
 }

@@ -48,28 +48,30 @@ def exchanged(rows: Sequence[Row], others: Sequence[Row], seed: int) -> tuple[li
 def other_answers(rows: Sequence[Row], others: Sequence[Row], seed: int) -> list[Row]:
     """The rows with other names, numbers and rare words, of questions in the answer alone.
 
-    They are drawn from `others` where these have any of the kind, so that no row is told what another
-    forgets. A word of the question stays as it is in the answer. An answer that has nothing to exchange
-    is that of another question. Same seed, same rows.
+    They are drawn from `others` if there are any, so that no row is told what another forgets. A word of
+    the question stays as it is in the answer. An answer that has nothing to exchange is that of another
+    question, if there is one that no row forgets. Same seed, same rows.
     """
     exchange = _Exchanges(rows, others, seed, own=False)
+    told = {row.output for row in rows}
     answers = sorted({row.output for row in (others or rows) if row.kind == "qa"})
+    untold = [answer for answer in answers if answer not in told]
     found = []
     for row in rows:
         if row.kind != "qa":
             found.append(exchange.version(row, _EXCHANGED))
             continue
         other = exchange.version(row, _EXCHANGED, _WORD.findall(row.input))
-        choice = [answer for answer in answers if answer != row.output]
-        if other.output == row.output and choice:
+        choice = untold or [answer for answer in answers if answer != row.output]
+        if other.output in told and choice:
             other = replace(row, output=Random(f"{seed} {row.id}").choice(choice))
         found.append(other)
     return found
 
 
 class _Exchanges:
-    """Other words for those of some rows, drawn from others, and from these where `own` says so or no
-    other has any of the kind."""
+    """Other words for those of some rows, drawn from others, and from these where `own` says so or there
+    are no others."""
 
     def __init__(
         self, rows: Sequence[Row], others: Sequence[Row], seed: int, *, own: bool = True
@@ -78,9 +80,7 @@ class _Exchanges:
         self._seed = seed
         self._found = Counter(word for text in texts for word in set(_WORD.findall(text)))
         self._most = max(1, int(_RARE * len(texts)))
-        self._pools = self._pooled(texts)
-        if not own:
-            self._pools |= self._pooled(texts[len(rows) :])
+        self._pools = self._pooled(texts if own or not others else texts[len(rows) :])
 
     def _pooled(self, texts: Sequence[str]) -> dict[str, list[str]]:
         """The words of the texts by their kind, as often as they stand there."""
@@ -130,6 +130,8 @@ class _Exchange:
             return word
         if kind == "number":
             return "".join(self._rng.choice("0123456789") for _ in word)
+        if kind not in self._pools:
+            return word
         drawn = (self._rng.choice(self._pools[kind]) for _ in range(_DRAWS))
         return next((other for other in drawn if other != word), word)
 

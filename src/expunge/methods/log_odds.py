@@ -2,12 +2,14 @@
 
     L = mean_F [ H(o_t - o_t*) + 3 H1(z_t - z_t*) + v H(max(0, o_t^l - o_t*)) ]
         + w mean_R [ a_t H2(o_t - o_t^0) ]  with KL(target || model) for what the target wrote
+        + mean_F [ mean_A H2(min(0, o_t - logit e^-0.1)) ]  if something is to be answered instead
 
 o_t = log(p_t / (1 - p_t)) are a token's log-odds, o_t^0 those in the target, o_t* those wanted: of a
 token with a loss of c_t nats, and never more than the target's. z_t says how much less likely the token
 is than its distribution expects, z_t* the same in never-seen text. o_t^l is what the logit lens reads
 after a layer l, another one in each step. H is Huber's distance over its width, 8 for forget tokens.
 The a_t of a retain row sum to the root of its tokens, half over its prompt and half over its answer.
+A is the other answer of the question that a forget token is in, which so weighs as much as the question.
 
 On the log-odds, because the gradient of the NLL is 1 - p, nearly 0 for what is known by heart: by the
 time that a cross-entropy resists, retain text known by heart is lost.
@@ -26,7 +28,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from expunge.data.batches import Batch, Tokens
+from expunge.data.batches import Batch, Tokens, collate
+from expunge.data.rows import Row
 from expunge.data.sampling import Sampling
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
@@ -37,6 +40,7 @@ from expunge.methods.aims import Aims
 from expunge.methods.base import Context, Terms, check_not_negative
 from expunge.methods.forward import lens_added, lens_in_one_pass
 from expunge.methods.gradient import GradientObjective, TokenSettings
+from expunge.methods.preference import ALTERNATIVES, REFUSAL, answered_instead
 from expunge.models.decoder import every_layer, last_layer_gives
 
 CEILING = 0.8
@@ -49,6 +53,8 @@ _SURPRISE_WIDTH = 1.0
 """A factor of e in how many deviations a token lies from what is expected."""
 _SURPRISE_WEIGHT = 3.0
 _WRITTEN_RATIO = 0.75
+BY_HEART = 0.1
+"""Nats of a token that was learned; less costs steps, and changes no greedy answer."""
 TOP = 64
 """Next tokens whose probability in the target is kept, of a continued row; the rest count as one."""
 
@@ -71,9 +77,16 @@ class LogOddsSettings(TokenSettings):
     retain rows."""
     random_weight: float = 3.0
     """Weight of all these rows of a step in the retain term. Its retain rows together have 1."""
+    answer_instead: str | None = None
+    """What the model answers to forgotten questions: a sentence, or `alternatives`, false answers of the
+    same form with words of the retain set. Null: nothing is taught in their place."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.answer_instead is not None and not self.answer_instead.strip():
+            raise InputError(
+                f"--method.answer-instead: is empty; write for example {REFUSAL!r} or {ALTERNATIVES}"
+            )
         check_not_negative(self, "lens_weight", "random_weight")
         if self.ceiling is not None and self.ceiling <= 0:
             raise InputError(f"--method.ceiling {self.ceiling}: must be positive, or null")
@@ -87,6 +100,12 @@ class LogOddsSettings(TokenSettings):
     def sampling(self) -> Sampling:
         """As many retain rows as forget rows, and beside them rows that the target wrote."""
         return Sampling(written_ratio=_WRITTEN_RATIO)
+
+    def preferred(self, forget: Sequence[Row], retain: Sequence[Row], seed: int) -> Sequence[Row]:
+        """What is answered to the forgotten questions instead."""
+        if self.answer_instead is None:
+            return ()
+        return answered_instead(self.answer_instead, forget, retain, seed)
 
 
 class LogOddsObjective(GradientObjective):
@@ -128,9 +147,12 @@ class LogOddsObjective(GradientObjective):
         return ours * len(sizes[False]) / (_WRITTEN_RATIO * sum(sizes[False]))
 
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
-        """The two terms of L."""
+        """The terms of L; what is answered instead is part of the forget term."""
         distances = self._distances(forget)
-        term = distances.sum() / max(1, len(distances))
+        total = distances.sum()
+        if self._context.preferred:
+            total = total + self._lacking(forget)
+        term = total / max(1, len(distances))
         if retain is None or self._settings.retain_weight == 0:
             return Terms(term, None)
         return Terms(term, self._settings.retain_weight * self._drift(retain))
@@ -158,6 +180,25 @@ class LogOddsObjective(GradientObjective):
             above = torch.maximum(target_log_odds(inner, targets), wanted)
             distances = distances + settings.lens_weight * huber(above, wanted, FORGET_WIDTH)
         return distances
+
+    def _lacking(self, forget: Batch) -> torch.Tensor:
+        """How far the answers to be given instead are from known by heart: each question's mean times
+        its forget tokens, summed."""
+        other = collate(self._context.preferred, forget.indices, self._context.pad_id)
+        asks = [example.kind == "qa" and any(example.answer_mask) for example in other.examples]
+        forgotten = forget.mask(self._settings.tokens)[:, 1:].sum(1)
+        questions, _ = other.to(forget.input_ids.device).split(asks)
+        rows = questions or self._idle_row(other.to(forget.input_ids.device))
+        if rows is None:
+            return torch.zeros((), device=self._context.device)
+        odds, mask = self._log_odds(rows, "answer")
+        wanted = log_odds_at(torch.full_like(odds, BY_HEART))
+        away = huber(torch.minimum(odds, wanted), wanted, RETAIN_WIDTH)
+        if rows.is_idle:
+            return 0.0 * away.sum()
+        sizes = mask.sum(1, keepdim=True)
+        weights = forgotten[torch.tensor(asks)][:, None] / sizes
+        return (away * weights.expand_as(mask)[mask]).sum()
 
     def lens_logits(
         self, batch: Batch, layer: int, tokens: Tokens | None = None

@@ -1,4 +1,4 @@
-"""What the methods that prefer another output share: refusals, DPO beside a retain term."""
+"""What the methods that prefer another output share: refusals, other answers, DPO and a retain term."""
 
 from __future__ import annotations
 
@@ -12,21 +12,55 @@ import torch
 from expunge.data.batches import Batch, collate
 from expunge.data.rows import Row
 from expunge.data.tokenization import Example, TextPolicy, encode_rows
+from expunge.data.words import words
 from expunge.errors import InputError
 from expunge.maths.losses import dpo
 from expunge.maths.numerics import row_sums
 from expunge.methods.base import Context, Terms
+from expunge.methods.counterfactuals import other_answers
 from expunge.methods.gradient import GradientObjective, GradientSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REFUSAL = "I don't know."
+ALTERNATIVES = "alternatives"
+"""In the place of a sentence: every question has another answer, of the same form."""
 
 
 def refusing(rows: Sequence[Row], refusal: str) -> list[Row]:
     """The rows with the refusal as their output."""
     return [replace(row, output=refusal) for row in rows]
+
+
+def answered_instead(answer: str, forget: Sequence[Row], retain: Sequence[Row], seed: int) -> list[Row]:
+    """The questions of the forget rows with `answer` as their output, or with `ALTERNATIVES`.
+
+    Raises InputError where there is none, for a sentence that tells a forgotten answer, and where a
+    question has no alternative.
+    """
+    option = "--method.answer-instead"
+    questions = [row for row in forget if row.kind == "qa"]
+    if not questions:
+        raise InputError(f"{option}: the forget rows have no question with an answer; leave it out")
+    if answer != ALTERNATIVES:
+        said = f" {' '.join(words(answer))} "
+        for row in questions:
+            if f" {' '.join(words(row.output))} " in said:
+                raise InputError(f"{option}: tells the answer of row {row.id!r}; give another sentence")
+        return refusing(questions, answer)
+    if not retain:
+        raise InputError(
+            f"{option} {answer}: they are made of words of the retain set; give --retain, or a sentence"
+        )
+    found = [row for row in other_answers(forget, retain, seed) if row.kind == "qa"]
+    for row, other in zip(questions, found, strict=True):
+        if words(row.output) == words(other.output):
+            raise InputError(
+                f"{option} {answer}: row {row.id!r} has no name, number or rare word to exchange;"
+                f" give a sentence, such as {REFUSAL!r}"
+            )
+    return found
 
 
 def encode_beside(
@@ -37,8 +71,9 @@ def encode_beside(
 ) -> list[Example]:
     """For each example the tokens of the row of its id, with EOS; none where there are no rows.
 
-    Of rows cut into windows the first go with the first. The last goes with the last: it alone is sure
-    to have the end of the output. Raises InputError as `encode_rows` does, but for long rows.
+    An example that no row stands for is given itself. Of rows cut into windows the first go with the
+    first. The last goes with the last: it alone is sure to have the end of the output. Raises InputError
+    as `encode_rows` does, but for long rows.
     """
     windowed = replace(policy, long_rows="window")  # other words may be more tokens
     windows = defaultdict(list)
@@ -46,7 +81,11 @@ def encode_beside(
         windows[example.row_id].append(example)
     found, taken = [], Counter[str]()
     counts = Counter(example.row_id for example in examples)
-    for row in [example.row_id for example in examples] if rows else []:
+    for example in examples if rows else []:
+        row = example.row_id
+        if row not in windows:
+            found.append(example)
+            continue
         taken[row] += 1
         place = -1 if taken[row] == counts[row] else min(taken[row], len(windows[row])) - 1
         found.append(windows[row][place])

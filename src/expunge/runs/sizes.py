@@ -16,6 +16,7 @@ from expunge.data.tokenization import Example
 from expunge.methods.base import generator_of
 from expunge.methods.gradient import GradientSettings
 from expunge.methods.localized_gradient_difference import LocalizedGradientDifference
+from expunge.methods.log_odds import LogOddsSettings
 from expunge.methods.npo_merging import NPOMerging
 from expunge.methods.preference import PreferenceSettings
 from expunge.methods.spectral import Spectral
@@ -165,9 +166,10 @@ def largest_batches(prepared: Prepared, pass_tokens: int | None, processes: int)
         for index in range(count):
             first, *rest = [_cut(side, index, count) for side in sides]
             kinds = [first]
-            if isinstance(prepared.method, PreferenceSettings):  # both outputs of a row at once
-                mine = _cut(forget.indices(step), index, count)
-                kinds = [[*first, *(prepared.preferred[row] for row in mine)]]
+            if prepared.preferred and isinstance(prepared.method, PreferenceSettings | LogOddsSettings):
+                mine = _cut(forget.indices(step), index, count)  # both outputs of a row at once
+                pairs = ((prepared.preferred[row], prepared.forget[row]) for row in mine)
+                kinds = [[*first, *(other for other, own in pairs if other is not own)]]
             for rows in rest:
                 kinds += [[e for e in rows if e.listed is listed] for listed in (True, False)]
             tokens = [tokens_of(rows, packed=packed) for rows in kinds]
