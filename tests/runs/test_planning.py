@@ -346,6 +346,12 @@ def test_a_preferred_output_runs_beside_the_rejected_one(planned: Callable[..., 
         assert part(plain, kind) < part(both, kind) <= 2 * part(plain, kind)
 
 
+def test_an_answer_given_instead_runs_beside_the_question(planned: Callable[..., Plan]) -> None:
+    plain, both = (planned(Spectral(answer_instead=answer)) for answer in (None, "No."))
+    for kind in (ACTIVATIONS, LOGITS):
+        assert part(plain, kind) < part(both, kind) <= 2 * part(plain, kind)
+
+
 def test_a_step_that_may_not_be_cut_is_not_proposed_to_be(checked: Callable[..., Any]) -> None:
     for method, proposed in ((NPO(), True), (SamNPO(), False)):
         model, prepared = checked(method)
