@@ -67,7 +67,7 @@ class TrainingOptions:
     save_every: int | None = None
     """Steps between two saved states; null: as often as costs little of the run's time."""
     cache_limit: str | None = None
-    """Most disk for cached hidden states: 20GB; null: no limit. Rows beyond are computed each time. 0
+    """Most disk for hidden states: 20GB; null: no limit. Rows beyond are computed each time. 0
     caches nothing."""
     cache_dtype: CacheDtype | None = None
     """Dtype of the cached hidden states; null: the one they are computed in."""
