@@ -13,6 +13,11 @@ from expunge.models.kernels import fast_products, quick_dtype
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def _of_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_LEAST_WIDTH", 0)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 24), (64, 24), (3, 11, 24), (2, 2, 7, 24), (0, 24)])
 def test_it_is_the_linear_map(shape: tuple[int, ...], bias: bool) -> None:
@@ -96,6 +101,23 @@ def test_a_model_gives_the_same_logits_and_gradients(monkeypatch: pytest.MonkeyP
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5)
     assert bool(calls) == kernels._available()
+
+
+@pytest.mark.parametrize(("width", "taken"), [(63, False), (64, True)])
+def test_narrow_layers_are_torchs_own(width: int, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_LEAST_WIDTH", 64)
+    calls = []
+    used = kernels._linear
+
+    def counted(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        calls.append(weight.shape)
+        return used(inputs, weight, bias)
+
+    monkeypatch.setattr(kernels, "_linear", counted)
+    inputs, weight = torch.randn(16, 8), torch.randn(width, 8)
+    with fast_products(torch.float32, CPU):
+        functional.linear(inputs, weight)
+    assert bool(calls) == (taken and kernels._available())
 
 
 def test_half_precision_and_torch_without_the_call_are_left_alone(

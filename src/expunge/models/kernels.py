@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 _LEAST_TOKENS = 8
 """Below, MKL is faster on either make."""
+_LEAST_WIDTH = 64
+"""A layer that is narrower on both sides takes oneDNN longer to begin than MKL to end."""
 _INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 _PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.addmm)
 
@@ -138,8 +140,8 @@ def _any_linear(
     inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The linear map of float32 or bfloat16 tensors, computed in float32."""
-    few = inputs.numel() < _LEAST_TOKENS * inputs.shape[-1]
-    if inputs.dtype == torch.float32 and (few or not _available()):
+    small = inputs.numel() < _LEAST_TOKENS * inputs.shape[-1] or max(weight.shape) < _LEAST_WIDTH
+    if inputs.dtype == torch.float32 and (small or not _available()):
         return functional.linear(inputs, weight, bias)
     if torch.is_grad_enabled() and _any_gradient(inputs, weight, bias):
         return _Linear.apply(inputs, weight, bias)
