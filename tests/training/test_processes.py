@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import exact_muon
+from expunge.cli.main import main
 from expunge.errors import InputError
 from expunge.processes import ManyProcesses, OneProcess
 from expunge.runs.scratch import shared_scratch
@@ -25,20 +26,49 @@ MUON_TOLERANCE = 1e-3
 """Its five iterations enlarge what is small in a gradient, and so its rounding, up to 3.4^5 times."""
 
 
-def run(arguments: list[object], count: int, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`expunge run` in so many processes, as accelerate launch starts them."""
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(count)] if count > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    return subprocess.run(
-        [sys.executable, *launch, exact_muon.__file__, "run", *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+CASES = (
+    ("spectral", False),
+    ("adaptive-rmu", False),
+    ("libu", False),
+    ("libu-published", False),
+    ("npo", False),
+    ("npo", True),
+    ("alt-po", False),
+    ("idk-dpo", True),
+    ("jensun", False),
+    ("undial", True),
+    ("libu", True),
+    ("libu-published", True),
+    ("npo-merging", True),
+    ("chunked-gradient-difference", False),
+    ("localized-gradient-difference", False),
+)
+"""Methods, and whether their weights are spread over the processes."""
+SHARDED = {"ACCELERATE_USE_FSDP": "true"}
+UNDIVIDED = "undivided"
+RANDOM = ("--method.random-rows", 8)
+Launch = subprocess.CompletedProcess[str]
 
 
-@pytest.fixture
+def two(*commands: list[object], **variables: str) -> Launch:
+    """`expunge run` in two processes, as accelerate launch starts them, one command after another."""
+    words: list[object] = []
+    for command in commands:
+        words += [exact_muon.THEN, "run", *command] if words else ["run", *command]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    try:
+        return subprocess.run(
+            [*launch, exact_muon.__file__, *map(str, words)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+            capture_output=True,
+            text=True,
+            timeout=300 * len(commands),
+        )
+    except subprocess.TimeoutExpired as late:  # once for all tests of the series
+        return subprocess.CompletedProcess(late.cmd, 1, "", str(late))
+
+
+@pytest.fixture(scope="module")
 def arguments(memorised_dir: Path, row_files: dict[str, Path]) -> list[object]:
     return [
         memorised_dir,
@@ -46,6 +76,53 @@ def arguments(memorised_dir: Path, row_files: dict[str, Path]) -> list[object]:
         *("--nonmembers", row_files["nonmembers"], "--learning-rate", 1e-3, "--device", "cpu"),
         *("--batch-size", 3, "--epochs", 3, "--quiet"),
     ]
+
+
+@pytest.fixture(scope="module")
+def one(arguments: list[object], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """What this process gives for the same words; made once."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def call(*options: object) -> Path:
+        words = tuple(map(str, options))
+        if words not in made:
+            output = tmp_path_factory.mktemp("one") / "out"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(exact_muon.PRODUCTS, torch.float64)
+                assert main(["run", *map(str, arguments), *words, "--output", str(output)]) == 0
+            made[words] = output
+        return made[words]
+
+    return call
+
+
+def options_of(method: str) -> tuple[object, ...]:
+    return ("--method", method, *(RANDOM if method in ("spectral", "libu") else ()))
+
+
+@pytest.fixture(scope="module")
+def of_two(
+    arguments: list[object], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[bool], tuple[Path, Launch]]:
+    """Where two processes wrote what every method gives: one start for the sharded, one for the rest."""
+    made: dict[bool, tuple[Path, Launch]] = {}
+
+    def call(sharded: bool) -> tuple[Path, Launch]:
+        if sharded not in made:
+            directory = tmp_path_factory.mktemp("two")
+            commands = [
+                [*arguments, *options_of(method), "--output", directory / method]
+                for method, spread in CASES
+                if spread == sharded
+            ]
+            if sharded:
+                undivided = ("--batch-size", 1, "--max-steps", 2, "--micro-batch-size", 1)
+                output = ("--output", directory / UNDIVIDED)
+                commands.append([*arguments, *options_of("spectral"), *undivided, *output])
+            made[sharded] = directory, two(*commands, **(SHARDED if sharded else {}))
+        return made[sharded]
+
+    return call
 
 
 def assert_same(one: Path, two: Path, target: Path, tolerance: float) -> None:
@@ -70,75 +147,49 @@ def assert_same(one: Path, two: Path, target: Path, tolerance: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "sharded"),
-    [
-        ("spectral", False),
-        ("adaptive-rmu", False),
-        ("libu", False),
-        ("libu-published", False),
-        ("npo", False),
-        ("npo", True),
-        ("alt-po", False),
-        ("idk-dpo", True),
-        ("jensun", False),
-        ("undial", True),
-        ("libu", True),
-        ("libu-published", True),
-        ("npo-merging", True),
-        ("chunked-gradient-difference", False),
-        ("localized-gradient-difference", False),
-    ],
-)
+@pytest.mark.parametrize(("method", "sharded"), CASES)
 def test_two_processes_give_the_result_of_one(
-    method: str, sharded: bool, arguments: list[object], tmp_path: Path, memorised_dir: Path
+    method: str,
+    sharded: bool,
+    one: Callable[..., Path],
+    of_two: Callable[[bool], tuple[Path, Launch]],
+    memorised_dir: Path,
 ) -> None:
-    options = [*arguments, "--method", method]
-    tolerance = TOLERANCE
-    if method in ("spectral", "libu"):
-        options += ["--method.random-rows", 8]
-        tolerance = MUON_TOLERANCE
-    one = run([*options, "--output", tmp_path / "one"], 1)
-    assert one.returncode == 0, one.stderr
-    variables = {"ACCELERATE_USE_FSDP": "true"} if sharded else {}
-    two = run([*options, "--output", tmp_path / "two"], 2, **variables)
-    assert two.returncode == 0, two.stderr
-    assert json.loads((tmp_path / "two" / "expunge.json").read_text())["processes"] == 2
-    assert_same(tmp_path / "one", tmp_path / "two", memorised_dir, tolerance)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    directory, done = of_two(sharded)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((directory / method / "expunge.json").read_text())["processes"] == 2
+    tolerance = MUON_TOLERANCE if method in ("spectral", "libu") else TOLERANCE
+    assert_same(one(*options_of(method)), directory / method, memorised_dir, tolerance)
+    assert not list(directory.glob(".*"))
 
 
 @pytest.mark.slow
 def test_full_weights_are_sharded_and_a_stopped_run_goes_on(
-    arguments: list[object], tmp_path: Path, memorised_dir: Path
+    arguments: list[object], one: Callable[..., Path], tmp_path: Path, memorised_dir: Path
 ) -> None:
-    options = [*arguments, "--method", "spectral", "--method.random-rows", 8]
-    options += ["--method.gradient-checkpointing", "--micro-batch-size", 1]
-    one = run([*options, "--output", tmp_path / "one"], 1)
-    assert one.returncode == 0, one.stderr
-    sharded = {"ACCELERATE_USE_FSDP": "true"}
-    stopped = run([*options, "--output", tmp_path / "two"], 2, STOP_AT="5", **sharded)
+    fewer = ("--method.gradient-checkpointing", "--micro-batch-size", 1)
+    options = (*options_of("spectral"), *fewer)
+    command = [*arguments, *options, "--output", tmp_path / "two"]
+    stopped = two(command, STOP_AT="5", **SHARDED)
     assert "step 5 is saved" in stopped.stderr, stopped.stderr
     saved = load_file(tmp_path / ".two.unfinished" / "state" / "state.safetensors")
     kinds = {name.partition(".")[0] for name in saved}
     assert {"parameters", "optimizer", "best"} <= kinds
-    two = run([*options, "--output", tmp_path / "two", "--resume"], 2, **sharded)
-    assert two.returncode == 0, two.stderr
+    done = two([*command, "--resume"], **SHARDED)
+    assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "two" / "expunge.json").read_text())
     assert (manifest["processes"], manifest["resumed_from_steps"]) == (2, [5])
-    assert_same(tmp_path / "one", tmp_path / "two", memorised_dir, MUON_TOLERANCE)
+    assert_same(one(*options), tmp_path / "two", memorised_dir, MUON_TOLERANCE)
 
 
 @pytest.mark.slow
 def test_sharded_processes_make_as_many_passes_over_rows_that_do_not_divide(
-    arguments: list[object], tmp_path: Path
+    of_two: Callable[[bool], tuple[Path, Launch]],
 ) -> None:
     """Three never-seen rows, one a pass: two for one process and one for the other."""
-    options = [*arguments, "--method", "spectral", "--method.random-rows", 8]
-    options += ["--batch-size", 1, "--max-steps", 2, "--micro-batch-size", 1]
-    sharded = {"ACCELERATE_USE_FSDP": "true"}
-    two = run([*options, "--output", tmp_path / "two"], 2, **sharded)
-    assert two.returncode == 0, two.stderr
+    directory, done = of_two(True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((directory / UNDIVIDED / "expunge.json").read_text())["steps"] == 2
 
 
 @pytest.mark.slow
@@ -147,7 +198,7 @@ def test_wrong_input_is_said_once_and_ends_all_processes(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    done = run([*arguments, "--output", tmp_path / "out"], 2)
+    done = two([*arguments, "--output", tmp_path / "out"])
     assert done.returncode != 0
     assert done.stderr.count("expunge: --output") == 1
     assert "exists" in done.stderr
