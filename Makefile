@@ -31,14 +31,15 @@ install: $(STAMP) ## make .venv and install expunge with its development tools
 demo: $(RUNS) ## the main job on built-in data: unlearn, score, attack; ends with a verdict and a report
 	$(BIN)/expunge demo --overwrite
 
-# A file's tests stay together: they share what its fixtures made. One thread a worker, or they wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+# A file's tests stay together: they share what its fixtures made. The longest come first (tests/conftest.py), not those
+# with the most tests. One thread a worker, or they wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP) ## every test, slow ones included, on all cores
 	$(PYTEST) --durations 25
 
-test-quick: $(STAMP) ## the tests that take seconds, on all cores
-	$(PYTEST) -m "not slow"
+test-quick: $(STAMP) ## the tests that take seconds and need no browser, on all cores
+	$(PYTEST) -m "not slow and not browser"
 
 check: lint types wheel ## ruff, mypy --strict, and the wheel built, installed elsewhere and imported
 

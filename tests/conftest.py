@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,11 +20,41 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+LONGEST = (
+    "benchmark/test_build.py",
+    "models/test_families.py",
+    "training/test_resume.py",
+    "training/test_engine_paths.py",
+    "cli/test_sweep.py",
+    "training/test_processes.py",
+    "runs/test_run.py",
+    "audits/test_audit_command.py",
+    "test_examples.py",
+    "web/test_page.py",
+)
+"""Files of tests that no worker should begin last, while the others wait for it."""
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 FAMILIES = ("olmo", "olmo2", "llama", "qwen2", "gpt_neox")
 
 NAMES = ("Ada", "Ben", "Cleo", "Dov", "Eva", "Finn", "Gus", "Hana")
 TOWNS = ("Paris", "Oslo", "Lima", "Rome", "Cairo", "Delhi", "Quito", "Accra")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first; the order within a file stays."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def mostly_slow(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Parameters of a test that takes seconds for each: all but the quick ones are marked slow."""
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            marks=() if value in quick else pytest.mark.slow,
+        )
+        for value in values
+    ]
 
 
 def make_rows(names: tuple[str, ...], offset: int = 0) -> list[dict[str, str]]:

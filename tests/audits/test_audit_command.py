@@ -267,6 +267,7 @@ def test_neither_the_batch_size_nor_a_second_run_changes_a_byte(
     assert reports[0] == reports[1]
 
 
+@pytest.mark.slow
 def test_an_interrupted_audit_goes_on_where_it_was(
     audit: Cli, nudged_dir: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +329,7 @@ def test_another_seed_or_file_uses_nothing_of_an_earlier_audit(
     assert ran == ["target", "unlearned"] * 4
 
 
+@pytest.mark.slow
 def test_target_and_oracle_are_attacked_once_for_many_audits(
     audit: Cli, nudged_dir: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

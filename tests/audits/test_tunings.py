@@ -196,6 +196,7 @@ def audit(
     return call
 
 
+@pytest.mark.slow
 def test_where_memory_is_short_every_model_is_tuned_with_lora(
     audit: Cli, memorised_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +253,7 @@ def test_every_weight_is_planned_for_with_16_bytes_and_an_adapter_with_what_it_h
     assert len(memory.audit_phases(subject.checked, "bfloat16", "cpu", none, "full")) == 1
 
 
+@pytest.mark.slow
 def test_what_was_tuned_in_another_way_is_not_read(
     audit: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

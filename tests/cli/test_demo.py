@@ -73,6 +73,7 @@ def test_the_demo_ends_with_a_verdict_on_the_default_method(
     assert "<html" in (output / "spectral" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_demo_compares_methods_with_target_and_oracle(
     tiny_benchmark: Path, run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ def test_the_demo_compares_methods_with_target_and_oracle(
     assert run_cli("demo", output, *methods, "--quiet", "--overwrite")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_products_are_those_that_the_device_has(
     native: bool,

@@ -155,6 +155,7 @@ def test_a_sample_is_spread_over_the_rows() -> None:
     assert evenly(rows[:3]) == tuple(rows[:3])
 
 
+@pytest.mark.slow
 def test_an_adapter_and_other_commands_find_the_template(
     chat_dir: Path, both: Any, tmp_path: Path, run_cli: Cli
 ) -> None:
@@ -187,6 +188,7 @@ def test_an_adapter_and_other_commands_find_the_template(
     assert (text["chat_template"], text["template_choice"]["by"]) == (True, "sampled rows")
 
 
+@pytest.mark.slow
 def test_a_sweep_asks_every_trial_as_the_target_answers(
     chat_dir: Path, both: Any, tmp_path: Path, run_cli: Cli
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import mostly_slow, tiny_model
 from expunge.analysis.layers import LayerChoice
 from expunge.methods.adaptive_rmu import AdaptiveRMU
 from expunge.methods.rmu import RMU
@@ -55,7 +56,7 @@ def refuse(*_: object) -> None:
     raise AssertionError("the rows were read once more")
 
 
-@pytest.mark.parametrize("method", ["adaptive-rmu", "rmu"])
+@pytest.mark.parametrize("method", mostly_slow(["adaptive-rmu", "rmu"], "adaptive-rmu"))
 def test_a_run_chooses_and_records_every_layers_scores(method: str, start: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, _, err = start(out, "--method", method)
@@ -75,6 +76,7 @@ def test_a_run_chooses_and_records_every_layers_scores(method: str, start: Run, 
     assert "layer_choice" not in record["method_notes"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_stays_with_its_layer_and_reads_no_row_again(
     start: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,8 +177,6 @@ def test_a_warning_of_the_choice_is_one_of_the_run(
     retain_rows: list[dict[str, str]],
 ) -> None:
     """The Python interface, on a model whose every answer is as likely as any other."""
-    from conftest import tiny_model
-
     model = tiny_model("olmo", len(tokenizer))
     for parameter in model.parameters():
         parameter.data.zero_()

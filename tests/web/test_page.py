@@ -30,6 +30,7 @@ from expunge.data.tokenization import TextPolicy, prompt_ids
 from expunge.evaluation.generation import generate
 
 pytest.importorskip("gradio", reason="is in the extra web")
+pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium")
 PASSWORD = "correct horse <b>battery"
 WAIT = 60_000
