@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, get_origin, get_type_hints
@@ -32,6 +33,7 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
+@cache
 def text_of(page: Path) -> str:
     """A page as the site has it."""
     text = page.read_text(encoding="utf-8")
@@ -76,6 +78,7 @@ def prose(text: str) -> list[str]:
     return lines
 
 
+@cache
 def anchors(text: str) -> set[str]:
     """What the headings of a page can be linked by."""
     taken: set[str] = set()
@@ -119,6 +122,7 @@ def options_in(words: str) -> list[str]:
     return [option.replace("_", "-").rstrip(".") for option in found]
 
 
+@cache
 def every_option() -> set[str]:
     everywhere = {"--help", "--version"}
     for command in site_commands.commands():

@@ -44,23 +44,35 @@ def each(families: Any, quick: set[str] = QUICK) -> list[Any]:
     ]
 
 
-@pytest.fixture
-def unlearn(tokenizer: Any, tmp_path: Path) -> Unlearn:
-    """Two steps of a method on a fresh model of a family; the run directory."""
+@pytest.fixture(scope="module")
+def target_of(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A fresh model of a family, which its tests share and only read."""
+    made: dict[str, Path] = {}
 
-    def unlearned(family: str, method: str) -> Path:
-        target, output = tmp_path / "target", tmp_path / method
-        if not target.exists():
+    def call(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp("target")
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 config = configuration(family, len(tokenizer))
-                AutoModelForCausalLM.from_config(config).save_pretrained(target)
-            tokenizer.save_pretrained(target)
+                AutoModelForCausalLM.from_config(config).save_pretrained(made[family])
+            tokenizer.save_pretrained(made[family])
+        return made[family]
+
+    return call
+
+
+@pytest.fixture
+def unlearn(target_of: Callable[[str], Path], tmp_path: Path) -> Unlearn:
+    """Two steps of a method on a fresh model of a family; the run directory."""
+
+    def unlearned(family: str, method: str) -> Path:
+        output = tmp_path / method
         forget, retain = (
             str(write_jsonl(tmp_path / f"{name}.jsonl", rows))
             for name, rows in (("forget", FORGET), ("retain", RETAIN))
         )
-        inputs = RunInputs(str(target), forget, str(output), retain, device="cpu")
+        inputs = RunInputs(str(target_of(family)), forget, str(output), retain, device="cpu")
         # A fresh model knows no row.
         options = TrainingOptions(max_steps=2, batch_size=2, unknown_rows="unlearn")
         run(inputs, METHODS[method], options)
@@ -71,12 +83,16 @@ def unlearn(tokenizer: Any, tmp_path: Path) -> Unlearn:
 
 @pytest.mark.parametrize("family", each(SUPPORTED))
 def test_a_family_is_unlearned_reloaded_and_measured(
-    family: str, unlearn: Unlearn, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    unlearn: Unlearn,
+    target_of: Callable[[str], Path],
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("expunge.evaluation.generation.MAX_NEW_TOKENS", 12)
     output = unlearn(family, "spectral")
     model = AutoModelForCausalLM.from_pretrained(output)
-    before = AutoModelForCausalLM.from_pretrained(output.parent / "target").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(target_of(family)).state_dict()
     changed = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
     layout = find_layout(model)
     assert changed <= {f"{name}.weight" for name in layout.linears()}
