@@ -27,7 +27,7 @@ from expunge.training.loop import Loop
 
 Cli = Callable[..., tuple[int, str, str]]
 Asked = Callable[..., Added]
-SHORT = ("--epochs", 1, "--learning-rate", 1e-3, "--batch-size", 4, "--quiet")
+SHORT = ("--epochs", 1, "--learning-rate", 1e-3, "--batch-size", 4, "--method.random-rows", 8, "--quiet")
 
 
 @pytest.fixture
@@ -164,6 +164,7 @@ def test_what_is_refused_leaves_requests_open_and_no_run(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_model_that_holds_again_what_was_removed_is_refused(
     serve: Cli,
     asked: Asked,
@@ -202,6 +203,7 @@ def test_a_model_that_holds_again_what_was_removed_is_refused(
     assert states(place) == ["served", "served", "withdrawn", "served"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_the_requests_it_began_with(
     serve: Cli,
     asked: Asked,

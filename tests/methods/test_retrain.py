@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import expunge
-from conftest import make_rows, refusal, tiny_model, write_jsonl
+from conftest import make_rows, mostly_slow, refusal, tiny_model, write_jsonl
 from expunge.data.batches import PAD_ID, collate
 from expunge.data.rows import as_rows
 from expunge.data.tokenization import TextPolicy, encode_rows
@@ -234,7 +234,7 @@ def test_the_base_is_asked_about_the_very_rows_and_writes_more_of_their_kind(
     assert len({round(rises[row], 5) for row in documents}) == 1
 
 
-@pytest.mark.parametrize("method", ["spectral", "adaptive-rmu", "npo"])
+@pytest.mark.parametrize("method", mostly_slow(["spectral", "adaptive-rmu", "npo"], "npo"))
 def test_without_never_seen_text_a_base_is_the_yardstick_and_the_record_says_which(
     method: str,
     memorised_dir: Path,
@@ -245,6 +245,7 @@ def test_without_never_seen_text_a_base_is_the_yardstick_and_the_record_says_whi
 ) -> None:
     rows = ("--forget", row_files["forget"], "--retain", row_files["retain"])
     common = ("run", memorised_dir, *rows, "--method", method, "--max-steps", 4, "--quiet")
+    common += ("--method.random-rows", 8) if method == "spectral" else ()
     options = {
         "base": ("--base", base),
         "counterfactuals" if method == "spectral" else "ceiling": (),
@@ -323,6 +324,7 @@ def test_scores_by_the_text_of_the_calibration_are_warned_of(
     never = ("--nonmembers", row_files["nonmembers"])
     out = tmp_path / "out"
     run = ("run", memorised_dir, *rows, *never, "--max-steps", 2, "--learning-rate", 1e-3)
+    run += ("--method.random-rows", 8)
     assert run_cli(*run, "--output", out, "--quiet")[0] == 0
     said = "calibrated on the same text"
     assert said in run_cli("evaluate", out, *rows, *never, "--quiet")[1]
