@@ -244,8 +244,8 @@ def test_without_never_seen_text_a_base_is_the_yardstick_and_the_record_says_whi
     tmp_path: Path,
 ) -> None:
     rows = ("--forget", row_files["forget"], "--retain", row_files["retain"])
-    common = ("run", memorised_dir, *rows, "--method", method, "--max-steps", 4, "--quiet")
-    common += ("--method.random-rows", 8) if method == "spectral" else ()
+    few = ("--method.random-rows", 8) if method == "spectral" else ()
+    common = ("run", memorised_dir, *rows, "--method", method, "--max-steps", 4, "--quiet", *few)
     options = {
         "base": ("--base", base),
         "counterfactuals" if method == "spectral" else "ceiling": (),
@@ -323,9 +323,8 @@ def test_scores_by_the_text_of_the_calibration_are_warned_of(
     rows = ("--forget", row_files["forget"], "--retain", row_files["retain"])
     never = ("--nonmembers", row_files["nonmembers"])
     out = tmp_path / "out"
-    run = ("run", memorised_dir, *rows, *never, "--max-steps", 2, "--learning-rate", 1e-3)
-    run += ("--method.random-rows", 8)
-    assert run_cli(*run, "--output", out, "--quiet")[0] == 0
+    steps = ("--max-steps", 2, "--learning-rate", 1e-3, "--method.random-rows", 8)
+    assert run_cli("run", memorised_dir, *rows, *never, *steps, "--output", out, "--quiet")[0] == 0
     said = "calibrated on the same text"
     assert said in run_cli("evaluate", out, *rows, *never, "--quiet")[1]
     scores = out / "scores.json"
