@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUNS := $(VENV)/.runs
 
-.PHONY: help install demo test test-quick check lint types wheel docs format clean
+.PHONY: help install demo test test-quick test-lowest check lint types wheel docs format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -40,6 +40,13 @@ test: $(STAMP) ## every test, slow ones included, on all cores
 
 test-quick: $(STAMP) ## the tests that take seconds and need no browser, on all cores
 	$(PYTEST) -m "not slow and not browser"
+
+# pip takes the newest release that fits; uv can take the oldest. It reads UV_OVERRIDE and UV_INDEX.
+test-lowest: ## the quick tests with the oldest releases that pyproject.toml allows, in .venv-lowest
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[dev]'
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest --numprocesses auto --dist loadfile -m "not slow and not browser"
 
 check: lint types wheel ## ruff, mypy --strict, and the wheel built, installed elsewhere and imported
 
