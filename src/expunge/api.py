@@ -1,4 +1,4 @@
-"""The Python interface: a loaded model in, the same model unlearned and its history out."""
+"""The Python interface: models in memory for unlearning and scores, files for audits and reports."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expunge.analysis.template_choice import settled
+from expunge.audits import auditing
+from expunge.audits.inputs import RECALLED, AuditInputs
 from expunge.data.chat_templates import Template, template_of
 from expunge.data.rows import Row, as_rows
 from expunge.data.tokenization import LongRows, TextPolicy
@@ -17,6 +19,10 @@ from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_mod
 from expunge.methods.base import Method
 from expunge.models.rope import keep_rows_apart
 from expunge.models.text_forms import context_of, policies_of, vocabulary_of
+from expunge.reporting.comparison import compared
+from expunge.reporting.material import ReportInputs
+from expunge.reporting.report import write_report
+from expunge.runs.sources import recalled
 from expunge.training.options import TrainingOptions
 from expunge.training.progress import Progress, Silent
 from expunge.training.unlearning import Outcome, unlearn_model
@@ -121,3 +127,49 @@ def evaluate(
         batch_size=batch_size,
         progress=(progress or Silent()).phase,
     )
+
+
+def audit(model: str | Path, *, progress: Progress | None = None, **options: Any) -> dict[str, Any]:
+    """Attacks a saved model, and returns what audit.json holds, a verdict among it.
+
+    `options` are the fields of `AuditInputs`, those of `expunge audit`: original, forget, retain,
+    oracle, nonmembers, budget, attacks, output, ... What a run directory knows is taken from there where
+    it is not given. Raises InputError before a model is loaded.
+    """
+    given = {name: _as_given(value) for name, value in options.items()}
+    given = {**recalled(Path(model), {*RECALLED} - {*given}), **given}
+    for name in ("original", "forget", "retain"):
+        if name not in given:
+            raise InputError(f"{name}: is missing, and {model} does not know it; give {name}=...")
+    return auditing.audit(AuditInputs(model=str(model), **given), progress)
+
+
+def report(run: str | Path, **options: Any) -> dict[str, Any]:
+    """Writes the report of a run directory, and returns what report.json holds.
+
+    `options` are the fields of `ReportInputs`, those of `expunge report`: scores, audit, subject,
+    output, ... Raises InputError with nothing written.
+    """
+    given = {name: _as_given(value) for name, value in options.items()}
+    given = {**recalled(Path(run), {"subject"} - {*given}), **given}
+    return write_report(ReportInputs(run=str(run), **given))
+
+
+def compare(
+    *runs: str | Path, original: str | Path | None = None, oracle: str | Path | None = None
+) -> Mapping[str, Any]:
+    """Scores of several models by their label, those of `original` as target.
+
+    Each is a scores.json, or a directory that holds one. Raises InputError for scores that cannot be
+    compared.
+    """
+    if not runs:
+        raise InputError("compare: no run given; name at least one directory or scores.json")
+    return compared([*map(str, runs)], _as_given(original), _as_given(oracle))[1]
+
+
+def _as_given(value: Any) -> Any:
+    """A path as text and a list as a tuple, as the settings have them."""
+    if isinstance(value, Path):
+        return str(value)
+    return tuple(map(_as_given, value)) if isinstance(value, list | tuple) else value

@@ -35,6 +35,13 @@ FORMAT = "expunge-audit/1"
 """Of audit.json."""
 
 
+RECALLED = (
+    "original", "forget", "retain", "nonmembers", "oracle", "paraphrases", "columns", "joiner",
+    "long_rows",
+)  # fmt: skip
+"""Fields that a run directory knows."""
+
+
 @dataclass(frozen=True)
 class AuditInputs(Reading):
     """What is audited, against which models and rows, by which attacks."""

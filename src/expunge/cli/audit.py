@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from expunge.audits.auditing import audit
-from expunge.audits.inputs import AuditInputs
+from expunge.audits.inputs import RECALLED, AuditInputs
 from expunge.cli.console import progress_on_stderr
 from expunge.cli.options import Printed, parse, print_json
 from expunge.processes import check_alone
@@ -15,11 +15,6 @@ from expunge.reporting.tables import audit_table, table_console
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-_RECALLED = (
-    "original", "forget", "retain", "nonmembers", "oracle", "paraphrases", "columns", "joiner",
-    "long_rows",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,7 @@ class Audit(Printed, AuditInputs):
 
 def main(arguments: Sequence[str]) -> int:
     """Parses, audits, prints."""
-    settings = parse(Audit, arguments, "expunge audit", recalls=_RECALLED)
+    settings = parse(Audit, arguments, "expunge audit", recalls=RECALLED)
     check_alone("audit")
     with progress_on_stderr() as progress:
         report = audit(settings, progress)

@@ -5,25 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from expunge.cli.options import Printed, parse, print_json
 from expunge.errors import InputError
 from expunge.evaluation.outcomes import of_scores
-from expunge.evaluation.protocols.catalog import PROTOCOLS
-from expunge.evaluation.score_files import (
-    check_one_form,
-    opened,
-    protocol_in,
-    read_protocol_scores,
-    read_scores,
-)
 from expunge.evaluation.scorecard import Scorecard
 from expunge.evaluation.sentences import scores_sentence
+from expunge.reporting.comparison import compared
 from expunge.reporting.tables import (
-    label_of,
     markdown,
     protocol_rows,
     protocol_table,
@@ -59,21 +51,7 @@ class Compare(Printed):
 def main(arguments: Sequence[str]) -> int:
     """Parses, reads, prints."""
     settings = parse(Compare, arguments, "expunge compare", positional="runs")
-    sources: dict[str, str] = {}
-    if settings.original is not None:
-        sources["target"] = settings.original
-    if settings.oracle is not None:
-        sources["oracle"] = settings.oracle
-    for run in settings.runs:
-        sources[label_of(run, sources)] = run
-    protocol = PROTOCOLS.get(protocol_in(opened(next(iter(sources.values())))[1]))
-    cards: dict[str, Any] = {
-        label: read_scores(source)
-        if protocol is None
-        else read_protocol_scores(source, protocol.name, protocol.measures)
-        for label, source in sources.items()
-    }
-    check_one_form(cards)
+    protocol, cards = compared(settings.runs, settings.original, settings.oracle)
     if settings.json:
         print_json({label: card.to_json() for label, card in cards.items()})
     elif settings.markdown:
