@@ -46,7 +46,7 @@ test-lowest: ## the quick tests with the oldest releases that pyproject.toml all
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install --quiet --disable-pip-version-check uv
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[dev]'
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest --numprocesses auto --dist loadfile -m "not slow and not browser"
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not slow and not browser"
 
 check: lint types wheel ## ruff, mypy --strict, and the wheel built, installed elsewhere and imported
 

@@ -31,6 +31,7 @@ from expunge.audits.subject import Reader
 from expunge.audits.tuning import tuned
 from expunge.data.rows import Row, as_rows, documents, read_rows
 from expunge.data.tokenization import encode_rows
+from expunge.disk import write_whole
 from expunge.evaluation.memorisation import MEMORISATION
 from expunge.evaluation.scorecard import evaluate_model
 from expunge.evaluation.tofu import forget_truth_ratio, log_truth_ratio, probability
@@ -78,7 +79,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.write is not None:
         replaced(arguments.write.read_text(encoding="utf-8"), SECTION, "")  # refused now
-    found = {each.name: measured(each.resolve(), arguments.output) for each in arguments.benchmarks}
+    places = {each.resolve().name: each.resolve() for each in arguments.benchmarks}
+    if len(places) < len(arguments.benchmarks):
+        parser.error("benchmarks: two have the same name, which their results are kept under")
+    found = {name: measured(place, arguments.output) for name, place in places.items()}
     text = table(found) + "\n" + note(found)
     print(text)
     if arguments.write is not None:
@@ -113,7 +117,7 @@ def measured(benchmark: Path, output: Path) -> dict[str, Any]:
             model = load_model(checked, "float32", "cpu")
             reader = Reader(model, checked.tokenizer, fitted(policies[0], checked), inputs.batch_size)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(measured_member(member, reader, case)) + "\n", encoding="utf-8")
+            write_whole(file, json.dumps(measured_member(member, reader, case)) + "\n")
             print(f"{benchmark.name}, {member.name}: measured", file=sys.stderr, flush=True)
         found[member.name] = json.loads(file.read_text(encoding="utf-8"))
     return found

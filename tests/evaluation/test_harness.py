@@ -269,6 +269,7 @@ ROW = {"question": "Who?", "choices": ["Ada", "Ben"], "label": 1}
         ("absent", None, "--harness absent: cannot be loaded (Unable to find '"),
         ("empty", [ROW, ROW | {"choices": None}], "--harness empty: cannot be loaded ("),
         ("beyond", [ROW, ROW | {"label": 2}], "--harness beyond: the answer of row 2 is none of its 2"),
+        ("no_label", [ROW | {"label": -1}], "--harness no_label: the answer of row 1 is none of its 2"),
         ("towns,,absent", None, "--harness absent: cannot be loaded ("),
         (" , ", None, "--harness: names no task"),
     ],

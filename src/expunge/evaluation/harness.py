@@ -121,7 +121,7 @@ def _check(task: Any) -> None:
         choices = task.doc_to_choice(row)
         answer = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
         for each in answer if isinstance(answer, list) else [answer]:
-            if (isinstance(each, int) and each >= len(choices)) or (
+            if (isinstance(each, int) and not 0 <= each < len(choices)) or (
                 isinstance(each, str) and each not in choices
             ):
                 raise InputError(
@@ -249,6 +249,11 @@ def _wrapped(passes: Passes) -> Any:
 
         def _loglikelihood_tokens(self, requests: Any, *_: Any, **__: Any) -> Any:
             lengths = [len(context) + len(answer) for _, context, answer in requests]
+            if max((len(answer) for *_, answer in requests), default=0) > self.max_length:
+                raise InputError(
+                    f"--harness: an answer is longer than the context of {self.max_length} tokens;"
+                    " leave its task out"
+                )
             vocabulary = passes.policy.vocabulary or len(self.tokenizer)
             answered = super()._loglikelihood_tokens
 

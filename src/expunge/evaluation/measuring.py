@@ -61,7 +61,8 @@ class MeasureInputs(Reading):
     harness: str | None = None
     """Tasks of lm-evaluation-harness, for example mmlu,arc_easy,hellaswag. Needs the extra harness."""
     harness_include: str | None = None
-    """Directory with YAML tasks of your own for --harness. Their files can hold code, which is run."""
+    """Directory with YAML tasks of your own for --harness. Their files can hold code, which is run. Rows
+    stay in the cache of the library datasets: give no forget rows."""
     output: str | None = None
     """Write scores.json here."""
     records: str | None = None
