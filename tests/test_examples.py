@@ -54,7 +54,7 @@ def test_the_notebook_runs(
     def taught(line: str) -> None:
         """A tiny random model learns with all its weights, fast, and is unlearned slowly."""
         oracle = "--method.parameters full --learning-rate 2e-2 --batch-size 16"
-        more = {"oracle": oracle, "erase": "--learning-rate 1e-2"}
+        more = {"oracle": oracle, "erase": "--learning-rate 2e-2"}
         teaching[0](f"{line} {more[line.split()[0]]}")
 
     for cell in cells[1:]:

@@ -25,7 +25,7 @@ def test_predictions_rank_rows_as_retraining_does(benchmark: Any) -> None:
     assert min(truth.own.values()) > 0  # at a minimum, a row that is left out is only ever lost
     exact = benchmark.exact(problem, truth)
     diagonal, ekfac, whole = (
-        benchmark.correlations(problem, truth, kind, "data") for kind in ("diagonal", "ekfac", "cg")
+        benchmark.correlations(problem, truth, kind) for kind in ("diagonal", "ekfac", "cg")
     )
     assert exact[0] >= 0.9
     assert diagonal[0] >= 0.6

@@ -375,7 +375,7 @@ def test_no_real_forget_row_is_in_any_written_byte(run_cli: Cli, tmp_path: Path)
     assert (code, err) == (0, "")
     rows = [json.loads(line) for line in (mini / "forget.jsonl").read_text().splitlines()]
     written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert len(written) >= 4
+    assert len(written) >= 3
     for row in rows:
         for text in (row["input"], row["output"]):
             if len(text) > 12:  # a shorter one is a year or a number, and any figure may hold it

@@ -36,7 +36,7 @@ def chat_dir(
     """A tiny Llama that learned its rows as chats."""
     model = tiny_model("llama", len(chat_tokenizer))
     rows = forget_rows + retain_rows
-    learn(model, chat_tokenizer, rows, steps=250, chat_template=True)
+    learn(model, chat_tokenizer, rows, steps=500, chat_template=True)
     path = tmp_path_factory.mktemp("chat")
     model.save_pretrained(path)
     chat_tokenizer.save_pretrained(path)

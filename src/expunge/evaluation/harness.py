@@ -219,7 +219,10 @@ def read_entries(values: object) -> dict[str, Any]:
             score = read_mapping(f"{place} {metric}", told)
             read_score(f"{place} {metric}", score.get("value"), -_MOST, _MOST)
             if score.get("good") not in ("high", "low", "-"):
-                raise InputError(f"{place} {metric}: does not say whether high or low is good")
+                raise InputError(
+                    f"{place} {metric}: does not say whether high or low is good; measure it anew with"
+                    " expunge evaluate"
+                )
     return dict(entries)
 
 
