@@ -38,6 +38,25 @@ class Printed:
     """Print JSON instead of tables and sentences."""
 
 
+_GONE = {
+    ("sweep", "--write-best"): "run expunge run --config OUT/best.yaml",
+    ("sweep", "--oracle"): "run expunge compare with --oracle",
+    ("sweep", "--timeout"): "run timeout 2h expunge sweep, and the same again to go on",
+    ("view", "--compare"): "run expunge compare",
+    ("view", "--oracle-scores"): "run expunge report",
+    ("view", "--scores"): "run expunge report",
+    ("view", "--audit"): "run expunge report",
+    ("view", "--records"): "leave it out, and ask both models for a row",
+    ("report", "--layers"): "run expunge analyze layers",
+    (
+        "analyze layers",
+        "--layers",
+    ): "run expunge sweep --sampler grid with --search",
+    ("analyze influence", "--figure"): "leave it out; influence.json holds every figure",
+    ("analyze influence", "--labels"): "leave it out; labels are the rows' tokens",
+}
+
+
 def print_json(values: Any) -> None:
     """Prints what a command found for other programs."""
     sys.stdout.write(json.dumps(values, indent=2) + "\n")
@@ -68,6 +87,7 @@ def parse(
         raise SystemExit(0)
     arguments, config = take_option(arguments, "--config")
     check_words([*arguments, *([] if config is None else ["--config", config])])
+    _check_gone(arguments, prog)
     arguments = named(arguments, positional)
     fields = {} if config is None else yaml_fields(Path(config))
     if recalls:
@@ -88,6 +108,14 @@ def parse(
         raise InputError(_one_line(captured.getvalue(), prog)) from None
     _check_numbers(parsed)
     return parsed
+
+
+def _check_gone(arguments: Sequence[str], prog: str) -> None:
+    """Raises InputError for an option that the command had once, with what does the same now."""
+    for word in arguments:
+        name = word.partition("=")[0].replace("_", "-")
+        if mend := _GONE.get((prog.removeprefix("expunge "), name)):
+            raise InputError(f"{name}: is gone; {mend}")
 
 
 def _check_required(command: type[Any], arguments: Sequence[str], positional: str) -> None:
