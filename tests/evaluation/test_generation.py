@@ -306,6 +306,15 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
     )
 
 
+def test_a_model_whose_rounding_is_coarse_is_causal_and_read_anew(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tuning at a high rate leaves one: a batch of another shape gives other logits."""
+    alone = decoding.logits_alone
+    monkeypatch.setattr(decoding, "logits_alone", lambda *row: 1.1 * alone(*row))
+    assert not cache_serves(tiny_model("olmo", len(tokenizer)))
+
+
 def test_a_recurrence_is_read_anew_for_every_token(tokenizer: Any) -> None:
     """What is in its state cannot be cut back to the end of a draft."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
