@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import FAMILIES, refusal, shaken, tiny_model
 from expunge.data.words import words
 from expunge.evaluation import cache, choices, decoding, generation
+from expunge.evaluation.choices import logits_alone
 from expunge.evaluation.decoding import cache_serves
 from expunge.evaluation.generation import cannot_become, generate
 from expunge.models.loading import check_model, load_model
@@ -310,8 +311,7 @@ def test_a_model_whose_rounding_is_coarse_is_causal_and_read_anew(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As tuning at a high rate leaves one: a batch of another shape gives other logits."""
-    alone = decoding.logits_alone
-    monkeypatch.setattr(decoding, "logits_alone", lambda *row: 1.1 * alone(*row))
+    monkeypatch.setattr(decoding, "logits_alone", lambda *row: 1.1 * logits_alone(*row))
     assert not cache_serves(tiny_model("olmo", len(tokenizer)))
 
 
