@@ -136,8 +136,7 @@ def audit(model: str | Path, *, progress: Progress | None = None, **options: Any
     oracle, nonmembers, budget, attacks, output, ... What a run directory knows is taken from there where
     it is not given. Raises InputError before a model is loaded.
     """
-    given = {name: _as_given(value) for name, value in options.items()}
-    given = {**recalled(Path(model), {*RECALLED} - {*given}), **given}
+    given = _with_recalled(model, options, RECALLED)
     for name in ("original", "forget", "retain"):
         if name not in given:
             raise InputError(f"{name}: is missing, and {model} does not know it; give {name}=...")
@@ -150,9 +149,7 @@ def report(run: str | Path, **options: Any) -> dict[str, Any]:
     `options` are the fields of `ReportInputs`, those of `expunge report`: scores, audit, subject,
     output, ... Raises InputError with nothing written.
     """
-    given = {name: _as_given(value) for name, value in options.items()}
-    given = {**recalled(Path(run), {"subject"} - {*given}), **given}
-    return write_report(ReportInputs(run=str(run), **given))
+    return write_report(ReportInputs(run=str(run), **_with_recalled(run, options, ("subject",))))
 
 
 def compare(
@@ -163,9 +160,15 @@ def compare(
     Each is a scores.json, or a directory that holds one. Raises InputError for scores that cannot be
     compared.
     """
-    if not runs:
-        raise InputError("compare: no run given; name at least one directory or scores.json")
     return compared([*map(str, runs)], _as_given(original), _as_given(oracle))[1]
+
+
+def _with_recalled(
+    place: str | Path, options: Mapping[str, Any], recalls: Iterable[str]
+) -> dict[str, Any]:
+    """Options as the settings have them, and those of `recalls` that only the run directory gives."""
+    given = {name: _as_given(value) for name, value in options.items()}
+    return {**recalled(Path(place), {*recalls} - {*given}), **given}
 
 
 def _as_given(value: Any) -> Any:

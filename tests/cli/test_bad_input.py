@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from conftest import refusal, write_jsonl
-from expunge.cli.options import _GONE
+from expunge.cli.options import GONE
 from expunge.errors import InputError, RunError
 from expunge.processes import check_alone, launched
 
@@ -523,7 +523,7 @@ def test_a_value_of_another_type_is_said_in_words(words: str, said: str, run_cli
     assert (code, err) == (2, f"expunge: {said}; see expunge plan --help\n")
 
 
-@pytest.mark.parametrize(("command", "option"), list(_GONE))
+@pytest.mark.parametrize(("command", "option"), list(GONE))
 def test_an_option_that_is_gone_says_what_does_the_same(command: str, option: str, run_cli: Cli) -> None:
     code, _, err = run_cli(*command.split(), "model", option, "value")
     assert code == 2

@@ -42,8 +42,6 @@ class Compare(Printed):
     """Print the table in Markdown."""
 
     def __post_init__(self) -> None:
-        if not self.runs:
-            raise InputError("compare: no run given; name at least one directory or scores.json")
         if self.json and self.markdown:
             raise InputError("--json: excludes --markdown; choose one")
 

@@ -38,7 +38,7 @@ class Printed:
     """Print JSON instead of tables and sentences."""
 
 
-_GONE = {
+GONE = {
     ("sweep", "--write-best"): "run expunge run --config OUT/best.yaml",
     ("sweep", "--oracle"): "run expunge compare with --oracle",
     ("sweep", "--timeout"): "run timeout 2h expunge sweep, and the same again to go on",
@@ -48,13 +48,11 @@ _GONE = {
     ("view", "--audit"): "run expunge report",
     ("view", "--records"): "leave it out, and ask both models for a row",
     ("report", "--layers"): "run expunge analyze layers",
-    (
-        "analyze layers",
-        "--layers",
-    ): "run expunge sweep --sampler grid with --search",
+    ("analyze layers", "--layers"): "run expunge sweep --sampler grid with --search",
     ("analyze influence", "--figure"): "leave it out; influence.json holds every figure",
     ("analyze influence", "--labels"): "leave it out; labels are the rows' tokens",
 }
+"""By command and option that it had once what does the same now."""
 
 
 def print_json(values: Any) -> None:
@@ -114,7 +112,7 @@ def _check_gone(arguments: Sequence[str], prog: str) -> None:
     """Raises InputError for an option that the command had once, with what does the same now."""
     for word in arguments:
         name = word.partition("=")[0].replace("_", "-")
-        if mend := _GONE.get((prog.removeprefix("expunge "), name)):
+        if mend := GONE.get((prog.removeprefix("expunge "), name)):
             raise InputError(f"{name}: is gone; {mend}")
 
 

@@ -185,10 +185,11 @@ class LogOddsObjective(GradientObjective):
         """How far the answers to be given instead are from known by heart: each question's mean times
         its forget tokens, summed."""
         other = collate(self._context.preferred, forget.indices, self._context.pad_id)
+        other = other.to(forget.input_ids.device)
         asks = [example.kind == "qa" and any(example.answer_mask) for example in other.examples]
         forgotten = forget.mask(self._settings.tokens)[:, 1:].sum(1)
-        questions, _ = other.to(forget.input_ids.device).split(asks)
-        rows = questions or self._idle_row(other.to(forget.input_ids.device))
+        questions, _ = other.split(asks)
+        rows = questions or self._idle_row(other)
         if rows is None:
             return torch.zeros((), device=self._context.device)
         odds, mask = self._log_odds(rows, "answer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from expunge.errors import InputError
 from expunge.evaluation.protocols.base import Protocol
 from expunge.evaluation.protocols.catalog import PROTOCOLS
 from expunge.evaluation.score_files import (
@@ -25,6 +26,8 @@ def compared(
     Each of `runs` is a scores.json or a directory with one; the labels of `original` and `oracle` are
     target and oracle. Raises InputError for what cannot be read or compared.
     """
+    if not runs:
+        raise InputError("compare: no run given; name at least one directory or scores.json")
     sources = {"target": original, "oracle": oracle}
     named = {label: source for label, source in sources.items() if source is not None}
     for run in runs:
