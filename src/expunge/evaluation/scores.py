@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING
 
 import regex  # type: ignore[import-untyped]
-from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import Tokenizer
 
 from expunge.data.words import NO_BLANKS, same_form
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.scoring import Score
 
 _WORDS = (
     r"[a-z0-9]+"
@@ -25,10 +27,16 @@ What else stands in Latin text (accented letters, the micro sign) is no word in 
 """
 
 
-class _Tokens(Tokenizer):
-    """Matches of a pattern in lower case; as in the protocol, longer ones of a-z are stemmed."""
+_LETTERS = r"\w"
 
-    def __init__(self, pattern: str, *, stems: bool = True) -> None:
+
+class _Tokens:
+    """Matches of a pattern in lower case, in the form of ROUGE's tokenizers."""
+
+    def __init__(self, pattern: str, *, stems: bool) -> None:
+        """`stems`: as in the protocol, longer matches of a-z are stemmed."""
+        from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
+
         self._find = regex.compile(pattern, regex.V1).findall
         self._stems = stems
         # Each word once: stemming took most of the scoring time.
@@ -41,10 +49,18 @@ class _Tokens(Tokenizer):
         return [self._stem(w) if w.isascii() and len(w) > 3 else w for w in found]
 
 
-_TOKENIZER = _Tokens(_WORDS)
-_SCORER = RougeScorer(["rougeL"], tokenizer=_TOKENIZER)
-_LETTERS = RougeScorer(["rougeL"], tokenizer=_Tokens(r"\w"))
-_UNSTEMMED = RougeScorer(["rougeL"], tokenizer=_Tokens(_WORDS, stems=False))
+@cache
+def _scorer(pattern: str, *, stems: bool) -> RougeScorer:
+    # Here, as the stemmer's library takes a second to import and most commands score nothing.
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], tokenizer=_Tokens(pattern, stems=stems))
+
+
+def _rouge(reference: str, text: str, *, stems: bool) -> Score:
+    words = regex.search(_WORDS, same_form(reference).lower(), regex.V1)
+    scorer = _scorer(_WORDS if words else _LETTERS, stems=stems)
+    return scorer.score(reference, text)["rougeL"]
 
 
 def regurgitation(reference: str, continuation: str) -> float:
@@ -53,14 +69,12 @@ def regurgitation(reference: str, continuation: str) -> float:
     The protocol's tokenizer knows a-z and 0-9 only; of other scripts what it drops would be scored 0,
     which reads as forgotten. A reference that holds no word is scored by its letters.
     """
-    scorer = _SCORER if _TOKENIZER.tokenize(reference) else _LETTERS
-    return float(scorer.score(reference, continuation)["rougeL"].recall)
+    return float(_rouge(reference, continuation, stems=True).recall)
 
 
 def rouge_f1(reference: str, text: str) -> float:
     """ROUGE-L F1 without stemmer, in [0, 1], by the same words and letters; what MUSE measures."""
-    scorer = _UNSTEMMED if _TOKENIZER.tokenize(reference) else _LETTERS
-    return float(scorer.score(reference, text)["rougeL"].fmeasure)
+    return float(_rouge(reference, text, stems=False).fmeasure)
 
 
 def knowledge(reference: str, answer: str) -> float:
