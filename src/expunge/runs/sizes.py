@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -43,8 +43,8 @@ class Shapes:
     """Numbers of the LM head."""
     flow: int
     """Numbers that the linear maps of one layer take and give of one token, the mean of all."""
-    maps: int
-    """Linear maps of the model and the adapter that differ in shape."""
+    maps: Collection[Sequence[int]]
+    """Shapes of the linear maps of the model and the adapter, each once."""
     width: int
     vocabulary: int
     trained: Sequence[int]
@@ -86,7 +86,7 @@ def shapes_of(checked: CheckedModel, method: Any) -> Shapes:
         outside=sum(p.numel() for p in model.parameters()) - layout.count * layer,
         head=head.numel(),
         flow=sum(map(sum, maps)) // layout.count,
-        maps=len(kinds),
+        maps=kinds,
         width=layout.width,
         vocabulary=checked.config.get_text_config().vocab_size,
         trained=trained,
