@@ -195,7 +195,12 @@ def test_each_file_is_read_once(
 ) -> None:
     read: list[Path] = []
     decoded = formats._decoded
-    monkeypatch.setattr(formats, "_decoded", lambda path: (read.append(path), decoded(path))[1])
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return decoded(path)
+
+    monkeypatch.setattr(formats, "_decoded", counted)
     inputs(memorised_dir, **{name: str(path) for name, path in files.items()})()
     assert sorted(read) == sorted(files.values())
 

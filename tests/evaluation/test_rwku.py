@@ -266,7 +266,12 @@ def test_each_file_is_read_once(
 ) -> None:
     read: list[str] = []
     decoded = formats._decoded
-    monkeypatch.setattr(formats, "_decoded", lambda path: (read.append(str(path)), decoded(path))[1])
+
+    def counted(path: Path) -> str:
+        read.append(str(path))
+        return decoded(path)
+
+    monkeypatch.setattr(formats, "_decoded", counted)
     inputs(knowing_dir, **given_files)()
     assert sorted(read) == sorted(given_files.values())
 

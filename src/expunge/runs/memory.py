@@ -38,7 +38,6 @@ from expunge.methods.sam_npo import SamNPO
 from expunge.methods.steering import TRAINED_LAYERS
 from expunge.methods.token_npo import TokenNPO
 from expunge.methods.undial import UNDIAL
-from expunge.models.kernels import is_narrow
 from expunge.models.loading import CheckedModel
 from expunge.runs.memory_parts import (
     ACTIVATIONS,
@@ -157,7 +156,7 @@ class Formula:
         elif self._in_backward:
             scored += [prepared.forget, self._listed]
         passes = filled + sum(len(rows) // size + 1 for rows in scored)
-        maps = sum(self._rounds or not is_narrow(shape) for shape in self._shapes.maps)
+        maps = self._shapes.compiled(self._item)
         return PRODUCT_BYTES * min(MOST_PRODUCTS, maps * (3 * self._largest.sizes + passes))
 
     @property

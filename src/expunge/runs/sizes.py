@@ -21,6 +21,7 @@ from expunge.methods.npo_merging import NPOMerging
 from expunge.methods.preference import PreferenceSettings
 from expunge.methods.spectral import Spectral
 from expunge.models.decoder import DecoderLayout, map_sizes, skeleton_of
+from expunge.models.kernels import is_narrow
 from expunge.models.loading import CheckedModel
 from expunge.training.micro_batches import micro_batches, part
 from expunge.training.preparation import Prepared
@@ -58,6 +59,10 @@ class Shapes:
     def numbers(self) -> int:
         """Of the whole model."""
         return self.layers * self.layer + self.outside
+
+    def compiled(self, item: int) -> int:
+        """How many maps have products that oneDNN keeps, for numbers of `item` bytes."""
+        return sum(item < 4 or not is_narrow(shape) for shape in self.maps)
 
 
 def shapes_of(checked: CheckedModel, method: Any) -> Shapes:
