@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from expunge.analysis.template_choice import settled
-from expunge.data.chat_templates import Template, template_of
 from expunge.data.fingerprints import data_fingerprint, same_data
 from expunge.data.formats import sha256_of
-from expunge.data.rows import Reading, RowSet
-from expunge.data.tokenization import LongRows, TextPolicy
+from expunge.data.rows import RowSet
+from expunge.data.tokenization import TextPolicy
 from expunge.disk import check_file_output, deliver
 from expunge.errors import InputError
 from expunge.evaluation.protocols.base import ProtocolScores
 from expunge.evaluation.score_files import is_records, is_scores, records_text, scores_text
 from expunge.evaluation.scorecard import Material, Scorecard, asked_beside, evaluate_model
+from expunge.models.asking import Asking
 from expunge.models.devices import resolve_device
 from expunge.models.files import MANIFEST
 from expunge.models.loading import (
-    AnyDtype,
     CheckedModel,
     check_model,
     load_model,
@@ -39,7 +38,7 @@ AnySets = TypeVar("AnySets", bound="Sets")
 
 
 @dataclass(frozen=True)
-class MeasureInputs(Reading):
+class MeasureInputs(Asking):
     """What is measured, on which rows, and where the scores go."""
 
     model: str
@@ -67,24 +66,9 @@ class MeasureInputs(Reading):
     """Write one JSON line a row here. It has id, split, task, kind, score, runs_on."""
     reveal: bool = False
     """Add what was generated to the records. It can hold forgotten text."""
-    batch_size: int = 64
-    """Rows a batch; it changes the speed, never a score."""
-    dtype: AnyDtype = "auto"
-    """Dtype that the model runs in. auto: the one of its files, float32 for float16."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    chat_template: Template = "auto"
-    """Render prompts with the chat template. auto: as the run recorded, or if the model answers
-    sampled rows better with it."""
-    long_rows: LongRows = "refuse"
-    """Refuse rows longer than the context, or score them in windows."""
-    trust_remote_code: bool = False
-    """Run code that the model's directory brings along."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "chat_template", template_of(self.chat_template))
-        if self.batch_size < 1:
-            raise InputError(f"--batch-size {self.batch_size}: must be 1 or more")
+        super().__post_init__()
         if self.mmlu_shots < 0:
             raise InputError(f"--mmlu-shots {self.mmlu_shots}: must be 0 or more")
         if self.mmlu_shots and self.mmlu is None:
