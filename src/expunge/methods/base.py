@@ -278,19 +278,13 @@ class Finished:
     adapter_config: Mapping[str, Any] | None = None
 
 
-def check_finite(settings: Any) -> None:
-    """Raises InputError for a number of a method's settings that is nan or infinite."""
+def check_numbers(settings: Any) -> None:
+    """Raises InputError for a number of a method's settings that is nan, infinite or below 0."""
     for each in fields(settings):
         value = getattr(settings, each.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"--method.{each.name} {value}: must be a finite number")
-
-
-def check_not_negative(settings: Any, *options: str) -> None:
-    """Raises InputError for one of these settings of a method that is below 0."""
-    for option in options:
-        if (value := getattr(settings, option)) < 0:
-            raise InputError(f"--method.{option} {value}: must be 0 or more")
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            said = "0 or more" if value < 0 else "a finite number"
+            raise InputError(f"--method.{each.name} {value}: must be {said}")
 
 
 def check_random_rows(count: int) -> None:
@@ -309,7 +303,7 @@ class Method(Protocol):
 
     name: ClassVar[str]
     defaults: ClassVar[RunDefaults]
-    presets: ClassVar[Mapping[str, Preset]]
+    presets: ClassVar[Mapping[str, Preset]] = {}
     whole_steps: ClassVar[bool] = False
     """Whether all forget rows of a step must be in one pass, and so in one process."""
 

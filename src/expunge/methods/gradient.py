@@ -22,8 +22,7 @@ from expunge.methods.base import (
     Objective,
     OptimizerSpec,
     Terms,
-    check_finite,
-    check_not_negative,
+    check_numbers,
     check_random_rows,
 )
 from expunge.methods.forward import (
@@ -51,14 +50,11 @@ class TokenSettings(Method):
     """Keep only each layer's input for the backward pass, at the price of a second forward pass."""
 
     def __post_init__(self) -> None:
-        check_finite(self)
+        check_numbers(self)
         check_random_rows(self.random_rows)
-        for option in ("lora_alpha", "beta", "retain_weight"):
-            value = getattr(self, option, None)
-            if value is not None and (value < 0 or (value == 0 and option != "retain_weight")):
-                raise InputError(f"--method.{option} {value}: must be positive")
-        if hasattr(self, "kl_weight"):
-            check_not_negative(self, "kl_weight")
+        for option in ("lora_alpha", "beta"):
+            if getattr(self, option, None) == 0:
+                raise InputError(f"--method.{option} 0: must be positive")
 
     @property
     def needs_retain(self) -> bool:
@@ -133,6 +129,7 @@ class GradientObjective(Objective):
         weights: Sequence[str] | None = None,
     ) -> None:
         """`layers` are those that an adapter is put on, `weights` what is trained without one."""
+        self._settings = settings
         self._model = context.model
         self._layout = context.layout
         self._tokens = settings.tokens

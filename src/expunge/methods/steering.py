@@ -27,8 +27,7 @@ from expunge.methods.base import (
     Objective,
     OptimizerSpec,
     Terms,
-    check_finite,
-    check_not_negative,
+    check_numbers,
     check_random_rows,
 )
 from expunge.models.decoder import DecoderLayout, hidden_states
@@ -80,14 +79,12 @@ class SteeringSettings(Method):
     non-members; 0 steers every row all the way."""
 
     def __post_init__(self) -> None:
-        check_finite(self)
+        check_numbers(self)
         if isinstance(self.layer, str) and self.layer != "auto":
             raise InputError(f"--method.layer {self.layer}: give a layer's number, or auto")
-        check_not_negative(self, "calibration_gain")
         if not 0 <= self.row_balance <= 1:
             raise InputError(f"--method.row_balance {self.row_balance}: must be in [0, 1]")
         check_random_rows(self.random_rows)
-        check_not_negative(self, "retain_noise", "alpha")
 
     @property
     def needs_retain(self) -> bool:
