@@ -279,10 +279,10 @@ class Finished:
 
 
 def check_numbers(settings: Any) -> None:
-    """Raises InputError for a number of a method's settings that is nan, infinite or below 0."""
+    """Raises InputError for a decimal number of a method's settings that is nan, infinite or below 0."""
     for each in fields(settings):
         value = getattr(settings, each.name)
-        if isinstance(value, int | float) and not 0 <= value < math.inf:
+        if "float" in str(each.type) and value is not None and not 0 <= value < math.inf:
             said = "0 or more" if value < 0 else "a finite number"
             raise InputError(f"--method.{each.name} {value}: must be {said}")
 

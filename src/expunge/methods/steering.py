@@ -79,11 +79,11 @@ class SteeringSettings(Method):
     non-members; 0 steers every row all the way."""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
         if isinstance(self.layer, str) and self.layer != "auto":
             raise InputError(f"--method.layer {self.layer}: give a layer's number, or auto")
         if not 0 <= self.row_balance <= 1:
             raise InputError(f"--method.row_balance {self.row_balance}: must be in [0, 1]")
+        check_numbers(self)
         check_random_rows(self.random_rows)
 
     @property
