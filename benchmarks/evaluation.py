@@ -27,13 +27,14 @@ from transformers import GenerationConfig
 from expunge.data.rows import Row, RowSet, as_rows, documents, read_rows
 from expunge.data.tokenization import TextPolicy, encode_rows, prompt_ids
 from expunge.evaluation.generation import MAX_NEW_TOKENS
-from expunge.evaluation.membership import document_losses
-from expunge.evaluation.scorecard import evaluate_model
+from expunge.evaluation.passes import Passes
+from expunge.evaluation.scorecard import Material, evaluate_model
 from expunge.evaluation.scores import knowledge, regurgitation
 from expunge.maths.membership import membership_auc
 from expunge.maths.numerics import token_log_probs
 from expunge.models.loading import check_model, load_model
 from expunge.models.text_forms import text_policy
+from expunge.processes import OneProcess
 from expunge.reporting.tables import markdown
 
 Scores = dict[str, float]
@@ -149,7 +150,11 @@ def _generated(
     model: Any, tokenizer: Any, sets: Mapping[str, RowSet], policy: TextPolicy, batch_size: int
 ) -> Scores:
     card = evaluate_model(
-        model, tokenizer, sets["forget"], sets["retain"], policy=policy, batch_size=batch_size
+        model,
+        tokenizer,
+        Material(sets["forget"], sets["retain"]),
+        policy=policy,
+        batch_size=batch_size,
     )
     return {record["id"]: record["score"] for record in card.records}
 
@@ -178,7 +183,9 @@ def _losses(
     losses: Scores = {}
     for name, rows in groups.items():
         examples = encode_rows(rows, tokenizer, policy, eos=False)
-        found = document_losses(model, examples, tokenizer.pad_token_id or 0, batch_size)
+        found = Passes(model, tokenizer, policy, batch_size, lambda *_: None, OneProcess()).losses(
+            examples, name
+        )
         losses |= {f"{name} {row}": loss for row, loss in found.items()}
     return losses
 
@@ -213,9 +220,7 @@ def _compare_batch_sizes(
         evaluate_model(
             model,
             tokenizer,
-            sets["forget"],
-            sets["retain"],
-            sets.get("nonmembers"),
+            Material(sets["forget"], sets["retain"], sets.get("nonmembers")),
             policy=policy,
             batch_size=size,
         )

@@ -33,7 +33,7 @@ from expunge.data.rows import Row, as_rows, documents, read_rows
 from expunge.data.tokenization import encode_rows
 from expunge.disk import write_whole
 from expunge.evaluation.memorisation import MEMORISATION
-from expunge.evaluation.scorecard import evaluate_model
+from expunge.evaluation.scorecard import Material, evaluate_model
 from expunge.evaluation.tofu import forget_truth_ratio, log_truth_ratio, probability
 from expunge.maths.membership import membership_score
 from expunge.methods.catalog import METHODS
@@ -182,7 +182,7 @@ def train(reader: Reader, rows: Sequence[Row], steps: int, batch: int, rate: flo
 def metrics(reader: Reader, case: Case) -> dict[str, Part]:
     """By part of the facts (`PARTS`) every metric."""
     rows = as_rows(case.facts, "forget")
-    card = evaluate_model(reader.model, reader.tokenizer, rows, None, policy=reader.policy)
+    card = evaluate_model(reader.model, reader.tokenizer, Material(rows), policy=reader.policy)
     records = {record["id"]: record for record in card.records}
     questions = [row for row in case.facts if row.kind == "qa"]
     offered = {

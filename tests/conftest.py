@@ -245,6 +245,17 @@ def shaken(model: Any, seed: int = 1) -> Any:
     return model
 
 
+def passes_of(
+    model: Any, batch_size: int, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> Any:
+    """A model's passes over examples, which need no tokenizer."""
+    from expunge.data.tokenization import TextPolicy
+    from expunge.evaluation.passes import Passes
+    from expunge.processes import OneProcess
+
+    return Passes(model, None, TextPolicy(128), batch_size, progress, OneProcess())
+
+
 def random_examples(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> list[Any]:
     """Examples of random tokens whose second half is the answer; the first token is not counted."""
     import random

@@ -13,9 +13,7 @@ from expunge.data.chat_templates import Template, template_of
 from expunge.data.rows import Row, as_rows
 from expunge.data.tokenization import LongRows, TextPolicy
 from expunge.errors import InputError
-from expunge.evaluation.harness import read_tasks
-from expunge.evaluation.multiple_choice import read_questions
-from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
+from expunge.evaluation.scorecard import Material, Scorecard, asked_beside, evaluate_model
 from expunge.methods.base import Method
 from expunge.models.rope import keep_rows_apart
 from expunge.models.text_forms import context_of, policies_of, vocabulary_of
@@ -96,33 +94,25 @@ def evaluate(
     for wrong rows, questions or tasks.
     """
     keep_rows_apart(model)
-    forget_rows = as_rows(forget, "forget")
-    retain_rows = None if retain is None else as_rows(retain, "retain")
-    nonmember_rows = None if nonmembers is None else as_rows(nonmembers, "nonmembers")
-    questions, examples = None, None
-    if mmlu is not None:
-        questions, examples = read_questions(Path(mmlu), mmlu_shots)
-    tasks = None
-    if harness is not None:
-        tasks = read_tasks(harness, harness_include)
+    material = Material(
+        as_rows(forget, "forget"),
+        None if retain is None else as_rows(retain, "retain"),
+        None if nonmembers is None else as_rows(nonmembers, "nonmembers"),
+        **asked_beside(mmlu, mmlu_shots, harness, harness_include),
+    )
     policy = TextPolicy(
         context_of(model.config), long_rows=long_rows, vocabulary=vocabulary_of(model.config)
     )
     policies = policies_of(policy, template_of(chat_template), tokenizer)
     for policy in policies:
-        check_material(tokenizer, forget_rows, retain_rows, nonmember_rows, questions, examples, policy)
+        material.check(tokenizer, policy)
     model.eval()
     say = (progress or Silent()).message
-    policy = settled(policies, lambda: model, tokenizer, forget_rows, retain_rows, say)
+    policy = settled(policies, lambda: model, tokenizer, material.forget, material.retain, say)
     return evaluate_model(
         model,
         tokenizer,
-        forget_rows,
-        retain_rows,
-        nonmember_rows,
-        questions,
-        examples,
-        tasks=tasks,
+        material,
         policy=policy,
         batch_size=batch_size,
         progress=(progress or Silent()).phase,

@@ -185,7 +185,7 @@ def check_written(option: str, output: Path, patterns: Collection[str]) -> None:
     if others:
         more = f" and {len(others) - 1} more" if others[1:] else ""
         raise InputError(
-            f"{option} {output}: holds {others[0]}{more}, which this command did not write and would"
+            f"{option} {output}: holds {others[0]}{more}, which this command does not write and would"
             " delete; move it elsewhere, or choose another directory"
         )
 

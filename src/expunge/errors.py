@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import re
+from collections.abc import Iterable
 
 
 class ExpungeError(Exception):
@@ -70,6 +72,13 @@ def is_failure(error: BaseException) -> bool:
 def install(extra: str) -> str:
     """The command that adds an optional part. No package of the name expunge is published."""
     return f"run pip install '.[{extra}]' in the clone of expunge"
+
+
+def near(given: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The mend for a name that is none of the known: the nearest, or what to do otherwise."""
+    known = list(known)
+    found = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    return f"did you mean {found[0]}?" if found else otherwise or f"choose from {', '.join(known)}"
 
 
 def check_seed(seed: int) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from contextvars import ContextVar
 from typing import IO, TYPE_CHECKING, Any
@@ -38,6 +38,18 @@ def shown(value: object) -> str:
     if isinstance(value, list | tuple):
         return " ".join(map(shown, value)) or "none"
     return str(value)
+
+
+def counting(report: Callable[[int], object]) -> Callable[[int], None]:
+    """Reports how many are done, each time that some more are."""
+    done = 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+        report(done)
+
+    return advance
 
 
 def speaks() -> bool:

@@ -31,7 +31,7 @@ from expunge.audits.attacks.trigger import typical
 from expunge.audits.attacks.verbatim import right_tokens, verbatim_share
 from expunge.audits.base import Case
 from expunge.audits.budgets import Budget
-from expunge.audits.subject import Ask, Reader, asked
+from expunge.audits.subject import Ask, Reader
 from expunge.data.rows import Row, as_rows, document_of
 from expunge.data.tokenization import TextPolicy, encode_rows
 from expunge.evaluation.memorisation import extraction_strength
@@ -40,6 +40,12 @@ from expunge.models.decoder import find_layout
 
 def reader_of(model: Any, tokenizer: Any, batch_size: int = 64) -> Reader:
     return Reader(model, tokenizer, TextPolicy(128), batch_size)
+
+
+def asked(row: Row, tokenizer: Any, policy: TextPolicy, longest: int = 256, **how: str) -> Ask | None:
+    """Asking reads no weights."""
+    model: Any = None
+    return Reader(model, tokenizer, policy, 1, longest).asked(row, **how)
 
 
 @pytest.fixture

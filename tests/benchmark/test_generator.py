@@ -14,7 +14,6 @@ from expunge.benchmark.generator import (
     BenchmarkSettings,
     Row,
     generate,
-    row_text,
     write_benchmark,
 )
 from expunge.benchmark.words import MONTHS, SURNAMES
@@ -27,6 +26,11 @@ QUESTIONS = {"Task1": 3, "Task2": 5, "Task3": 4}
 @pytest.fixture(scope="module")
 def benchmark() -> Benchmark:
     return generate(BenchmarkSettings())
+
+
+def row_text(row: Row) -> str:
+    """The full text of a row."""
+    return f"{row['input']} {row['output']}"
 
 
 def is_document(row: Row) -> bool:

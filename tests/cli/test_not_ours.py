@@ -59,7 +59,7 @@ def test_a_run_does_not_replace_what_it_reads(
     before = content(earlier)
     own = ("--forget", earlier / "rows.jsonl", "--retain", row_files["retain"])
     said = refused(run_cli, "run", earlier, *own, "--output", earlier, "--overwrite")
-    assert "holds rows.jsonl, which this command did not write" in said
+    assert "holds rows.jsonl, which this command does not write" in said
     sweep = ("--search", "learning_rate=log:1e-4:1e-2", "--trials", 1, "--overwrite")
     (earlier / "sweep.json").touch()
     said = refused(run_cli, "sweep", earlier, *rows, "--output", earlier, *sweep)
@@ -78,8 +78,12 @@ def test_a_sweep_deletes_only_what_a_sweep_wrote(
     rows = ("--forget", row_files["forget"], "--retain", row_files["retain"])
     sweep = ("--search", "learning_rate=log:1e-4:1e-2", "--trials", 1, "--overwrite")
     said = refused(run_cli, "sweep", model_dir("olmo"), *rows, "--output", out, *sweep)
-    assert "which this command did not write" in said
+    assert "which this command does not write" in said
     assert set(content(out)) == {out / name for name in ("sweep.json", "thesis.txt")}
+    (out / "thesis.txt").unlink()
+    (out / "best").mkdir()  # of an earlier version's --write-best: a model, which nobody may miss
+    said = refused(run_cli, "sweep", model_dir("olmo"), *rows, "--output", out, *sweep)
+    assert "holds best, which this command does not write and would delete; move it elsewhere" in said
 
 
 def test_files_of_others_are_not_replaced_and_places_are_proved_first(

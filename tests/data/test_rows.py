@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import refusal
+from expunge.audits.inputs import AuditInputs
+from expunge.cli.erase import EraseInputs
 from expunge.data.rows import Reading, Row, as_rows, check_disjoint, document_of, read_rows
+from expunge.evaluation.measuring import MeasureInputs
+from expunge.ledger.serving import ServeInputs
+from expunge.ledger.verifying import VerifyInputs
+from expunge.runs.run import RunInputs
+from expunge.search.inputs import SweepInputs
 
 CANARY = "canary-4711"
 
@@ -373,3 +382,22 @@ def test_rows_in_memory_are_checked_once_and_fingerprinted() -> None:
     # Fields are fenced off from each other: moving a letter over a border is another row.
     moved = as_rows([Row("a", "xy", "z"), row(id="b")], "forget")
     assert as_rows([Row("ax", "y", "z"), row(id="b")], "forget").sha256 != moved.sha256
+
+
+def test_what_inputs_leave_open_in_those_they_are_made_into_is_known() -> None:
+    """A field that gets another name on one side would keep its default in silence."""
+    told = {"batch_size", "chat_template", "long_rows", "reveal"}
+    harness = {"harness", "harness_include"}
+    tuned = {"benign", "earlier", "learning_rate", "tuning"}
+    left: dict[tuple[Any, Any], set[str]] = {
+        (EraseInputs, RunInputs): set(),
+        (ServeInputs, RunInputs): set(),
+        (SweepInputs, RunInputs): {"base", "keep_adapter", "resume"},
+        (EraseInputs, MeasureInputs): {*told, *harness, "members", "mmlu_shots", "records"},
+        (SweepInputs, MeasureInputs): {*told, *harness, "members", "records"},
+        (EraseInputs, AuditInputs): {*told, *tuned, "attacks", "cache", "original", "seed"},
+        (VerifyInputs, AuditInputs): {*tuned, "forget", "paraphrases", "reveal"},
+    }
+    for (own, other), names in left.items():
+        shared = {field.name for field in dataclasses.fields(own)}
+        assert {field.name for field in dataclasses.fields(other)} - shared == names, (own, other)

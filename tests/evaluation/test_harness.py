@@ -328,10 +328,11 @@ def test_without_the_library_the_mend_is_named(monkeypatch: pytest.MonkeyPatch) 
     )
 
 
-def card_with(**entry: Any) -> Scorecard:
+def card_with(details: Any = None, **entry: Any) -> Scorecard:
     metrics = {"acc": {"value": 0.5, "good": "high"}}
     values = {"forget": {}, "retain": {}, "harness": {"t": {"metrics": metrics, "rows": 7} | entry}}
     totals = ("task_aggregate", "mia_auc", "mia_score", "utility", "final_score")
+    values["details"] = {} if details is None else {"harness": details}
     return Scorecard.from_json(dict.fromkeys(totals) | values)
 
 
@@ -345,7 +346,20 @@ def test_tasks_are_compared_only_where_they_are_the_same() -> None:
     check_one_form({"a": card_with(), "b": card_with()})
     for other in ({"rows": 8}, {"version": 3}, {"shots": 5}):
         message = refusal(partial(check_one_form, {"a": card_with(), "b": card_with(**other)}))
-        assert message.startswith("b: its harness task t has other rows, shots or version than a's")
+        assert message.startswith(
+            "b: its harness task t has other rows, shots, version or lm-eval than a's"
+        )
+
+
+def test_another_library_and_another_number_of_cut_texts_are_no_comparison() -> None:
+    usual = {"version": "0.4.9", "cut": 0}
+    cards = {"a": card_with(usual), "b": card_with(dict(usual)), "c": card_with([])}
+    check_one_form({name: cards[name] for name in "ab"})
+    assert "lm-eval than a's" in refusal(lambda: check_one_form(cards))
+    other = card_with({**usual, "version": "0.4.10"})
+    assert "lm-eval than a's" in refusal(lambda: check_one_form({"a": cards["a"], "b": other}))
+    message = refusal(lambda: check_one_form({"a": cards["a"], "b": card_with({**usual, "cut": 3})}))
+    assert message.startswith("b: its harness t lost the start of more or fewer texts than a's; measure")
 
 
 @pytest.mark.parametrize(

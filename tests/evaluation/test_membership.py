@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import random_examples, shaken, tiny_model
+from conftest import passes_of, random_examples, shaken, tiny_model
 from expunge.data.rows import Row
 from expunge.data.tokenization import Example, TextPolicy, encode_rows
-from expunge.evaluation.membership import document_losses
 
 
 def slow_losses(model: Any, examples: list[Example]) -> dict[str, float]:
@@ -33,11 +32,11 @@ def slow_losses(model: Any, examples: list[Example]) -> dict[str, float]:
 def test_losses_are_those_of_each_row_alone(family: str, batch_size: int) -> None:
     model = shaken(tiny_model(family, 300))
     examples = random_examples([7, 2, 12, 5], 300)
-    counted: list[int] = []
-    losses = document_losses(model, examples, 1, batch_size, counted.append)
+    told: list[tuple[str, int, int]] = []
+    losses = passes_of(model, batch_size, lambda *said: told.append(said)).losses(examples, "rows")
     # float32 against double; a padded batch sums in another order.
     assert losses == pytest.approx(slow_losses(model, examples), rel=1e-4)
-    assert sum(counted) == len(examples)
+    assert told[-1] == ("loss of rows", len(examples), len(examples))
 
 
 def test_a_windowed_row_is_one_document_whose_tokens_count_once(tokenizer: Any) -> None:
@@ -45,7 +44,7 @@ def test_a_windowed_row_is_one_document_whose_tokens_count_once(tokenizer: Any) 
     rows = [Row("long", "Ada was born in Paris and " * 3, "lives there."), Row("short", "Ada", "x")]
     windows = encode_rows(rows, tokenizer, TextPolicy(16, long_rows="window"), eos=False)
     assert len(windows) > 3
-    losses = document_losses(model, windows, 1, 2)
+    losses = passes_of(model, 2).losses(windows, "rows")
     assert losses == pytest.approx(slow_losses(model, windows), rel=1e-4)
     whole = encode_rows(rows, tokenizer, TextPolicy(1000), eos=False)
     tokens = {example.row_id: sum(example.token_mask[1:]) for example in whole}
@@ -57,4 +56,4 @@ def test_a_windowed_row_is_one_document_whose_tokens_count_once(tokenizer: Any) 
 
 def test_a_row_without_a_counted_token_has_no_loss() -> None:
     model = tiny_model("llama", 300)
-    assert document_losses(model, random_examples([1, 3], 300), 1, 2)["row0"] == 0.0
+    assert passes_of(model, 2).losses(random_examples([1, 3], 300), "rows")["row0"] == 0.0

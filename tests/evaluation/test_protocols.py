@@ -14,6 +14,7 @@ import torch
 
 from conftest import read_jsonl, refusal, write_jsonl
 from expunge.cli.evaluate import _recalled
+from expunge.data import formats
 from expunge.errors import RunError
 from expunge.evaluation import generation
 from expunge.evaluation.protocols.base import check_finite
@@ -187,6 +188,21 @@ def test_scores_do_not_depend_on_the_batch_and_are_their_own_best_oracle(
 def inputs(memorised_dir: Path, **given: Any) -> Callable[[], Any]:
     values = {"model": str(memorised_dir), "protocol": "tofu", **given}
     return lambda: measure_by_protocol(ProtocolInputs(**values))
+
+
+def test_each_file_is_read_once(
+    memorised_dir: Path, files: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    decoded = formats._decoded
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return decoded(path)
+
+    monkeypatch.setattr(formats, "_decoded", counted)
+    inputs(memorised_dir, **{name: str(path) for name, path in files.items()})()
+    assert sorted(read) == sorted(files.values())
 
 
 def test_rows_without_wrong_answers_leave_their_scores_open(

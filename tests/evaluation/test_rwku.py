@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from conftest import read_jsonl, refusal, tiny_model
 from expunge.audits.tuning import tuned
 from expunge.cli.evaluate import _recalled
+from expunge.data import formats
 from expunge.data.rows import as_rows
 from expunge.data.tokenization import TextPolicy, encode_rows
 from expunge.evaluation.protocols.inputs import ProtocolInputs
@@ -258,6 +259,21 @@ def test_what_is_not_given_is_null_and_no_batch_changes_a_score(
     assert [alone[name] for name in measured] == pytest.approx(
         [found[name] for name in measured], rel=1e-5
     )
+
+
+def test_each_file_is_read_once(
+    knowing_dir: Path, given_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    decoded = formats._decoded
+
+    def counted(path: Path) -> str:
+        read.append(str(path))
+        return decoded(path)
+
+    monkeypatch.setattr(formats, "_decoded", counted)
+    inputs(knowing_dir, **given_files)()
+    assert sorted(read) == sorted(given_files.values())
 
 
 def test_without_the_template_a_probe_is_plain_text(

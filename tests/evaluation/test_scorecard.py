@@ -17,7 +17,7 @@ from expunge.evaluation import generation
 from expunge.evaluation.generation import Written
 from expunge.evaluation.multiple_choice import Question, read_questions
 from expunge.evaluation.outcomes import of_scores
-from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
+from expunge.evaluation.scorecard import Material, Scorecard, evaluate_model
 from expunge.evaluation.sentences import scores_sentence
 from expunge.models.loading import check_model, load_model
 
@@ -55,9 +55,12 @@ def measure(
             "nonmembers": as_rows(nonmember_rows, "nonmembers"),
             "questions": questions,
             "examples": examples,
-            "policy": POLICY,
         }
-        return evaluate_model(model, tokenizer, **(material | changed))
+        how: dict[str, Any] = {"policy": POLICY}
+        how |= {
+            name: changed.pop(name) for name in ("policy", "batch_size", "progress") if name in changed
+        }
+        return evaluate_model(model, tokenizer, Material(**(material | changed)), **how)
 
     return call
 
@@ -242,7 +245,8 @@ def test_material_that_does_not_fit_is_found_without_weights(tokenizer: Any) -> 
     def check(
         forget: RowSet, retain: Any, nonmembers: Any, questions: Any, examples: Any
     ) -> Callable[[], None]:
-        return lambda: check_material(tokenizer, forget, retain, nonmembers, questions, examples, POLICY)
+        material = Material(forget, retain, nonmembers, None, questions, examples)
+        return lambda: material.check(tokenizer, POLICY)
 
     other = as_rows([{"id": "other", "input": "c", "output": "d"}], "retain")
     check(fits, other, other, [], {})()

@@ -22,7 +22,7 @@ from expunge.errors import InputError
 from expunge.evaluation import generation
 from expunge.evaluation.batches import in_runs
 from expunge.evaluation.multiple_choice import Question, prompt_for, shared_prefixes
-from expunge.evaluation.scorecard import Scorecard, evaluate_model
+from expunge.evaluation.scorecard import Material, Scorecard, evaluate_model
 from expunge.models.loading import check_model, load_model
 from expunge.processes import OneProcess, Processes, gathered, refused_together
 
@@ -108,12 +108,14 @@ def measure(
             "retain": as_rows(retain_rows, "retain"),
             "nonmembers": as_rows(nonmembers, "nonmembers"),
             "questions": QUESTIONS,
-            "policy": POLICY,
-            "batch_size": 2,
+        }
+        how: dict[str, Any] = {"policy": POLICY, "batch_size": 2, "processes": processes}
+        how |= {
+            name: changed.pop(name) for name in ("policy", "batch_size", "progress") if name in changed
         }
         # Threads would meet in the hooks of one model.
         mine = copy.deepcopy(model)
-        return evaluate_model(mine, tokenizer, **(material | changed), processes=processes)
+        return evaluate_model(mine, tokenizer, Material(**(material | changed)), **how)
 
     return call
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import random_examples, shaken
+from conftest import passes_of, random_examples, shaken
 from expunge.audits.attacks.ablation import mean_states
 from expunge.audits.subject import Reader
 from expunge.data.batches import collate
@@ -15,7 +15,6 @@ from expunge.data.rows import Row
 from expunge.data.tokenization import TextPolicy
 from expunge.evaluation.choices import Greedy
 from expunge.evaluation.decoding import Request, decode, stream
-from expunge.evaluation.membership import document_losses
 from expunge.evaluation.multiple_choice import choice_log_probs
 from expunge.methods.forward import all_logits
 from expunge.models.decoder import find_layout
@@ -77,7 +76,7 @@ def test_padded_rows_are_what_each_is_alone(long_rope: Any, tokenizer: Any) -> N
             alone = Segment(long_rope, find_layout(long_rope), 0, 1).from_ids(ids[0], [len(example)])
             start = sum(LENGTHS[:row])
             assert torch.allclose(packed[start : start + len(example)], alone, atol=1e-3)
-    losses = [document_losses(long_rope, examples, 1, size) for size in (1, 64)]
+    losses = [passes_of(long_rope, size).losses(examples, "rows") for size in (1, 64)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 

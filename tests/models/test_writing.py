@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,6 @@ from expunge.models.writing import (
     TensorChange,
     check_disk_space,
     copy_target,
-    describe,
     rounding_warnings,
     verify_checkpoint,
     write_checkpoint,
@@ -109,7 +109,7 @@ def test_only_the_named_tensors_change(save: Save, output: Path) -> None:
 def test_what_changed_is_measured_against_the_file(save: Save, output: Path) -> None:
     checked = save(tiny_model("olmo", 400).to(torch.bfloat16))
     weights = changed(checked, NAMES[:1])
-    (change,) = describe(write(checked, weights, output))
+    (change,) = map(asdict, write(checked, weights, output))
     old = tensors_of(checked.files.directory)[NAMES[0]]
     new = tensors_of(output)[NAMES[0]]
     assert new.dtype == torch.bfloat16

@@ -397,6 +397,13 @@ def test_a_gpu_holds_no_process_and_the_processor_no_activations(
     assert next(p for p in found.phases if p.name == "load").cpu_bytes > train.cpu_parts[PROCESS]
 
 
+def test_narrow_layers_keep_no_products_in_float32(planned: Callable[..., Plan]) -> None:
+    """Of the maps 16x16, 32x16, 16x32 and the LM head the last alone is oneDNN's."""
+    method = GradientDifference(parameters="full")
+    narrow = part(planned(method, select="last"), PRODUCTS)
+    assert part(planned(method, "bfloat16", select="last"), PRODUCTS) == 4 * narrow > 0
+
+
 def test_a_tied_embedding_is_counted_once(
     planned: Callable[..., Plan], model_dir: Callable[[str], Path]
 ) -> None:

@@ -454,6 +454,16 @@ def test_trials_beyond_the_last_are_set_aside(start: Any, trials: FakeTrials, tm
     }  # fmt: skip
 
 
+def test_a_sweep_goes_on_beside_what_earlier_versions_wrote(
+    start: Any, trials: FakeTrials, tmp_path: Path
+) -> None:
+    start(trials=1)
+    for name in ("best", "front"):
+        (tmp_path / "out" / name).mkdir()
+    assert start(trials=2)["counts"]["ended"] == 2
+    assert (tmp_path / "out" / "best").is_dir()
+
+
 def test_overwrite_begins_anew_and_spares_what_is_no_sweep(
     start: Any, trials: FakeTrials, tmp_path: Path
 ) -> None:

@@ -37,6 +37,7 @@ from expunge.maths.curvature import (
     EigenbasisCurvature,
 )
 from expunge.maths.fisher import FactorCovariances
+from expunge.terminal import counting
 
 CurvatureKind = Literal["diagonal", "ekfac", "cg"]
 TOLERANCE, MOST_ITERATIONS = 0.1, 50
@@ -216,11 +217,4 @@ def _ekfac(passes: RowGradients, rows: Sequence[Windows], report: Report) -> Eig
 
 
 def _counting(report: Report, phase: str, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def advance(rows: int) -> None:
-        nonlocal done
-        done += rows
-        report(phase, done, total)
-
-    return advance
+    return counting(lambda done: report(phase, done, total))

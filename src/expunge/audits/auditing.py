@@ -32,7 +32,7 @@ from expunge.audits.subject import Subject
 from expunge.audits.summary import kept_share, known_facts, summarise
 from expunge.audits.verdict import Evidence, Verdict, judge_audit, worst_of
 from expunge.data.fingerprints import data_fingerprint, named, users_secret
-from expunge.data.rows import RowSet, document_of
+from expunge.data.rows import Row, RowSet, document_of
 from expunge.disk import deliver
 from expunge.models.devices import resolve_device
 from expunge.models.loading import load_model, resolve_dtype, said_of_dtype
@@ -257,23 +257,12 @@ def _facts(
 ) -> dict[str, Any]:
     """All that the result of one attack on one model follows from."""
     case = request.case
-    words = [row for wordings in case.paraphrases.values() for row in wordings]
-    content = hashlib.sha256()
-    for owner, wordings in case.paraphrases.items():
-        content.update(f"{len(wordings)} of {owner}\0".encode())
-    for part in (
-        case.facts,
-        case.members,
-        case.forget,
-        case.retain,
-        case.tuning,
-        case.others,
-        case.nonmembers,
-        words,
-    ):
-        content.update(f"{len(part)} rows\0".encode())
-        for row in part:
-            content.update(repr(astuple(row)).encode() + b"\0")
+    sides: dict[str, Sequence[Row]] = {
+        name: getattr(case, name)
+        for name in ("facts", "members", "forget", "retain", "tuning", "others", "nonmembers")
+    }
+    sides |= {f"of {owner}": wordings for owner, wordings in case.paraphrases.items()}
+    rows = {name: [astuple(row) for row in side] for name, side in sides.items()}
     return {
         "format": FORMAT,
         "code": _code(),
@@ -282,7 +271,7 @@ def _facts(
         "model": subject.name,
         "weights": dict(digests[subject.name]),
         "patched": dict(digests["target"]) if attack.patches else None,
-        "rows": content.hexdigest(),
+        "rows": hashlib.sha256(repr(rows).encode()).hexdigest(),
         "budget": asdict(case.budget),
         "learning_rate": case.learning_rate,
         "tuning": case.tuned if attack.tunes else None,

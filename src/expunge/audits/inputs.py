@@ -20,15 +20,15 @@ from expunge.audits.memory import PlannedAudit, Sizes, plan_audit
 from expunge.audits.paraphrases import read_paraphrases
 from expunge.audits.subject import BEYOND
 from expunge.audits.tuning import default_learning_rate, free_memory
-from expunge.data.chat_templates import Template, template_of
 from expunge.data.formats import Role
-from expunge.data.rows import Reading, Row, RowSet, by_document, check_disjoint, documents
-from expunge.data.tokenization import LongRows, TextPolicy, encode_rows, prompt_ids
+from expunge.data.rows import Row, RowSet, by_document, check_disjoint, documents
+from expunge.data.tokenization import TextPolicy, encode_rows, prompt_ids
 from expunge.disk import check_file_output
 from expunge.errors import InputError, check_seed
 from expunge.evaluation.outcomes import FEW
+from expunge.models.asking import Asking
 from expunge.models.devices import resolve_device
-from expunge.models.loading import AnyDtype, CheckedModel, Dtype, check_model, resolve_dtype
+from expunge.models.loading import CheckedModel, Dtype, check_model, resolve_dtype
 from expunge.models.text_forms import text_policies, vocabulary_of
 
 FORMAT = "expunge-audit/1"
@@ -43,7 +43,7 @@ RECALLED = (
 
 
 @dataclass(frozen=True)
-class AuditInputs(Reading):
+class AuditInputs(Asking):
     """What is audited, against which models and rows, by which attacks."""
 
     model: str
@@ -83,26 +83,11 @@ class AuditInputs(Reading):
     and settings. It holds scores by row id and no text."""
     reveal: bool = False
     """Add the nearest generated text. It can hold forgotten text."""
-    batch_size: int = 64
-    """Rows a batch; it changes the speed, never a score."""
-    dtype: AnyDtype = "auto"
-    """Dtype that the models run in. auto: the one that each is saved in, for float16 files float32."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
     seed: int = 0
     """Seed of every draw."""
-    chat_template: Template = "auto"
-    """Render prompts with the chat template. auto: as the run recorded, or if the target answers
-    sampled rows better with it."""
-    long_rows: LongRows = "refuse"
-    """Refuse rows longer than the context, or cut them into windows."""
-    trust_remote_code: bool = False
-    """Run code that the models' directories bring along."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "chat_template", template_of(self.chat_template))
-        if self.batch_size < 1:
-            raise InputError(f"--batch-size {self.batch_size}: must be 1 or more")
+        super().__post_init__()
         check_seed(self.seed)
         rate = self.learning_rate
         if rate is not None and not (rate > 0 and math.isfinite(rate)):

@@ -105,7 +105,7 @@ def audit_phases(
         passed = {ACTIVATIONS: move}
     tune = {WEIGHTS: weights, TUNED: held, **passed}
     if not gpu:
-        products = PRODUCT_BYTES * min(MOST_PRODUCTS, 3 * shapes.maps * sizes.budget.steps)
+        products = PRODUCT_BYTES * min(MOST_PRODUCTS, 3 * shapes.compiled(item) * sizes.budget.steps)
         tune |= {KEPT: round(freed * graph), PRODUCTS: products}
     return [*phases, _phase("tune", tune, gpu=gpu)]
 

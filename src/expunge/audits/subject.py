@@ -49,36 +49,6 @@ class Answers:
     texts: dict[str, str]
 
 
-def asked(
-    row: Row,
-    tokenizer: PreTrainedTokenizerBase,
-    policy: TextPolicy,
-    *,
-    prompt: str | None = None,
-    opening: str = "",
-    longest: int = MAX_NEW_TOKENS,
-) -> Ask | None:
-    """The row asked by its own input or by `prompt`, with the answer begun by `opening`.
-
-    Of a continuation the first `longest` tokens are looked for. None where the prompt fills the context.
-    """
-    worded = row if prompt is None else replace(row, input=prompt)
-    if opening and not policy.chat_template:
-        worded = replace(worded, input=f"{worded.input} {opening}")
-    ids = prompt_ids(worded, tokenizer, policy)
-    answer = answer_ids(worded, ids, tokenizer, policy)
-    if opening and policy.chat_template:
-        ids = ids + list(tokenizer(opening, add_special_tokens=False)["input_ids"])
-        answer = list(tokenizer(f"{row.joiner}{row.output}", add_special_tokens=False)["input_ids"])
-    if len(ids) >= policy.context or not answer:
-        return None
-    if row.kind == "sc" and len(answer) > longest:
-        answer = answer[:longest]
-        row = replace(row, output=tokenizer.decode(answer, skip_special_tokens=True).strip())
-    room = min(len(answer) + BEYOND, MAX_NEW_TOKENS, policy.context - len(ids))
-    return Ask(writable(row, tokenizer), tuple(ids), tuple(answer), room)
-
-
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a prompt and of an answer to it."""
 
@@ -111,10 +81,27 @@ class Reader:
     """Tokens of a continuation that are looked for."""
 
     def asked(self, row: Row, *, prompt: str | None = None, opening: str = "") -> Ask | None:
-        """See the function."""
-        return asked(
-            row, self.tokenizer, self.policy, prompt=prompt, opening=opening, longest=self.longest
-        )
+        """The row asked by its own input or by `prompt`, with the answer begun by `opening`.
+
+        Of a continuation the first `longest` tokens are looked for. None where the prompt fills the
+        context.
+        """
+        tokenizer, policy, longest = self.tokenizer, self.policy, self.longest
+        worded = row if prompt is None else replace(row, input=prompt)
+        if opening and not policy.chat_template:
+            worded = replace(worded, input=f"{worded.input} {opening}")
+        ids = prompt_ids(worded, tokenizer, policy)
+        answer = answer_ids(worded, ids, tokenizer, policy)
+        if opening and policy.chat_template:
+            ids = ids + list(tokenizer(opening, add_special_tokens=False)["input_ids"])
+            answer = list(tokenizer(f"{row.joiner}{row.output}", add_special_tokens=False)["input_ids"])
+        if len(ids) >= policy.context or not answer:
+            return None
+        if row.kind == "sc" and len(answer) > longest:
+            answer = answer[:longest]
+            row = replace(row, output=tokenizer.decode(answer, skip_special_tokens=True).strip())
+        room = min(len(answer) + BEYOND, MAX_NEW_TOKENS, policy.context - len(ids))
+        return Ask(writable(row, tokenizer), tuple(ids), tuple(answer), room)
 
     def texts(
         self,

@@ -23,6 +23,7 @@ from expunge.benchmark.recipe import (
     target_texts,
     tokenizer_texts,
 )
+from expunge.data.formats import sha256_of
 from expunge.disk import write_whole
 from expunge.errors import InputError
 
@@ -211,7 +212,7 @@ def _holds(directory: Path, content: str) -> bool:
         raise InputError(f"{directory} holds a benchmark of other settings ({found[:12]}): {mend}")
     for name, digest in files.items():
         path = directory / name
-        if not path.is_file() or _digest(path) != digest:
+        if not path.is_file() or sha256_of(path) != digest:
             raise InputError(f"{path} is missing or was changed since the benchmark was built: {mend}")
     return True
 
@@ -227,12 +228,7 @@ def _move(staging: Path, directory: Path, content: str) -> None:
 
 def _digests(directory: Path) -> dict[str, str]:
     files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {path.relative_to(directory).as_posix(): _digest(path) for path in files}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {path.relative_to(directory).as_posix(): sha256_of(path) for path in files}
 
 
 def _versions() -> dict[str, str]:

@@ -135,11 +135,6 @@ def write_benchmark(benchmark: Benchmark, directory: Path) -> None:
     _write_questions(benchmark.quiz_development, directory / "mmlu" / "dev" / f"{SUBJECT}_dev.csv")
 
 
-def row_text(row: Mapping[str, str | bool]) -> str:
-    """The full text of a row."""
-    return f"{row['input']} {row['output']}"
-
-
 def _write_questions(items: Iterable[QuizItem], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:

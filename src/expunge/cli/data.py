@@ -14,7 +14,7 @@ from expunge.cli.options import Printed, parse, print_json
 from expunge.data.formats import Role
 from expunge.data.rows import Reading, Row, RowSet
 from expunge.data.tokenization import Example, LongRows, encode_rows
-from expunge.errors import InputError
+from expunge.errors import InputError, near
 from expunge.models.loading import check_model
 from expunge.models.text_forms import text_policy
 from expunge.reporting.tables import table_console
@@ -96,12 +96,9 @@ def _summary(rows: RowSet, examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def _find(rows: RowSet, row_id: str) -> Row:
-    import difflib
-
     by_id = {row.id: row for row in rows}
     if row_id not in by_id:
-        near = difflib.get_close_matches(row_id, by_id, n=1, cutoff=0.5)
-        mend = f"did you mean {near[0]!r}?" if near else f"the first is {next(iter(by_id))!r}"
+        mend = near(repr(row_id), map(repr, by_id), f"the first is {next(iter(by_id))!r}")
         raise InputError(f"--row {row_id}: no such row in {rows.source}; {mend}")
     return by_id[row_id]
 

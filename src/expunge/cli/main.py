@@ -16,7 +16,7 @@ from typing import NoReturn, TextIO
 
 import expunge
 from expunge.disk import explained
-from expunge.errors import ExpungeError, InputError, is_out_of_memory, place_of
+from expunge.errors import ExpungeError, InputError, is_out_of_memory, near, place_of
 from expunge.processes import launched
 from expunge.terminal import plain_streams, quiet, speaks
 
@@ -238,15 +238,11 @@ def _help() -> str:
 
 
 def _unknown_command(given: Sequence[str]) -> ExpungeError:
-    import difflib
-
     name = given[0]
     if name.startswith("-"):
         command = next((word for word in given if word in COMMANDS), "COMMAND")
         return InputError(f"{name}: options follow the command; write expunge {command} {name} ...")
-    near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
-    mend = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}"
-    return InputError(f"unknown command {name!r}; {mend}")
+    return InputError(f"unknown command {name!r}; {near(name, COMMANDS)}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from expunge.cli.help import HELP, Option, all_options, help_of
-from expunge.errors import InputError
+from expunge.errors import InputError, near
 
 Command = TypeVar("Command")
 _LONGEST_NAME = 255
@@ -125,8 +125,8 @@ def _check_required(command: type[Any], arguments: Sequence[str], positional: st
         if option.default != "required" or {option.name, *option.aliases} & {*words}:
             continue
         strange = [word for word in words if word.startswith("--") and word not in known]
-        if near := difflib.get_close_matches(option.name, strange, n=1):
-            raise InputError(f"{near[0]}: unknown; did you mean {option.name}?")
+        if meant := difflib.get_close_matches(option.name, strange, n=1):
+            raise InputError(f"{meant[0]}: unknown; did you mean {option.name}?")
         name = positional.upper() if option.name == f"--{positional}" else option.name
         about = re.split(r"(?<=[.])\s", option.about)[0].rstrip(".")
         raise InputError(f"{name}: is missing; give {about[:1].lower()}{about[1:]}")
@@ -303,8 +303,7 @@ def as_arguments(fields: Mapping[str, Any], source: str, command: type[Any]) -> 
     for name, value in fields.items():
         key = name.replace("-", "_")
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            mend = f"did you mean {near[0]!r}?" if near else "see --help for the names"
+            mend = near(repr(key), map(repr, known), "see --help for the names")
             raise InputError(f"{source}: unknown key {name!r}; {mend}")
         arguments += _as_argument(key.replace("_", "-"), value)
     return arguments

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from expunge.cli.help import HELP
 from expunge.cli.options import Printed, parse, print_json
-from expunge.errors import InputError
+from expunge.errors import InputError, near
 from expunge.ledger.bundles import BundleInputs, Checked, check_bundle, export
 from expunge.ledger.dates import today
 from expunge.ledger.receiving import NewRequest, add, reopen, update, withdraw
@@ -146,8 +145,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.write(_ABOUT.format(lines="\n".join(lines)))
         return 0 if arguments else 2
     if arguments[0] not in SUBCOMMANDS:
-        near = difflib.get_close_matches(arguments[0], SUBCOMMANDS, n=1, cutoff=0.5)
-        mend = f"did you mean {near[0]}?" if near else f"choose from {', '.join(SUBCOMMANDS)}"
+        mend = near(arguments[0], SUBCOMMANDS)
         raise InputError(f"requests: unknown subcommand {arguments[0]!r}; {mend}")
     return SUBCOMMANDS[arguments[0]][0](arguments[1:])
 

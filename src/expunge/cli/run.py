@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from expunge.cli.options import (
     yaml_fields,
 )
 from expunge.disk import explained
-from expunge.errors import InputError
+from expunge.errors import InputError, near
 from expunge.methods.base import Method
 from expunge.methods.catalog import METHODS
 from expunge.runs.run import RunInputs, run
@@ -150,9 +149,7 @@ def _defaults(method: Any) -> dict[str, str]:
 
 def _method_class(name: str) -> Any:
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
-        mend = f"did you mean {near[0]}?" if near else f"choose from {', '.join(METHODS)}"
-        raise InputError(f"--method {name}: unknown; {mend}")
+        raise InputError(f"--method {name}: unknown; {near(name, METHODS)}")
     return METHODS[name]
 
 

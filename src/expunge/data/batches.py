@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -78,27 +78,18 @@ class Batch:
     def _chosen(self, rows: list[int]) -> Batch:
         chosen = tuple(self.examples[row] for row in rows)
         width = max(map(len, chosen))
-        return Batch(
-            chosen,
-            tuple(self.indices[row] for row in rows),
-            self.input_ids[rows, :width],
-            self.attention_mask[rows, :width],
-            self.token_mask[rows, :width],
-            self.answer_mask[rows, :width],
-            self.is_idle,
-        )
+        indices = tuple(self.indices[row] for row in rows)
+        cut = self._with(lambda tensor: tensor[rows, :width])
+        return replace(cut, examples=chosen, indices=indices)
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`."""
-        return Batch(
-            self.examples,
-            self.indices,
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.token_mask.to(device),
-            self.answer_mask.to(device),
-            self.is_idle,
-        )
+        return self._with(lambda tensor: tensor.to(device))
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        held = vars(self).items()
+        tensors: Any = {name: change(value) for name, value in held if torch.is_tensor(value)}
+        return replace(self, **tensors)
 
 
 def collate(examples: Sequence[Example], indices: Sequence[int], pad_id: int) -> Batch:

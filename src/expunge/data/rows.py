@@ -27,7 +27,7 @@ from expunge.data.columns import (
     text_in,
     type_name,
 )
-from expunge.data.formats import Record, Role, open_source
+from expunge.data.formats import Record, Role, Source, open_source
 from expunge.data.words import same_form
 from expunge.errors import InputError
 
@@ -109,19 +109,26 @@ class Reading:
         return Reading(columns=values.get("columns"), joiner=values.get("joiner", " "))
 
     def into(self, kind: type[Inputs], **others: Any) -> Inputs:
-        """Inputs of another kind with the values that these have for it; `others` stand before those."""
-        names = [field.name for field in fields(kind) if hasattr(self, field.name)]  # type: ignore[arg-type]
+        """Inputs of another kind with the values of the fields that both have.
+
+        `others` stand before those. A field of `kind` alone keeps its default: the tests list them.
+        """
+        names = {field.name for field in fields(self)}
+        names &= {field.name for field in fields(kind)}  # type: ignore[arg-type]
         return kind(**{name: getattr(self, name) for name in names} | others)
 
-    def read(self, source: str, role: Role, *, again: bool = False) -> RowSet:
+    def read(
+        self, source: str, role: Role, *, again: bool = False, opened: Source | None = None
+    ) -> RowSet:
         """Reads and checks every row of `source`: a file, a directory or a hub data set id.
 
         `again` says that the columns are as they were recorded, and that no option can change them.
+        `opened` is the source where the caller has read it.
         Raises InputError that names the file and row of the first fault and counts the others.
         """
         mapped = mapped_columns(self.columns, role)
         joiner = self.joiner.replace("\\n", "\n").replace("\\t", "\t")
-        opened = open_source(source, role)
+        opened = opened or open_source(source, role)
         rows, read = _checked(opened.name, opened.records, role, mapped, joiner, plain=again)
         sha256 = opened.sha256 or {source: _digest(rows)}
         if (mapped or joiner != " ") and opened.sha256:

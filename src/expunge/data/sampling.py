@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Protocol
 
 import torch
 
@@ -80,7 +80,22 @@ def systematic_sample(shares: Sequence[int], count: int, generator: torch.Genera
     return sorted(order[ends > begins].tolist())
 
 
-class EpochBatches:
+class StepBatches(ABC):
+    """One side's batch of every step."""
+
+    def __init__(self, examples: Sequence[Example], pad_id: int) -> None:
+        self._examples, self._pad_id = examples, pad_id
+
+    @abstractmethod
+    def indices(self, step: int) -> list[int]:
+        """Positions of the rows of a step, counted from 1."""
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step, counted from 1."""
+        return collate(self._examples, self.indices(step), self._pad_id)
+
+
+class EpochBatches(StepBatches):
     """The batch of any step, a new order every epoch; a function of the seed and the step alone.
 
     Rows of a weight above 1 are taken more than once an epoch, never twice in a batch.
@@ -96,8 +111,8 @@ class EpochBatches:
         by_length: bool = True,
     ) -> None:
         """`generator` gives that of an epoch; `by_length` puts rows of similar length together."""
-        self._examples, self._batch_size, self._pad_id = examples, batch_size, pad_id
-        self._generator, self._by_length = generator, by_length
+        super().__init__(examples, pad_id)
+        self._batch_size, self._generator, self._by_length = batch_size, generator, by_length
         self._rounds, self._extra, self._shares = extra_rounds([e.weight for e in examples])
         self._epoch = -1
         self._order: list[list[int]] = []
@@ -116,10 +131,6 @@ class EpochBatches:
             self._epoch = epoch
         return self._order[position]
 
-    def at(self, step: int) -> Batch:
-        """The batch of a step, counted from 1."""
-        return collate(self._examples, self.indices(step), self._pad_id)
-
     def _epoch_order(self, generator: torch.Generator) -> list[list[int]]:
         lengths = [len(example) for example in self._examples]
         size, by_length = self._batch_size, self._by_length
@@ -133,7 +144,7 @@ class EpochBatches:
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-class BesideRandom:
+class BesideRandom(StepBatches):
     """Batches of the user's rows, and in each the same share of the rows that no set lists.
 
     Sorted by length together, rows of random tokens, which are all of one length, would fill batches of
@@ -153,7 +164,8 @@ class BesideRandom:
     ) -> None:
         """`batch_size` counts the user's rows, of which there is at least one, `beside` the others of a
         step; None: an even share of them. `generator` gives that of a purpose."""
-        self._examples, self._pad_id, self._generator = examples, pad_id, generator
+        super().__init__(examples, pad_id)
+        self._generator = generator
         self._listed = [i for i, example in enumerate(examples) if example.listed]
         self._others = [i for i, example in enumerate(examples) if not example.listed]
         self._batches = EpochBatches(
@@ -180,26 +192,12 @@ class BesideRandom:
         placed = [((i + 0.5) / len(side), row) for side in sides for i, row in enumerate(side)]
         return [row for _, row in sorted(placed, key=lambda pair: pair[0])]
 
-    def at(self, step: int) -> Batch:
-        """The batch of a step, counted from 1."""
-        return collate(self._examples, self.indices(step), self._pad_id)
-
     def _turn(self, turn: int) -> list[int]:
         if turn not in self._turns:
             generator = self._generator(f"order of random rows, turn {turn}")
             order = torch.randperm(len(self._others), generator=generator).tolist()
             self._turns[turn] = [self._others[place] for place in order]
         return self._turns[turn]
-
-
-class StepBatches(Protocol):
-    """One side's batch of every step."""
-
-    def indices(self, step: int) -> list[int]:
-        """Positions of the rows of a step, counted from 1."""
-
-    def at(self, step: int) -> Batch:
-        """The batch of a step, counted from 1."""
 
 
 def steps_an_epoch(rows: int, batch_size: int, chunk_size: int | None) -> int:
@@ -213,7 +211,7 @@ def chunks_of(rows: int, chunk_size: int | None) -> list[range]:
     return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-class ChunkedBatches:
+class ChunkedBatches(StepBatches):
     """Chunk after chunk, each with all passes of a round before the next one begins.
 
     A function of the seed and the step alone. A run of less than an epoch sees the first chunks only.
@@ -231,8 +229,8 @@ class ChunkedBatches:
         by_length: bool = True,
     ) -> None:
         """`steps` of the whole run: what is left of whole epochs begins with the first chunk again."""
-        self._examples, self._batch_size, self._pad_id = examples, batch_size, pad_id
-        self._generator, self._by_length = generator, by_length
+        super().__init__(examples, pad_id)
+        self._batch_size, self._generator, self._by_length = batch_size, generator, by_length
         self._chunks = chunks_of(len(examples), sampling.chunk_size)
         epochs = max(1, steps // steps_an_epoch(len(examples), batch_size, sampling.chunk_size))
         cuts = [epochs * done // sampling.rounds for done in range(sampling.rounds + 1)]
@@ -259,10 +257,6 @@ class ChunkedBatches:
             self._order = self._order_of(epoch, chunk)
             self._visit = epoch, chunk
         return self._order[place - (self._ends[visit - 1] if visit else 0)]
-
-    def at(self, step: int) -> Batch:
-        """The batch of a step, counted from 1."""
-        return collate(self._examples, self.indices(step), self._pad_id)
 
     def _order_of(self, epoch: int, chunk: int) -> list[list[int]]:
         generator = self._generator(epoch)

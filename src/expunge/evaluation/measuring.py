@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from expunge.analysis.template_choice import settled
-from expunge.data.chat_templates import Template, template_of
 from expunge.data.fingerprints import data_fingerprint, same_data
 from expunge.data.formats import sha256_of
-from expunge.data.rows import Reading, RowSet
-from expunge.data.tokenization import LongRows, TextPolicy
+from expunge.data.rows import RowSet
+from expunge.data.tokenization import TextPolicy
 from expunge.disk import check_file_output, deliver
 from expunge.errors import InputError
-from expunge.evaluation.harness import Tasks, read_tasks
-from expunge.evaluation.multiple_choice import Question, read_questions
 from expunge.evaluation.protocols.base import ProtocolScores
 from expunge.evaluation.score_files import is_records, is_scores, records_text, scores_text
-from expunge.evaluation.scorecard import Scorecard, check_material, evaluate_model
+from expunge.evaluation.scorecard import Material, Scorecard, asked_beside, evaluate_model
+from expunge.models.asking import Asking
 from expunge.models.devices import resolve_device
 from expunge.models.files import MANIFEST
 from expunge.models.loading import (
-    AnyDtype,
     CheckedModel,
     check_model,
     load_model,
@@ -41,7 +38,7 @@ AnySets = TypeVar("AnySets", bound="Sets")
 
 
 @dataclass(frozen=True)
-class MeasureInputs(Reading):
+class MeasureInputs(Asking):
     """What is measured, on which rows, and where the scores go."""
 
     model: str
@@ -69,24 +66,9 @@ class MeasureInputs(Reading):
     """Write one JSON line a row here. It has id, split, task, kind, score, runs_on."""
     reveal: bool = False
     """Add what was generated to the records. It can hold forgotten text."""
-    batch_size: int = 64
-    """Rows a batch; it changes the speed, never a score."""
-    dtype: AnyDtype = "auto"
-    """Dtype that the model runs in. auto: the one of its files, float32 for float16."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    chat_template: Template = "auto"
-    """Render prompts with the chat template. auto: as the run recorded, or if the model answers
-    sampled rows better with it."""
-    long_rows: LongRows = "refuse"
-    """Refuse rows longer than the context, or score them in windows."""
-    trust_remote_code: bool = False
-    """Run code that the model's directory brings along."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "chat_template", template_of(self.chat_template))
-        if self.batch_size < 1:
-            raise InputError(f"--batch-size {self.batch_size}: must be 1 or more")
+        super().__post_init__()
         if self.mmlu_shots < 0:
             raise InputError(f"--mmlu-shots {self.mmlu_shots}: must be 0 or more")
         if self.mmlu_shots and self.mmlu is None:
@@ -141,25 +123,15 @@ def measure(
     returns the whole scorecard, and the main one writes. Raises InputError before anything is written.
     """
     ready = prepared(inputs, lambda *of_model: read_material(inputs, *of_model), message)
-    material = ready.material
     card = evaluate_model(
         ready.model,
         ready.tokenizer,
-        material.forget,
-        material.retain,
-        material.nonmembers,
-        material.questions,
-        material.examples,
-        members=material.members,
-        tasks=material.tasks,
+        ready.material,
         policy=ready.policy,
         batch_size=inputs.batch_size,
         progress=progress,
         processes=ready.processes,
     )
-    if material.calibrated_on:
-        mia = {**card.details["mia"], "calibrated_on": True}
-        card = replace(card, details={**card.details, "mia": mia})
     write_scores(inputs, ready, card)
     return card
 
@@ -210,40 +182,20 @@ def check_measure(inputs: MeasureInputs) -> None:
     read_material(inputs, checked, policies)
 
 
-@dataclass(frozen=True)
-class Material:
-    """What a model is measured on."""
-
-    forget: RowSet
-    retain: RowSet | None
-    nonmembers: RowSet | None
-    members: RowSet | None
-    questions: Sequence[Question] | None
-    examples: Mapping[str, Sequence[Question]] | None
-    tasks: Tasks | None
-    calibrated_on: bool
-    """Whether the run that made the model was calibrated on the very non-members."""
-
-
 def read_material(
     inputs: MeasureInputs, checked: CheckedModel, policies: Sequence[TextPolicy]
 ) -> Material:
     """Reads it, and checks that it fits the model in each form. Raises InputError."""
-    sets = inputs.read_sets("forget", "retain", "nonmembers", "members")
-    forget, retain = sets["forget"], sets.get("retain")
-    nonmembers, members = sets.get("nonmembers"), sets.get("members")
-    questions, examples = None, None
-    if inputs.mmlu is not None:
-        questions, examples = read_questions(Path(inputs.mmlu), inputs.mmlu_shots)
+    sets: dict[str, Any] = inputs.read_sets("forget", "retain", "nonmembers", "members")
+    nonmembers = sets.get("nonmembers")
+    material = Material(
+        **sets,
+        **asked_beside(inputs.mmlu, inputs.mmlu_shots, inputs.harness, inputs.harness_include),
+        calibrated_on=nonmembers is not None and _calibrated_on(Path(inputs.model), nonmembers),
+    )
     for policy in policies:
-        check_material(
-            checked.tokenizer, forget, retain, nonmembers, questions, examples, policy, members
-        )
-    tasks = None
-    if inputs.harness is not None:
-        tasks = read_tasks(inputs.harness, inputs.harness_include)
-    same = nonmembers is not None and _calibrated_on(Path(inputs.model), nonmembers)
-    return Material(forget, retain, nonmembers, members, questions, examples, tasks, same)
+        material.check(checked.tokenizer, policy)
+    return material
 
 
 def _calibrated_on(model: Path, nonmembers: RowSet) -> bool:

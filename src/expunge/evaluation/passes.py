@@ -8,20 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from expunge.data.batches import PAD_ID
+from expunge.data.batches import PAD_ID, Batch, collate
 from expunge.data.rows import Row
 from expunge.data.tokenization import Example, TextPolicy, answer_ids, prompt_ids
+from expunge.evaluation.batches import token_batches
 from expunge.evaluation.generation import Written, generate
-from expunge.evaluation.membership import document_log_probs, document_losses
+from expunge.evaluation.membership import counted_log_probs
 from expunge.evaluation.multiple_choice import choice_log_probs
+from expunge.maths.membership import RowLosses
+from expunge.models.kernels import fast_products
 from expunge.processes import Processes, gathered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, repr=False)
@@ -71,18 +77,33 @@ class Passes:
             return gathered(self.processes, dict(zip(mine, written, strict=True)))
 
     def losses(self, examples: Sequence[Example], name: str) -> dict[str, float]:
-        """The mean loss of each row's counted tokens by its id, in nats a token."""
-        with self.phase(f"loss of {name}", len(examples)) as advance:
-            return document_losses(
-                self.model, examples, PAD_ID, self.batch_size, advance, self.processes
-            )
+        """The mean loss of each row's counted tokens by its id, in nats a token; its windows are one."""
+        return RowLosses.of_all(self._of_batches(_losses_of, examples, name)).means()
 
     def log_probs(self, examples: Sequence[Example], name: str) -> dict[str, torch.Tensor]:
-        """Log-probabilities of each row's counted tokens by its id, (tokens,), in nats."""
-        with self.phase(f"loss of {name}", len(examples)) as advance:
-            return document_log_probs(
-                self.model, examples, PAD_ID, self.batch_size, advance, self.processes
-            )
+        """Log-probabilities of each row's counted tokens by its id, (tokens,), in nats, in no order."""
+        parts: dict[str, list[torch.Tensor]] = {}
+        for row, values in chain.from_iterable(self._of_batches(_log_probs_of, examples, name)):
+            parts.setdefault(row, []).append(values)
+        return {row: torch.cat(values) for row, values in parts.items()}
+
+    def _of_batches(
+        self, read: Callable[[Batch, torch.Tensor], Found], examples: Sequence[Example], name: str
+    ) -> list[Found]:
+        """What is read of every batch and its `counted_log_probs`, whichever process has it.
+
+        In the order of the batches, for the windows of a row may lie in several.
+        """
+        model, processes = self.model, self.processes
+        batches = token_batches([len(e) for e in examples], self.batch_size, model)
+        found: dict[int, Found] = {}
+        products = fast_products(model.dtype, model.device)
+        with self.phase(f"loss of {name}", len(examples)) as advance, torch.no_grad(), products:
+            for number in range(processes.rank, len(batches), processes.count):
+                batch = collate(examples, batches[number], PAD_ID).to(model.device)
+                found[number] = read(batch, counted_log_probs(model, batch))
+                advance(len(batches[number]))
+            return gathered(processes, found)
 
     def choices(self, prompts: Sequence[str], name: str) -> torch.Tensor:
         """Log-probability of the letters after each prompt, (prompts, 4)."""
@@ -104,6 +125,17 @@ class Passes:
 
         yield advance
         self.progress(name, total, total)
+
+
+def _losses_of(batch: Batch, log_probs: torch.Tensor) -> RowLosses:
+    found = RowLosses()
+    found.add(batch, log_probs)
+    return found
+
+
+def _log_probs_of(batch: Batch, log_probs: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    counted = batch.token_mask[:, 1:]
+    return [(row, log_probs[line][counted[line]].cpu()) for line, row in enumerate(batch.row_ids)]
 
 
 def record_of(

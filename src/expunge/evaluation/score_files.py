@@ -95,7 +95,8 @@ def _no_scores(path: Path) -> InputError:
 def check_one_form(cards: Mapping[str, Scorecard] | Mapping[str, ProtocolScores]) -> None:
     """Raises InputError where some were measured with the chat template and others without.
 
-    Nor may a task of lm-evaluation-harness have other rows, solved examples or another version.
+    Nor may a task of lm-evaluation-harness have other rows, solved examples or another version, the
+    library another one, or the same tasks another number of texts that lost their start.
     """
     forms = {name: card.details.get("text") for name, card in cards.items()}
     told = {
@@ -111,13 +112,22 @@ def check_one_form(cards: Mapping[str, Scorecard] | Mapping[str, ProtocolScores]
         )
     first: dict[str, tuple[str, list[Any]]] = {}
     for name, card in cards.items():
-        for task, entry in (card.harness if isinstance(card, Scorecard) else {}).items():
-            form = [entry.get(part) for part in ("rows", "shots", "version")]
-            other, its_form = first.setdefault(task, (name, form))
+        tasks = card.harness if isinstance(card, Scorecard) else {}
+        shared = card.details.get("harness")
+        shared = shared if isinstance(shared, Mapping) else {}
+        told = {
+            f"task {task} has other rows, shots, version or lm-eval": [
+                shared.get("version"), *map(entry.get, ("rows", "shots", "version")),
+            ]
+            for task, entry in tasks.items()
+        }  # fmt: skip
+        told[f"{', '.join(tasks)} lost the start of more or fewer texts"] = [shared.get("cut")]
+        for what, form in told.items():
+            other, its_form = first.setdefault(what, (name, form))
             if form != its_form:
                 raise InputError(
-                    f"{name}: its harness task {task} has other rows, shots or version than {other}'s;"
-                    " measure both again with the same expunge evaluate --harness"
+                    f"{name}: its harness {what} than {other}'s; measure both again with the same"
+                    " expunge evaluate --harness and the same lm-eval"
                 )
 
 

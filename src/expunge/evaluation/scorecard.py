@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from expunge.data.rows import Row, RowSet, check_disjoint, documents
@@ -12,9 +13,15 @@ from expunge.data.tokenization import TextPolicy, encode_rows, prompt_ids, writa
 from expunge.data.words import words
 from expunge.errors import InputError
 from expunge.evaluation.generation import Written
-from expunge.evaluation.harness import Tasks, read_entries, run_tasks
+from expunge.evaluation.harness import Tasks, read_entries, read_tasks, run_tasks
 from expunge.evaluation.memorisation import mean_memorisation, memorisation
-from expunge.evaluation.multiple_choice import Question, accuracy, check_prompts, prompt_for
+from expunge.evaluation.multiple_choice import (
+    Question,
+    accuracy,
+    check_prompts,
+    prompt_for,
+    read_questions,
+)
 from expunge.evaluation.passes import Passes, record_of
 from expunge.evaluation.score_values import read_mapping, read_score
 from expunge.evaluation.scores import final_score, knowledge, regurgitation, task_aggregate
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 KIND_NAMES: Mapping[str, str] = {"sc": "regurgitation", "qa": "knowledge"}
+_TOTALS = ("task_aggregate", "mia_auc", "mia_score", "utility", "final_score")
 Cells = dict[str, dict[str, float | None]]
 Split = Literal["forget", "retain"]
 
@@ -54,18 +62,7 @@ class Scorecard:
 
     def to_json(self) -> dict[str, Any]:
         """The contents of scores.json; records are a file of their own."""
-        return {
-            "forget": self.forget,
-            "retain": self.retain,
-            "task_aggregate": self.task_aggregate,
-            "mia_auc": self.mia_auc,
-            "mia_score": self.mia_score,
-            "utility": self.utility,
-            "final_score": self.final_score,
-            "memorisation": {split: dict(means) for split, means in self.memorisation.items()},
-            "harness": dict(self.harness),
-            "details": dict(self.details),
-        }
+        return {name: value for name, value in vars(self).items() if name != "records"}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Scorecard:
@@ -74,18 +71,11 @@ class Scorecard:
         Raises KeyError for a file that is something else and InputError that names a cell which
         holds no score.
         """
-
-        def total(name: str) -> float | None:
-            return read_score(name, values[name])
-
+        totals: dict[str, Any] = {name: read_score(name, values[name]) for name in _TOTALS}
         return cls(
+            **totals,
             forget=_read_cells("forget", values["forget"]),
             retain=_read_cells("retain", values["retain"]),
-            task_aggregate=total("task_aggregate"),
-            mia_auc=total("mia_auc"),
-            mia_score=total("mia_score"),
-            utility=total("utility"),
-            final_score=total("final_score"),
             memorisation=_read_cells("memorisation", values.get("memorisation", {})),
             harness=read_entries(values.get("harness", {})),
             details=read_mapping("details", values.get("details", {})),
@@ -101,17 +91,56 @@ class Scorecard:
         return self.forget if split == "forget" else self.retain
 
 
+@dataclass(frozen=True, repr=False)
+class Material:
+    """What a model is measured on; of what is None nothing is measured."""
+
+    forget: RowSet
+    retain: RowSet | None = None
+    nonmembers: RowSet | None = None
+    members: RowSet | None = None
+    """Of the membership inference; None: the forget set's."""
+    questions: Sequence[Question] | None = None
+    examples: Mapping[str, Sequence[Question]] | None = None
+    """By subject what stands solved before each question."""
+    tasks: Tasks | None = None
+    calibrated_on: bool = False
+    """Whether the run that made the model was calibrated on the very non-members."""
+
+    def check(self, tokenizer: PreTrainedTokenizerBase, policy: TextPolicy) -> None:
+        """Raises InputError for sets that overlap and for rows and questions that do not fit the model.
+
+        No weights are needed.
+        """
+        for other in (self.retain, self.nonmembers):
+            if other is not None:
+                check_disjoint(self.forget, other)
+        if self.members is not None and self.nonmembers is not None:
+            check_disjoint(self.members, self.nonmembers)
+        for rows in (self.forget, self.retain or ()):
+            check_prompts_of(rows, tokenizer, policy)
+            encode_rows(rows, tokenizer, policy, eos=False)
+        if self.nonmembers is not None:
+            for rows in (self.members or self.forget, self.nonmembers):
+                encode_rows(documents(rows), tokenizer, policy, eos=False)
+        if self.questions:
+            check_prompts(tokenizer, _prompts(self.questions, self.examples), policy.context)
+
+
+def asked_beside(
+    mmlu: str | Path | None, shots: int, harness: str | None, include: str | Path | None
+) -> dict[str, Any]:
+    """What is asked of `Material` beside the user's rows. Raises InputError for what cannot be read."""
+    questions, examples = (None, None) if mmlu is None else read_questions(Path(mmlu), shots)
+    tasks = None if harness is None else read_tasks(harness, include)
+    return {"questions": questions, "examples": examples, "tasks": tasks}
+
+
 def evaluate_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    forget: RowSet,
-    retain: RowSet | None,
-    nonmembers: RowSet | None = None,
-    questions: Sequence[Question] | None = None,
-    examples: Mapping[str, Sequence[Question]] | None = None,
+    material: Material,
     *,
-    members: RowSet | None = None,
-    tasks: Tasks | None = None,
     policy: TextPolicy,
     batch_size: int = 64,
     progress: Callable[[str, int, int], None] = lambda _name, _done, _total: None,
@@ -119,14 +148,14 @@ def evaluate_model(
 ) -> Scorecard:
     """Measures every part that there is material for, by the protocol of SemEval-2025 Task 4.
 
-    Members of the membership inference are those of `members`, or the forget set's continuation rows
-    (all of its rows where it has none), as non-members are. Several processes, each with the model,
-    share rows, documents and questions; each gets the whole scorecard. Raises InputError for rows that
-    do not fit the context.
+    Of members and non-members the continuation rows are compared, or all where there are none. Several
+    processes, each with the model, share rows, documents and questions; each gets the whole scorecard.
+    Raises InputError for rows that do not fit the context.
     """
+    forget, retain, questions = material.forget, material.retain, material.questions
     passes = Passes(model, tokenizer, policy, batch_size, progress, processes or OneProcess())
     # First, for rows of the user's tasks are the least sure to be read to their end.
-    harness, of_harness = ({}, None) if tasks is None else run_tasks(tasks, passes)
+    harness, of_harness = ({}, None) if material.tasks is None else run_tasks(material.tasks, passes)
     records = _generated(passes, forget, "forget")
     if retain is not None:
         records += _generated(passes, retain, "retain")
@@ -143,9 +172,9 @@ def evaluate_model(
     if of_harness is not None:
         details["harness"] = of_harness
     auc = mia = None
-    if nonmembers is not None:
-        inside = _losses(passes, members or forget, "members")
-        others = _losses(passes, nonmembers, "non-members")
+    if material.nonmembers is not None:
+        inside = _losses(passes, material.members or forget, "members")
+        others = _losses(passes, material.nonmembers, "non-members")
         auc = membership_auc(inside, others)
         mia = membership_score(auc)
         details["mia"] = {
@@ -154,10 +183,11 @@ def evaluate_model(
             # Further digits are float32's rounding, which changes with the batch.
             "mean_member_loss": round(statistics.fmean(inside), 6),
             "mean_nonmember_loss": round(statistics.fmean(others), 6),
+            **({"calibrated_on": True} if material.calibrated_on else {}),
         }
     utility = None
     if questions is not None:
-        utility, by_subject = _utility(passes, questions, examples or {})
+        utility, by_subject = _utility(passes, questions, material.examples or {})
         details["utility"] = {"questions": len(questions), "by_subject": by_subject}
     return Scorecard(
         forget=forget_cells,
@@ -175,35 +205,6 @@ def evaluate_model(
         details=details,
         records=records,
     )
-
-
-def check_material(
-    tokenizer: PreTrainedTokenizerBase,
-    forget: RowSet,
-    retain: RowSet | None,
-    nonmembers: RowSet | None,
-    questions: Sequence[Question] | None,
-    examples: Mapping[str, Sequence[Question]] | None,
-    policy: TextPolicy,
-    members: RowSet | None = None,
-) -> None:
-    """Raises InputError for sets that overlap and for rows and questions that do not fit the model.
-
-    No weights are needed.
-    """
-    for other in (retain, nonmembers):
-        if other is not None:
-            check_disjoint(forget, other)
-    if members is not None and nonmembers is not None:
-        check_disjoint(members, nonmembers)
-    for rows in (forget, retain or ()):
-        check_prompts_of(rows, tokenizer, policy)
-        encode_rows(rows, tokenizer, policy, eos=False)
-    if nonmembers is not None:
-        for rows in (members or forget, nonmembers):
-            encode_rows(documents(rows), tokenizer, policy, eos=False)
-    if questions:
-        check_prompts(tokenizer, _prompts(questions, examples), policy.context)
 
 
 def check_prompts_of(

@@ -15,11 +15,9 @@ from typing import Any
 from expunge.audits.auditing import audit
 from expunge.audits.budgets import BudgetName
 from expunge.audits.inputs import AuditInputs
-from expunge.data.chat_templates import Template
 from expunge.data.fingerprints import lasting
 from expunge.data.formats import sha256_of
 from expunge.data.rows import Reading
-from expunge.data.tokenization import LongRows
 from expunge.disk import check_writable, made, write_whole
 from expunge.errors import InputError
 from expunge.ledger.material import (
@@ -39,7 +37,8 @@ from expunge.ledger.records import (
     write_event,
 )
 from expunge.ledger.store import Ledger, LedgerPlace, open_ledger
-from expunge.models.loading import AnyDtype, check_model
+from expunge.models.asking import Asking
+from expunge.models.loading import check_model
 from expunge.processes import check_alone
 from expunge.training.progress import Progress
 
@@ -48,7 +47,7 @@ WHOLE = "audit.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyInputs(LedgerPlace, Reading):
+class VerifyInputs(LedgerPlace, Asking):
     """What is audited, how, and where the audits go."""
 
     model: str
@@ -72,21 +71,8 @@ class VerifyInputs(LedgerPlace, Reading):
     cache: str | None = None
     """Directory that keeps what was found on target and oracle, for the next verification. It holds
     scores by row id and no text."""
-    batch_size: int = 64
-    """Rows a batch; it changes the speed, never a score."""
-    dtype: AnyDtype = "auto"
-    """Dtype that the models run in; auto: the one that each is saved in, for float16 files float32."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
     seed: int = 0
     """Seed of every draw."""
-    chat_template: Template = "auto"
-    """Render prompts with the chat template. auto: as the run recorded, or if the model before it
-    answers sampled rows better with it."""
-    long_rows: LongRows = "refuse"
-    """Refuse rows longer than the context, or cut them into windows."""
-    trust_remote_code: bool = False
-    """Run code that the models' directories bring along."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from expunge.data.tokenization import Example
 from expunge.errors import InputError
 from expunge.maths.losses import adaptive_target, unit_direction
 from expunge.maths.numerics import masked_mean
-from expunge.methods.base import Context, Preset, RunDefaults, Terms, check_not_negative
+from expunge.methods.base import Context, Preset, RunDefaults, Terms
 from expunge.methods.steering import SteeringObjective, SteeringSettings
 from expunge.models.decoder import forward_hook, states_of, with_states
 
@@ -133,7 +133,6 @@ class AdaptiveRMU(SteeringSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_not_negative(self, "beta")
         for option in ("directions", "draws"):
             value = getattr(self, option)
             if isinstance(value, int) and value < 1:

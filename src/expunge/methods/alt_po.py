@@ -9,12 +9,12 @@ rules make one in memory: other names, numbers and rare words of the rows (`coun
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from expunge.data.rows import Row
-from expunge.methods.base import Preset, RunDefaults
+from expunge.methods.base import RunDefaults
 from expunge.methods.counterfactuals import other_answers
 from expunge.methods.preference import PreferenceSettings
 
@@ -25,7 +25,6 @@ class AltPO(PreferenceSettings):
 
     name: ClassVar[str] = "alt-po"
     defaults: ClassVar[RunDefaults] = RunDefaults(epochs=10, batch_size=16, learning_rate=1e-3)
-    presets: ClassVar[Mapping[str, Preset]] = {}
 
     def preferred(self, forget: Sequence[Row], retain: Sequence[Row], seed: int) -> Sequence[Row]:
         """Each row with other names, numbers and rare words."""

@@ -206,13 +206,14 @@ def generator_of(seed: int, purpose: str) -> torch.Generator:
 
 
 class Objective(Protocol):
-    """A method at work on a model: what is trained and the loss of a step."""
+    """A method at work on a model: what is trained and the loss of a step.
+
+    What has a body here is what most methods do.
+    """
 
     optimizer: OptimizerSpec
-
-    @property
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        """The trained tensors, float32, by name."""
+    parameters: Mapping[str, nn.Parameter]
+    """The trained tensors, float32, by name."""
 
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """The loss of one step, differentiable in `parameters`."""
@@ -224,33 +225,44 @@ class Objective(Protocol):
         """The same of the retain term."""
 
     def curvature(self, batch: Batch) -> list[torch.Tensor]:
-        """Estimate of the loss's diagonal Hessian for Sophia, in the order of `parameters`."""
+        """Estimate of the loss's diagonal Hessian in the order of `parameters`; none but for Sophia."""
+        return []
 
     def initial_curvature(self) -> list[torch.Tensor] | None:
         """What Sophia starts from, if anything."""
+        return None
 
     @property
     def calibration(self) -> Mapping[str, Any]:
         """How hard calibrated rows are pushed, as JSON; what a resumed run goes on with."""
+        return {}
 
     @property
     def state_tensors(self) -> Mapping[str, torch.Tensor]:
         """What a resumed run goes on with beside `calibration`, the parameters and the optimiser."""
+        return {}
 
     def restore(self, calibration: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Puts back what `calibration` and `state_tensors` were."""
+        return
 
     def calibrate(self, rows: NeverSeen) -> None:
-        """Pushes each row harder or less, as its loss is under or over that of a never-seen one."""
+        """Pushes each row harder or less, as its loss is under or over that of a never-seen one.
+
+        Else all rows alike.
+        """
+        return
 
     def set_training(self, active: bool) -> None:
         """Switches what differs between a training step and a measurement (adapter dropout)."""
+        return
 
     def notes(self) -> Mapping[str, Any]:
         """What the manifest records of the start: measured values only, never text."""
 
     def artifacts(self) -> Mapping[str, torch.Tensor]:
         """Tensors that are saved beside the model, such as steering directions."""
+        return {}
 
     def finish(self, *, keep_adapter: bool) -> Finished:
         """Leaves the model plain, carrying the result, and returns the changed weights."""
@@ -266,19 +278,13 @@ class Finished:
     adapter_config: Mapping[str, Any] | None = None
 
 
-def check_finite(settings: Any) -> None:
-    """Raises InputError for a number of a method's settings that is nan or infinite."""
+def check_numbers(settings: Any) -> None:
+    """Raises InputError for a decimal number of a method's settings that is nan, infinite or below 0."""
     for each in fields(settings):
         value = getattr(settings, each.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"--method.{each.name} {value}: must be a finite number")
-
-
-def check_not_negative(settings: Any, *options: str) -> None:
-    """Raises InputError for one of these settings of a method that is below 0."""
-    for option in options:
-        if (value := getattr(settings, option)) < 0:
-            raise InputError(f"--method.{option} {value}: must be 0 or more")
+        if "float" in str(each.type) and value is not None and not 0 <= value < math.inf:
+            said = "0 or more" if value < 0 else "a finite number"
+            raise InputError(f"--method.{each.name} {value}: must be {said}")
 
 
 def check_random_rows(count: int) -> None:
@@ -290,12 +296,15 @@ def check_random_rows(count: int) -> None:
 
 
 class Method(Protocol):
-    """A method's settings: a frozen dataclass, whose fields are the options `--method.<field>`."""
+    """A method's settings: a frozen dataclass, whose fields are the options `--method.<field>`.
+
+    What has a body here is what most methods say.
+    """
 
     name: ClassVar[str]
     defaults: ClassVar[RunDefaults]
-    presets: ClassVar[Mapping[str, Preset]]
-    whole_steps: ClassVar[bool]
+    presets: ClassVar[Mapping[str, Preset]] = {}
+    whole_steps: ClassVar[bool] = False
     """Whether all forget rows of a step must be in one pass, and so in one process."""
 
     @property
@@ -304,22 +313,30 @@ class Method(Protocol):
 
     @property
     def random_rows(self) -> int:
-        """How many rows of random tokens are held beside the retain set."""
+        """How many rows of random tokens are held beside the retain set.
+
+        0 where a random token has no loss worth holding.
+        """
+        return 0
 
     @property
     def sampling(self) -> Sampling:
-        """How rows are drawn, beside the batch size."""
+        """How rows are drawn: as many retain rows as forget rows, all of them in turn."""
+        return Sampling()
 
     @property
     def matches_tokens(self) -> Tokens | None:
         """Which tokens' spread inside documents calibration wants; None: the documents' means alone."""
+        return None
 
     @property
     def has_adapter(self) -> bool:
         """Whether there is an adapter to keep."""
+        return False
 
     def preferred(self, forget: Sequence[Row], retain: Sequence[Row], seed: int) -> Sequence[Row]:
         """What is to be said in the place of each forget row, by its id; empty: nothing is."""
+        return ()
 
     def check(self, layout: DecoderLayout) -> None:
         """Raises InputError for settings that this model cannot take; no weights are needed."""
@@ -329,9 +346,14 @@ class Method(Protocol):
 
         None where a step needs the whole model.
         """
+        return None
 
     def sharded_weights(self, layout: DecoderLayout) -> Sequence[str]:
-        """Names of weights in the decoder's layers that are trained in full and may be sharded."""
+        """Names of weights in the decoder's layers that are trained in full and may be sharded.
+
+        None where an adapter is trained, or weights whose values from before are exchanged with them.
+        """
+        return ()
 
     def start(self, context: Context) -> Objective:
         """Makes the model ready and returns the objective."""

@@ -5,27 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from expunge.data.batches import Batch, Tokens
-from expunge.data.rows import Row
-from expunge.data.sampling import Sampling
 from expunge.data.tokenization import Example
 from expunge.errors import InputError
-from expunge.maths.calibration import NeverSeen
 from expunge.maths.losses import cross_entropy, token_kl
 from expunge.maths.numerics import row_sums, target_log_probs
 from expunge.methods.base import (
     Context,
     Finished,
+    Method,
+    Objective,
     OptimizerSpec,
     Terms,
-    check_finite,
-    check_not_negative,
+    check_numbers,
     check_random_rows,
 )
 from expunge.methods.forward import (
@@ -41,7 +38,7 @@ from expunge.models.weights import snapshot, swapped_in, train_only
 
 
 @dataclass(frozen=True)
-class TokenSettings:
+class TokenSettings(Method):
     """Settings of every method that trains on token probabilities."""
 
     targets: Targets = "all"
@@ -52,41 +49,17 @@ class TokenSettings:
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass, at the price of a second forward pass."""
 
-    whole_steps: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
-        check_finite(self)
+        check_numbers(self)
         check_random_rows(self.random_rows)
-        for option in ("lora_alpha", "beta", "retain_weight"):
-            value = getattr(self, option, None)
-            if value is not None and (value < 0 or (value == 0 and option != "retain_weight")):
-                raise InputError(f"--method.{option} {value}: must be positive")
-        if hasattr(self, "kl_weight"):
-            check_not_negative(self, "kl_weight")
+        for option in ("lora_alpha", "beta"):
+            if getattr(self, option, None) == 0:
+                raise InputError(f"--method.{option} 0: must be positive")
 
     @property
     def needs_retain(self) -> bool:
         """Whether the loss has a retain term: it does unless its weight is absent or 0."""
         return getattr(self, "retain_weight", 0) > 0
-
-    @property
-    def random_rows(self) -> int:
-        """None: a random token has no loss worth holding."""
-        return 0
-
-    @property
-    def matches_tokens(self) -> Tokens | None:
-        """None: every row is pushed alike."""
-        return None
-
-    @property
-    def sampling(self) -> Sampling:
-        """As many retain rows as forget rows, all of them in turn."""
-        return Sampling()
-
-    def preferred(self, forget: Sequence[Row], retain: Sequence[Row], seed: int) -> Sequence[Row]:
-        """Nothing: rows are pushed away from, and towards no other."""
-        return ()
 
     def shape(self, layers: Sequence[int] | None = None) -> LoraShape | None:
         """The adapter on some layers, or all; None: weights are trained themselves."""
@@ -96,13 +69,6 @@ class TokenSettings:
     def has_adapter(self) -> bool:
         """Whether there is an adapter to keep."""
         return self.shape() is not None
-
-    def trained_layers(self, layout: DecoderLayout) -> None:
-        """None: the loss is on the whole model's output."""
-
-    def sharded_weights(self, layout: DecoderLayout) -> Sequence[str]:
-        """None: an adapter is trained, or weights whose values from before are exchanged with them."""
-        return ()
 
     def check(self, layout: DecoderLayout) -> None:
         """Raises InputError where the model has none of the linear maps to train."""
@@ -148,7 +114,7 @@ class GradientSettings(LoraSettings):
         return super().shape(layers) if self.parameters == "lora" else None
 
 
-class GradientObjective:
+class GradientObjective(Objective):
     """An adapter, or all weights, of one model, with the model from before as reference."""
 
     optimizer = OptimizerSpec("adamw", {"weight_decay": 0.0})
@@ -163,6 +129,7 @@ class GradientObjective:
         weights: Sequence[str] | None = None,
     ) -> None:
         """`layers` are those that an adapter is put on, `weights` what is trained without one."""
+        self._settings = settings
         self._model = context.model
         self._layout = context.layout
         self._tokens = settings.tokens
@@ -176,7 +143,6 @@ class GradientObjective:
         self._dtype = context.model.dtype
         self._keeps_result = context.processes.is_main
         self.adapter: Adapter | None = None
-        self.parameters: Mapping[str, nn.Parameter]
         self._frozen: dict[str, torch.Tensor] = {}
         shape = settings.shape(layers)
         if shape is not None:
@@ -289,34 +255,10 @@ class GradientObjective:
         """Around a forward pass: which activations are kept for the backward pass, if there is one."""
         return recomputed(self._recomputed if torch.is_grad_enabled() else [])
 
-    @property
-    def calibration(self) -> Mapping[str, Any]:
-        """None: every row is pushed alike."""
-        return {}
-
-    @property
-    def state_tensors(self) -> Mapping[str, torch.Tensor]:
-        """None: the parameters and the optimiser are all that a step leaves behind."""
-        return {}
-
-    def restore(self, calibration: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Nothing to put back."""
-
-    def calibrate(self, rows: NeverSeen) -> None:
-        """Nothing to do: every row is pushed alike."""
-
     def set_training(self, active: bool) -> None:
         """Adapter dropout is on in training steps only."""
         if self.adapter is not None:
             self.adapter.set_dropout(active)
-
-    def curvature(self, batch: Batch) -> list[torch.Tensor]:
-        """Never asked for: the optimiser is AdamW."""
-        raise NotImplementedError
-
-    def initial_curvature(self) -> list[torch.Tensor] | None:
-        """None: the optimiser is AdamW."""
-        return None
 
     def notes(self) -> Mapping[str, Any]:
         """How many numbers are trained, and where the LM head runs."""
@@ -324,10 +266,6 @@ class GradientObjective:
             "trained_parameters": sum(p.numel() for p in self.parameters.values()),
             "logits": "of counted tokens" if self._head_takes_places else "of all tokens",
         }
-
-    def artifacts(self) -> Mapping[str, torch.Tensor]:
-        """None."""
-        return {}
 
     def finish(self, *, keep_adapter: bool) -> Finished:
         """Merges the adapter in float32, or takes the masters; casts to the model's dtype once.

@@ -7,12 +7,11 @@ Jang et al., arXiv 2210.01504. Unbounded: the run is saved by its checkpoint cho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from expunge.data.batches import Batch
-from expunge.methods.base import Context, Preset, RunDefaults, Terms
+from expunge.methods.base import Context, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective, GradientSettings
 
 
@@ -22,7 +21,6 @@ class GradientAscent(GradientSettings):
 
     name: ClassVar[str] = "gradient-ascent"
     defaults: ClassVar[RunDefaults] = RunDefaults(epochs=5, batch_size=16, learning_rate=1e-3)
-    presets: ClassVar[Mapping[str, Preset]] = {}
 
     def start(self, context: Context) -> GradientAscentObjective:
         """Makes the weights trainable."""

@@ -7,12 +7,11 @@ Liu et al., arXiv 2203.12817; a baseline of SemEval-2025 Task 4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from expunge.data.batches import Batch
-from expunge.methods.base import Context, Preset, RunDefaults, Terms
+from expunge.methods.base import Context, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective, GradientSettings
 
 
@@ -25,7 +24,6 @@ class GradientDifference(GradientSettings):
 
     name: ClassVar[str] = "gradient-difference"
     defaults: ClassVar[RunDefaults] = RunDefaults(epochs=5, batch_size=16, learning_rate=1e-3)
-    presets: ClassVar[Mapping[str, Preset]] = {}
 
     def start(self, context: Context) -> GradientDifferenceObjective:
         """Makes the weights trainable."""
@@ -35,11 +33,9 @@ class GradientDifference(GradientSettings):
 class GradientDifferenceObjective(GradientObjective):
     """Gradient difference at work on one model."""
 
-    def __init__(self, settings: GradientDifference, context: Context) -> None:
-        super().__init__(settings, context)
-        self._weight = settings.retain_weight
+    _settings: GradientDifference
 
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """Both terms of L."""
         ascent = -self.cross_entropy(forget)
-        return self.with_retain(ascent, retain, self._weight)
+        return self.with_retain(ascent, retain, self._settings.retain_weight)

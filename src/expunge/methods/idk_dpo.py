@@ -9,11 +9,10 @@ DPO (Rafailov et al., arXiv 2305.18290); the scale is that of NPO, which is this
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from expunge.methods.base import Preset, RunDefaults
+from expunge.methods.base import RunDefaults
 from expunge.methods.preference import PreferenceSettings, RefusalSettings
 
 
@@ -23,4 +22,3 @@ class IDKDPO(RefusalSettings, PreferenceSettings):
 
     name: ClassVar[str] = "idk-dpo"
     defaults: ClassVar[RunDefaults] = RunDefaults(epochs=10, batch_size=16, learning_rate=1e-3)
-    presets: ClassVar[Mapping[str, Preset]] = {}

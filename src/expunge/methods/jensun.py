@@ -10,7 +10,6 @@ with mass 1; here there is one at a place, so that it is a distribution.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +18,7 @@ import torch
 from expunge.data.batches import Batch, Tokens
 from expunge.maths.losses import certain_jsd, token_jsd
 from expunge.maths.numerics import target_log_probs
-from expunge.methods.base import Context, Preset, RunDefaults, Terms
+from expunge.methods.base import Context, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective
 from expunge.methods.preference import RefusalSettings
 
@@ -35,7 +34,6 @@ class JensUn(RefusalSettings):
 
     name: ClassVar[str] = "jensun"
     defaults: ClassVar[RunDefaults] = RunDefaults(epochs=10, batch_size=16, learning_rate=1e-3)
-    presets: ClassVar[Mapping[str, Preset]] = {}
 
     def start(self, context: Context) -> JensUnObjective:
         """Makes the weights trainable and keeps the reference."""

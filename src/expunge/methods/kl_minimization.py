@@ -7,12 +7,11 @@ Maini et al., arXiv 2401.06121 (TOFU), section 4; a baseline of SemEval-2025 Tas
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from expunge.data.batches import Batch
-from expunge.methods.base import Context, Preset, RunDefaults, Terms
+from expunge.methods.base import Context, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective, GradientSettings
 
 
@@ -25,7 +24,6 @@ class KLMinimization(GradientSettings):
 
     name: ClassVar[str] = "kl-minimization"
     defaults: ClassVar[RunDefaults] = RunDefaults(epochs=5, batch_size=16, learning_rate=1e-3)
-    presets: ClassVar[Mapping[str, Preset]] = {}
 
     def start(self, context: Context) -> KLMinimizationObjective:
         """Makes the weights trainable and keeps the reference."""

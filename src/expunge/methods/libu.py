@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 
 from expunge.errors import InputError
 from expunge.maths.curvature import Curvature, DiagonalCurvature
-from expunge.methods.base import Context, OptimizerSpec, Preset, RunDefaults
+from expunge.methods.base import Context, OptimizerSpec, RunDefaults
 from expunge.methods.gradient import LoraSettings
 from expunge.methods.influence_step import InfluenceStep
 from expunge.methods.log_odds import LogOddsObjective, LogOddsSettings
@@ -50,7 +50,6 @@ class LIBU(LogOddsSettings, LoraSettings):
         candidates=8,
         least_steps=64,
     )
-    presets: ClassVar[Mapping[str, Preset]] = {}
 
     def __post_init__(self) -> None:
         super().__post_init__()

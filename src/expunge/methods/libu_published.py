@@ -97,9 +97,11 @@ class PublishedLIBU(LoraSettings):
 class PublishedLIBUObjective(GradientObjective):
     """The published LIBU at work on one model; phase 1 is done when this is constructed."""
 
+    _settings: PublishedLIBU
+
     def __init__(self, settings: PublishedLIBU, context: Context) -> None:
         super().__init__(settings, context)
-        self._settings, self._context = settings, context
+        self._context = context
         self.optimizer = OptimizerSpec(
             "sophia",
             {"gamma": settings.gamma, "rho": settings.rho, "betas": (0.9, 0.999)},

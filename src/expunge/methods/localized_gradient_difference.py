@@ -104,6 +104,8 @@ class LocalizedGradientDifference(GradientSettings):
 class LocalizedGradientDifferenceObjective(GradientObjective):
     """Localized gradient difference at work on one model."""
 
+    _settings: LocalizedGradientDifference
+
     def __init__(self, settings: LocalizedGradientDifference, context: Context) -> None:
         self._settings = settings
         layout, count = context.layout, settings.count_in(context.layout)

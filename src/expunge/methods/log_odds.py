@@ -37,7 +37,7 @@ from expunge.maths.calibration import NeverSeen
 from expunge.maths.losses import huber, log_odds_at, top_kl
 from expunge.maths.numerics import target_log_odds, target_surprise
 from expunge.methods.aims import Aims
-from expunge.methods.base import Context, Terms, check_not_negative
+from expunge.methods.base import Context, Terms
 from expunge.methods.forward import lens_added, lens_in_one_pass
 from expunge.methods.gradient import GradientObjective, TokenSettings
 from expunge.methods.preference import ALTERNATIVES, REFUSAL, answered_instead
@@ -87,7 +87,6 @@ class LogOddsSettings(TokenSettings):
             raise InputError(
                 f"--method.answer-instead: is empty; write for example {REFUSAL!r} or {ALTERNATIVES}"
             )
-        check_not_negative(self, "lens_weight", "random_weight")
         if self.ceiling is not None and self.ceiling <= 0:
             raise InputError(f"--method.ceiling {self.ceiling}: must be positive, or null")
 
@@ -111,6 +110,8 @@ class LogOddsSettings(TokenSettings):
 class LogOddsObjective(GradientObjective):
     """The loss at work on one model."""
 
+    _settings: LogOddsSettings
+
     def __init__(
         self,
         settings: LogOddsSettings,
@@ -119,7 +120,7 @@ class LogOddsObjective(GradientObjective):
     ) -> None:
         """`weights` is what is trained without an adapter."""
         super().__init__(settings, context, weights=weights)
-        self._settings, self._context = settings, context
+        self._context = context
         guessing = math.log(context.model.config.get_text_config().vocab_size)
         self.ceiling = CEILING * guessing if settings.ceiling is None else settings.ceiling
         self._aims = Aims(self.ceiling)

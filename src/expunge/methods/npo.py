@@ -7,14 +7,13 @@ Zhang et al., arXiv 2404.05868, eq. 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from expunge.data.batches import Batch
 from expunge.maths.losses import npo
 from expunge.maths.numerics import row_sums
-from expunge.methods.base import Context, Preset, RunDefaults, Terms
+from expunge.methods.base import Context, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective, GradientSettings
 
 
@@ -29,7 +28,6 @@ class NPO(GradientSettings):
 
     name: ClassVar[str] = "npo"
     defaults: ClassVar[RunDefaults] = RunDefaults(epochs=10, batch_size=16, learning_rate=1e-3)
-    presets: ClassVar[Mapping[str, Preset]] = {}
 
     def start(self, context: Context) -> NPOObjective:
         """Makes the weights trainable and scores the forget rows once as reference."""

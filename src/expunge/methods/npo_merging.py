@@ -98,10 +98,11 @@ class NPOMerging(GradientSettings):
 class NPOMergingObjective(GradientObjective):
     """NPO merging at work on one model, which outside of a loss runs with the merged adapter."""
 
+    _settings: NPOMerging
+
     def __init__(self, settings: NPOMerging, context: Context) -> None:
         super().__init__(settings, context)
         assert self.adapter is not None
-        self._settings = settings
         self._merged = self.adapter
         sums = self.log_probs_before(context, context.forget, "reference")
         self._before = sums[:, 0] / sums[:, 1].clamp(min=1)

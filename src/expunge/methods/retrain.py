@@ -8,7 +8,6 @@ made, too. All weights are trained, or a fresh adapter (LoRA, arXiv 2106.09685).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,10 +15,8 @@ from expunge.data.batches import Batch
 from expunge.methods.base import (
     Context,
     OptimizerSpec,
-    Preset,
     RunDefaults,
     Terms,
-    check_not_negative,
 )
 from expunge.methods.gradient import GradientObjective, GradientSettings
 
@@ -35,11 +32,6 @@ class Retrain(GradientSettings):
     defaults: ClassVar[RunDefaults] = RunDefaults(
         epochs=10, batch_size=4, learning_rate=2e-3, schedule="cosine"
     )
-    presets: ClassVar[Mapping[str, Preset]] = {}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(self, "weight_decay")
 
     @property
     def needs_retain(self) -> bool:

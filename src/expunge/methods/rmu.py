@@ -15,7 +15,7 @@ import torch
 
 from expunge.data.batches import Batch, Tokens
 from expunge.maths.losses import unit_direction
-from expunge.methods.base import Context, Preset, RunDefaults, Terms, check_not_negative
+from expunge.methods.base import Context, Preset, RunDefaults, Terms
 from expunge.methods.steering import SteeringObjective, SteeringSettings
 
 
@@ -55,10 +55,6 @@ class RMU(SteeringSettings):
             "arXiv 2403.03218, zephyr-7b",
         ),
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(self, "coefficient")
 
     def start(self, context: Context) -> RMUObjective:
         """Draws the direction and keeps a copy of the trained weights as reference."""

@@ -9,7 +9,7 @@ process. Fan et al., arXiv 2502.05374, on NPO of arXiv 2404.05868.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from expunge.data.batches import Batch
-from expunge.methods.base import Context, Preset, Terms, check_not_negative
+from expunge.methods.base import Context, Terms
 from expunge.methods.npo import NPO, NPOObjective
 
 _LEAST_NORM = 1e-12
@@ -32,12 +32,7 @@ class SamNPO(NPO):
     """Distance of the perturbed weights: at 0 this is NPO."""
 
     name: ClassVar[str] = "sam-npo"
-    presets: ClassVar[Mapping[str, Preset]] = {}
     whole_steps: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(self, "radius")
 
     def start(self, context: Context) -> SamNPOObjective:
         """Makes the weights trainable and scores the forget rows once as reference."""

@@ -9,11 +9,10 @@ section 5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from expunge.methods.base import Context, Preset, RunDefaults, check_not_negative
+from expunge.methods.base import Context, RunDefaults
 from expunge.methods.gradient import GradientSettings
 from expunge.methods.wga import WeightedAscentObjective
 
@@ -31,11 +30,6 @@ class SatImp(GradientSettings):
 
     name: ClassVar[str] = "satimp"
     defaults: ClassVar[RunDefaults] = RunDefaults(epochs=10, batch_size=16, learning_rate=1e-3)
-    presets: ClassVar[Mapping[str, Preset]] = {}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(self, "beta1", "beta2")
 
     def start(self, context: Context) -> WeightedAscentObjective:
         """Makes the weights trainable."""

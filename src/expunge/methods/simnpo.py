@@ -7,14 +7,13 @@ Fan et al., arXiv 2410.07163, eq. 4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from expunge.data.batches import Batch
 from expunge.maths.losses import simnpo
 from expunge.maths.numerics import row_means
-from expunge.methods.base import Context, Preset, RunDefaults, Terms
+from expunge.methods.base import Context, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective, GradientSettings
 
 
@@ -31,7 +30,6 @@ class SimNPO(GradientSettings):
 
     name: ClassVar[str] = "simnpo"
     defaults: ClassVar[RunDefaults] = RunDefaults(epochs=10, batch_size=16, learning_rate=1e-3)
-    presets: ClassVar[Mapping[str, Preset]] = {}
 
     def start(self, context: Context) -> SimNPOObjective:
         """Makes the weights trainable."""
@@ -41,10 +39,7 @@ class SimNPO(GradientSettings):
 class SimNPOObjective(GradientObjective):
     """SimNPO at work on one model."""
 
-    def __init__(self, settings: SimNPO, context: Context) -> None:
-        super().__init__(settings, context)
-        self._beta, self._gamma = settings.beta, settings.gamma
-        self._weight = settings.retain_weight
+    _settings: SimNPO
 
     def forget_size(self, batch: Batch) -> int:
         """The forget term is a mean over rows."""
@@ -52,5 +47,6 @@ class SimNPOObjective(GradientObjective):
 
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """Both terms of L."""
-        term = simnpo(row_means(*self.log_probs(forget)), self._beta, self._gamma)
-        return self.with_retain(term, retain, self._weight)
+        settings = self._settings
+        term = simnpo(row_means(*self.log_probs(forget)), settings.beta, settings.gamma)
+        return self.with_retain(term, retain, settings.retain_weight)

@@ -17,14 +17,14 @@ low-rank adapter. A flat spectrum puts the change into the many directions that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from expunge.data.sampling import steps_an_epoch
 from expunge.errors import InputError
 from expunge.maths.whitening import second_moments
-from expunge.methods.base import Context, OptimizerSpec, Preset, RunDefaults, Whitening
+from expunge.methods.base import Context, OptimizerSpec, RunDefaults, Whitening
 from expunge.methods.log_odds import LogOddsObjective, LogOddsSettings
 from expunge.models.decoder import DecoderLayout, is_turned, map_sizes
 
@@ -58,7 +58,6 @@ class Spectral(LogOddsSettings):
         least_steps=96,
         most_epochs=24,
     )
-    presets: ClassVar[Mapping[str, Preset]] = {}
 
     def __post_init__(self) -> None:
         super().__post_init__()

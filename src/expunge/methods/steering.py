@@ -8,27 +8,26 @@ states are flat, (tokens, width): rows one after the other without padding.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from expunge.data.batches import Batch, Tokens
-from expunge.data.rows import Row
-from expunge.data.sampling import Sampling
 from expunge.errors import InputError
 from expunge.maths.calibration import NeverSeen
 from expunge.maths.losses import steer
 from expunge.methods.base import (
     Context,
     Finished,
+    Method,
+    Objective,
     OptimizerSpec,
     Terms,
-    check_finite,
-    check_not_negative,
+    check_numbers,
     check_random_rows,
 )
 from expunge.models.decoder import DecoderLayout, hidden_states
@@ -47,11 +46,9 @@ _OPTIMIZERS = {
 
 
 @dataclass(frozen=True)
-class SteeringSettings:
+class SteeringSettings(Method):
     """Settings of every method of the RMU family."""
 
-    name: ClassVar[str]
-    whole_steps: ClassVar[bool] = False
     layer: int | Literal["auto"] = "auto"
     """Decoder layer l whose output is steered, from 0; auto: chosen by a pass over sampled rows.
     `expunge analyze layers` shows it."""
@@ -82,38 +79,17 @@ class SteeringSettings:
     non-members; 0 steers every row all the way."""
 
     def __post_init__(self) -> None:
-        check_finite(self)
         if isinstance(self.layer, str) and self.layer != "auto":
             raise InputError(f"--method.layer {self.layer}: give a layer's number, or auto")
-        check_not_negative(self, "calibration_gain")
         if not 0 <= self.row_balance <= 1:
             raise InputError(f"--method.row_balance {self.row_balance}: must be in [0, 1]")
+        check_numbers(self)
         check_random_rows(self.random_rows)
-        check_not_negative(self, "retain_noise", "alpha")
 
     @property
     def needs_retain(self) -> bool:
         """Whether the loss has a retain term."""
         return self.alpha > 0
-
-    @property
-    def sampling(self) -> Sampling:
-        """As many retain rows as forget rows, all of them in turn."""
-        return Sampling()
-
-    @property
-    def matches_tokens(self) -> Tokens | None:
-        """None: a row's hidden states move as one."""
-        return None
-
-    def preferred(self, forget: Sequence[Row], retain: Sequence[Row], seed: int) -> Sequence[Row]:
-        """Nothing: rows are pushed away from, and towards no other."""
-        return ()
-
-    @property
-    def has_adapter(self) -> bool:
-        """Never: the weights themselves are trained."""
-        return False
 
     def check(self, layout: DecoderLayout) -> None:
         """Raises InputError where the layer and the two below it are not all there."""
@@ -129,10 +105,6 @@ class SteeringSettings:
         """The first and the last layer that a step has to run."""
         last = self.layer_in(layout)
         return last - TRAINED_LAYERS + 1, last
-
-    def sharded_weights(self, layout: DecoderLayout) -> Sequence[str]:
-        """None: three layers are in memory, and every process has them."""
-        return ()
 
     def layer_in(self, layout: DecoderLayout) -> int:
         """The layer to steer; where it is yet to be chosen, the deepest that can be."""
@@ -200,7 +172,7 @@ class HookedStates:
         return self.before(batch).float().norm(dim=-1)
 
 
-class SteeringObjective:
+class SteeringObjective(Objective):
     """Trains three projections of one model."""
 
     def __init__(self, settings: SteeringSettings, context: Context) -> None:
@@ -218,7 +190,7 @@ class SteeringObjective:
         self.hidden: HiddenStates = context.engine or HookedStates(
             context.model, context.layout, self.layer
         )
-        self.parameters: Mapping[str, nn.Parameter] = train_only(context.model, names)
+        self.parameters = train_only(context.model, names)
         self.hidden.freeze(self.parameters)
 
     def terms(self, forget: Batch, target: torch.Tensor, retain: Batch | None) -> Terms:
@@ -264,11 +236,6 @@ class SteeringObjective:
         """Calibrated rows' share of the way to their target, from 0 to 1."""
         return self._strengths
 
-    @property
-    def state_tensors(self) -> Mapping[str, torch.Tensor]:
-        """None: the parameters and the optimiser are all that a step leaves behind."""
-        return {}
-
     def restore(self, calibration: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Puts back what `calibration` was."""
         self._strengths = dict(calibration)
@@ -288,17 +255,6 @@ class SteeringObjective:
         lengths = torch.tensor(batch.lengths, device=target.device)
         share = torch.tensor(strengths, device=target.device).repeat_interleave(lengths)[:, None]
         return torch.lerp(self.hidden.before(batch).float(), target, share)
-
-    def set_training(self, active: bool) -> None:
-        """Nothing to do: the model has no dropout of ours."""
-
-    def curvature(self, batch: Batch) -> list[torch.Tensor]:
-        """Never asked for: the optimiser is AdamW."""
-        raise NotImplementedError
-
-    def initial_curvature(self) -> list[torch.Tensor] | None:
-        """None: the optimiser is AdamW."""
-        return None
 
     def finish(self, *, keep_adapter: bool) -> Finished:
         """Casts the trained weights to the model's dtype, once; returns them in float32."""

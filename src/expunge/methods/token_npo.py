@@ -68,9 +68,10 @@ class TokenNPO(GradientSettings):
 class TokenNPOObjective(GradientObjective):
     """Token-wise NPO at work on one model."""
 
+    _settings: TokenNPO
+
     def __init__(self, settings: TokenNPO, context: Context) -> None:
         super().__init__(settings, context, needs_reference=True)
-        self._settings = settings
 
     def loss(self, forget: Batch, retain: Batch | None) -> Terms:
         """Both sides of L."""

@@ -8,13 +8,12 @@ end. Dong et al., arXiv 2402.10052; the paper's cross-entropy has the same gradi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from expunge.data.batches import Batch
 from expunge.maths.losses import lowered, token_kl
-from expunge.methods.base import Context, Preset, RunDefaults, Terms, check_not_negative
+from expunge.methods.base import Context, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective, GradientSettings
 
 
@@ -29,11 +28,6 @@ class UNDIAL(GradientSettings):
 
     name: ClassVar[str] = "undial"
     defaults: ClassVar[RunDefaults] = RunDefaults(epochs=10, batch_size=16, learning_rate=1e-3)
-    presets: ClassVar[Mapping[str, Preset]] = {}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(self, "strength")
 
     def start(self, context: Context) -> UNDIALObjective:
         """Makes the weights trainable and keeps the reference."""

@@ -8,13 +8,12 @@ plain ascent goes on pushing what is gone. Wang et al., arXiv 2502.19301.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from expunge.data.batches import Batch
 from expunge.maths.losses import weighted_ascent
-from expunge.methods.base import Context, Preset, RunDefaults, Terms, check_not_negative
+from expunge.methods.base import Context, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective, GradientSettings
 
 
@@ -29,11 +28,6 @@ class WGA(GradientSettings):
 
     name: ClassVar[str] = "wga"
     defaults: ClassVar[RunDefaults] = RunDefaults(epochs=10, batch_size=16, learning_rate=1e-3)
-    presets: ClassVar[Mapping[str, Preset]] = {}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(self, "alpha")
 
     def start(self, context: Context) -> WeightedAscentObjective:
         """Makes the weights trainable."""

@@ -12,7 +12,7 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, Literal
@@ -24,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 _LEAST_TOKENS = 8
 """Below, MKL is faster on either make."""
 _LEAST_WIDTH = 64
-"""A layer that is narrower on both sides takes oneDNN longer to begin than MKL to end."""
 _INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 _PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.addmm)
 
@@ -136,11 +135,16 @@ def _is_rounded(part: object) -> bool:
     return part.device.type == "cpu" and part.dtype in kinds
 
 
+def is_narrow(shape: Sequence[int]) -> bool:
+    """Whether a float32 layer of this shape takes oneDNN longer to begin than MKL to end."""
+    return max(shape) < _LEAST_WIDTH
+
+
 def _any_linear(
     inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The linear map of float32 or bfloat16 tensors, computed in float32."""
-    small = inputs.numel() < _LEAST_TOKENS * inputs.shape[-1] or max(weight.shape) < _LEAST_WIDTH
+    small = inputs.numel() < _LEAST_TOKENS * inputs.shape[-1] or is_narrow(weight.shape)
     if inputs.dtype == torch.float32 and (small or not _available()):
         return functional.linear(inputs, weight, bias)
     if torch.is_grad_enabled() and _any_gradient(inputs, weight, bias):

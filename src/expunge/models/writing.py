@@ -5,11 +5,10 @@ from __future__ import annotations
 import shutil
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -191,11 +190,6 @@ def rounding_warnings(changes: Sequence[TensorChange]) -> list[str]:
         f" rounding to {changes[0].dtype} (first {lost[0]}). The saved model may remember more than"
         " the candidates did: evaluate it, or save the target in float32 and run again"
     ]
-
-
-def describe(changes: list[TensorChange]) -> list[dict[str, Any]]:
-    """The manifest's list of changed tensors."""
-    return [asdict(change) for change in changes]
 
 
 def _replaced(name: str, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, TensorChange]:

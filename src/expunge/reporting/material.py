@@ -18,7 +18,8 @@ from expunge.data.rows import Reading, RowSet
 from expunge.errors import InputError
 from expunge.evaluation.score_files import SCORES, check_one_form, read_scores
 from expunge.evaluation.scorecard import Scorecard
-from expunge.models.files import MANIFEST
+from expunge.models.files import MANIFEST, read_json
+from expunge.runs.manifest import finite
 from expunge.runs.run import DIRECTIONS, METRICS
 
 AUDIT = "audit.json"
@@ -163,22 +164,9 @@ def gather(inputs: ReportInputs) -> Material:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises InputError that names the file, and never quotes it."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; {_BACK}")
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text, parse_constant=lambda _: None)  # NaN is no measurement
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8; make it anew") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} line {error.lineno}: is not JSON; make it anew") from None
-    except (ValueError, RecursionError):  # a number of too many digits, or nested too deeply
-        raise InputError(f"{path}: is not JSON that expunge writes; make it anew") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: holds no JSON object; make it anew")
-    return values
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object, whose NaN is no measurement."""
+    return dict(finite(read_json(path)))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -188,7 +176,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path.parent}: holds no {MANIFEST}, so it is no finished run; finish it with expunge run"
             " --resume, or name another directory"
         )
-    manifest = read_json(path)
+    manifest = _read(path)
     if manifest.get("status") != "complete":
         raise InputError(f"{path}: the run is not complete; finish it with expunge run --resume")
     if isinstance(rows := manifest.get("rows"), dict) and "forget" not in rows:
@@ -259,7 +247,7 @@ def _cards(inputs: ReportInputs, directory: Path, manifest: Mapping[str, Any]) -
     for role, path in paths:
         file = path / SCORES if path.is_dir() else path
         card = read_scores(str(file))
-        values = read_json(file)
+        values = _read(file)
         model = values.get("model")
         measured = named(model) if isinstance(model, str) else ""
         option = "--oracle-scores" if role == "oracle" else "--scores"
@@ -317,7 +305,7 @@ def _audit_path(given: str | None, directory: Path) -> Path | None:
 
 
 def _audit(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    audit = read_json(path)
+    audit = _read(path)
     if audit.get("format") != AUDIT_FORMAT:
         raise InputError(f"{path}: is not an {AUDIT_FORMAT}; make it with expunge audit")
     for name, (expected, meant) in _recorded(manifest).items():

@@ -156,7 +156,8 @@ class Formula:
         elif self._in_backward:
             scored += [prepared.forget, self._listed]
         passes = filled + sum(len(rows) // size + 1 for rows in scored)
-        return PRODUCT_BYTES * min(MOST_PRODUCTS, self._shapes.maps * (3 * self._largest.sizes + passes))
+        maps = self._shapes.compiled(self._item)
+        return PRODUCT_BYTES * min(MOST_PRODUCTS, maps * (3 * self._largest.sizes + passes))
 
     @property
     def state_bytes(self) -> int:

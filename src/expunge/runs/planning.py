@@ -122,13 +122,7 @@ class Plan:
             **dataclasses.asdict(self),
             "computed": True,
             "phases": [
-                {
-                    "name": phase.name,
-                    "bytes": phase.bytes,
-                    "parts": dict(phase.parts),
-                    "cpu_bytes": phase.cpu_bytes,
-                    "cpu_parts": dict(phase.cpu_parts),
-                }
+                {**vars(phase), "bytes": phase.bytes, "cpu_bytes": phase.cpu_bytes}
                 for phase in self.phases
             ],
             "peak_phase": self.peak.name,

@@ -38,7 +38,6 @@ from expunge.models.writing import (
     check_disk_space,
     close_as,
     copy_target,
-    describe,
     rounding_warnings,
     verify_checkpoint,
     write_checkpoint,
@@ -234,7 +233,7 @@ def run(
         manifest["base"] = base
         manifest["processes"] = processes.count
         manifest["resumed_from_steps"] = keeper.resumed_from
-        manifest["changed_tensors"] = describe(changes)
+        manifest["changed_tensors"] = [asdict(change) for change in changes]
         for warning in rounding_warnings(changes):
             manifest["warnings"].append(warning)
             progress.message(f"warning: {warning}")

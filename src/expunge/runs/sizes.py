@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -21,6 +21,7 @@ from expunge.methods.npo_merging import NPOMerging
 from expunge.methods.preference import PreferenceSettings
 from expunge.methods.spectral import Spectral
 from expunge.models.decoder import DecoderLayout, map_sizes, skeleton_of
+from expunge.models.kernels import is_narrow
 from expunge.models.loading import CheckedModel
 from expunge.training.micro_batches import micro_batches, part
 from expunge.training.preparation import Prepared
@@ -43,8 +44,8 @@ class Shapes:
     """Numbers of the LM head."""
     flow: int
     """Numbers that the linear maps of one layer take and give of one token, the mean of all."""
-    maps: int
-    """Linear maps of the model and the adapter that differ in shape."""
+    maps: Collection[Sequence[int]]
+    """Shapes of the linear maps of the model and the adapter, each once."""
     width: int
     vocabulary: int
     trained: Sequence[int]
@@ -58,6 +59,10 @@ class Shapes:
     def numbers(self) -> int:
         """Of the whole model."""
         return self.layers * self.layer + self.outside
+
+    def compiled(self, item: int) -> int:
+        """How many maps have products that oneDNN keeps, for numbers of `item` bytes."""
+        return sum(item < 4 or not is_narrow(shape) for shape in self.maps)
 
 
 def shapes_of(checked: CheckedModel, method: Any) -> Shapes:
@@ -86,7 +91,7 @@ def shapes_of(checked: CheckedModel, method: Any) -> Shapes:
         outside=sum(p.numel() for p in model.parameters()) - layout.count * layer,
         head=head.numel(),
         flow=sum(map(sum, maps)) // layout.count,
-        maps=len(kinds),
+        maps=kinds,
         width=layout.width,
         vocabulary=checked.config.get_text_config().vocab_size,
         trained=trained,

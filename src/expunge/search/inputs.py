@@ -12,11 +12,12 @@ from typing import Any, Literal
 import expunge
 from expunge.data.chat_templates import Template
 from expunge.data.fingerprints import data_fingerprint
-from expunge.data.formats import Role, sha256_of
+from expunge.data.formats import sha256_of
 from expunge.data.rows import RowSet
 from expunge.disk import check_not_read
 from expunge.errors import InputError
-from expunge.evaluation.measuring import Material, MeasureInputs, read_material
+from expunge.evaluation.measuring import MeasureInputs, read_material
+from expunge.evaluation.scorecard import Material
 from expunge.methods.base import Method
 from expunge.models.devices import resolve_device
 from expunge.models.loading import CheckedModel, Dtype, check_model, resolve_dtype, said_of_dtype
@@ -30,12 +31,6 @@ from expunge.training.options import TrainingOptions
 from expunge.training.preparation import EncodedSets, encode_sets, prepare_encoded
 
 Sampler = Literal["tpe", "random", "grid"]
-_ROLES: dict[str, Role] = {
-    "forget": "forget",
-    "retain": "retain",
-    "nonmembers": "nonmembers",
-    "score_nonmembers": "nonmembers",
-}
 _COSTS_ONLY = ("micro_batch_size", "save_every", "cache_limit", "trackers")
 """Options in which the workers of a study may differ: they do not change a result."""
 
@@ -79,10 +74,6 @@ class SweepInputs(Sources):
     def __post_init__(self) -> None:
         if self.evaluation_batch_size < 1:
             raise InputError(f"--evaluation-batch-size {self.evaluation_batch_size}: must be 1 or more")
-        if self.mmlu_shots < 0:
-            raise InputError(f"--mmlu-shots {self.mmlu_shots}: must be 0 or more")
-        if self.mmlu_shots and self.mmlu is None:
-            raise InputError("--mmlu-shots: needs --mmlu with the questions")
         for option in ("trials", "max_failures"):
             value = getattr(self, option)
             if value < 1:
@@ -171,11 +162,7 @@ def check_sweep(inputs: SweepInputs, method: Method, options: TrainingOptions) -
     check_alone("sweep")
     checked = check_model(inputs.model, trust_remote_code=inputs.trust_remote_code)
     space.check(checked.layout)
-    sets = {
-        name: inputs.read(source, role)
-        for name, role in _ROLES.items()
-        if (source := getattr(inputs, name)) is not None
-    }
+    sets = inputs.read_sets("forget", "retain", "nonmembers", "score_nonmembers")
     policies = text_policies(checked, options.chat_template, options.long_rows)
     *others, encoded = (
         encode_sets(

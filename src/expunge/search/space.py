@@ -14,16 +14,15 @@ every end of it, so that a sweep does not find out at its tenth trial.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import math
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from expunge.errors import InputError
+from expunge.errors import InputError, near
 from expunge.methods.base import Method
 from expunge.models.decoder import DecoderLayout
 from expunge.training.options import TrainingOptions
@@ -183,11 +182,6 @@ def _refusal(what: str, why: str) -> InputError:
     return InputError(f"--search {what}: {why}")
 
 
-def _near(given: str, known: Iterable[str], otherwise: str) -> str:
-    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else otherwise
-
-
 def _dimension(word: str, known: Mapping[str, Any], method: Method) -> Dimension:
     name, equals, text = word.partition("=")
     name = name.strip().replace("-", "_")
@@ -195,14 +189,14 @@ def _dimension(word: str, known: Mapping[str, Any], method: Method) -> Dimension
         example = f"{name}=log:1e-4:1e-2, {name}=int:2:5 or {name}=choice:A,B"
         raise _refusal(word, f"has no range; write for example {example}")
     if name not in known:
-        mend = _near(name, known, "see expunge run --help for the options")
+        mend = near(name, known, "see expunge run --help for the options")
         raise _refusal(name, f"{method.name} has no such option; {mend}")
     if name in _FIXED:
         raise _refusal(name, f"{_FIXED[name]}; give it once, as an option")
     given, _, rest = text.strip().partition(":")
     kind = next((kind for kind in _KINDS if kind == given), None)
     if kind is None:
-        mend = _near(given, _KINDS, "write log:, float:, int: or choice:")
+        mend = near(given, _KINDS, "write log:, float:, int: or choice:")
         raise _refusal(word, f"unknown kind {given!r}; {mend}")
     plain, optional = _plain_type(known[name])
     if kind == "choice":

@@ -196,11 +196,7 @@ def score(task: Task, weights: Mapping[str, torch.Tensor], progress: Progress) -
     card = evaluate_model(
         model,
         task.checked.tokenizer,
-        task.material.forget,
-        task.material.retain,
-        task.material.nonmembers,
-        task.material.questions,
-        task.material.examples,
+        task.material,
         policy=task.encoded.policy,
         batch_size=task.inputs.evaluation_batch_size,
         progress=progress.phase,

@@ -28,6 +28,7 @@ from expunge.segments.cache_layout import CacheLayout, Slot
 from expunge.segments.packing import NotASegment
 from expunge.segments.segment import Segment, relative_error
 from expunge.segments.states import StateFile
+from expunge.terminal import counting
 
 if TYPE_CHECKING:
     from expunge.segments.prefix import Prefix
@@ -175,13 +176,7 @@ class SegmentEngine:
         groups = self._groups(begun)
         trained = sum(slot.start < cache.trained for slot in cache.slots.values())
         total = len(cache.slots) * len(groups) + trained
-        done = 0
-
-        def advance(rows: int) -> None:
-            nonlocal done
-            done += rows
-            progress("cache", done, total)
-
+        advance = counting(lambda done: progress("cache", done, total))
         if not filled:
             for first, last in groups:
                 self._fill_below(first, last, advance)

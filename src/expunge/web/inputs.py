@@ -18,7 +18,7 @@ import tyro
 from expunge.data.chat_templates import Template, check_template, template_of
 from expunge.data.rows import RowSet
 from expunge.errors import InputError, install
-from expunge.evaluation.scorecard import check_material
+from expunge.evaluation.scorecard import Material as Sets
 from expunge.models.devices import resolve_device
 from expunge.models.loading import AnyDtype, CheckedModel, check_model
 from expunge.models.text_forms import text_policy
@@ -110,10 +110,8 @@ def check(inputs: ViewInputs) -> Checked:
         template = _text_of(material.manifest).get("chat_template") is True
     if material.rows:
         policy = text_policy(unlearned, chat_template=template, long_rows="window")
-        some = list(material.rows.values())
-        check_material(
-            unlearned.tokenizer, some[0], some[1] if some[1:] else None, None, None, None, policy
-        )
+        some, *others = material.rows.values()
+        Sets(some, others[0] if others else None).check(unlearned.tokenizer, policy)
     elif template and not unlearned.tokenizer.chat_template:
         raise InputError(f"--chat-template on: the tokenizer of {unlearned.name} has none; give off")
     elif template:

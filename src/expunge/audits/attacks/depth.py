@@ -31,6 +31,7 @@ from expunge.methods.forward import logits_at
 from expunge.models.decoder import DecoderLayout, forward_hook, states_of, with_states
 from expunge.models.kernels import fast_products
 from expunge.models.loading import CheckedModel
+from expunge.terminal import counting
 
 LOST_FROM = 0.05
 """Nats a token: a layer whose states cost less in the oracle's place holds none of the answer."""
@@ -56,13 +57,7 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
         if (ask := subject.reader.asked(row)) is not None
         and len(ask.prompt) + len(ask.answer) <= policy.context
     ]
-    done = 0
-
-    def told(more: int) -> None:
-        nonlocal done
-        done += more
-        advance(done, len(whole))
-
+    told = counting(lambda done: advance(done, len(whole)))
     pairs = [(ask.prompt, ask.answer) for ask, _ in whole]
     for group in _groups(subject.reader, pairs):
         mine = [pairs[n] for n in group]

@@ -19,6 +19,7 @@ from expunge.audits.estimates import leak_at_k, leak_at_k_bound
 from expunge.audits.facts import extracted, score
 from expunge.audits.subject import Ask, Subject
 from expunge.evaluation.choices import Place
+from expunge.terminal import counting
 
 TEMPERATURES = (0.7, 1.0)
 _NEAR = 1e-4
@@ -59,13 +60,8 @@ def run(subject: Subject, case: Case, advance: Advance) -> Found:
     samples, reader = case.budget.samples, subject.reader
     every = [reader.asked(row) for row in case.facts]
     asks = [ask for ask in every if ask is not None]
-    total, done = len(TEMPERATURES) * samples * len(asks), 0
-
-    def count(more: int) -> None:
-        nonlocal done
-        done += more
-        advance(done, total)
-
+    total = len(TEMPERATURES) * samples * len(asks)
+    count = counting(lambda done: advance(done, total))
     scores: dict[str, dict[str, float]] = {}
     texts: dict[str, dict[str, str]] = {}
     rows: dict[str, dict[str, Any]] = {ask.row.id: {} for ask in asks}

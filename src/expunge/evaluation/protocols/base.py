@@ -59,12 +59,7 @@ class ProtocolScores:
 
     def to_json(self) -> dict[str, Any]:
         """The contents of scores.json."""
-        return {
-            "protocol": self.protocol,
-            "scores": dict(self.scores),
-            "rows": {name: dict(values) for name, values in self.rows.items()},
-            "details": dict(self.details),
-        }
+        return {name: value for name, value in vars(self).items() if name != "records"}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], measures: Mapping[str, Measure]) -> ProtocolScores:

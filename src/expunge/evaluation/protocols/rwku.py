@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from expunge.data.columns import Kind
-from expunge.data.formats import Role, open_source
+from expunge.data.formats import Record, Role, open_source
 from expunge.data.rows import Reading, Row, RowSet
 from expunge.data.tokenization import Example, TextPolicy, encode_rows, writable
 from expunge.errors import InputError
@@ -103,21 +103,22 @@ def _read_part(part: str, source: str) -> RowSet:
     """The rows of one file, named after their part. Raises InputError for a file of another."""
     role = PROBES[part][0] if part in PROBES else PASSAGES[part]
     kind: Kind = "qa" if part in PROBES else "sc"
-    _check_columns(part, source, role)
+    opened = open_source(source, role)
+    _check_columns(part, source, opened.records)
     columns = "prompt=query,output=answer" if part in PROBES else "text=text"
     if part == ATTACKS:
         columns += ",task=type"
-    rows = named_after(part, Reading(columns=columns).read(source, role), role)
+    rows = named_after(part, Reading(columns=columns).read(source, role, opened=opened), role)
     return replace(rows, rows=tuple(replace(row, kind=kind) for row in rows))
 
 
-def _check_columns(part: str, source: str, role: Role) -> None:
+def _check_columns(part: str, source: str, records: Sequence[Record]) -> None:
     """Raises InputError for a row that lacks a column of the part, or is of another level."""
     needed = ["query", "answer", "level"] if part in PROBES else ["text"]
     if part == ATTACKS:
         needed.append("type")
     option = f"--{_field(part)}"
-    for record in open_source(source, role).records:
+    for record in records:
         if lacking := [name for name in needed if record.values.get(name) is None]:
             raise InputError(
                 f"{source} {record.place}: has no {lacking[0]!r}, as rows of RWKU's {part} have; give"

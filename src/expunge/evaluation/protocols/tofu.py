@@ -130,12 +130,13 @@ def read(inputs: ProtocolInputs, model: CheckedModel, policies: Sequence[TextPol
 
 
 def _read_set(inputs: ProtocolInputs, name: SetName, source: str) -> Questions:
-    rows = named_after(name, inputs.read(source, _ROLES[name]), _ROLES[name])
-    records = open_source(source, _ROLES[name]).records
-    wrong = _column(source, records, WRONG, _texts_in)
+    role = _ROLES[name]
+    opened = open_source(source, role)
+    rows = named_after(name, inputs.read(source, role, opened=opened), role)
+    wrong = _column(source, opened.records, WRONG, _texts_in)
     right = [row.output for row in rows] if name in GENERAL else None
     if right is None:
-        right = _column(source, records, RIGHT, text_in)
+        right = _column(source, opened.records, RIGHT, text_in)
     return Questions(rows, right, wrong)
 
 
