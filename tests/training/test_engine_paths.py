@@ -242,6 +242,7 @@ def test_a_narrow_cache_gives_nearly_the_same_weights(
             "npo-merging",
             "chunked-gradient-difference",
             "localized-gradient-difference",
+            "rep-select",
         ],
         "spectral",
         "adaptive-rmu",
@@ -255,6 +256,7 @@ def test_micro_batches_do_not_change_the_weights(
     # Random rows of a micro-batch weigh as they do in the step.
     random = ("--method.random-weight", 0.25, "--method.random-rows", 8)
     own = random if method in ("spectral", "libu") else ()
+    own = ("--learning-rate", 1) if method == "rep-select" else own
     options = ("--method", method, "--select", "last", "--max-steps", 3, *own)
     plain = start(*options)
     assert change(plain, memorised_dir) > 20 * TOLERANCE
