@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from expunge.methods.localized_gradient_difference import LocalizedGradientDifference
     from expunge.methods.npo import NPO
     from expunge.methods.npo_merging import NPOMerging
+    from expunge.methods.rep_select import RepSelect
     from expunge.methods.retrain import Retrain
     from expunge.methods.rmu import RMU
     from expunge.methods.sam_npo import SamNPO
@@ -55,6 +56,7 @@ __all__ = [
     "LocalizedGradientDifference",
     "NPOMerging",
     "PublishedLIBU",
+    "RepSelect",
     "Retrain",
     "RunError",
     "SamNPO",

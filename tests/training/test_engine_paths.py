@@ -242,6 +242,7 @@ def test_a_narrow_cache_gives_nearly_the_same_weights(
             "npo-merging",
             "chunked-gradient-difference",
             "localized-gradient-difference",
+            "rep-select",
         ],
         "spectral",
         "adaptive-rmu",
@@ -254,7 +255,9 @@ def test_micro_batches_do_not_change_the_weights(
     monkeypatch.setattr(PRODUCTS, torch.float64)
     # Random rows of a micro-batch weigh as they do in the step.
     random = ("--method.random-weight", 0.25, "--method.random-rows", 8)
-    own = random if method in ("spectral", "libu") else ()
+    own: tuple[object, ...] = random if method in ("spectral", "libu") else ()
+    if method == "rep-select":
+        own = ("--learning-rate", 100)
     options = ("--method", method, "--select", "last", "--max-steps", 3, *own)
     plain = start(*options)
     assert change(plain, memorised_dir) > 20 * TOLERANCE
@@ -263,6 +266,9 @@ def test_micro_batches_do_not_change_the_weights(
         assert difference(small, plain, memorised_dir) < TOLERANCE, size
         for one, other in zip(metrics(small), metrics(plain), strict=True):
             for term in ("loss", "forget", "retain", "gradient_norm"):
+                if other[term] is None:  # nothing is held
+                    assert one[term] is None
+                    continue
                 assert one[term] == pytest.approx(other[term], rel=1e-4, abs=1e-6), (size, term)
 
 

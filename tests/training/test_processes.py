@@ -42,6 +42,7 @@ CASES = (
     ("npo-merging", True),
     ("chunked-gradient-difference", False),
     ("localized-gradient-difference", False),
+    ("rep-select", False),
 )
 """Methods, and whether their weights are spread over the processes."""
 SHARDED = {"ACCELERATE_USE_FSDP": "true"}

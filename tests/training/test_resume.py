@@ -37,6 +37,7 @@ BASELINES = (
     "npo-merging",
     "chunked-gradient-difference",
     "localized-gradient-difference",
+    "rep-select",
     "retrain --base",
     "spectral --base",
     "spectral alone",
@@ -50,6 +51,7 @@ OWN = {
     "spectral alone": RANDOM,
     "spectral answering": (*RANDOM, "--method.answer-instead", "Nobody knows that."),
     "adaptive-rmu": (),
+    "rep-select": ("--learning-rate", 1),
     "libu": (*RANDOM, *DROPOUT),
 }
 

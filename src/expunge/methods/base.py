@@ -56,7 +56,7 @@ class Whitening(NamedTuple):
 class OptimizerSpec:
     """Which optimiser the loop builds, with its options."""
 
-    name: Literal["adamw", "muon", "sophia"] = "adamw"
+    name: Literal["adamw", "muon", "sgd", "sophia"] = "adamw"
     options: Mapping[str, Any] = field(default_factory=dict)
     curvature_interval: int | None = None
     """Steps between two estimates of the curvature, for Sophia."""

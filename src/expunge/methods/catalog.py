@@ -15,6 +15,7 @@ from expunge.methods.libu_published import PublishedLIBU
 from expunge.methods.localized_gradient_difference import LocalizedGradientDifference
 from expunge.methods.npo import NPO
 from expunge.methods.npo_merging import NPOMerging
+from expunge.methods.rep_select import RepSelect
 from expunge.methods.retrain import Retrain
 from expunge.methods.rmu import RMU
 from expunge.methods.sam_npo import SamNPO
@@ -49,6 +50,7 @@ METHODS = {
         NPOMerging,
         ChunkedGradientDifference,
         LocalizedGradientDifference,
+        RepSelect,
         Retrain,
     )
 }

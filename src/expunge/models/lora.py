@@ -129,9 +129,14 @@ class Adapter:
                 merged[f"{name}.weight"] = total.cpu()
             if not is_sharded(base.weight):
                 base.weight.data = total.to(base.weight.dtype)
-            self._model.set_submodule(name, base)
-        del self._model.peft_config  # left by the injection; a second adapter would find it
+        self.take_out()
         return merged
+
+    def take_out(self) -> None:
+        """Leaves the model plain, its weights as they are."""
+        for name, layer in self.layers.items():
+            self._model.set_submodule(name, layer.get_base_layer())
+        del self._model.peft_config  # left by the injection; a second adapter would find it
 
     def state(self) -> dict[str, torch.Tensor]:
         """The adapter in the names of PEFT's own adapter files."""

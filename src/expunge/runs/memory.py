@@ -34,6 +34,7 @@ from expunge.methods.libu import LIBU
 from expunge.methods.libu_published import PublishedLIBU
 from expunge.methods.log_odds import TOP, LogOddsSettings
 from expunge.methods.npo_merging import NPOMerging
+from expunge.methods.rep_select import RepSelect
 from expunge.methods.sam_npo import SamNPO
 from expunge.methods.steering import TRAINED_LAYERS
 from expunge.methods.token_npo import TokenNPO
@@ -101,7 +102,8 @@ class Formula:
         self._chooses, self._shards = chooses, shards
         self._listed = [example for example in prepared.retain if example.listed]
         self._others = [example for example in prepared.retain if not example.listed]
-        self._in_backward = isinstance(prepared.method, LogOddsSettings)
+        self._log_odds = isinstance(prepared.method, LogOddsSettings)
+        self._one_way = isinstance(prepared.method, RepSelect)
         self._shapes = shapes_of(checked, prepared.method)
         self._rounds = dtype != torch.float32
         self._item = dtype.itemsize
@@ -153,7 +155,7 @@ class Formula:
         filled = 0
         if self._cache is not None:
             filled = self._cache.tokens // self._pass_tokens
-        elif self._in_backward:
+        elif self._log_odds:
             scored += [prepared.forget, self._listed]
         passes = filled + sum(len(rows) // size + 1 for rows in scored)
         maps = self._shapes.compiled(self._item)
@@ -163,7 +165,7 @@ class Formula:
     def state_bytes(self) -> int:
         """Size on disk of a saved state: parameters, optimiser, and the best candidate's parameters."""
         copies = 2 if self._prepared.measures else 1
-        return copies * self._trained + self._optimizer()
+        return (copies + self._one_way) * self._trained + self._optimizer()
 
     def _of_base(self) -> Iterator[tuple[str, dict[str, int]]]:
         """The pass of the base over the forget rows, if it is the reference; then it is let go."""
@@ -251,18 +253,20 @@ class Formula:
         return self._shared(self._trained) if self._prepared.measures else 0
 
     def _optimizer(self) -> int:
-        muon = self._in_backward or getattr(self._method, "optimizer", "") == "muon"
+        if self._one_way:
+            return 0
+        muon = self._log_odds or getattr(self._method, "optimizer", "") == "muon"
         return (1 if muon else 2) * self._trained
 
     def _reference(self) -> int:
-        """The target's log-odds of the user's tokens, and what makes inputs white, in bfloat16."""
-        rows = (self._prepared.forget, self._listed) if self._in_backward else ()
+        """Log-odds of the user's tokens, what makes inputs white, in bfloat16; or the way to go."""
+        rows = (self._prepared.forget, self._listed) if self._log_odds else ()
         odds = 4 * sum(tokens_of(side, packed=False) for side in rows)
-        return odds + 2 * self._shapes.white
+        return odds + 2 * self._shapes.white + self._one_way * self._trained
 
     def _said(self) -> int:
         """The likeliest tokens after those that the target wrote."""
-        return 8 * TOP * sum(map(len, self._others)) if self._in_backward else 0
+        return 8 * TOP * sum(map(len, self._others)) if self._log_odds else 0
 
     def _step(self) -> dict[str, int]:
         """A training step: its passes, or the move after them, whichever takes more."""
@@ -273,13 +277,13 @@ class Formula:
         if self._cache is not None:
             tokens = [sum(sum(batch.lengths) for batch in batches)]  # packed
         layers = shapes.layers if self._segment is None else TRAINED_LAYERS
-        passes = self._graph(tokens, layers)
-        if self._segment is None:
+        passes = {} if self._one_way else self._graph(tokens, layers)
+        if self._segment is None and not self._one_way:
             passes[LOGITS] = graphs * self._logits(batches)
         gradients = self._shared(self._trained)
         largest = 4 * max(shapes.trained)
         move = STEP_NUMBERS * largest
-        if self._in_backward and self._shards == 1 and not accumulates:
+        if (self._log_odds or self._one_way) and self._shards == 1 and not accumulates:
             return {**passes, GRADIENTS: largest + move}
         if self._device_type == "cuda" and self._optimizer() > self._trained:
             move = gradients  # PyTorch moves all at once there
@@ -292,7 +296,7 @@ class Formula:
     def _graph(self, tokens: Sequence[int], layers: int) -> dict[str, int]:
         """What passes of so many padded tokens keep for the backward pass, all at once."""
         shapes, method = self._shapes, self._method
-        casts_more = method.has_adapter or isinstance(method, GradientSettings)
+        casts_more = method.has_adapter or isinstance(method, GradientSettings | RepSelect)
         share = KEPT_IN_BFLOAT16 if self._rounds and casts_more else KEPT_OF_LAYER
         of_layer = share * self._item * shapes.flow
         casts = 0
@@ -311,7 +315,7 @@ class Formula:
     def _logits(self, batches: Sequence[Batch]) -> int:
         """What the losses keep of the logits of counted tokens, and the largest gradient of them."""
         method: Any = self._method
-        log_odds = self._in_backward
+        log_odds = self._log_odds
         counts = [
             int(batch.mask("all" if log_odds and number else method.tokens)[:, 1:].sum())
             for number, batch in enumerate(batches)
@@ -353,6 +357,8 @@ class Formula:
         counted = max(int(batch.mask(method.tokens)[:, 1:].sum()) for batch in batches)
         whole = self._item * counted * self._shapes.vocabulary
         logits = {LOGITS: whole + self._pieces(counted, 2)}
+        if self._one_way:  # the gradient becomes the way, in float64 matrix by matrix
+            return {**self._graph([tokens], self._shapes.layers), **logits}
         if not isinstance(method, (LIBU, PublishedLIBU)):
             return {**self._pass(tokens), **logits}
         bases = 0

@@ -23,4 +23,6 @@ def optimizer_of(objective: Objective, learning_rate: float) -> torch.optim.Opti
     if spec.name == "muon":
         whitening = {objective.parameters[name]: r for name, r in spec.whitening.items()}
         return Muon(parameters, learning_rate, **spec.options, whitening=whitening)
+    if spec.name == "sgd":
+        return torch.optim.SGD(parameters, lr=learning_rate, **spec.options)
     return torch.optim.AdamW(parameters, lr=learning_rate, **spec.options)

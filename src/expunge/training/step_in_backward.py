@@ -1,8 +1,8 @@
-"""Muon's steps inside the backward pass: each matrix moves as soon as its gradient is whole.
+"""Steps inside the backward pass: each matrix moves as soon as its gradient is whole.
 
 So the gradients of one matrix are in memory at a time, not those of the model (Lv et al., arXiv
-2306.09782, for SGD). All steps of Muon have one length, so no gradient is clipped, which would need
-all of them.
+2306.09782, for SGD). No gradient is clipped, which would need all of them: all steps of Muon have one
+length, those of `rep-select` one way.
 """
 
 from __future__ import annotations
