@@ -21,7 +21,7 @@ import torch
 
 from expunge.data.batches import Batch, Tokens
 from expunge.errors import InputError, RunError
-from expunge.methods.base import Context, OptimizerSpec, Preset, RunDefaults, Terms, check_not_negative
+from expunge.methods.base import Context, OptimizerSpec, Preset, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective, TokenSettings
 from expunge.methods.influence_step import InfluenceStep
 from expunge.models.decoder import Targets
@@ -57,7 +57,6 @@ class RepSelect(TokenSettings):
             raise InputError(f"--method.components {self.components}: must be between 0 and 1")
         if self.adversary_rank < 1:
             raise InputError(f"--method.adversary_rank {self.adversary_rank}: must be 1 or more")
-        check_not_negative(self, "adversary_rate")
 
     def start(self, context: Context) -> RepSelectObjective:
         """Finds the way that every step goes; a resumed run has it already."""
