@@ -90,22 +90,39 @@ def test_a_truth_ratio_is_that_of_products_of_probabilities(right: float, wrong:
     geometric = math.prod(math.exp(-loss) for loss in wrong) ** (1 / len(wrong))
     authors = math.exp(log_truth_ratio(right, wrong))
     assert authors == pytest.approx(math.exp(-right) / geometric, rel=1e-6)
+    reciprocal = math.exp(log_truth_ratio(right, wrong, "openunlearning"))
+    assert reciprocal == pytest.approx(1 / authors)
+    arithmetic = fmean(math.exp(-loss) for loss in wrong) / math.exp(-right)
+    paper = math.exp(log_truth_ratio(right, wrong, "paper"))
+    assert paper == pytest.approx(arithmetic, rel=1e-6)
+    assert paper >= reciprocal * (1 - 1e-9)  # no geometric mean exceeds the arithmetic one
+
+
+def test_all_readings_agree_on_one_wrong_answer() -> None:
+    assert log_truth_ratio(1.5, [3.5]) == 2
+    assert log_truth_ratio(1.5, [3.5], "openunlearning") == -2
+    assert log_truth_ratio(1.5, [3.5], "paper") == pytest.approx(-2)
 
 
 @given(st.lists(st.tuples(losses, wrongs), min_size=1, max_size=8))
-def test_the_aggregates_are_those_of_the_ratios(rows: list[tuple[float, list[float]]]) -> None:
+def test_the_aggregates_are_the_same_in_both_readings_of_code(
+    rows: list[tuple[float, list[float]]],
+) -> None:
     mine = [log_truth_ratio(right, wrong) for right, wrong in rows]
+    theirs = [log_truth_ratio(right, wrong, "openunlearning") for right, wrong in rows]
     ratios = [math.exp(each) for each in mine]
     assert forget_truth_ratio(mine) == pytest.approx(fmean(min(r, 1 / r) for r in ratios))
-    assert forget_truth_ratio([-each for each in mine]) == pytest.approx(forget_truth_ratio(mine))
+    assert forget_truth_ratio(theirs) == pytest.approx(forget_truth_ratio(mine))
     expected = fmean(max(0, 1 - 1 / r) for r in ratios)
     assert kept_truth_ratio(mine) == pytest.approx(expected, abs=1e-9)
+    assert kept_truth_ratio(theirs, "openunlearning") == pytest.approx(expected, abs=1e-9)
 
 
 def test_losses_beyond_any_exponent_still_have_scores() -> None:
     assert forget_truth_ratio([log_truth_ratio(0, [5000.0])]) == 0
     assert kept_truth_ratio([log_truth_ratio(0, [5000.0])]) == 1
     assert kept_truth_ratio([log_truth_ratio(5000.0, [0])]) == 0
+    assert log_truth_ratio(5000.0, [3000.0, 4000.0], "paper") == pytest.approx(2000 - math.log(2))
     assert choice_probability(5000.0, [5000.0, 6000.0]) == 0.5
     assert choice_probability(5000.0, [1.0]) == 0
 

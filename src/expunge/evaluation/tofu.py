@@ -3,12 +3,12 @@
 l(a) is the mean loss of a token of answer a after its question, in nats, and P(a) = exp(-l(a)). The
 truth ratio of a row compares a right answer with wrong ones of the same form:
 
-    R = exp(mean_j l(wrong_j) - l(right))
+    authors         R = exp(mean_j l(wrong_j) - l(right)), as the authors' aggregation computes it
+    openunlearning  1/R, as OpenUnlearning does
+    paper           mean_j P(wrong_j) / P(right), equation 1 of the paper
 
-So the authors' aggregation computes it. OpenUnlearning has 1/R, equation 1 of the paper 1/R with an
-arithmetic mean: mean_j P(wrong_j) / P(right). R is kept as its logarithm, which no loss makes overflow.
-A set's truth ratio is one for R and 1/R. So is forget quality, for the test of Kolmogorov and Smirnov
-looks at the order alone.
+It is kept as its logarithm, which no loss makes overflow. A set's truth ratio is one for both readings
+of code; forget quality too, for the test of Kolmogorov and Smirnov looks at the order alone.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+Reading = Literal["authors", "openunlearning", "paper"]
 SetName = Literal["forget", "retain", "real_authors", "world_facts"]
 KEPT: tuple[SetName, ...] = ("retain", "real_authors", "world_facts")
 """Sets that model utility is of."""
@@ -38,12 +39,12 @@ class SetLosses:
     """Of the right answer in the wrong ones' form; None where the rows have none."""
     wrong: Sequence[Sequence[float]] | None = None
 
-    def log_truth_ratios(self) -> list[float] | None:
+    def log_truth_ratios(self, reading: Reading = "authors") -> list[float] | None:
         """By row."""
         if self.right is None or self.wrong is None:
             return None
         pairs = zip(self.right, self.wrong, strict=True)
-        return [log_truth_ratio(right, wrong) for right, wrong in pairs]
+        return [log_truth_ratio(right, wrong, reading) for right, wrong in pairs]
 
 
 def probability(loss: float) -> float:
@@ -58,9 +59,14 @@ def choice_probability(answer: float, wrong: Sequence[float]) -> float:
     return own / (own + sum(others))
 
 
-def log_truth_ratio(right: float, wrong: Sequence[float]) -> float:
+def log_truth_ratio(right: float, wrong: Sequence[float], reading: Reading = "authors") -> float:
     """The logarithm of a row's truth ratio, of losses; see above."""
-    return statistics.fmean(wrong) - right
+    if reading == "paper":
+        low = min(wrong)
+        mean = statistics.fmean(math.exp(low - loss) for loss in wrong)
+        return math.log(mean) - low + right
+    log_ratio = statistics.fmean(wrong) - right
+    return log_ratio if reading == "authors" else -log_ratio
 
 
 def forget_truth_ratio(log_ratios: Sequence[float]) -> float:
@@ -68,9 +74,10 @@ def forget_truth_ratio(log_ratios: Sequence[float]) -> float:
     return statistics.fmean(math.exp(-abs(value)) for value in log_ratios)
 
 
-def kept_truth_ratio(log_ratios: Sequence[float]) -> float:
-    """Mean max(0, 1 - 1/R), in [0, 1): 1 where wrong answers are impossible."""
-    return statistics.fmean(max(0.0, -math.expm1(min(0.0, -each))) for each in log_ratios)
+def kept_truth_ratio(log_ratios: Sequence[float], reading: Reading = "authors") -> float:
+    """Mean max(0, 1 - 1/R), in [0, 1), R as the authors read it: 1 where wrong ones are impossible."""
+    sign = -1 if reading == "authors" else 1
+    return statistics.fmean(max(0.0, -math.expm1(min(0.0, sign * each))) for each in log_ratios)
 
 
 def forget_quality(unlearned: Sequence[float], oracle: Sequence[float]) -> float:
