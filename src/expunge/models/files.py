@@ -100,11 +100,15 @@ def code_of(directory: Path) -> list[Path]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object in a JSON file. Raises InputError for anything else."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give the one that was saved")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise InputError(
-            f"{path}: is not a valid JSON file ({type(error).__name__}); give the one that was saved"
+            f"{path}{line}: is not a valid JSON file ({type(error).__name__}); give the one that was"
+            " saved"
         ) from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: holds no JSON object; give the one that was saved")
