@@ -21,7 +21,7 @@ import torch
 
 from expunge.data.batches import Batch, Tokens
 from expunge.errors import InputError, RunError
-from expunge.methods.base import Context, OptimizerSpec, Preset, RunDefaults, Terms
+from expunge.methods.base import Context, OptimizerSpec, RunDefaults, Terms
 from expunge.methods.gradient import GradientObjective, TokenSettings
 from expunge.methods.influence_step import InfluenceStep
 from expunge.models.decoder import Targets
@@ -49,7 +49,6 @@ class RepSelect(TokenSettings):
 
     name: ClassVar[str] = "rep-select"
     defaults: ClassVar[RunDefaults] = RunDefaults(epochs=10, batch_size=16, learning_rate=75.0)
-    presets: ClassVar[Mapping[str, Preset]] = {}
 
     def __post_init__(self) -> None:
         super().__post_init__()
