@@ -34,7 +34,6 @@ STRENGTHS: Mapping[str, tuple[str, ...]] = {
     "satimp": ("beta1", "retain_weight"),
     "undial": ("strength", "retain_weight"),
     "jensun": ("retain_weight",),
-    "rep-select": ("components",),
     "npo-merging": ("beta", "kl_weight"),
     "chunked-gradient-difference": ("retain_weight",),
 }
