@@ -19,7 +19,7 @@ from expunge.audits.subject import Reader
 from expunge.data.batches import collate
 from expunge.data.rows import Row, as_rows
 from expunge.data.tokenization import TextPolicy, encode_rows
-from expunge.evaluation.membership import counted_log_probs
+from expunge.evaluation.passes import counted_log_probs
 from expunge.maths.losses import cross_entropy
 
 Cli = Callable[..., tuple[int, str, str]]

@@ -17,7 +17,7 @@ from expunge.data.columns import Kind
 from expunge.data.rows import Row
 from expunge.data.sampling import EpochBatches
 from expunge.data.tokenization import Example, encode_rows
-from expunge.evaluation.membership import counted_log_probs
+from expunge.evaluation.passes import counted_log_probs
 from expunge.maths.losses import cross_entropy
 from expunge.models.kernels import fast_products
 from expunge.models.lora import Adapter, LoraShape

@@ -18,11 +18,13 @@ from expunge.data.rows import Row
 from expunge.data.tokenization import Example, TextPolicy, answer_ids, prompt_ids
 from expunge.evaluation.batches import token_batches
 from expunge.evaluation.generation import Written, generate
-from expunge.evaluation.membership import counted_log_probs
 from expunge.evaluation.multiple_choice import choice_log_probs
 from expunge.maths.membership import RowLosses
+from expunge.maths.numerics import target_log_probs
+from expunge.methods.forward import logits_at
 from expunge.models.kernels import fast_products
 from expunge.processes import Processes, gathered
+from expunge.terminal import counting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,16 +117,20 @@ class Passes:
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         """Tells the progress of the body, which calls what it is given with its share as it is done."""
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            # The other processes, of whom nothing is heard until the end, are about as far.
-            done = min(total, done + count * self.processes.count)
-            self.progress(name, done, total)
-
-        yield advance
+        # The other processes, of whom nothing is heard until the end, are about as far.
+        count = self.processes.count
+        yield counting(lambda done: self.progress(name, min(total, done * count), total))
         self.progress(name, total, total)
+
+
+def counted_log_probs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Log-probability of each counted token in nats, (rows, tokens - 1); 0 where none is counted."""
+    counted = batch.token_mask[:, 1:]
+    # Where a token is counted, the place before it is read.
+    where = torch.nn.functional.pad(counted, (0, 1))
+    logits = logits_at(model, where, input_ids=batch.input_ids, use_cache=False)
+    log_probs = torch.zeros(counted.shape, device=model.device)
+    return log_probs.masked_scatter(counted, target_log_probs(logits, batch.input_ids[:, 1:][counted]))
 
 
 def _losses_of(batch: Batch, log_probs: torch.Tensor) -> RowLosses:

@@ -110,19 +110,24 @@ def check_one_form(cards: Mapping[str, Scorecard] | Mapping[str, ProtocolScores]
             f"{on}: was measured with the chat template, {off} without; measure both again with the same"
             " expunge evaluate --chat-template on or off"
         )
+    _check_one_harness(
+        {name: card for name, card in cards.items() if isinstance(card, Scorecard) and card.harness}
+    )
+
+
+def _check_one_harness(cards: Mapping[str, Scorecard]) -> None:
     first: dict[str, tuple[str, list[Any]]] = {}
     for name, card in cards.items():
-        tasks = card.harness if isinstance(card, Scorecard) else {}
         shared = card.details.get("harness")
         shared = shared if isinstance(shared, Mapping) else {}
-        told = {
+        forms = {
             f"task {task} has other rows, shots, version or lm-eval": [
                 shared.get("version"), *map(entry.get, ("rows", "shots", "version")),
             ]
-            for task, entry in tasks.items()
+            for task, entry in card.harness.items()
         }  # fmt: skip
-        told[f"{', '.join(tasks)} lost the start of more or fewer texts"] = [shared.get("cut")]
-        for what, form in told.items():
+        forms[f"{', '.join(card.harness)} lost the start of more or fewer texts"] = [shared.get("cut")]
+        for what, form in forms.items():
             other, its_form = first.setdefault(what, (name, form))
             if form != its_form:
                 raise InputError(

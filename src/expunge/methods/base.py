@@ -187,6 +187,10 @@ class Context:
         """A CPU generator of its own for each purpose, so that draws do not depend on each other."""
         return generator_of(self.seed, purpose)
 
+    def seed_of(self, purpose: str) -> int:
+        """The same for what draws from torch's global generator."""
+        return self.generator(purpose).initial_seed() % 2**63
+
 
 @by_pieces
 def _next_tokens(

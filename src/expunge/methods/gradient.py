@@ -146,7 +146,7 @@ class GradientObjective(Objective):
         self._frozen: dict[str, torch.Tensor] = {}
         shape = settings.shape(layers)
         if shape is not None:
-            seed = context.generator("adapter").initial_seed() % 2**63
+            seed = context.seed_of("adapter")
             self.adapter = Adapter(context.model, context.layout, shape, seed)
             self.parameters = self.adapter.parameters
         else:

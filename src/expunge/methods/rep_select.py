@@ -82,7 +82,7 @@ class RepSelectObjective(GradientObjective):
         """Sets the directions; what was measured of them."""
         rank = settings.adversary_rank
         shape = LoraShape(rank, rank, 0.0, settings.targets)
-        seed = context.generator("adversary").initial_seed() % 2**63
+        seed = context.seed_of("adversary")
         adapter = Adapter(context.model, context.layout, shape, seed)
         descent = torch.optim.SGD(adapter.parameters.values(), lr=settings.adversary_rate)
         for batch in context.passes(context.forget, "adversary"):

@@ -366,5 +366,5 @@ def _seeded(context: Context, step: int) -> Iterator[None]:
     """Dropout and sampled labels draw from the global generators, seeded anew for every step."""
     devices = [context.device] if context.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(context.generator(f"step {step}").initial_seed() % 2**63)
+        torch.manual_seed(context.seed_of(f"step {step}"))
         yield
